@@ -1,0 +1,287 @@
+// Block on a CPU core: one thread plays a whole thread block, a vector register plays its lanes.
+//
+// The engine (csrc/engine) says what to compute in these words:
+//   each_item(n, f)        f(i) for every i
+//   rows(n, Q, f)          f(i, row) for every row of a padded array; row.each, row.sum, row.one
+//   features(n, D, f)      the same for rows of plain, unpadded memory
+//   mm, mm_add             small matrix times padded rows
+//   outer                  sums over rows of products of two padded arrays: weight gradients
+//   dots, self_dots        dot products over D of two sets of feature rows, of one set with itself
+//   features_mm_add        small matrix times feature rows
+// Each ends with a barrier (nothing to do here). Padded arrays hold anything in their padding as far as mm
+// writes them, and zeros where row.each does; sums never look at it.
+#pragma once
+
+#include <cmath>
+
+#include "../engine/features.h"
+#include "simd.h"
+
+namespace {
+
+using kernelmeta::Rows;
+
+#if defined(__AVX512F__)
+inline constexpr int kMmRows = 5, kMmVectors = 5;  // 25 of 32 registers accumulate
+inline constexpr int kDotTile = 5;
+#else
+inline constexpr int kMmRows = 5, kMmVectors = 2;
+inline constexpr int kDotTile = 3;
+#endif
+
+// w(i, j) = data[i * row + j * column]
+template <class C>
+struct Matrix {
+  const C* data;
+  int64_t row, column;
+};
+
+template <class C>
+struct CpuBlock {
+  using Scalar = C;
+  using V = typename Simd<C>::V;
+  static constexpr int64_t W = kLanes<C>;
+
+  static __forceinline__ C sqrt(C x) { return __builtin_sqrt(x); }
+  static __forceinline__ C max(C a, C b) { return a < b ? b : a; }
+  static __forceinline__ V relu(V v) { return v < V{} ? V{} : v; }  // keeps NaN
+  static __forceinline__ V where_positive(V test, V v) { return test <= V{} ? V{} : v; }
+
+  // One vector of a row. kFull: all lanes. kPadded: the memory holds whole vectors, `count` lanes matter.
+  // kPartial: only `count` lanes may be touched.
+  enum Kind { kFull, kPadded, kPartial };
+
+  template <Kind kind>
+  struct At {
+    int64_t at, count;
+
+    __forceinline__ V zero() const { return V{}; }
+    __forceinline__ V load(const C* p) const {
+      if constexpr (kind == kPartial) return load_first(p + at, count);
+      else return ::load(p + at);
+    }
+    __forceinline__ void store(C* p, V v) const {
+      if constexpr (kind == kPartial) store_first(p + at, v, count);
+      else if constexpr (kind == kPadded) ::store(p + at, keep_first<C>(v, count));
+      else ::store(p + at, v);
+    }
+  };
+
+  template <Kind tail>
+  struct Row {
+    int64_t length;
+
+    template <class F>
+    __forceinline__ void each(F f) const {
+      int64_t at = 0;
+      for (; at + W <= length; at += W) f(At<kFull>{at, W});
+      if (at < length) f(At<tail>{at, length - at});
+    }
+    template <class F>
+    __forceinline__ C sum(F f) const {
+      V total = {};
+      int64_t at = 0;
+      for (; at + W <= length; at += W) total += f(At<kFull>{at, W});
+      if (at < length) total += keep_first<C>(f(At<tail>{at, length - at}), length - at);
+      return sum_lanes<C>(total);
+    }
+    template <class F>
+    __forceinline__ void one(F f) const {
+      f();
+    }
+  };
+
+  template <class F>
+  __forceinline__ void each_item(int64_t n, F f) const {
+    for (int64_t i = 0; i < n; ++i) f(i);
+  }
+  template <class F>
+  __forceinline__ void rows(int64_t n, int64_t length, F f) const {
+    for (int64_t i = 0; i < n; ++i) f(i, Row<kPadded>{length});
+  }
+  template <class F>
+  __forceinline__ void features(int64_t n, int64_t length, F f) const {
+    for (int64_t i = 0; i < n; ++i) f(i, Row<kPartial>{length});
+  }
+  void features_zero(int64_t n, int64_t length, C* out) const { memset(out, 0, sizeof(C) * n * length); }
+
+  // out[i] = (bias[i] or 0) + sum_j w(i, j) in[j] for i < m, j < k, over Q entries of padded rows.
+  void mm(int64_t m, int64_t k, int64_t Q, Matrix<C> w, const C* in, int64_t ld, C* out, int64_t ldo,
+          const C* bias) const {
+    mm_rows<false>(m, k, (Q + W - 1) / W * W, w, Rows<C>{in, ld, nullptr}, out, ldo, bias, false);
+  }
+  void mm_add(int64_t m, int64_t k, int64_t Q, Matrix<C> w, const C* in, int64_t ld, C* out,
+              int64_t ldo) const {
+    mm_rows<false>(m, k, (Q + W - 1) / W * W, w, Rows<C>{in, ld, nullptr}, out, ldo, nullptr, true);
+  }
+  // out[i] += sum_j w(i, j) in(j), over rows of D features; out is [m][D].
+  void features_mm_add(int64_t m, int64_t k, int64_t D, Matrix<C> w, Rows<C> in, C* out) const {
+    if (D < W) {
+      for (int64_t i = 0; i < m; ++i) {
+        V sum = load_first(out + i * D, D);
+        for (int64_t j = 0; j < k; ++j) sum += load_first(in(j), D) * w.data[i * w.row + j * w.column];
+        store_first(out + i * D, sum, D);
+      }
+    } else {
+      mm_rows<true>(m, k, D, w, in, out, D, nullptr, true);
+    }
+  }
+
+  // out[i][j] += sum_q g[i][q] x[j][q] for i < m, j < n; reads x and writes out up to padded(n).
+  void outer(int64_t m, int64_t n, int64_t Q, const C* g, int64_t ldg, const C* x, int64_t ldx, C* out,
+             int64_t ldo) const {
+    for (int64_t j = 0; j < n; j += W) {
+      const C* xj = x + j * ldx;
+      for (int64_t i = 0; i < m; ++i) {
+        V acc[W] = {};
+        for (int64_t q = 0; q < Q; q += W) {
+          V gv = ::load(g + i * ldg + q);
+#pragma GCC unroll 16
+          for (int64_t l = 0; l < W; ++l) acc[l] += gv * ::load(xj + l * ldx + q);
+        }
+        C* to = out + i * ldo + j;
+        ::store(to, ::load(to) + sum_each<C>(acc));
+      }
+    }
+  }
+
+  // out[i][j] = <a(i), b(j)>
+  void dots(int64_t m, Rows<C> a, int64_t n, Rows<C> b, int64_t D, C* out, int64_t ldo) const {
+    C tile[kDotTile * kDotTile + W];
+    for (int64_t i = 0; i < m; i += kDotTile) {
+      for (int64_t j = 0; j < n; j += kDotTile) {
+        dot_tile(a, i, m, b, j, n, D, tile);
+        for (int64_t r = 0; r < kDotTile && i + r < m; ++r) {
+          for (int64_t c = 0; c < kDotTile && j + c < n; ++c) {
+            out[(i + r) * ldo + j + c] = tile[r * kDotTile + c];
+          }
+        }
+      }
+    }
+  }
+
+  // The same for a = b, computed for half of the pairs.
+  void self_dots(int64_t m, Rows<C> a, int64_t D, C* out, int64_t ldo) const {
+    C tile[kDotTile * kDotTile + W];
+    for (int64_t i = 0; i < m; i += kDotTile) {
+      for (int64_t j = 0; j <= i; j += kDotTile) {
+        dot_tile(a, i, m, a, j, m, D, tile);
+        for (int64_t r = 0; r < kDotTile && i + r < m; ++r) {
+          for (int64_t c = 0; c < kDotTile && j + c < m; ++c) {
+            const C value = tile[r * kDotTile + c];
+            out[(i + r) * ldo + j + c] = value;
+            out[(j + c) * ldo + i + r] = value;
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  // Where a row is not a whole number of vectors, the last vector overlaps the one before it (features):
+  // it is computed whole and only its new lanes are stored. The tail goes first: it must see `out` as it was.
+  template <bool overlapping>
+  void mm_rows(int64_t m, int64_t k, int64_t length, Matrix<C> w, Rows<C> in, C* out, int64_t ldo,
+               const C* bias, bool add) const {
+    const int64_t whole = length / W * W;
+    for (int64_t i = 0; i < m;) {
+      const int64_t rows = m - i >= kMmRows ? kMmRows : m - i >= 2 ? 2 : 1;
+      const Tile t{k, {w.data + i * w.row, w.row, w.column}, in, out + i * ldo, ldo, bias ? bias + i : nullptr, add};
+      if (rows == kMmRows) mm_strip<kMmRows, overlapping>(t, whole, length);
+      else if (rows == 2) mm_strip<2, overlapping>(t, whole, length);
+      else mm_strip<1, overlapping>(t, whole, length);
+      i += rows;
+    }
+  }
+
+  struct Tile {
+    int64_t k;
+    Matrix<C> w;
+    Rows<C> in;
+    C* out;
+    int64_t ldo;
+    const C* bias;
+    bool add;
+  };
+
+  template <int R, bool overlapping>
+  static void mm_strip(const Tile& t, int64_t whole, int64_t length) {
+    if (overlapping && whole < length) mm_tile<R, 1>(t, length - W, length - whole);
+    int64_t at = 0;
+    for (; at + kMmVectors * W <= whole; at += kMmVectors * W) mm_tile<R, kMmVectors>(t, at, W);
+    const int64_t rest = (whole - at) / W;
+    if (kMmVectors > 4 && rest == 4) mm_tile<R, 4>(t, at, W);
+    else if (kMmVectors > 3 && rest == 3) mm_tile<R, 3>(t, at, W);
+    else if (kMmVectors > 2 && rest == 2) mm_tile<R, 2>(t, at, W);
+    else if (rest == 1) mm_tile<R, 1>(t, at, W);
+  }
+
+  // R rows by NV vectors from `at` on; of the last vector only the last `count` lanes are stored.
+  template <int R, int NV>
+  static __attribute__((noinline)) void mm_tile(const Tile& t, int64_t at, int64_t count) {
+    V acc[R][NV];
+    const Matrix<C> w = t.w;
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < NV; ++v) {
+        if (t.add) acc[r][v] = ::load(t.out + r * t.ldo + at + v * W);
+        else acc[r][v] = t.bias ? V{} + t.bias[r] : V{};
+      }
+    }
+    for (int64_t j = 0; j < t.k; ++j) {
+      const C* x = t.in(j) + at;
+      V xv[NV];
+      for (int v = 0; v < NV; ++v) xv[v] = ::load(x + v * W);
+      for (int r = 0; r < R; ++r) {
+        const V weight = V{} + w.data[r * w.row + j * w.column];
+        for (int v = 0; v < NV; ++v) acc[r][v] += weight * xv[v];
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      C* to = t.out + r * t.ldo + at;
+      for (int v = 0; v < NV; ++v) {
+        if (v < NV - 1 || count == W) {
+          ::store(to + v * W, acc[r][v]);
+        } else {
+          for (int64_t l = W - count; l < W; ++l) to[v * W + l] = acc[r][v][l];
+        }
+      }
+    }
+  }
+
+  // tile[r][c] = <a(i + r), b(j + c)>; rows beyond m and n repeat the last one.
+  static __attribute__((noinline)) void dot_tile(Rows<C> a, int64_t i, int64_t m, Rows<C> b, int64_t j,
+                                                 int64_t n, int64_t D, C* tile) {
+    constexpr int R = kDotTile;
+    const C *ar[R], *br[R];
+    for (int r = 0; r < R; ++r) {
+      ar[r] = a(i + r < m ? i + r : m - 1);
+      br[r] = b(j + r < n ? j + r : n - 1);
+    }
+    constexpr int64_t kSums = (R * R + W - 1) / W * W;
+    V acc[kSums] = {};
+    const auto step = [&](auto load_a, auto load_b) {
+      V bv[R];
+      for (int c = 0; c < R; ++c) bv[c] = load_b(br[c]);
+      for (int r = 0; r < R; ++r) {
+        const V av = load_a(ar[r]);
+        for (int c = 0; c < R; ++c) acc[r * R + c] += av * bv[c];
+      }
+    };
+    int64_t d = 0;
+    for (; d + W <= D; d += W) {
+      const auto at = [d](const C* p) { return ::load(p + d); };
+      step(at, at);
+    }
+    if (d < D && D >= W) {  // the last vector overlaps: its old lanes count as zeros
+      const auto at = [D](const C* p) { return ::load(p + D - W); };
+      const auto masked = [D, d](const C* p) { return drop_first<C>(::load(p + D - W), W - (D - d)); };
+      step(masked, at);
+    } else if (d < D) {
+      const auto at = [D](const C* p) { return load_first(p, D); };
+      step(at, at);
+    }
+    for (int64_t l = 0; l < kSums; l += W) ::store(tile + l, sum_each<C>(acc + l));
+  }
+};
+
+}  // namespace

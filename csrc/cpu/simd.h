@@ -1,0 +1,117 @@
+// One vector type for every instruction set: GCC's and Clang's vector extensions, as wide as the registers
+// of the instruction set that this file is compiled for.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../engine/portability.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+
+template <class C>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
+};
+
+template <>
+struct Simd<double> {
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef int64_t Mask __attribute__((vector_size(kVectorBytes)));
+};
+
+template <class C>
+inline constexpr int kLanes = kVectorBytes / int(sizeof(C));
+
+template <class C>
+__forceinline__ typename Simd<C>::V load(const C* p) {
+  return *reinterpret_cast<const typename Simd<C>::Unaligned*>(p);
+}
+
+template <class C>
+__forceinline__ void store(C* p, typename Simd<C>::V v) {
+  *reinterpret_cast<typename Simd<C>::Unaligned*>(p) = v;
+}
+
+// The first `count` lanes from memory, zeros in the others; reads no byte beyond them.
+template <class C>
+__forceinline__ typename Simd<C>::V load_first(const C* p, int64_t count) {
+  typename Simd<C>::V v = {};
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+
+template <class C>
+__forceinline__ void store_first(C* p, typename Simd<C>::V v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
+// v in the lanes from `count` on, zeros before.
+template <class C>
+__forceinline__ typename Simd<C>::V drop_first(typename Simd<C>::V v, int64_t count) {
+  typename Simd<C>::Mask lane;
+  for (int i = 0; i < kLanes<C>; ++i) lane[i] = i;
+  const typename Simd<C>::Mask limit = lane * 0 + static_cast<decltype(lane[0] + 0)>(count);
+  return lane < limit ? typename Simd<C>::V{} : v;
+}
+
+// v in the first `count` lanes, zeros in the others (whatever v holds there, NaN too).
+template <class C>
+__forceinline__ typename Simd<C>::V keep_first(typename Simd<C>::V v, int64_t count) {
+  typename Simd<C>::Mask lane;
+  for (int i = 0; i < kLanes<C>; ++i) lane[i] = i;
+  const typename Simd<C>::Mask limit = lane * 0 + static_cast<decltype(lane[0] + 0)>(count);
+  return lane < limit ? v : typename Simd<C>::V{};
+}
+
+template <int... I>
+struct Indices {};
+
+template <int n, int... I>
+struct MakeIndices : MakeIndices<n - 1, n - 1, I...> {};
+template <int... I>
+struct MakeIndices<0, I...> {
+  using type = Indices<I...>;
+};
+
+// Neighbouring lanes added: the sums of a's pairs, then those of b's.
+template <class V, int... I>
+__forceinline__ V add_pairs(V a, V b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+
+// Lane i of the result is the sum of the lanes of v[i]; v is destroyed. A tree: lanes - 1 additions of vectors.
+template <class C>
+__forceinline__ typename Simd<C>::V sum_each(typename Simd<C>::V* v) {
+  using Lanes = typename MakeIndices<kLanes<C>>::type;
+#pragma GCC unroll 8
+  for (int n = kLanes<C> / 2; n > 0; n /= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; ++i) v[i] = add_pairs(v[2 * i], v[2 * i + 1], Lanes{});
+  }
+  return v[0];
+}
+
+template <class C>
+__forceinline__ C sum_lanes(typename Simd<C>::V v) {
+  using Lanes = typename MakeIndices<kLanes<C>>::type;
+#pragma GCC unroll 8
+  for (int n = kLanes<C>; n > 1; n /= 2) v = add_pairs(v, v, Lanes{});
+  return v[0];
+}
+
+}  // namespace

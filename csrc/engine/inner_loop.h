@@ -1,0 +1,262 @@
+// The inner loop of one task in the dual form, and its adjoint.
+//
+// The classifier theta never leaves the span of theta0 and the normalised query rows, so its whole state is
+// U [N][ld] (cosines of every query row with every class) and r2 [N] (squared norms). With A the Gram matrix
+// of the normalised query rows, G = MLP(s (U + b)) and AG = A G, one step is, with e = learning rate * s,
+//
+//   dot = sum_q(U G),  q = sum_q(G AG),  c = e dot / r2
+//   r2' = r2 + e^2 (q - dot^2) / r2
+//   U'  = (1 + c) (r / r') U - e / (r r') AG
+//
+// and, only if theta_K itself is wanted, theta = a theta0 + Xhat^T P with
+//
+//   P' = (1 + c) P - (e / r) G,   a' = (1 + c) a.
+#pragma once
+
+#include "mlp.h"
+
+namespace kernelmeta {
+
+inline constexpr double kNormFloor = 1e-12;  // lower bound of |x| and |theta|, as in F.normalize
+
+// What the forward pass leaves for the backward pass, one task; see trace_size in kernelmeta/ops/sib.py.
+template <class C>
+struct Trace {
+  C* theta0;   // [N][D]
+  C* inverse;  // [Q]           1 / |x_q|
+  C* r2;       // [K+1][N]
+  C* u;        // [K+1][N][ld]
+  C* gram;     // [Q][ld]       A
+  C* ag;       // [K][N][ld]    A G
+  C* a;        // [K+1][N]      with weights only
+  C* p;        // [K+1][N][ld]  with weights only
+
+  __host__ __device__ __forceinline__ Trace(Arena<C>& arena, const Sizes& s, bool weights)
+      : theta0(arena.take(s.N * s.D)),
+        inverse(arena.take(s.Q)),
+        r2(arena.take((s.K + 1) * s.N)),
+        u(arena.take((s.K + 1) * s.N * s.ld())),
+        gram(s.K ? arena.take(s.Q * s.ld()) : nullptr),
+        ag(arena.take(s.K * s.N * s.ld())),
+        a(weights ? arena.take((s.K + 1) * s.N) : nullptr),
+        p(weights ? arena.take((s.K + 1) * s.N * s.ld()) : nullptr) {}
+};
+
+// Scalars of one step and one class, from r2, dot and q; used by the step and by its adjoint.
+template <class B>
+struct StepScalars {
+  using C = typename B::Scalar;
+  C c, grown, r, r_next, alpha, beta;  // U' = alpha U - beta AG
+
+  __host__ __device__ __forceinline__ StepScalars(C e, C r2, C dot, C q)
+      : c(e * dot / r2),
+        grown(r2 + e * e * (q - dot * dot) / r2),
+        r(B::sqrt(r2)),
+        r_next(B::sqrt(grown)),
+        alpha((C(1) + c) * r / r_next),
+        beta(e / (r * r_next)) {}
+};
+
+template <class B>
+struct InnerLoop {
+  using C = typename B::Scalar;
+
+  B& block;
+  const Sizes& s;
+  C scale, bias, lr;
+  C e;  // step size for U, whose gradient is s times that of Z
+  Mlp<B> mlp;
+  C *z, *g;  // [N][ld], [N][ld]
+
+  __host__ __device__ __forceinline__ InnerLoop(B& block, const Sizes& s, const FoldedMlp<C>& weights, C scale, C bias, C lr,
+                                Arena<C>& arena)
+      : block(block),
+        s(s),
+        scale(scale),
+        bias(bias),
+        lr(lr),
+        e(lr * scale),
+        mlp(block, s, weights, arena),
+        z(arena.take(s.N * s.ld())),
+        g(arena.take(s.N * s.ld())) {}
+
+  // From trace.u[0] = C (rows times theta0), trace.r2[0] = |theta0|^2 and trace.gram on: fills the trace.
+  // stats: [K][2][2][H] or null.
+  __host__ __device__ __forceinline__ void forward(const Trace<C>& trace, C* stats) {
+    const int64_t N = s.N, Q = s.Q, ld = s.ld();
+    block.rows(N, Q, [&](int64_t n, auto row) {
+      C* u = trace.u + n * ld;
+      const C floor = C(kNormFloor);
+      const C r2 = B::max(trace.r2[n], floor * floor);
+      const C inverse = C(1) / B::sqrt(r2);
+      row.each([&](auto q) { q.store(u, q.load(u) * inverse); });
+      row.one([&] {
+        trace.r2[n] = r2;
+        if (trace.a) trace.a[n] = C(1);
+      });
+      if (trace.p) row.each([&](auto q) { q.store(trace.p + n * ld, q.zero()); });
+    });
+    for (int64_t k = 0; k < s.K; ++k) step(trace, k, stats ? stats + k * 4 * s.H : nullptr);
+  }
+
+  // Z = s (U + b), transposed into [Q][N].
+  __host__ __device__ __forceinline__ void logits(const Trace<C>& trace, C* out) {
+    const C* u = trace.u + s.K * s.N * s.ld();
+    const int64_t N = s.N, ld = s.ld();
+    block.each_item(s.Q * N, [&](int64_t i) { out[i] = scale * (u[i % N * ld + i / N] + bias); });
+  }
+
+  // Scratch of the backward pass.
+  struct Adjoint {
+    C *gu;        // [N][ld]   gradient of U, in: of U_K, out: of U_0
+    C *gr2;       // [N]       gradient of r2, likewise
+    C *gp, *ga;   // [N][ld], [N]: of P and a, with weights only
+    C *gg, *gz;   // [N][ld]
+    C *gag;       // [K][N][ld] gradient of AG; all steps are kept for the Gram matrix' gradient
+    C *gs;        // [K][N][ld] G of every step, likewise
+    C *gh;        // MLP scratch
+    C *gscale, *gbias;  // [N] each: one sum per class, added up in order at the end
+
+    __host__ __device__ __forceinline__ Adjoint(Arena<C>& arena, const Sizes& s, bool weights)
+        : gu(arena.take(s.N * s.ld())),
+          gr2(arena.take(s.N)),
+          gp(weights ? arena.take(s.N * s.ld()) : nullptr),
+          ga(weights ? arena.take(s.N) : nullptr),
+          gg(arena.take(s.N * s.ld())),
+          gz(arena.take(s.N * s.ld())),
+          gag(arena.take(s.K * s.N * s.ld())),
+          gs(arena.take(s.K * s.N * s.ld())),
+          gh(arena.take(Mlp<B>::backward_scratch(s))),
+          gscale(arena.take(s.N)),
+          gbias(arena.take(s.N)) {}
+  };
+
+  // grad_logits [Q][N] -> adjoint.gu, gr2 of the start; MLP gradients are added to `grad`.
+  // gp and ga must hold the gradients of P_K and a_K where the trace has weights.
+  __host__ __device__ __forceinline__ void backward(const Trace<C>& trace, const C* grad_logits,
+                                                    const Adjoint& adj, const FoldedMlpGrad<C>& grad) {
+    const int64_t N = s.N, Q = s.Q, ld = s.ld();
+    block.each_item(N * Q, [&](int64_t i) { adj.gz[i / Q * ld + i % Q] = grad_logits[i % Q * N + i / Q]; });
+    block.rows(N, Q, [&](int64_t n, auto row) {
+      row.one([&] {
+        adj.gr2[n] = 0;
+        adj.gscale[n] = 0;
+        adj.gbias[n] = 0;
+      });
+      row.each([&](auto q) { q.store(adj.gu + n * ld, q.zero()); });
+    });
+    through_classifier(trace.u + s.K * N * ld, adj);
+    for (int64_t k = s.K - 1; k >= 0; --k) step_backward(trace, k, adj, grad);
+  }
+
+ private:
+  __host__ __device__ __forceinline__ void classify(const C* u) {
+    const int64_t ld = s.ld();
+    block.rows(s.N, s.Q, [&](int64_t n, auto row) {
+      row.each([&](auto q) { q.store(z + n * ld, (q.load(u + n * ld) + bias) * scale); });
+    });
+  }
+
+  // adj.gz, the gradient of Z = s (U + b), goes into gu, gscale and gbias.
+  __host__ __device__ __forceinline__ void through_classifier(const C* u, const Adjoint& adj) {
+    const int64_t ld = s.ld();
+    block.rows(s.N, s.Q, [&](int64_t n, auto row) {
+      const C *gz = adj.gz + n * ld, *un = u + n * ld;
+      C* gu = adj.gu + n * ld;
+      const C sum = row.sum([&](auto q) { return q.load(gz); });
+      const C along = row.sum([&](auto q) { return q.load(gz) * q.load(un); });
+      row.one([&] {
+        adj.gscale[n] += along + bias * sum;
+        adj.gbias[n] += scale * sum;
+      });
+      row.each([&](auto q) { q.store(gu, q.load(gu) + q.load(gz) * scale); });
+    });
+  }
+
+  __host__ __device__ __forceinline__ void step(const Trace<C>& trace, int64_t k, C* stats) {
+    const int64_t N = s.N, Q = s.Q, ld = s.ld();
+    const C* u = trace.u + k * N * ld;
+    C* ag = trace.ag + k * N * ld;
+    classify(u);
+    mlp.forward(z, g, stats);
+    block.mm(N, Q, Q, {g, ld, 1}, trace.gram, ld, ag, ld, nullptr);
+    block.rows(N, Q, [&](int64_t n, auto row) {
+      const C *un = u + n * ld, *gn = g + n * ld, *agn = ag + n * ld;
+      const C dot = row.sum([&](auto q) { return q.load(un) * q.load(gn); });
+      const C gag = row.sum([&](auto q) { return q.load(gn) * q.load(agn); });
+      const StepScalars<B> v(e, trace.r2[k * N + n], dot, gag);
+      C* u_next = trace.u + ((k + 1) * N + n) * ld;
+      row.each([&](auto q) { q.store(u_next, q.load(un) * v.alpha - q.load(agn) * v.beta); });
+      row.one([&] {
+        trace.r2[(k + 1) * N + n] = v.grown;
+        if (trace.a) trace.a[(k + 1) * N + n] = (C(1) + v.c) * trace.a[k * N + n];
+      });
+      if (trace.p) {
+        const C* p = trace.p + (k * N + n) * ld;
+        C* p_next = trace.p + ((k + 1) * N + n) * ld;
+        const C share = e / v.r;
+        row.each([&](auto q) { q.store(p_next, q.load(p) * (C(1) + v.c) - q.load(gn) * share); });
+      }
+    });
+  }
+
+  __host__ __device__ __forceinline__ void step_backward(const Trace<C>& trace, int64_t k, const Adjoint& adj,
+                                                         const FoldedMlpGrad<C>& grad) {
+    const int64_t N = s.N, Q = s.Q, ld = s.ld();
+    const C *u = trace.u + k * N * ld, *ag = trace.ag + k * N * ld;
+    C *gs = adj.gs + k * N * ld, *gag = adj.gag + k * N * ld;
+    classify(u);
+    mlp.forward(z, gs, nullptr);
+    block.rows(N, Q, [&](int64_t n, auto row) {
+      const C *un = u + n * ld, *gn = gs + n * ld, *agn = ag + n * ld;
+      C *gu = adj.gu + n * ld, *gg = adj.gg + n * ld, *gagn = gag + n * ld;
+      const C r2 = trace.r2[k * N + n];
+      const C dot = row.sum([&](auto q) { return q.load(un) * q.load(gn); });
+      const C quad = row.sum([&](auto q) { return q.load(gn) * q.load(agn); });
+      const StepScalars<B> v(e, r2, dot, quad);
+      const C galpha = row.sum([&](auto q) { return q.load(gu) * q.load(un); });
+      const C gbeta = -row.sum([&](auto q) { return q.load(gu) * q.load(agn); });
+      C gc = galpha * v.r / v.r_next;
+      C gr2 = (galpha * v.alpha - gbeta * v.beta) / (2 * r2);
+      const C ggrown = adj.gr2[n] - (galpha * v.alpha + gbeta * v.beta) / (2 * v.grown);
+      C ge = 0;
+      C along_g = 0;  // of P' = (1 + c) P - (e / r) G
+      if (adj.gp) {
+        const C *gp = adj.gp + n * ld, *p = trace.p + (k * N + n) * ld;
+        gc += row.sum([&](auto q) { return q.load(gp) * q.load(p); }) + adj.ga[n] * trace.a[k * N + n];
+        const C gp_g = row.sum([&](auto q) { return q.load(gp) * q.load(gn); });
+        gr2 += gp_g * e / (2 * v.r * r2);
+        ge -= gp_g / v.r;
+        along_g = -e / v.r;
+      }
+      const C growth = (quad - dot * dot) / r2;  // r2' = r2 + e^2 growth
+      const C gq = ggrown * e * e / r2;
+      const C gdot = gc * e / r2 - 2 * gq * dot;
+      gr2 += ggrown * (C(1) - e * e * growth / r2) - gc * v.c / r2;
+      ge += gbeta / (v.r * v.r_next) + gc * dot / r2 + 2 * ggrown * e * growth;
+      row.each([&](auto q) {
+        const auto gu_next = q.load(gu);
+        q.store(gg, q.load(un) * gdot + q.load(agn) * gq);
+        q.store(gagn, q.load(gn) * gq - gu_next * v.beta);
+        q.store(gu, q.load(gn) * gdot + gu_next * v.alpha);
+      });
+      if (adj.gp) {
+        C* gp = adj.gp + n * ld;
+        row.each([&](auto q) {
+          q.store(gg, q.load(gg) + q.load(gp) * along_g);
+          q.store(gp, q.load(gp) * (C(1) + v.c));
+        });
+        row.one([&] { adj.ga[n] *= C(1) + v.c; });
+      }
+      row.one([&] {
+        adj.gr2[n] = gr2;
+        adj.gscale[n] += lr * ge;
+      });
+    });
+    block.mm_add(N, Q, Q, {gag, ld, 1}, trace.gram, ld, adj.gg, ld);
+    mlp.backward(z, adj.gg, adj.gz, adj.gh, grad);
+    through_classifier(u, adj);
+  }
+};
+
+}  // namespace kernelmeta

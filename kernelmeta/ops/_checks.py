@@ -1,0 +1,124 @@
+"""Argument checks shared by the ops: what was given, what is accepted, before anything runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernelmeta.reference import MLPParameters
+
+_FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_COMPUTED_IN = frozenset({torch.float32, torch.float64})
+
+NORM_STATS = ("task", "batch", "running")
+REDUCTIONS = ("sum", "mean")
+
+
+def shape_text(tensor: Tensor) -> str:
+    return f"[{', '.join(map(str, tensor.shape))}]"
+
+
+def tensors(**named: Tensor) -> None:
+    """All are floating-point tensors on one device."""
+    device = None
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in _FLOATING:
+            raise TypeError(
+                f"{name}: expected float32, float64, bfloat16 or float16, got {str(tensor.dtype).removeprefix('torch.')}"
+            )
+        if device is None:
+            device, first = tensor.device, name
+        elif tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but {first} is on {device}: all must be on one device")
+
+
+def shape(name: str, tensor: Tensor, expected: tuple[int, ...], meaning: str) -> None:
+    if tensor.shape != expected:
+        raise ValueError(f"{name}: expected shape {meaning} = {list(expected)}, got {shape_text(tensor)}")
+
+
+def dimensions(name: str, tensor: Tensor, meaning: str) -> None:
+    if tensor.dim() != meaning.count(",") + 1:
+        raise ValueError(f"{name}: expected shape {meaning}, got {shape_text(tensor)}")
+
+
+def one_value(name: str, tensor: Tensor) -> None:
+    if tensor.numel() != 1:
+        raise ValueError(f"{name}: expected one value, got shape {shape_text(tensor)}")
+
+
+def labels(name: str, tensor: Tensor, expected: tuple[int, int], features: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype is not torch.int64:
+        raise TypeError(f"{name}: expected int64, got {str(tensor.dtype).removeprefix('torch.')}")
+    shape(name, tensor, expected, "[T, S]")
+    if tensor.device != features.device:
+        raise ValueError(f"{name} is on {tensor.device}, but the features are on {features.device}")
+
+
+def index(name: str, tensor: Tensor, bank: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype is not torch.int64:
+        raise TypeError(f"{name}: expected int64, got {str(tensor.dtype).removeprefix('torch.')}")
+    dimensions(name, tensor, "[T, rows]")
+    if tensor.device != bank.device:
+        raise ValueError(f"{name} is on {tensor.device}, but the bank is on {bank.device}")
+
+
+def mlp(parameters: MLPParameters) -> tuple[int, int]:
+    """N and H of an MLP whose ten tensors fit each other."""
+    if len(parameters) != 10:
+        raise TypeError(f"mlp: expected the ten tensors of MLPParameters, got {len(parameters)}")
+    weight1 = parameters[0]
+    if not isinstance(weight1, Tensor) or weight1.dim() != 2 or 0 in weight1.shape:
+        raise ValueError("mlp.weight1: expected a tensor of shape [H, N], both at least 1")
+    H, N = weight1.shape
+    expected = ((H, N), (H,), (H,), (H,), (H, H), (H,), (H,), (H,), (N, H), (N,))
+    for tensor, want in zip(parameters, expected, strict=True):
+        if not isinstance(tensor, Tensor) or tensor.shape != want:
+            name = MLPParameters._fields[[t is tensor for t in parameters].index(True)]
+            got = shape_text(tensor) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"mlp.{name}: expected shape {list(want)} for H={H}, N={N}, got {got}")
+    return N, H
+
+
+def norm_stats(mode: str, running_stats: Tensor | None, H: int, returned: bool) -> None:
+    if mode not in NORM_STATS:
+        raise ValueError(f"norm_stats: expected one of {', '.join(NORM_STATS)}, got {mode!r}")
+    if mode == "running":
+        if running_stats is None:
+            raise ValueError("norm_stats='running' needs running_stats, a tensor [2, 2, H]")
+        if returned:
+            raise ValueError("norm_stats='running' has no statistics of its own to return")
+        shape("running_stats", running_stats, (2, 2, H), "[2, 2, H]")
+
+
+def step_size(steps: int, inner_lr: float, reduction: str, rows: int) -> float:
+    """inner_lr for the sum over rows, as the kernels want it."""
+    if not isinstance(steps, int) or isinstance(steps, bool):
+        raise TypeError(f"steps: expected an int, got {type(steps).__name__}")
+    if steps < 0:
+        raise ValueError(f"steps: expected 0 or more, got {steps}")
+    if reduction == "sum":
+        return float(inner_lr)
+    if reduction == "mean":
+        return float(inner_lr) / rows
+    raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def precisions(all_tensors: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype] | None:
+    """The dtypes to compute in and to return, or None where every tensor has the one dtype that is both."""
+    dtypes = {t.dtype for t in all_tensors}
+    if len(dtypes) == 1 and dtypes <= _COMPUTED_IN:
+        return None
+    result = functools.reduce(torch.promote_types, dtypes)
+    if torch.is_autocast_enabled(all_tensors[0].device.type):
+        result = torch.promote_types(result, torch.float32)
+    return (torch.float64 if result is torch.float64 else torch.float32), result
