@@ -1,16 +1,65 @@
+#include "cpu/dispatch.h"
+
 #include <cstdlib>
-#include <memory>
-#include <new>
+#include <cstring>
 #include <stdexcept>
-#include <string>
-#include "kernel_table.h"
-namespace kernelmeta {
-extern const KernelTable kernels_avx512;
-const KernelTable& kernel_table() { return kernels_avx512; }
-void* scratch(int64_t bytes) {
-  struct Buffer { void* p=nullptr; int64_t size=0; ~Buffer(){ std::free(p);} };
-  thread_local Buffer b;
-  if (bytes > b.size) { std::free(b.p); b.p=nullptr; b.size=0; int64_t n=(bytes+63)/64*64; b.p=std::aligned_alloc(64,size_t(n)); if(!b.p) throw std::bad_alloc(); b.size=n; }
-  return b.p;
+
+// KERNELMETA_EACH_ISA is EACH(avx512)EACH(avx2)... : one function in each object file of kernels.cpp.
+#define EACH(isa) extern "C" const kernelmeta::KernelTable* kernelmeta_kernels_##isa();
+KERNELMETA_EACH_ISA
+#undef EACH
+
+namespace kernelmeta::cpu {
+namespace {
+
+bool runs_here(const char* isa) {
+#if defined(__x86_64__)
+  if (std::strcmp(isa, "avx512") == 0) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  }
+  if (std::strcmp(isa, "avx2") == 0) {
+    // F16C comes with every CPU that has AVX2; older compilers do not know its name here.
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  }
+#else
+  (void)isa;
+#endif
+  return true;
 }
+
+}  // namespace
+
+const std::vector<InstructionSet>& instruction_sets() {
+  static const std::vector<InstructionSet> all = {
+#define EACH(isa) {#isa, runs_here(#isa), &kernelmeta_kernels_##isa},
+      KERNELMETA_EACH_ISA
+#undef EACH
+  };
+  return all;
 }
+
+const KernelTable& choose_kernels(const char* wanted) {
+  const bool any = wanted == nullptr || *wanted == '\0';
+  std::string compiled;
+  for (const InstructionSet& candidate : instruction_sets()) {
+    if (any ? candidate.runs_here : std::strcmp(wanted, candidate.name) == 0) {
+      if (!candidate.runs_here) {
+        throw std::runtime_error(std::string("KERNELMETA_ISA=") + wanted +
+                                 ": this CPU cannot run these instructions");
+      }
+      return *candidate.kernels();
+    }
+    compiled += (compiled.empty() ? "" : ", ") + std::string(candidate.name);
+  }
+  throw std::runtime_error(std::string("KERNELMETA_ISA=") + (any ? "" : wanted) +
+                           ": not among the compiled instruction sets (" + compiled + ")");
+}
+
+const KernelTable& kernels() {
+  static const KernelTable& chosen = choose_kernels(std::getenv("KERNELMETA_ISA"));
+  return chosen;
+}
+
+}  // namespace kernelmeta::cpu

@@ -1,0 +1,21 @@
+"""Fused few-shot inner loops for PyTorch. ``import kernelmeta as km``; see README.md.
+
+- `km.ops`: the fused operators; `km.reference`: the same in plain PyTorch, the specification
+- `km.nn`: modules; `km.data`: episodes and feature banks
+- `km.backends()`, `km.use_backend()`: what this installation can run, and what to run
+"""
+
+from __future__ import annotations
+
+from kernelmeta.backends import backends, use_backend
+from kernelmeta.version import __version__
+
+__all__ = ["__version__", "backends", "data", "nn", "ops", "reference", "use_backend"]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("data", "nn", "ops", "reference"):
+        import importlib
+
+        return importlib.import_module(f"kernelmeta.{name}")
+    raise AttributeError(f"module 'kernelmeta' has no attribute {name!r}")

@@ -1,0 +1,173 @@
+"""Which implementation runs: the compiled CPU kernels, CUDA, Triton, or the reference in plain PyTorch.
+
+CPU tensors go to the C++ kernels, else to the reference; CUDA tensors to the CUDA kernels, else to Triton,
+else to the reference. ``KERNELMETA_BACKEND`` or `use_backend` force one, and forcing one that cannot run is
+an error: which backend runs is never a guess.
+
+Importing this module loads the library of ops. If that fails, the reason is kept for `backends` and for the
+one warning that the first op gives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from contextvars import ContextVar, Token
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+
+NATIVE = Path(__file__).parent / "_native"
+
+# In order of preference, for each type of device.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+NAMES = ("cpu", "cuda", "triton", "reference")
+
+
+class Backend(NamedTuple):
+    """What is known about one backend of this installation."""
+
+    available: bool
+    reason: str  # why it cannot run; empty where it can
+    details: dict[str, Any]  # e.g. the instruction set in use; empty where it cannot run
+
+
+def build_report() -> dict[str, Any]:
+    """What the installation wrote about the native build (see setup.py); empty if there was none."""
+    try:
+        report: dict[str, Any] = json.loads((NATIVE / "build.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return report
+
+
+def _load_cpu() -> Backend:
+    report = build_report()
+    if not report:
+        return Backend(False, f"no native build in {NATIVE.parent}: install the package (pip install .)", {})
+    if not report["cpu"]:
+        return Backend(False, report["reason"], {})
+    suffix = ".dylib" if sys.platform == "darwin" else ".so"
+    library = NATIVE / f"libkernelmeta_cpu{suffix}"
+    try:
+        torch.ops.load_library(str(library))
+        isa = torch.ops.kernelmeta.cpu_isa()
+    except (OSError, RuntimeError, AttributeError) as error:
+        text = str(error).split("\nException raised from")[0].strip()
+        return Backend(False, f"{library.name} (built for PyTorch {report['torch']}) does not run: {text}", {})
+    return Backend(True, "", {"instruction_set": isa, "library": str(library)})
+
+
+_BACKENDS = {
+    "cpu": _load_cpu(),
+    "cuda": Backend(False, "this version of kernelmeta has no CUDA kernels", {}),
+    "triton": Backend(False, "this version of kernelmeta has no Triton kernels", {}),
+    "reference": Backend(True, "", {"torch": torch.__version__}),
+}
+
+# Device type -> what runs there if nothing is forced. A missing entry is settled by _settle, which warns.
+_automatic: dict[str, str] = {"cpu": "cpu"} if _BACKENDS["cpu"].available else {}
+
+_forced: ContextVar[str | None] = ContextVar("kernelmeta_backend", default=None)
+
+
+class _Mirror:
+    """The choice made last, by any thread, where torch.compile can see and guard it.
+
+    Compiled code cannot read a context variable, and must be compiled anew when the choice changes.
+    """
+
+    forced: str | None = None
+
+
+_mirror = _Mirror()
+
+
+def backends() -> dict[str, Backend]:
+    """Name -> `Backend` (available, reason, details) for "cpu", "cuda", "triton" and "reference"."""
+    return dict(_BACKENDS)
+
+
+def _check(name: str) -> None:
+    if name not in NAMES:
+        raise ValueError(f"backend is {name!r}; accepted are {', '.join(NAMES)}")
+    if not _BACKENDS[name].available:
+        raise RuntimeError(f"backend {name!r} cannot run: {_BACKENDS[name].reason}")
+
+
+class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)
+    """Force a backend: until the end of a ``with`` block, or, called plainly, until the next call.
+
+    Holds for the calling thread (or asyncio task). Code that torch.compile has compiled follows the choice
+    made last by any thread.
+
+    Args:
+        name: "cpu", "cuda", "triton", "reference", or None for the automatic choice.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: that backend cannot run here; the message says why.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        if name is not None:
+            _check(name)
+        self._token: Token[str | None] | None = None
+        self._mirrored = _mirror.forced
+        _mirror.forced = name
+        if not torch.compiler.is_compiling():
+            self._token = _forced.set(name)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _mirror.forced = self._mirrored
+        if self._token is not None:
+            _forced.reset(self._token)
+
+
+def select(device_type: str) -> str:
+    """Name of the backend that runs on tensors of this type of device ("cpu", "cuda", ...).
+
+    Raises:
+        RuntimeError: the forced backend does not take such tensors.
+    """
+    forced = _mirror.forced if torch.compiler.is_compiling() else _forced.get()
+    if forced is None:
+        chosen = _automatic.get(device_type)
+        return _settle(device_type) if chosen is None else chosen
+    if forced == "reference" or forced in PREFERENCE.get(device_type, ()):
+        return forced
+    raise RuntimeError(f"backend {forced!r} is forced and does not take {device_type} tensors")
+
+
+def _settle(device_type: str) -> str:
+    """First use of a device type without its best backend: choose, and say what is slower."""
+    if device_type == "cpu" and os.environ.get("KERNELMETA_ISA") and build_report().get("cpu"):
+        raise RuntimeError(f"backend 'cpu' cannot run: {_BACKENDS['cpu'].reason}")
+    candidates = PREFERENCE.get(device_type, ("reference",))
+    chosen = next(name for name in candidates if _BACKENDS[name].available)
+    _automatic[device_type] = chosen
+    if chosen == "reference":
+        why = _BACKENDS[candidates[0]].reason or "there are no kernels for this device"
+        warnings.warn(
+            f"kernelmeta runs its plain PyTorch reference on {device_type} tensors, several times slower than"
+            f" the fused kernels: {why}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    return chosen
+
+
+# torch.compile runs it while tracing instead of looking inside: its answer is the same ever after.
+_settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+if os.environ.get("KERNELMETA_BACKEND"):
+    use_backend(os.environ["KERNELMETA_BACKEND"])

@@ -1,0 +1,137 @@
+"""Drives the one CMake build; everything that is not native is in pyproject.toml.
+
+``KERNELMETA_BUILD`` = auto (default) | cpu | cuda | none. "auto" gives a package without kernels only
+where there is no C++ compiler or no PyTorch to compile against; any other trouble fails the install.
+What was built, or why not, is written to kernelmeta/_native/build.json, because pip hides the output.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "build_backend"))
+
+from kernelmeta_build import TorchInstallation, build_choice, find_torch  # noqa: E402
+
+NATIVE = "kernelmeta/_native"
+
+
+def missing_for_a_build(torch: TorchInstallation | None) -> str | None:
+    """What this machine lacks for a native build, as a sentence, or None if it lacks nothing."""
+    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in compilers):
+        return f"no C++ compiler was found at install time (looked for {', '.join(compilers)})"
+    if torch is None:
+        return "no PyTorch was found to compile against at install time"
+    if not (torch.directory / "include/torch/csrc/stable/library.h").is_file():
+        return f"the PyTorch {torch.version} found at install time has no headers of the stable ABI"
+    return None
+
+
+def tool(name: str) -> str:
+    """Path of a build tool: the one beside this environment's packages, else the one on PATH."""
+    path = shutil.which(name)
+    if path is None:
+        raise SystemExit(
+            f"kernelmeta: '{name}' is needed to compile the kernels and was not found. Install it (pip install"
+            " cmake ninja pybind11), or install without --no-build-isolation, or set KERNELMETA_BUILD=none"
+        )
+    return path
+
+
+class BuildPy(build_py):
+    """Starts from an empty folder, so that no file of an earlier build gets into the wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "kernelmeta", ignore_errors=True)
+        super().run()
+
+
+class BuildNative(build_ext):
+    """Configures, builds and installs CMake's targets into the package."""
+
+    def run(self) -> None:
+        package_root = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
+        native = package_root / NATIVE
+        shutil.rmtree(native, ignore_errors=True)
+        for old in (package_root / "kernelmeta").glob("_C.*"):
+            old.unlink()
+        native.mkdir(parents=True)
+
+        choice = build_choice()
+        torch = None if choice == "none" else find_torch()
+        reason = "the install was asked for no kernels (KERNELMETA_BUILD=none)"
+        if choice != "none":
+            reason = missing_for_a_build(torch) or ""
+        if reason and choice in ("cpu", "cuda"):
+            raise SystemExit(f"kernelmeta: KERNELMETA_BUILD={choice} cannot be built: {reason}")
+        report = {"requested": choice, "cpu": not reason, "reason": reason, "module": False, "torch": None}
+        if not reason:
+            assert torch is not None
+            report["torch"] = torch.version
+            report["module"] = self.has_python_headers()
+            self.cmake(package_root, torch, module=self.has_python_headers(), cuda=choice == "cuda")
+        else:
+            self.announce(f"kernelmeta: no kernels are built: {reason}", level=3)
+        (native / "build.json").write_text(json.dumps(report, indent=2) + "\n")
+
+    @staticmethod
+    def has_python_headers() -> bool:
+        """Whether the pybind11 module can be built; the kernels themselves need no Python headers."""
+        return (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
+
+    def cmake(self, package_root: Path, torch: TorchInstallation, *, module: bool, cuda: bool) -> None:
+        cmake, ninja = tool("cmake"), tool("ninja")
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        # Paths of tools are given anew each time: an isolated build's are gone when the next one starts.
+        options = {
+            "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
+            "CMAKE_MAKE_PROGRAM": ninja,
+            "CMAKE_INSTALL_PREFIX": package_root,
+            "KERNELMETA_VERSION": self.distribution.get_version(),
+            "KERNELMETA_TORCH_DIR": torch.directory,
+            "KERNELMETA_TORCH_VERSION": torch.version,
+            "KERNELMETA_CUDA": "ON" if cuda else "OFF",
+            "KERNELMETA_MODULE": "ON" if module else "OFF",
+            "Python_EXECUTABLE": sys.executable,
+        }
+        if module:
+            if importlib.util.find_spec("pybind11") is None:
+                tool("pybind11-config")  # raises: names what to install
+            import pybind11
+
+            options["pybind11_DIR"] = pybind11.get_cmake_dir()
+        configure = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja"]
+        self.call([*configure, *(f"-D{name}={value}" for name, value in options.items())])
+        self.call([cmake, "--build", build, "--target", "install"])
+
+    def call(self, command: list[str | Path]) -> None:
+        self.announce(" ".join(map(str, command)), level=2)
+        done = subprocess.run(command)
+        if done.returncode:
+            raise SystemExit(f"kernelmeta: the native build failed (exit status {done.returncode}): see above")
+
+    def get_outputs(self) -> list[str]:
+        return sorted(map(str, (Path(self.build_lib) / NATIVE).glob("*")))
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+setup(
+    ext_modules=[Extension("kernelmeta._C", sources=[])],
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPy},
+)
