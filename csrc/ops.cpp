@@ -53,17 +53,17 @@ int64_t size_of(const Args&... args) {
 struct MlpGradTensors {
   Tensor weight1, bias1, gain1, shift1, weight2, bias2, gain2, shift2, weight3, bias3;
 
-  MlpGradTensors(const Tensor& like, const Sizes& s, ScalarType type)
-      : weight1(empty(like, {s.H, s.N}, type)),
-        bias1(empty(like, {s.H}, type)),
-        gain1(empty(like, {s.H}, type)),
-        shift1(empty(like, {s.H}, type)),
-        weight2(empty(like, {s.H, s.H}, type)),
-        bias2(empty(like, {s.H}, type)),
-        gain2(empty(like, {s.H}, type)),
-        shift2(empty(like, {s.H}, type)),
-        weight3(empty(like, {s.N, s.H}, type)),
-        bias3(empty(like, {s.N}, type)) {}
+  MlpGradTensors(const Sizes& s, ScalarType type)
+      : weight1(empty({s.H, s.N}, type)),
+        bias1(empty({s.H}, type)),
+        gain1(empty({s.H}, type)),
+        shift1(empty({s.H}, type)),
+        weight2(empty({s.H, s.H}, type)),
+        bias2(empty({s.H}, type)),
+        gain2(empty({s.H}, type)),
+        shift2(empty({s.H}, type)),
+        weight3(empty({s.N, s.H}, type)),
+        bias3(empty({s.N}, type)) {}
 
   template <class C>
   MlpArrays<C> arrays() const {
@@ -143,11 +143,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sib(
                             running, steps, lr, return_weights);
     const Sizes& s = a.problem.s;
     const int64_t stats_size = s.K * 4 * s.H;
-    Tensor logits = empty(query, {s.T, s.Q, s.N}, kType<C>);
-    Tensor weights = empty(query, return_weights ? std::vector{s.T, s.N, s.D} : std::vector<int64_t>{0}, kType<C>);
-    Tensor stats = empty(query, return_stats ? std::vector<int64_t>{s.K, 2, 2, s.H} : std::vector<int64_t>{0}, kType<C>);
+    Tensor logits = empty({s.T, s.Q, s.N}, kType<C>);
+    Tensor weights = empty(return_weights ? std::vector{s.T, s.N, s.D} : std::vector<int64_t>{0}, kType<C>);
+    Tensor stats = empty(return_stats ? std::vector<int64_t>{s.K, 2, 2, s.H} : std::vector<int64_t>{0}, kType<C>);
     Tensor trace = empty(
-        query, save_trace ? std::vector{s.T, kernels<C>().trace_size(s, return_weights)} : std::vector<int64_t>{0},
+        save_trace ? std::vector{s.T, kernels<C>().trace_size(s, return_weights)} : std::vector<int64_t>{0},
         kType<C>);
     std::unique_ptr<C[]> task_stats;
     if (return_stats && s.T > 1) task_stats.reset(new C[size_t(s.T * stats_size)]);
@@ -185,13 +185,13 @@ SibGradients sib_backward(
     }
     const auto type = kType<C>;
     const std::vector<int64_t> none{0};
-    Tensor grad_query = empty(query, need_query ? std::vector{s.T, s.Q, s.D} : none, type);
-    Tensor grad_start = empty(query, need_start ? std::vector{s.T, s.S, s.D} : none, type);
+    Tensor grad_query = empty(need_query ? std::vector{s.T, s.Q, s.D} : none, type);
+    Tensor grad_start = empty(need_start ? std::vector{s.T, s.S, s.D} : none, type);
     const bool from_support = a.problem.weight != nullptr;
-    Tensor grad_weight = empty(query, from_support ? std::vector{s.D} : none, type);
-    Tensor grad_scale = torch::stable::new_empty(scale, scale.sizes());
-    Tensor grad_bias = torch::stable::new_empty(bias, bias.sizes());
-    const MlpGradTensors g(query, s, type);
+    Tensor grad_weight = empty(from_support ? std::vector{s.D} : none, type);
+    Tensor grad_scale = empty(sizes(scale), type);
+    Tensor grad_bias = empty(sizes(bias), type);
+    const MlpGradTensors g(s, type);
     const SibBackward<C> run{a.problem, saved, gz, gw ? gw->get() : nullptr,
                              need_query ? data<C>(grad_query) : nullptr,
                              need_start ? data<C>(grad_start) : nullptr};
@@ -240,7 +240,7 @@ Tensor synthetic_gradient_mlp(const Tensor& logits, const Tensor& weight1, const
     const MlpArguments<C> a(
         logits, {weight1, bias1, gain1, shift1, weight2, bias2, gain2, shift2, weight3, bias3}, running);
     const Sizes& s = a.problem.s;
-    Tensor out = empty(logits, {s.T, s.Q, s.N}, kType<C>);
+    Tensor out = empty({s.T, s.Q, s.N}, kType<C>);
     over_tasks(s.T, [&](int64_t begin, int64_t end) {
       kernels<C>().mlp_forward(a.problem, data<C>(out), begin, end);
     });
@@ -262,8 +262,8 @@ MlpGradients synthetic_gradient_mlp_backward(
         logits, {weight1, bias1, gain1, shift1, weight2, bias2, gain2, shift2, weight3, bias3}, running);
     const Sizes& s = a.problem.s;
     const Parameter<C> gg(grad_out, {s.T, s.Q, s.N}, "grad_out");
-    Tensor grad_logits = empty(logits, {s.T, s.Q, s.N}, kType<C>);
-    const MlpGradTensors g(logits, s, kType<C>);
+    Tensor grad_logits = empty({s.T, s.Q, s.N}, kType<C>);
+    const MlpGradTensors g(s, kType<C>);
     const auto sums =
         sum_over_tasks<C>(s.T, size_of<C, FoldedMlpGrad<C>>(s), [&](C* partial, int64_t begin, int64_t end) {
           Arena<C> arena(partial);
@@ -303,7 +303,7 @@ Tensor class_means(const Tensor& support, const Tensor& labels, int64_t n_way, c
     using C = decltype(zero);
     const ClassMeansArguments<C> a(support, labels, n_way, weight);
     const Sizes& s = a.problem.s;
-    Tensor theta0 = empty(support, {s.T, s.N, s.D}, kType<C>);
+    Tensor theta0 = empty({s.T, s.N, s.D}, kType<C>);
     over_tasks(s.T, [&](int64_t begin, int64_t end) {
       kernels<C>().class_means_forward(a.problem, data<C>(theta0), begin, end);
     });
@@ -321,8 +321,8 @@ std::tuple<Tensor, Tensor> class_means_backward(const Tensor& grad_theta0, const
     const Sizes& s = a.problem.s;
     const Parameter<C> g(grad_theta0, {s.T, s.N, s.D}, "grad_theta0");
     const std::vector<int64_t> none{0};
-    Tensor grad_support = empty(support, need_support ? std::vector{s.T, s.S, s.D} : none, kType<C>);
-    Tensor grad_weight = empty(support, weight ? std::vector{s.D} : none, kType<C>);
+    Tensor grad_support = empty(need_support ? std::vector{s.T, s.S, s.D} : none, kType<C>);
+    Tensor grad_weight = empty(weight ? std::vector{s.D} : none, kType<C>);
     const auto sums =
         sum_over_tasks<C>(s.T, weight ? s.D : 0, [&](C* partial, int64_t begin, int64_t end) {
           kernels<C>().class_means_backward(a.problem, g, need_support ? data<C>(grad_support) : nullptr,
