@@ -45,8 +45,9 @@ def tool(name: str) -> str:
     path = shutil.which(name)
     if path is None:
         raise SystemExit(
-            f"kernelmeta: '{name}' is needed to compile the kernels and was not found. Install it (pip install"
-            " cmake ninja pybind11), or install without --no-build-isolation, or set KERNELMETA_BUILD=none"
+            f"kernelmeta: '{name}' is needed to compile the kernels and was not found. Install it"
+            " (pip install cmake ninja pybind11), or install without --no-build-isolation, or set"
+            " KERNELMETA_BUILD=none"
         )
     return path
 
@@ -122,7 +123,7 @@ class BuildNative(build_ext):
         self.announce(" ".join(map(str, command)), level=2)
         done = subprocess.run(command)
         if done.returncode:
-            raise SystemExit(f"kernelmeta: the native build failed (exit status {done.returncode}): see above")
+            raise SystemExit(f"kernelmeta: the native build failed (exit status {done.returncode})")
 
     def get_outputs(self) -> list[str]:
         return sorted(map(str, (Path(self.build_lib) / NATIVE).glob("*")))

@@ -52,7 +52,8 @@ def find_torch() -> TorchInstallation | None:
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.origin is not None:
         return TorchInstallation(importlib.metadata.version("torch"), Path(spec.origin).parent)
-    probe = subprocess.run([sys.executable, "-E", "-c", _PROBE], capture_output=True, text=True, cwd=os.path.sep)
+    command = [sys.executable, "-E", "-c", _PROBE]
+    probe = subprocess.run(command, capture_output=True, text=True, cwd=os.path.sep)
     found = json.loads(probe.stdout) if probe.returncode == 0 else None
     return TorchInstallation(found[0], Path(found[1]).parent) if found else None
 

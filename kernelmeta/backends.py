@@ -56,9 +56,10 @@ def _load_cpu() -> Backend:
     try:
         torch.ops.load_library(str(library))
         isa = torch.ops.kernelmeta.cpu_isa()
-    except (OSError, RuntimeError, AttributeError) as error:
+    except (OSError, RuntimeError, ValueError, AttributeError) as error:
         text = str(error).split("\nException raised from")[0].strip()
-        return Backend(False, f"{library.name} (built for PyTorch {report['torch']}) does not run: {text}", {})
+        reason = f"{library.name} (built for PyTorch {report['torch']}) does not run: {text}"
+        return Backend(False, reason, {})
     return Backend(True, "", {"instruction_set": isa, "library": str(library)})
 
 
@@ -69,10 +70,17 @@ _BACKENDS = {
     "reference": Backend(True, "", {"torch": torch.__version__}),
 }
 
-# Device type -> what runs there if nothing is forced. A missing entry is settled by _settle, which warns.
+_runnable = {
+    device: frozenset(name for name in names if _BACKENDS[name].available)
+    for device, names in PREFERENCE.items()
+}
+
+# Device type -> what runs there if nothing is forced. _settle adds what is missing, and warns.
 _automatic: dict[str, str] = {"cpu": "cpu"} if _BACKENDS["cpu"].available else {}
 
-_forced: ContextVar[str | None] = ContextVar("kernelmeta_backend", default=None)
+_forced: ContextVar[str | None] = ContextVar(
+    "kernelmeta_backend", default=os.environ.get("KERNELMETA_BACKEND") or None
+)
 
 
 class _Mirror:
@@ -81,7 +89,7 @@ class _Mirror:
     Compiled code cannot read a context variable, and must be compiled anew when the choice changes.
     """
 
-    forced: str | None = None
+    forced: str | None = _forced.get()
 
 
 _mirror = _Mirror()
@@ -99,7 +107,7 @@ def _check(name: str) -> None:
         raise RuntimeError(f"backend {name!r} cannot run: {_BACKENDS[name].reason}")
 
 
-class use_backend:  # noqa: N801  (reads as a function, like torch.no_grad)
+class use_backend:
     """Force a backend: until the end of a ``with`` block, or, called plainly, until the next call.
 
     Holds for the calling thread (or asyncio task). Code that torch.compile has compiled follows the choice
@@ -137,19 +145,27 @@ def select(device_type: str) -> str:
     """Name of the backend that runs on tensors of this type of device ("cpu", "cuda", ...).
 
     Raises:
-        RuntimeError: the forced backend does not take such tensors.
+        RuntimeError: the forced backend cannot run here, or does not take such tensors.
+        ValueError: KERNELMETA_BACKEND names no backend.
     """
-    forced = _mirror.forced if torch.compiler.is_compiling() else _forced.get()
-    if forced is None:
-        chosen = _automatic.get(device_type)
-        return _settle(device_type) if chosen is None else chosen
-    if forced == "reference" or forced in PREFERENCE.get(device_type, ()):
+    if torch.compiler.is_compiling():
+        forced = _mirror.forced
+        if forced is None:
+            return _settle(device_type)
+    else:
+        forced = _forced.get()
+        if forced is None:
+            return _automatic.get(device_type) or _settle(device_type)
+    if forced == "reference" or forced in _runnable.get(device_type, ()):
         return forced
+    _check(forced)  # KERNELMETA_BACKEND is not looked at before an op needs it
     raise RuntimeError(f"backend {forced!r} is forced and does not take {device_type} tensors")
 
 
 def _settle(device_type: str) -> str:
-    """First use of a device type without its best backend: choose, and say what is slower."""
+    """The automatic choice; at first use of a device type without its best backend, say what is slower."""
+    if device_type in _automatic:
+        return _automatic[device_type]
     if device_type == "cpu" and os.environ.get("KERNELMETA_ISA") and build_report().get("cpu"):
         raise RuntimeError(f"backend 'cpu' cannot run: {_BACKENDS['cpu'].reason}")
     candidates = PREFERENCE.get(device_type, ("reference",))
@@ -168,6 +184,3 @@ def _settle(device_type: str) -> str:
 
 # torch.compile runs it while tracing instead of looking inside: its answer is the same ever after.
 _settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-if os.environ.get("KERNELMETA_BACKEND"):
-    use_backend(os.environ["KERNELMETA_BACKEND"])
