@@ -2,7 +2,7 @@
 // Plain structs of pointers; whoever calls has checked every shape. All offsets are in elements.
 #pragma once
 
-#include "../engine/features.h"
+#include "engine/features.h"
 
 namespace kernelmeta {
 
@@ -102,12 +102,5 @@ struct KernelTable {
   Kernels<float> f32;
   Kernels<double> f64;
 };
-
-// The table for this machine, or for the instruction set that KERNELMETA_ISA names; throws
-// std::invalid_argument where that one can't run here.
-const KernelTable& kernel_table();
-
-// Memory of the calling thread that stays allocated between calls, aligned to 64 bytes.
-void* scratch(int64_t bytes);
 
 }  // namespace kernelmeta
