@@ -69,7 +69,7 @@ class BuildNative(build_ext):
         package_root = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
         native = package_root / NATIVE
         shutil.rmtree(native, ignore_errors=True)
-        for old in (package_root / "kernelmeta").glob("_C.*"):
+        for old in (package_root / "kernelmeta").glob("_C.*.so"):
             old.unlink()
         native.mkdir(parents=True)
 

@@ -6,14 +6,13 @@
 #include <tuple>
 
 #include "cpu/arguments.h"
-#include "cpu/dispatch.h"
 
 namespace {
 
 template <class C>
 const Kernels<C>& kernels() {
-  if constexpr (sizeof(C) == 4) return cpu::kernels().f32;
-  else return cpu::kernels().f64;
+  if constexpr (sizeof(C) == 4) return kernel_table().f32;
+  else return kernel_table().f64;
 }
 
 // Calls f with a value of the type in which parameters of this dtype are computed with.
@@ -334,23 +333,7 @@ std::tuple<Tensor, Tensor> class_means_backward(const Tensor& grad_theta0, const
   });
 }
 
-// A copy of x: what calling an op costs, with no work in it.
-Tensor noop(const Tensor& x) { return torch::stable::clone(x); }
-
-// Name of the instruction set that the kernels run with.
-std::string cpu_isa() { return cpu::kernels().isa; }
-
-STABLE_TORCH_LIBRARY_FRAGMENT(kernelmeta, library) {
-  library.def("noop(Tensor x) -> Tensor");
-  library.def("cpu_isa() -> str");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(kernelmeta, CompositeExplicitAutograd, library) {
-  library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-}
-
 STABLE_TORCH_LIBRARY_IMPL(kernelmeta, CPU, library) {
-  library.impl("noop", TORCH_BOX(&noop));
   library.impl("sib", TORCH_BOX(&sib));
   library.impl("sib_backward", TORCH_BOX(&sib_backward));
   library.impl("synthetic_gradient_mlp", TORCH_BOX(&synthetic_gradient_mlp));

@@ -2,14 +2,18 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <stdexcept>
+#include <string>
 
-// KERNELMETA_EACH_ISA is EACH(avx512)EACH(avx2)... : one function in each object file of kernels.cpp.
-#define EACH(isa) extern "C" const kernelmeta::KernelTable* kernelmeta_kernels_##isa();
+namespace kernelmeta {
+
+// KERNELMETA_EACH_ISA is EACH(avx512)EACH(avx2)... : one table in each object file of kernels.cpp.
+#define EACH(isa) extern const KernelTable kernels_##isa;
 KERNELMETA_EACH_ISA
 #undef EACH
 
-namespace kernelmeta::cpu {
 namespace {
 
 bool runs_here(const char* isa) {
@@ -33,7 +37,7 @@ bool runs_here(const char* isa) {
 
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> all = {
-#define EACH(isa) {#isa, runs_here(#isa), &kernelmeta_kernels_##isa},
+#define EACH(isa) {#isa, runs_here(#isa), &kernels_##isa},
       KERNELMETA_EACH_ISA
 #undef EACH
   };
@@ -46,20 +50,37 @@ const KernelTable& choose_kernels(const char* wanted) {
   for (const InstructionSet& candidate : instruction_sets()) {
     if (any ? candidate.runs_here : std::strcmp(wanted, candidate.name) == 0) {
       if (!candidate.runs_here) {
-        throw std::runtime_error(std::string("KERNELMETA_ISA=") + wanted +
-                                 ": this CPU cannot run these instructions");
+        throw std::invalid_argument(std::string("KERNELMETA_ISA=") + wanted +
+                                    ": this CPU cannot run these instructions");
       }
-      return *candidate.kernels();
+      return *candidate.kernels;
     }
     compiled += (compiled.empty() ? "" : ", ") + std::string(candidate.name);
   }
-  throw std::runtime_error(std::string("KERNELMETA_ISA=") + (any ? "" : wanted) +
-                           ": not among the compiled instruction sets (" + compiled + ")");
+  throw std::invalid_argument(std::string("KERNELMETA_ISA=") + (any ? "" : wanted) +
+                              ": not among the compiled instruction sets (" + compiled + ")");
 }
 
-const KernelTable& kernels() {
+const KernelTable& kernel_table() {
   static const KernelTable& chosen = choose_kernels(std::getenv("KERNELMETA_ISA"));
   return chosen;
 }
 
-}  // namespace kernelmeta::cpu
+void* scratch(int64_t bytes) {
+  struct Buffer {
+    std::unique_ptr<void, decltype(&std::free)> memory{nullptr, &std::free};
+    int64_t size = 0;
+  };
+  thread_local Buffer buffer;
+  if (bytes > buffer.size) {
+    const int64_t size = (bytes + 63) / 64 * 64;
+    buffer.size = 0;
+    buffer.memory.reset();
+    buffer.memory.reset(std::aligned_alloc(64, static_cast<size_t>(size)));
+    if (!buffer.memory) throw std::bad_alloc();
+    buffer.size = size;
+  }
+  return buffer.memory.get();
+}
+
+}  // namespace kernelmeta

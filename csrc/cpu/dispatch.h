@@ -1,27 +1,23 @@
 // Which of the compiled instruction sets runs on this CPU.
 #pragma once
 
-#include <string>
 #include <vector>
 
 #include "cpu/kernel_table.h"
 
-namespace kernelmeta::cpu {
+namespace kernelmeta {
 
 struct InstructionSet {
   const char* name;
   bool runs_here;
-  const KernelTable* (*kernels)();
+  const KernelTable* kernels;
 };
 
 // All that were compiled, best first.
 const std::vector<InstructionSet>& instruction_sets();
 
-// The kernels named by `wanted`, or the best that run here if `wanted` is null or empty.
-// Throws std::runtime_error if that one was not compiled or does not run on this CPU.
+// The kernels named by `wanted`, or the best that run here if `wanted` is null or empty. Throws
+// std::invalid_argument if that one was not compiled or does not run on this CPU.
 const KernelTable& choose_kernels(const char* wanted);
 
-// choose_kernels(environment variable KERNELMETA_ISA), decided at the first call.
-const KernelTable& kernels();
-
-}  // namespace kernelmeta::cpu
+}  // namespace kernelmeta

@@ -103,4 +103,11 @@ struct KernelTable {
   Kernels<double> f64;
 };
 
+// The table for this machine, or for the instruction set that KERNELMETA_ISA names; throws
+// std::invalid_argument where that one can't run here.
+const KernelTable& kernel_table();
+
+// Memory of the calling thread that stays allocated between calls, aligned to 64 bytes.
+void* scratch(int64_t bytes);
+
 }  // namespace kernelmeta

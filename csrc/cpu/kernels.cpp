@@ -3,12 +3,11 @@
 // one instruction set is ever linked in the place of another's.
 #include "cpu/block.h"
 #include "cpu/kernel_table.h"
-#include "cpu/scratch.h"
 
 #define KERNELMETA_STRING_(x) #x
 #define KERNELMETA_STRING(x) KERNELMETA_STRING_(x)
-#define KERNELMETA_ENTRY_(isa) kernelmeta_kernels_##isa
-#define KERNELMETA_ENTRY(isa) KERNELMETA_ENTRY_(isa)
+#define KERNELMETA_JOIN_(a, b) a##b
+#define KERNELMETA_JOIN(a, b) KERNELMETA_JOIN_(a, b)
 
 namespace {
 
@@ -301,8 +300,10 @@ constexpr Kernels<C> kKernels = {trace_size<C>,   sib_forward<C>,         sib_ba
 
 }  // namespace
 
-extern "C" const kernelmeta::KernelTable* KERNELMETA_ENTRY(KERNELMETA_ISA)() {
-  static const kernelmeta::KernelTable table = {KERNELMETA_STRING(KERNELMETA_ISA), kKernels<float>,
-                                                kKernels<double>};
-  return &table;
-}
+namespace kernelmeta {
+
+extern const KernelTable KERNELMETA_JOIN(kernels_, KERNELMETA_ISA);
+const KernelTable KERNELMETA_JOIN(kernels_, KERNELMETA_ISA) = {KERNELMETA_STRING(KERNELMETA_ISA),
+                                                               kKernels<float>, kKernels<double>};
+
+}  // namespace kernelmeta

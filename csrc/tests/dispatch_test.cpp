@@ -1,4 +1,6 @@
 // Which instruction set is chosen, and what is refused.
+#include "cpu/dispatch.h"
+
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -6,9 +8,6 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
-
-#include "cpu/dispatch.h"
-#include "cpu/scratch.h"
 
 namespace {
 
@@ -22,8 +21,8 @@ void expect(bool holds, const char* what) {
 
 std::string refusal(const char* wanted) {
   try {
-    kernelmeta::cpu::choose_kernels(wanted);
-  } catch (const std::runtime_error& error) {
+    kernelmeta::choose_kernels(wanted);
+  } catch (const std::invalid_argument& error) {
     return error.what();
   }
   return "";
@@ -32,14 +31,13 @@ std::string refusal(const char* wanted) {
 }  // namespace
 
 int main() {
-  using namespace kernelmeta::cpu;
-  using kernelmeta::scratch;
+  using namespace kernelmeta;
   expect(!instruction_sets().empty(), "at least one instruction set is compiled");
   const InstructionSet* best = nullptr;
   for (const InstructionSet& each : instruction_sets()) {
-    expect(std::strcmp(each.name, each.kernels()->isa) == 0, "each table carries its own name");
+    expect(std::strcmp(each.name, each.kernels->isa) == 0, "each table carries its own name");
     if (each.runs_here) {
-      expect(&choose_kernels(each.name) == each.kernels(), "what runs here is chosen by name");
+      expect(&choose_kernels(each.name) == each.kernels, "what runs here is chosen by name");
       if (best == nullptr) best = &each;
     } else {
       expect(refusal(each.name).find("cannot run") != std::string::npos,
@@ -47,8 +45,8 @@ int main() {
     }
   }
   expect(best != nullptr && instruction_sets().back().runs_here, "the baseline runs everywhere");
-  expect(&choose_kernels(nullptr) == best->kernels(), "the best is chosen where none is named");
-  expect(&choose_kernels("") == best->kernels(), "an empty name is none");
+  expect(&choose_kernels(nullptr) == best->kernels, "the best is chosen where none is named");
+  expect(&choose_kernels("") == best->kernels, "an empty name is none");
   expect(refusal("mmx").find("mmx: not among the compiled") != std::string::npos,
          "unknown names are refused");
 
@@ -68,6 +66,6 @@ int main() {
       return kSkipped;
     }
   }
-  expect(kernels().isa == choose_kernels(wanted).isa, "KERNELMETA_ISA is obeyed");
+  expect(kernel_table().isa == choose_kernels(wanted).isa, "KERNELMETA_ISA is obeyed");
   return 0;
 }
