@@ -30,7 +30,7 @@ install: $(BIN)/python
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' \
 	  || (echo "installing $(TORCH)" && $(BIN)/python -m pip install -q "$(TORCH)")
 	@echo "installing the build tools"
-	@$(BIN)/python -m pip install -q 'setuptools>=77' wheel 'cmake>=3.20' ninja 'pybind11>=2.12'
+	@$(BIN)/python -m pip install -q 'setuptools>=77' wheel 'cmake>=3.21' ninja 'pybind11>=2.12'
 	@echo "compiling and installing kernelmeta"
 	@$(BIN)/python -m pip install -q --no-build-isolation -e '.[test]'
 
