@@ -30,9 +30,7 @@ class Prototypes(nn.Module):
         self.scale = nn.Parameter(torch.full((1,), 10.0))
         self.bias = nn.Parameter(torch.zeros(1))
 
-    def forward(
-        self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False
-    ) -> Any:
+    def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False) -> Any:
         """[T, S, D], [T, S] int64, [T, Q, D] -> logits [T, Q, N] (with ``return_weights`` theta [T, N, D] too)."""
         theta = ops.class_means(support, support_labels, self.n_way, self.weight)
         logits = cosine_classifier(theta, query, self.scale, self.bias)

@@ -75,9 +75,7 @@ class SIB(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1))
         self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats)
 
-    def forward(
-        self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False
-    ) -> Any:
+    def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False) -> Any:
         """Classify the query rows of T tasks.
 
         Args:
@@ -94,9 +92,7 @@ class SIB(nn.Module):
         """
         return self._adapt(support, support_labels, query, return_weights, None, None)
 
-    def from_bank(
-        self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor
-    ) -> Tensor:
+    def from_bank(self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor) -> Tensor:
         """The logits [T, Q, N] for rows of a feature bank [n, D], read where they lie: [T, S] and [T, Q] int64."""
         logits: Tensor = self._adapt(bank, support_labels, bank, False, support_index, query_index)
         return logits

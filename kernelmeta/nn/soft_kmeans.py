@@ -13,7 +13,9 @@ from kernelmeta.reference.sib import cosine_classifier
 
 
 class SoftKMeans(nn.Module):
-    """Prototypes refined by soft assignment of the query rows (Ren et al. 2018, eq. 5, with cosines). Nothing is learned.
+    """Prototypes refined by soft assignment of the query rows (Ren et al. 2018, eq. 5, with cosines).
+
+    Nothing is learned.
 
     Args:
         n_way: N.
@@ -28,9 +30,7 @@ class SoftKMeans(nn.Module):
             raise ValueError(f"n_way, n_features, steps: expected 1, 1, 0 or more, got {n_way}, {n_features}, {steps}")
         self.n_way, self.n_features, self.steps, self.scale = n_way, n_features, steps, scale
 
-    def forward(
-        self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False
-    ) -> Any:
+    def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False) -> Any:
         """[T, S, D], [T, S] int64, [T, Q, D] -> logits [T, Q, N] (with ``return_weights`` theta [T, N, D] too)."""
         theta = ops.class_means(support, support_labels, self.n_way)
         rows = normalize(query, dim=-1, eps=1e-12)

@@ -73,9 +73,7 @@ class DifferentiableOp:
             LIBRARY.impl(full_name, kernel, "CompositeExplicitAutograd")
             torch.library.register_fake(f"kernelmeta::{full_name}", fake_kernel, lib=LIBRARY)
             for device in ("cpu", "cuda"):
-                torch.library.register_autocast(
-                    f"kernelmeta::{full_name}", device, torch.float32, lib=LIBRARY
-                )
+                torch.library.register_autocast(f"kernelmeta::{full_name}", device, torch.float32, lib=LIBRARY)
         self.raw = getattr(torch.ops.kernelmeta, name).default
         self.raw_backward = getattr(torch.ops.kernelmeta, f"{name}_backward").default
         self._register_formulas()
@@ -118,13 +116,11 @@ class DifferentiableOp:
         def refuse(ctx: Any, *grads: Any) -> Any:
             raise _second_derivative_error(self)
 
-        torch.library.register_autograd(
-            f"kernelmeta::{self.name}", backward, setup_context=setup_context, lib=LIBRARY
-        )
+        torch.library.register_autograd(f"kernelmeta::{self.name}", backward, setup_context=setup_context, lib=LIBRARY)
         torch.library.register_autograd(f"kernelmeta::{self.name}_backward", refuse, lib=LIBRARY)
 
 
-def _functions(op: DifferentiableOp) -> tuple[type, type]:
+def _functions(op: DifferentiableOp) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
     """The two autograd Functions around an op: for eager code, and for torch.func."""
 
     class Backward(torch.autograd.Function):
@@ -188,11 +184,7 @@ def _functions(op: DifferentiableOp) -> tuple[type, type]:
 def _one_by_one(function: Any, batch_size: int, in_dims: Args, args: Args) -> tuple[Any, Any]:
     """The vmap rule: one call for each entry of the batch. (Tasks are a batch already; vmap adds one around them.)"""
     calls = [
-        _as_tuple(
-            function.apply(
-                *(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
-            )
-        )
+        _as_tuple(function.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))))
         for i in range(batch_size)
     ]
     stacked = tuple(torch.stack(results) for results in zip(*calls, strict=True))

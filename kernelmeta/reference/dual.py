@@ -51,9 +51,7 @@ def sib_inner_loop(
     U = rows @ theta0.transpose(-1, -2) / r2.sqrt()
     P, a, used = torch.zeros_like(U), torch.ones_like(r2), []
     for _ in range(steps):
-        G, stats = mlp_with_norm_stats(
-            scale * (U + bias), mlp, norm_stats=norm_stats, running_stats=running_stats
-        )
+        G, stats = mlp_with_norm_stats(scale * (U + bias), mlp, norm_stats=norm_stats, running_stats=running_stats)
         AG = gram @ G
         dot = (U * G).sum(-2, keepdim=True)
         quad = (G * AG).sum(-2, keepdim=True)

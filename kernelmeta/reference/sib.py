@@ -52,12 +52,13 @@ def sib_inner_loop(
         theta = theta - lr * step
         used.append(stats)
     logits = cosine_classifier(theta, query, scale, bias)
-    if not return_weights and not return_norm_stats:
-        return logits
-    stats = [torch.stack([s for s in used if s is not None])] if return_norm_stats and used else []
-    if return_norm_stats and not used:
-        stats = [query.new_empty(0, 2, 2, mlp.weight1.shape[0])]
-    return (logits, *([theta] if return_weights else []), *stats)
+    result = [logits]
+    if return_weights:
+        result.append(theta)
+    if return_norm_stats:
+        none = query.new_empty(0, 2, 2, mlp.weight1.shape[0])
+        result.append(torch.stack([s for s in used if s is not None]) if used else none)
+    return tuple(result) if len(result) > 1 else logits
 
 
 def sib(
