@@ -74,6 +74,7 @@ class SIB(nn.Module):
         self.scale = nn.Parameter(torch.full((1,), 10.0))
         self.bias = nn.Parameter(torch.zeros(1))
         self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats)
+        self._shares = torch.empty(0)
 
     def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False) -> Any:
         """Classify the query rows of T tasks.
@@ -132,13 +133,14 @@ class SIB(nn.Module):
         self._update_running_stats(stats)
         return tuple(results) if return_weights else results[0]
 
-    @torch.no_grad()
     def _update_running_stats(self, stats: Tensor) -> None:
-        """One exponential update a step, all steps at once: [K, 2, 2, H]."""
-        keep, K = 1 - self.momentum, self.steps
-        shares = stats.new_tensor([self.momentum * keep ** (K - 1 - k) for k in range(K)])
+        """One exponential update a step, [K, 2, 2, H], all steps in one product."""
         running = self.mlp.running_stats
-        running.view(-1).addmv_(stats.view(K, -1).t().to(running.dtype), shares.to(running.dtype), beta=keep**K)
+        K, keep, shares = self.steps, 1 - self.momentum, self._shares
+        if shares.shape[0] != K or shares.dtype is not running.dtype or shares.device != running.device:
+            # What each step's statistics weigh in the running ones after the last step.
+            shares = self._shares = running.new_tensor([self.momentum * keep ** (K - 1 - k) for k in range(K)])
+        running.view(-1).addmv_(stats.view(K, -1).to(running.dtype).t(), shares, beta=keep**K)
 
     @staticmethod
     def from_xfer(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

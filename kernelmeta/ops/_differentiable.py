@@ -38,6 +38,8 @@ class DifferentiableOp:
         differentiable: positions of the arguments that get gradients, in the order in which the backward op
             returns them.
         n_outputs: how many of the results, from the first on, are differentiable.
+        n_private: how many of the results, from the last back, only the backward op needs: eager code does not
+            see them.
         backward_args: ``(args, residuals, grads, needs) -> args`` of the backward op. ``residuals`` are the results
             that are not differentiable, ``grads`` has one entry (None: no gradient arrived) for each that is,
             ``needs`` one flag for each argument.
@@ -56,12 +58,14 @@ class DifferentiableOp:
         fallback_backward: Callable[..., Any],
         differentiable: Sequence[int],
         n_outputs: int,
+        n_private: int = 0,
         backward_args: Callable[[Args, Args, Args, Sequence[bool]], Args],
         save: Callable[[Args], Args] = lambda args: args,
     ) -> None:
         self.name = name
         self.differentiable = tuple(differentiable)
         self.n_outputs = n_outputs
+        self.n_private = n_private
         self.backward_args = backward_args
         self.save = save
         self.fallback = fallback
@@ -80,7 +84,7 @@ class DifferentiableOp:
         self._eager, self._functional = _functions(self)
 
     def __call__(self, *args: Any) -> Any:
-        """The results of the raw op for these arguments, differentiable wherever it is called from."""
+        """The results of the raw op (in eager code without the private ones), differentiable wherever it is called."""
         if torch.compiler.is_compiling():
             # torch.compile(torch.func.grad(...)) drops the backward of a Function without a word: there the
             # plain PyTorch form is traced.
@@ -146,7 +150,7 @@ def _functions(op: DifferentiableOp) -> tuple[type[torch.autograd.Function], typ
             with torch._C._AutoDispatchBelowAutograd():
                 results = op.raw(*args)
             _remember(ctx, op, args, _as_tuple(results))
-            return results
+            return results[: -op.n_private] if op.n_private else results
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:

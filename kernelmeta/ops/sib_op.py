@@ -165,6 +165,7 @@ OP = DifferentiableOp(
     fallback_backward=_fallback_backward,
     differentiable=_DIFFERENTIABLE,
     n_outputs=2,
+    n_private=1,
     backward_args=_backward_args,
     save=lambda args: (*args[:-1], True),
 )
