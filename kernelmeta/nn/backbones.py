@@ -26,7 +26,7 @@ def _renamed(module: nn.Module, checkpoint: Mapping[str, Any], rename: Any, what
     result = {ours: found[theirs] for ours, theirs in names.items()}
     for key in module.state_dict():
         if key.endswith(counters):
-            result[key] = published.get(rename(key), torch.tensor(0))
+            result[key] = published.get(rename(key), torch.zeros((), dtype=torch.int64, device="cpu"))
     return result
 
 

@@ -43,6 +43,7 @@ class SIB(nn.Module):
         reduction: "sum" of the synthetic gradient over the query rows, as published, or "mean".
         momentum: of the running statistics, which are updated in training mode once a step, and which only
             ``norm_stats="running"`` reads. With several tasks and "task" statistics they follow the tasks' average.
+            torch.func transforms, which allow no side effects, leave them as they are.
 
     Parameters: ``weight`` [D], ``scale`` [1], ``bias`` [1] and those of ``mlp``.
     """
@@ -108,7 +109,13 @@ class SIB(nn.Module):
         query_index: Tensor | None,
     ) -> Any:
         mlp = self.mlp
-        track = self.training and self.norm_stats != "running" and self.steps > 0 and labels.shape[0] > 0
+        track = (
+            self.training
+            and self.norm_stats != "running"
+            and self.steps > 0
+            and labels.shape[0] > 0
+            and not torch._C._are_functorch_transforms_active()
+        )
         results = ops.sib(
             support,
             labels,

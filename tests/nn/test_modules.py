@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,9 +22,38 @@ def test_learners_are_called_alike(learner: Any, dtype: torch.dtype) -> None:
     episode = draw(dtype=dtype)
     head = learner(3, 13).to(dtype)
     logits = head(episode.support, episode.labels, episode.query)
-    assert logits.shape == (2, 11, 3) and logits.dtype == dtype
+    assert logits.shape == (2, 11, 3)
+    # SoftKMeans has no parameters to say how precise it shall be.
+    assert logits.dtype == (torch.promote_types(dtype, torch.float32) if learner is km.nn.SoftKMeans else dtype)
     logits, weights = head(episode.support, episode.labels, episode.query, return_weights=True)
     assert weights.shape == (2, 3, 13)
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_features_stored_in_half_precision(learner: Any, dtype: torch.dtype) -> None:
+    episode = draw(dtype=torch.float32)
+    head = learner(3, 13).eval()
+    support, query = episode.support.to(dtype), episode.query.to(dtype)
+    logits = head(support, episode.labels, query)
+    assert logits.dtype is torch.float32
+    assert relative_error(logits, head(support.float(), episode.labels, query.float())) < 1e-5
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_autocast_changes_nothing(learner: Any) -> None:
+    episode = draw(dtype=torch.float32)
+    head = learner(3, 13).eval()
+    want = head(episode.support, episode.labels, episode.query)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(head(episode.support, episode.labels, episode.query), want)
+
+
+@pytest.mark.parametrize("learner", [km.nn.Prototypes, km.nn.SoftKMeans])
+def test_baselines_need_no_number_of_features(learner: Any) -> None:
+    episode = draw(dtype=torch.float32)
+    args = (episode.support, episode.labels, episode.query)
+    assert torch.equal(learner(3)(*args), learner(3, 13)(*args))
 
 
 def test_sib_without_steps_is_prototypes() -> None:
@@ -108,14 +138,48 @@ def test_module_compiles_in_training() -> None:
 
 
 def test_functional_call() -> None:
-    episode = draw(dtype=torch.float32)
+    episode = draw()
     args = (episode.support, episode.labels, episode.query)
-    head = km.nn.SIB(3, 13, steps=2, inner_lr=0.1).eval()
+    head = km.nn.SIB(3, 13, steps=2, inner_lr=0.1).double().eval()
     parameters = {k: v.detach() for k, v in head.named_parameters()}
     grads = torch.func.grad(lambda p: torch.func.functional_call(head, p, args).square().sum())(parameters)
     head(*args).square().sum().backward()
     for name, p in head.named_parameters():
-        assert_close([grads[name]], [p.grad], 1e-6)
+        assert_close([grads[name]], [p.grad], 1e-10)
+
+
+def test_transforms_leave_the_running_statistics_alone() -> None:
+    episode = draw()
+    args = (episode.support, episode.labels, episode.query)
+    head = km.nn.SIB(3, 13, steps=2, inner_lr=0.1).double().train()
+    start = head.mlp.running_stats.clone()
+    parameters = {k: v.detach() for k, v in head.named_parameters()}
+
+    def loss(p: Any) -> torch.Tensor:
+        return torch.func.functional_call(head, p, args).square().sum()
+
+    grads = torch.func.grad(loss)(parameters)
+    assert torch.equal(head.mlp.running_stats, start)
+    head(*args).square().sum().backward()
+    assert_close([grads["mlp.weight2"]], [head.mlp.weight2.grad], 1e-10)
+    assert not torch.equal(head.mlp.running_stats, start)
+
+
+def test_distributed_data_parallel(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        episode = draw(dtype=torch.float32)
+        args = (episode.support, episode.labels, episode.query)
+        head = km.nn.SIB(3, 13, steps=2, inner_lr=0.1)
+        alone = copy.deepcopy(head)
+        wrapped = torch.nn.parallel.DistributedDataParallel(head)
+        for _ in range(2):  # the second call raises if the first left a parameter without gradient
+            wrapped(*args).square().sum().backward()
+            alone(*args).square().sum().backward()
+        assert_close([p.grad for p in head.parameters()], [p.grad for p in alone.parameters()], 1e-6)
+        assert_close([head.mlp.running_stats], [alone.mlp.running_stats], 1e-6)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -179,6 +243,15 @@ def test_published_backbones_are_read_strictly() -> None:
     layers = {"0": "Conv", "1": "BatchNorm"}
     parts = {k: k.split(".") for k in conv.state_dict()}
     published = {f"conv_blocks.{p[1]}.layers.{layers[p[2]]}.{p[3]}": conv.state_dict()[k] for k, p in parts.items()}
+    with pytest.raises(ValueError, match=r"unknown key 'fc\.num_batches_tracked'"):
+        km.nn.Conv4.from_xfer({**published, "fc.num_batches_tracked": x})
+    with pytest.raises(ValueError, match="missing key 'lr'"):
+        km.nn.Conv4.from_xfer({"netFeat": published, "SIB": {}, "nbStep": 3})
+    with pytest.raises(TypeError, match="expected a dict, got list"):
+        km.nn.Conv4.from_xfer([published])  # type: ignore[arg-type]
+    # PyTorch before 0.4.1 did not count the batches.
+    old = {k: v for k, v in published.items() if "num_batches" not in k}
+    km.nn.Conv4().load_state_dict(km.nn.Conv4.from_xfer(old))
     other_conv = km.nn.Conv4()
     other_conv.load_state_dict(km.nn.Conv4.from_xfer(published))
     assert torch.equal(conv.eval()(x), other_conv.eval()(x))
@@ -188,11 +261,11 @@ def test_published_heads_are_read_strictly() -> None:
     state = part(load("sib_3way_batch_of_3"), "state.")
     head = km.nn.SIB(3, 32)
     head.load_state_dict(km.nn.SIB.from_xfer({"netFeat": {}, "SIB": state, "lr": 0.1, "nbStep": 2}))
-    assert float(head.scale) == pytest.approx(7.3)
+    assert head.scale.item() == pytest.approx(7.3)
     without = {k: v for k, v in state.items() if k != "dni.layer3.bias"}
     with pytest.raises(ValueError, match=r"missing key 'dni\.layer3\.bias'"):
         km.nn.SIB.from_xfer(without)
     with pytest.raises(ValueError, match=r"unknown key 'dni\.layer4\.bias'"):
         km.nn.SIB.from_xfer({**state, "dni.layer4.bias": torch.zeros(1)})
-    with pytest.raises(ValueError, match="no key 'SIB'"):
+    with pytest.raises(ValueError, match="missing key 'SIB'"):
         km.nn.SIB.from_xfer({"netFeat": {}})
