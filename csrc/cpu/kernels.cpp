@@ -108,7 +108,7 @@ ClassMembers members(const ClassTable& table, const Sizes& s, int64_t task) {
 template <class C>
 int64_t trace_size(const Sizes& s, bool weights) {
   Arena<C> count;
-  Trace<C> unused(count, s, weights);
+  Trace<C> unused(count, s, forms_gram(s, true), weights);
   return count.used();
 }
 
@@ -120,13 +120,16 @@ struct SibTask {
   Block block;
   C *query_buffer, *start_buffer;
   C* support_inverse;
+  C *span, *scaled;
   InnerLoop<Block> loop;
 
-  SibTask(Arena<C>& arena, const SibProblem<C>& p)
+  SibTask(Arena<C>& arena, const SibProblem<C>& p, bool gram_formed)
       : p(p),
         query_buffer(widening_buffer(arena, p.query, p.s.D)),
         start_buffer(widening_buffer(arena, p.start, p.s.D)),
         support_inverse(arena.take(p.s.S)),
+        span(gram_formed ? nullptr : arena.take(p.s.N * p.s.D)),
+        scaled(gram_formed ? nullptr : arena.take(p.s.N * p.s.ld())),
         loop(block, p.s, p.mlp, p.scale, p.bias, p.lr, arena) {}
 
   bool from_support() const { return p.classes.members != nullptr; }
@@ -138,6 +141,9 @@ struct SibTask {
             members<C>(p.classes, p.s, t),
             p.weight,
             support_inverse};
+  }
+  GramMatrix<Block> gram(const Rows<C>& rows, const Trace<C>& trace) {
+    return {block, p.s, rows, trace.inverse, trace.gram, span, scaled};
   }
   void start(int64_t t, C* theta0) {
     if (from_support()) {
@@ -151,25 +157,28 @@ struct SibTask {
 
 template <class C>
 struct SibForwardWorkspace {
+  Arena<C> nowhere;  // the trace is the caller's
   SibTask<C> task;
   Trace<C> trace;
-  SibForwardWorkspace(Arena<C>& arena, const SibProblem<C>& p)
-      : task(arena, p), trace(arena, p.s, p.weights) {}
+  SibForwardWorkspace(Arena<C>& arena, const SibProblem<C>& p, bool gram_formed, bool keeps_trace)
+      : task(arena, p, gram_formed), trace(keeps_trace ? nowhere : arena, p.s, gram_formed, p.weights) {}
 };
 
 template <class C>
 void sib_forward(const SibForward<C>& f, int64_t begin, int64_t end) {
   const Sizes& s = f.problem.s;
-  auto w = in_scratch<SibForwardWorkspace<C>, C>(f.problem);
+  const bool gram_formed = forms_gram(s, f.trace != nullptr);
+  auto w = in_scratch<SibForwardWorkspace<C>, C>(f.problem, gram_formed, f.trace != nullptr);
   const int64_t stride = trace_size<C>(s, f.problem.weights);
   for (int64_t t = begin; t < end; ++t) {
     Arena<C> arena(f.trace ? f.trace + t * stride : nullptr);
-    const Trace<C> trace = f.trace ? Trace<C>(arena, s, f.problem.weights) : w.trace;
+    const Trace<C> trace = f.trace ? Trace<C>(arena, s, gram_formed, f.problem.weights) : w.trace;
     if (f.trace) memset(f.trace + t * stride, 0, sizeof(C) * stride);  // no stray bits in the padding
     w.task.start(t, trace.theta0);
-    QueryFeatures<CpuBlock<C>> features{w.task.block, s, w.task.query(t), trace};
+    const Rows<C> query = w.task.query(t);
+    QueryFeatures<CpuBlock<C>> features{w.task.block, s, query, trace};
     features.forward();
-    w.task.loop.forward(trace, f.stats ? f.stats + t * s.K * 4 * s.H : nullptr);
+    w.task.loop.forward(trace, w.task.gram(query, trace), f.stats ? f.stats + t * s.K * 4 * s.H : nullptr);
     w.task.loop.logits(trace, f.logits + t * s.Q * s.N);
     if (f.weights) features.weights(f.weights + t * s.N * s.D, w.task.loop.z);
   }
@@ -183,29 +192,29 @@ struct SibBackwardWorkspace {
   typename QueryFeatures<Block>::Scratch scratch;
   C* gtheta0;
 
-  SibBackwardWorkspace(Arena<C>& arena, const SibProblem<C>& p, bool query_grad, bool weights)
-      : task(arena, p),
+  SibBackwardWorkspace(Arena<C>& arena, const SibProblem<C>& p, bool gram_formed, bool query_grad,
+                       bool weights)
+      : task(arena, p, gram_formed),
         adjoint(arena, p.s, weights),
-        scratch(arena, p.s, query_grad, weights),
+        scratch(arena, p.s, query_grad && gram_formed),
         gtheta0(arena.take(p.s.N * p.s.D)) {}
 };
 
 template <class C>
 void sib_backward(const SibBackward<C>& f, const SibParameterGrad<C>& grad, int64_t begin, int64_t end) {
   const Sizes& s = f.problem.s;
-  const bool weights = f.grad_weights != nullptr;
-  auto w = in_scratch<SibBackwardWorkspace<C>, C>(f.problem, f.grad_query != nullptr, weights);
+  const bool weights = f.grad_weights != nullptr, gram_formed = forms_gram(s, true);
+  auto w = in_scratch<SibBackwardWorkspace<C>, C>(f.problem, gram_formed, f.grad_query != nullptr, weights);
   const int64_t stride = trace_size<C>(s, f.problem.weights);
   for (int64_t t = begin; t < end; ++t) {
     Arena<C> arena(const_cast<C*>(f.trace) + t * stride);
-    const Trace<C> trace(arena, s, f.problem.weights);
+    const Trace<C> trace(arena, s, gram_formed, f.problem.weights);
     const C* gweights = weights ? f.grad_weights + t * s.N * s.D : nullptr;
-    QueryFeatures<CpuBlock<C>> features{w.task.block, s, w.task.query(t), trace};
-    if (weights) {
-      features.weights_backward(gweights, w.adjoint);
-      if (w.scratch.xg) memcpy(w.scratch.xg, w.adjoint.gp, sizeof(C) * s.N * s.ld());
-    }
-    w.task.loop.backward(trace, f.grad_logits + t * s.Q * s.N, w.adjoint, grad.mlp);
+    const Rows<C> query = w.task.query(t);
+    QueryFeatures<CpuBlock<C>> features{w.task.block, s, query, trace};
+    const GramMatrix<CpuBlock<C>> gram = w.task.gram(query, trace);
+    if (weights) features.weights_backward(gweights, w.adjoint);
+    w.task.loop.backward(trace, gram, f.grad_logits + t * s.Q * s.N, w.adjoint, grad.mlp);
     for (int64_t n = 0; n < s.N; ++n) {
       *grad.scale += w.adjoint.gscale[n];
       *grad.bias += w.adjoint.gbias[n];
@@ -217,7 +226,7 @@ void sib_backward(const SibBackward<C>& f, const SibParameterGrad<C>& grad, int6
       w.task.class_means(t).backward(gtheta0, gstart, f.problem.weight ? grad.weight : nullptr);
     }
     if (f.grad_query) {
-      features.query_backward(w.adjoint, gweights, w.scratch, f.grad_query + t * s.Q * s.D);
+      features.query_backward(gram, w.adjoint, gweights, w.scratch, f.grad_query + t * s.Q * s.D);
     }
   }
 }

@@ -2,21 +2,10 @@
 // Everything else (inner_loop.h, mlp.h) lives in the space of the rows.
 #pragma once
 
+#include "engine/gram.h"
 #include "engine/inner_loop.h"
 
 namespace kernelmeta {
-
-// Rows of one task's features, or of a bank that `index` points into.
-template <class C>
-struct Rows {
-  const C* data;
-  int64_t stride;        // in elements
-  const int64_t* index;  // null: row i is row i
-
-  __host__ __device__ __forceinline__ const C* operator()(int64_t i) const {
-    return data + (index ? index[i] : i) * stride;
-  }
-};
 
 // The support rows of one task, sorted by class: class n owns members[offsets[n] .. offsets[n + 1]).
 struct ClassMembers {
@@ -120,14 +109,14 @@ struct QueryFeatures {
   __host__ __device__ __forceinline__ void forward() {
     const int64_t Q = s.Q, ld = s.ld();
     const C floor = C(kNormFloor);
-    if (s.K) block.self_dots(Q, query, s.D, trace.gram, ld);
+    if (trace.gram) block.self_dots(Q, query, s.D, trace.gram, ld);
     block.dots(s.N, theta0(), Q, query, s.D, trace.u, ld);
     block.features(s.N, s.D, [&](int64_t n, auto row) {
       const C* t = trace.theta0 + n * s.D;
       const C squares = row.sum([&](auto d) { return d.load(t) * d.load(t); });
       row.one([&] { trace.r2[n] = squares; });
     });
-    if (s.K) {
+    if (trace.gram) {
       block.each_item(
           Q, [&](int64_t q) { trace.inverse[q] = C(1) / B::max(B::sqrt(trace.gram[q * ld + q]), floor); });
       block.rows(Q, Q, [&](int64_t i, auto row) {
@@ -170,23 +159,17 @@ struct QueryFeatures {
     });
   }
 
-  // Scratch of `backward`.
+  // Scratch of the backward pass.
   struct Scratch {
-    C *gc, *gci;  // [N][ld]: gradient of C; the same times 1 / |x|
-    C* gn0;       // [N]: gradient of |theta0|^2
-    C* w;         // [Q][ld]: gradient of the Gram matrix, symmetrised; only for the features' gradient
-    C* along;     // [Q]
-    C *xg, *p;    // [N][ld]: Xhat gtheta_K and P_K / |x|; only with weights and the features' gradient
+    C *gc, *scaled;  // [N][ld]: gradient of C; rows divided by |x|
+    C* gn0;          // [N]: gradient of |theta0|^2
+    C* w;            // [Q][ld]: gradient of A, symmetrised; where A was formed and the rows get a gradient
 
-    __host__ __device__ __forceinline__ Scratch(Arena<C>& arena, const Sizes& s, bool query_grad,
-                                                bool weights)
+    __host__ __device__ __forceinline__ Scratch(Arena<C>& arena, const Sizes& s, bool gram_gradient)
         : gc(arena.take(s.N * s.ld())),
-          gci(arena.take(s.N * s.ld())),
+          scaled(arena.take(s.N * s.ld())),
           gn0(arena.take(s.N)),
-          w(query_grad ? arena.take(s.Q * s.ld()) : nullptr),
-          along(query_grad ? arena.take(s.Q) : nullptr),
-          xg(query_grad && weights ? arena.take(s.N * s.ld()) : nullptr),
-          p(query_grad && weights ? arena.take(s.N * s.ld()) : nullptr) {}
+          w(gram_gradient ? arena.take(s.Q * s.ld()) : nullptr) {}
   };
 
   // adj.gu, adj.gr2 of the start -> gtheta0 [N][D]. gweights [N][D] or null.
@@ -202,7 +185,7 @@ struct QueryFeatures {
       row.each([&](auto q) { q.store(t.gc + n * ld, q.load(gu) * inverse); });
       row.one([&] { t.gn0[n] = floored ? C(0) : adj.gr2[n] - along / (2 * r2); });
     });
-    scaled_rows(t.gc, t.gci);
+    scaled_rows(t.gc, t.scaled);
     const C* a = trace.a ? trace.a + s.K * N : nullptr;
     block.features(N, s.D, [&](int64_t n, auto row) {
       row.each([&](auto d) {
@@ -211,56 +194,56 @@ struct QueryFeatures {
         d.store(gtheta0 + n * s.D, g);
       });
     });
-    block.features_mm_add(N, Q, s.D, {t.gci, ld, 1}, query, gtheta0);
+    block.features_mm_add(N, Q, s.D, {t.scaled, ld, 1}, query, gtheta0);
   }
 
-  // After theta0_backward: -> gquery [Q][D]. t.xg must hold Xhat gtheta_K where there are weights.
-  __host__ __device__ __forceinline__ void query_backward(const typename InnerLoop<B>::Adjoint& adj,
+  // After theta0_backward: -> gquery [Q][D].
+  __host__ __device__ __forceinline__ void query_backward(const GramMatrix<B>& gram,
+                                                          const typename InnerLoop<B>::Adjoint& adj,
                                                           const C* gweights, const Scratch& t, C* gquery) {
     const int64_t N = s.N, Q = s.Q, D = s.D, ld = s.ld(), KN = s.K * s.N;
-    const C* p = trace.p ? trace.p + KN * ld : nullptr;
-    if (s.K) {
+    block.features_zero(Q, D, gquery);
+    // First the gradient of the normalised rows, divided by |x|; from A, whose gradient is the sum over the
+    // steps of gAG G^T and its transpose:
+    if (trace.gram) {
       block.mm(Q, KN, Q, {adj.gs, 1, ld}, adj.gag, ld, t.w, ld, nullptr);
       block.mm_add(Q, KN, Q, {adj.gag, 1, ld}, adj.gs, ld, t.w, ld);
-    }
-    // The gradient of a normalised row has no component along the row: remove it on the diagonal.
-    block.rows(Q, Q, [&](int64_t i, auto row) {
-      C along = 0;
-      if (s.K) {
-        const C* w = t.w + i * ld;
-        along = row.sum([&](auto q) { return q.load(w) * q.load(trace.gram + i * ld); });
-      }
-      row.one([&] {
-        for (int64_t n = 0; n < N; ++n) {
-          along += t.gc[n * ld + i] * trace.u[n * ld + i] * B::sqrt(trace.r2[n]);
-          if (gweights) along += p[n * ld + i] * t.xg[n * ld + i];
-        }
-        const bool floored = !(trace.inverse[i] < C(1 / kNormFloor));
-        t.along[i] = floored ? C(0) : along * trace.inverse[i] * trace.inverse[i];
-      });
-    });
-    if (s.K) {
       block.rows(Q, Q, [&](int64_t i, auto row) {
         C* w = t.w + i * ld;
         const C scale = trace.inverse[i];
         row.each([&](auto q) { q.store(w, q.load(w) * q.load(trace.inverse) * scale); });
-        row.one([&] { w[i] -= t.along[i]; });
       });
-      block.features_zero(Q, D, gquery);
       block.features_mm_add(Q, Q, D, {t.w, ld, 1}, query, gquery);
     } else {
-      block.features(Q, D, [&](int64_t i, auto row) {
-        row.each([&](auto d) { d.store(gquery + i * D, d.load(query(i)) * -t.along[i]); });
-      });
+      for (int64_t k = 0; k < s.K; ++k) {
+        const C *g = adj.gs + k * N * ld, *gag = adj.gag + k * N * ld;
+        gram.project(g, gram.span);
+        add_outer(gag, gram.span, t, gquery);
+        gram.project(gag, gram.span);
+        add_outer(g, gram.span, t, gquery);
+      }
     }
-    block.features_mm_add(Q, N, D, {t.gci, 1, ld}, theta0(), gquery);
-    if (gweights) {
-      scaled_rows(p, t.p);
-      block.features_mm_add(Q, N, D, {t.p, 1, ld}, Rows<C>{gweights, D, nullptr}, gquery);
-    }
+    add_outer(t.gc, trace.theta0, t, gquery);
+    if (gweights) add_outer(trace.p + KN * ld, gweights, t, gquery);
+    // Then without its component along the row.
+    block.features(Q, D, [&](int64_t i, auto row) {
+      const C* x = query(i);
+      C* g = gquery + i * D;
+      if (!(trace.inverse[i] < C(1 / kNormFloor))) return;
+      const C along =
+          row.sum([&](auto d) { return d.load(x) * d.load(g); }) * trace.inverse[i] * trace.inverse[i];
+      row.each([&](auto d) { d.store(g, d.load(g) - d.load(x) * along); });
+    });
   }
 
  private:
+  // gquery[q] += sum_n g[n][q] / |x_q| * theta[n]
+  __host__ __device__ __forceinline__ void add_outer(const C* g, const C* theta, const Scratch& t,
+                                                     C* gquery) {
+    scaled_rows(g, t.scaled);
+    block.features_mm_add(s.Q, s.N, s.D, {t.scaled, 1, s.ld()}, Rows<C>{theta, s.D, nullptr}, gquery);
+  }
+
   // to[n][q] = from[n][q] / |x_q|; may be in place.
   __host__ __device__ __forceinline__ void scaled_rows(const C* from, C* to) {
     const int64_t ld = s.ld();

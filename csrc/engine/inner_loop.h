@@ -13,6 +13,7 @@
 //   P' = (1 + c) P - (e / r) G,   a' = (1 + c) a.
 #pragma once
 
+#include "engine/gram.h"
 #include "engine/mlp.h"
 
 namespace kernelmeta {
@@ -26,17 +27,17 @@ struct Trace {
   C* inverse;  // [Q]           1 / |x_q|
   C* r2;       // [K+1][N]
   C* u;        // [K+1][N][ld]
-  C* gram;     // [Q][ld]       A
+  C* gram;     // [Q][ld]       A, where forms_gram says so
   C* ag;       // [K][N][ld]    A G
   C* a;        // [K+1][N]      with weights only
   C* p;        // [K+1][N][ld]  with weights only
 
-  __host__ __device__ __forceinline__ Trace(Arena<C>& arena, const Sizes& s, bool weights)
+  __host__ __device__ __forceinline__ Trace(Arena<C>& arena, const Sizes& s, bool gram_formed, bool weights)
       : theta0(arena.take(s.N * s.D)),
         inverse(arena.take(s.Q)),
         r2(arena.take((s.K + 1) * s.N)),
         u(arena.take((s.K + 1) * s.N * s.ld())),
-        gram(s.K ? arena.take(s.Q * s.ld()) : nullptr),
+        gram(gram_formed ? arena.take(s.Q * s.ld()) : nullptr),
         ag(arena.take(s.K * s.N * s.ld())),
         a(weights ? arena.take((s.K + 1) * s.N) : nullptr),
         p(weights ? arena.take((s.K + 1) * s.N * s.ld()) : nullptr) {}
@@ -80,9 +81,10 @@ struct InnerLoop {
         z(arena.take(s.N * s.ld())),
         g(arena.take(s.N * s.ld())) {}
 
-  // From trace.u[0] = C (rows times theta0), trace.r2[0] = |theta0|^2 and trace.gram on: fills the trace.
+  // From trace.u[0] = C (rows times theta0) and trace.r2[0] = |theta0|^2 on: fills the trace.
   // stats: [K][2][2][H] or null.
-  __host__ __device__ __forceinline__ void forward(const Trace<C>& trace, C* stats) {
+  __host__ __device__ __forceinline__ void forward(const Trace<C>& trace, const GramMatrix<B>& gram,
+                                                   C* stats) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     block.rows(N, Q, [&](int64_t n, auto row) {
       C* u = trace.u + n * ld;
@@ -96,7 +98,7 @@ struct InnerLoop {
       });
       if (trace.p) row.each([&](auto q) { q.store(trace.p + n * ld, q.zero()); });
     });
-    for (int64_t k = 0; k < s.K; ++k) step(trace, k, stats ? stats + k * 4 * s.H : nullptr);
+    for (int64_t k = 0; k < s.K; ++k) step(trace, gram, k, stats ? stats + k * 4 * s.H : nullptr);
   }
 
   // Z = s (U + b), transposed into [Q][N].
@@ -133,8 +135,9 @@ struct InnerLoop {
 
   // grad_logits [Q][N] -> adjoint.gu, gr2 of the start; MLP gradients are added to `grad`.
   // gp and ga must hold the gradients of P_K and a_K where the trace has weights.
-  __host__ __device__ __forceinline__ void backward(const Trace<C>& trace, const C* grad_logits,
-                                                    const Adjoint& adj, const FoldedMlpGrad<C>& grad) {
+  __host__ __device__ __forceinline__ void backward(const Trace<C>& trace, const GramMatrix<B>& gram,
+                                                    const C* grad_logits, const Adjoint& adj,
+                                                    const FoldedMlpGrad<C>& grad) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     block.each_item(N * Q, [&](int64_t i) { adj.gz[i / Q * ld + i % Q] = grad_logits[i % Q * N + i / Q]; });
     block.rows(N, Q, [&](int64_t n, auto row) {
@@ -146,7 +149,7 @@ struct InnerLoop {
       row.each([&](auto q) { q.store(adj.gu + n * ld, q.zero()); });
     });
     through_classifier(trace.u + s.K * N * ld, adj);
-    for (int64_t k = s.K - 1; k >= 0; --k) step_backward(trace, k, adj, grad);
+    for (int64_t k = s.K - 1; k >= 0; --k) step_backward(trace, gram, k, adj, grad);
   }
 
  private:
@@ -173,13 +176,14 @@ struct InnerLoop {
     });
   }
 
-  __host__ __device__ __forceinline__ void step(const Trace<C>& trace, int64_t k, C* stats) {
+  __host__ __device__ __forceinline__ void step(const Trace<C>& trace, const GramMatrix<B>& gram, int64_t k,
+                                                C* stats) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     const C* u = trace.u + k * N * ld;
     C* ag = trace.ag + k * N * ld;
     classify(u);
     mlp.forward(z, g, stats);
-    block.mm(N, Q, Q, {g, ld, 1}, trace.gram, ld, ag, ld, nullptr);
+    gram.multiply(g, ag, false);
     block.rows(N, Q, [&](int64_t n, auto row) {
       const C *un = u + n * ld, *gn = g + n * ld, *agn = ag + n * ld;
       const C dot = row.sum([&](auto q) { return q.load(un) * q.load(gn); });
@@ -200,7 +204,8 @@ struct InnerLoop {
     });
   }
 
-  __host__ __device__ __forceinline__ void step_backward(const Trace<C>& trace, int64_t k, const Adjoint& adj,
+  __host__ __device__ __forceinline__ void step_backward(const Trace<C>& trace, const GramMatrix<B>& gram,
+                                                         int64_t k, const Adjoint& adj,
                                                          const FoldedMlpGrad<C>& grad) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     const C *u = trace.u + k * N * ld, *ag = trace.ag + k * N * ld;
@@ -253,7 +258,7 @@ struct InnerLoop {
         adj.gscale[n] += lr * ge;
       });
     });
-    block.mm_add(N, Q, Q, {gag, ld, 1}, trace.gram, ld, adj.gg, ld);
+    gram.multiply(gag, adj.gg, true);
     mlp.backward(z, adj.gg, adj.gz, adj.gh, grad);
     through_classifier(u, adj);
   }

@@ -314,6 +314,7 @@ int main() {
   check({2, 3, 16, 3, 16, 16, 2}, false, false);
   check({1, 6, 9, 6, 33, 8, 0}, true, false);
   check({2, 4, 10, 4, 19, 6, 2}, false, true);
+  check({1, 3, 40, 2, 21, 5, 2}, true, false);  // so many rows that the Gram matrix is not formed
   std::printf(failures ? "%d failed\n" : "all passed\n", failures);
   return failures != 0;
 }

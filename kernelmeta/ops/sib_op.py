@@ -49,7 +49,7 @@ def trace_size(N: int, Q: int, D: int, K: int, return_weights: bool) -> int:
 
     rows = padded(Q)
     size = padded(N * D) + rows + padded((K + 1) * N) + (K + 1) * N * rows + K * N * rows
-    if K > 0:
+    if K > 0 and 8 * K * N >= Q:  # forms_gram in csrc/engine/gram.h
         size += Q * rows
     if return_weights:
         size += padded((K + 1) * N) + (K + 1) * N * rows

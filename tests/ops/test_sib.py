@@ -39,6 +39,7 @@ def run(sib: Any, episode: Episode, theta: bool = True, **options: Any) -> list[
     st.booleans(),
 )
 @example({"T": 2, "S": 40, "Q": 100, "N": 20, "D": 65, "H": 40}, 2, 0.05, "mean", "task", True)
+@example({"T": 2, "S": 9, "Q": 300, "N": 5, "D": 33, "H": 12}, 3, 0.05, "mean", "task", True)  # no Gram matrix
 @example({"T": 1, "S": 5, "Q": 75, "N": 5, "D": 640, "H": 40}, 3, 1e-3, "sum", "task", True)
 @example({"T": 33, "S": 3, "Q": 5, "N": 2, "D": 9, "H": 4}, 1, 1e-3, "sum", "task", False)
 def test_equals_the_reference(
@@ -253,6 +254,16 @@ def test_reads_straight_from_a_bank() -> None:
         km.ops.sib(bank, episode.labels, bank, *rest, **options, **index)
 
 
+@needs_kernel
+@pytest.mark.parametrize("Q", [40, 200])
+def test_without_gradients_the_results_are_the_same(Q: int) -> None:
+    """With nothing to save, other sizes are worth a Gram matrix."""
+    episode = draw(Q=Q).fresh()
+    want = km.ops.sib(*episode.arguments(), steps=3, inner_lr=0.1, return_weights=True)
+    with torch.no_grad():
+        assert_close(km.ops.sib(*episode.arguments(), steps=3, inner_lr=0.1, return_weights=True), want, 1e-11)
+
+
 def test_no_tasks() -> None:
     episode = draw(T=1).fresh()
     none = episode._replace(support=episode.support[:0], labels=episode.labels[:0], query=episode.query[:0])
@@ -284,6 +295,7 @@ def test_trace_size_is_what_the_kernel_says(theta: bool, steps: int) -> None:
     args = (e.query, None, e.support[:, :4], None, torch.tensor([[0, 1, 2, 0]] * 2), e.weight, e.scale, e.bias, *e.mlp)
     trace = torch.ops.kernelmeta.sib(*args, None, steps, 0.1, theta, False, True)[3]
     assert trace.shape == (2, trace_size(3, 19, 21, steps, theta))
+    assert trace_size(3, 100, 21, 3, theta) < trace_size(3, 100, 21, 5, theta) - 100 * 112  # with the Gram matrix
 
 
 # ---- arguments
