@@ -46,7 +46,8 @@ def tool(name: str) -> str:
     if path is None:
         raise SystemExit(
             f"kernelmeta: '{name}' is needed to compile the kernels and was not found. Install it"
-            " (pip install cmake ninja pybind11), or install without --no-build-isolation, or set KERNELMETA_BUILD=none"
+            " (pip install cmake ninja pybind11), or install without --no-build-isolation, or set"
+            " KERNELMETA_BUILD=none"
         )
     return path
 

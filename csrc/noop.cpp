@@ -1,5 +1,5 @@
-// Two small ops that describe the library rather than compute: what calling any op costs, and with which
-// instructions the kernels run.
+// Two small ops that describe the library rather than compute: what calling any op costs, and with
+// which instructions the kernels run.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

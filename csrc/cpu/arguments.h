@@ -15,8 +15,8 @@
 #include <string>
 #include <vector>
 
-#include "../engine/fold.h"
-#include "kernel_table.h"
+#include "engine/fold.h"
+#include "cpu/kernel_table.h"
 
 namespace {
 

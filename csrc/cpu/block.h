@@ -14,8 +14,8 @@
 
 #include <cmath>
 
-#include "../engine/features.h"
-#include "simd.h"
+#include "engine/features.h"
+#include "cpu/simd.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "kernel_table.h"
+#include "cpu/kernel_table.h"
 
 namespace kernelmeta {
 

@@ -2,7 +2,7 @@
 // Plain structs of pointers; whoever calls has checked every shape. All offsets are in elements.
 #pragma once
 
-#include "../engine/features.h"
+#include "engine/features.h"
 
 namespace kernelmeta {
 

@@ -1,8 +1,8 @@
 // The kernels for one instruction set. This file is compiled once for each (see CMakeLists.txt), with
 // KERNELMETA_ISA naming it; everything but the table is local to the file, so that no function compiled for
 // one instruction set is ever linked in the place of another's.
-#include "block.h"
-#include "kernel_table.h"
+#include "cpu/block.h"
+#include "cpu/kernel_table.h"
 
 #define KERNELMETA_STRING_(x) #x
 #define KERNELMETA_STRING(x) KERNELMETA_STRING_(x)

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../engine/portability.h"
+#include "engine/portability.h"
 
 namespace {
 

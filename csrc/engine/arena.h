@@ -2,7 +2,7 @@
 // takes its arrays from an Arena describes its own size: lay it out once to count, once for real.
 #pragma once
 
-#include "portability.h"
+#include "engine/portability.h"
 
 namespace kernelmeta {
 

@@ -2,7 +2,7 @@
 // Everything else (inner_loop.h, mlp.h) lives in the space of the rows.
 #pragma once
 
-#include "inner_loop.h"
+#include "engine/inner_loop.h"
 
 namespace kernelmeta {
 

@@ -3,7 +3,7 @@
 //   W (gain * n + shift) + b  =  (W diag(gain)) n + (b + W shift).
 #pragma once
 
-#include "mlp.h"
+#include "engine/mlp.h"
 
 namespace kernelmeta {
 

@@ -13,7 +13,7 @@
 //   P' = (1 + c) P - (e / r) G,   a' = (1 + c) a.
 #pragma once
 
-#include "mlp.h"
+#include "engine/mlp.h"
 
 namespace kernelmeta {
 

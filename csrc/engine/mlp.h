@@ -4,7 +4,7 @@
 // so here "normalise" is (a - mean) / std alone. Query rows are innermost: every activation is [units][ld].
 #pragma once
 
-#include "sizes.h"
+#include "engine/sizes.h"
 
 namespace kernelmeta {
 

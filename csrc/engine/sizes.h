@@ -1,7 +1,7 @@
 // The sizes of a problem, always in this order and by these names.
 #pragma once
 
-#include "arena.h"
+#include "engine/arena.h"
 
 namespace kernelmeta {
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 Args = tuple[Any, ...]
 
-LIBRARY = torch.library.Library("kernelmeta", "DEF")
+LIBRARY = torch.library.Library("kernelmeta", "FRAGMENT")
 
 
 def is_traced() -> bool:

@@ -149,6 +149,8 @@ def _backward_args(args: Args, residuals: Args, grads: Args, needs: Any) -> Args
     if grad_logits is None:
         T, _, Q, N, _, _, _ = _sizes(args)
         grad_logits = args[_SCALE].new_zeros(T, Q, N)
+    if not args[_RETURN_WEIGHTS]:
+        grad_weights = None  # of an empty tensor
     return (grad_logits, grad_weights, residuals[1], *args[: _RETURN_WEIGHTS + 1], needs[_QUERY], needs[_START])
 
 

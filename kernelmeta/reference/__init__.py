@@ -1,0 +1,11 @@
+"""Every op in plain PyTorch, any floating dtype, any device: the specification, to be held against the paper.
+
+The functions have the names, arguments and results of those in :mod:`kernelmeta.ops`, which document them.
+"""
+
+from kernelmeta.reference import dual
+from kernelmeta.reference.class_means import class_means
+from kernelmeta.reference.sib import sib, sib_inner_loop
+from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, synthetic_gradient_mlp
+
+__all__ = ["MLPParameters", "class_means", "dual", "sib", "sib_inner_loop", "synthetic_gradient_mlp"]

@@ -1,0 +1,32 @@
+"""The classifier that a support set proposes (Hu et al. 2020, section 4.1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot
+
+
+def class_means(support: Tensor, support_labels: Tensor, n_way: int, weight: Tensor | None = None) -> Tensor:
+    """Weighted means of the normalised support rows of every class. See :func:`kernelmeta.ops.class_means`."""
+    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        _check_labels(support_labels, n_way)
+    members = one_hot(support_labels, n_way).to(support.dtype)  # [T, S, N]
+    sums = members.transpose(-1, -2) @ normalize(support, dim=-1, eps=1e-12)
+    means = sums / members.sum(-2).unsqueeze(-1)
+    return means if weight is None else means * weight
+
+
+def _check_labels(labels: Tensor, n_way: int) -> None:
+    outside = (labels < 0) | (labels >= n_way)
+    if outside.any():
+        task, row = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"support_labels: task {task} has label {int(labels[task, row])}; labels must be in 0..{n_way - 1}"
+        )
+    present = (labels.unsqueeze(-1) == torch.arange(n_way, device=labels.device)).any(-2)
+    if not present.all():
+        task, way = (~present).nonzero()[0].tolist()
+        raise ValueError(
+            f"support_labels: task {task} has no row of class {way}; every class needs at least one support row"
+        )

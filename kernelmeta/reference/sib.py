@@ -1,0 +1,75 @@
+"""SIB in D dimensions, step by step as the paper writes it (Hu et al. 2020, algorithm 1): the specification.
+
+The published code does the same: the inner gradient is obtained by differentiating the classifier's output, with the
+synthetic gradient in the place of the loss's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from kernelmeta.reference.class_means import class_means
+from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, mlp_with_norm_stats
+
+
+def cosine_classifier(theta: Tensor, rows: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """``Z = s (b + cos(x, theta))``: [T, N, D], [T, Q, D] -> [T, Q, N]."""
+    cosines = normalize(rows, dim=-1, eps=1e-12) @ normalize(theta, dim=-1, eps=1e-12).transpose(-1, -2)
+    return scale * (bias + cosines)
+
+
+def sib_inner_loop(
+    theta0: Tensor,
+    query: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    mlp: MLPParameters,
+    *,
+    steps: int,
+    inner_lr: float,
+    reduction: str = "sum",
+    norm_stats: str = "task",
+    running_stats: Tensor | None = None,
+    return_weights: bool = False,
+    return_norm_stats: bool = False,
+) -> Any:
+    """K synthetic-gradient steps on unlabelled query rows. See :func:`kernelmeta.ops.sib_inner_loop`."""
+    meta_learning = torch.is_grad_enabled()
+    lr = inner_lr if reduction == "sum" else inner_lr / query.shape[-2]
+    theta, used = theta0, []
+    for _ in range(steps):
+        with torch.enable_grad():
+            if not theta.requires_grad:
+                theta = theta.detach().requires_grad_()
+            logits = cosine_classifier(theta, query, scale, bias)
+            guess, stats = mlp_with_norm_stats(logits, mlp, norm_stats=norm_stats, running_stats=running_stats)
+            # d logits / d theta, transposed, times the guess of d loss / d logits
+            (step,) = torch.autograd.grad(logits, theta, guess, create_graph=meta_learning)
+        theta = theta - lr * step
+        used.append(stats)
+    logits = cosine_classifier(theta, query, scale, bias)
+    if not return_weights and not return_norm_stats:
+        return logits
+    stats = [torch.stack([s for s in used if s is not None])] if return_norm_stats and used else []
+    if return_norm_stats and not used:
+        stats = [query.new_empty(0, 2, 2, mlp.weight1.shape[0])]
+    return (logits, *([theta] if return_weights else []), *stats)
+
+
+def sib(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    mlp: MLPParameters,
+    **options: Any,
+) -> Any:
+    """The whole episode: class means, then the inner loop. See :func:`kernelmeta.ops.sib`."""
+    theta0 = class_means(support, support_labels, mlp.weight1.shape[1], weight)
+    return sib_inner_loop(theta0, query, scale, bias, mlp, **options)

@@ -1,0 +1,158 @@
+"""What an installation does where something is missing or broken, and what it says about it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not in a source tree")
+needs_tools = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("setuptools", "pybind11", "cmake", "ninja")),
+    reason="setuptools, pybind11, cmake and ninja are not all installed",
+)
+
+
+@pytest.fixture
+def build_backend(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("setuptools")
+    monkeypatch.syspath_prepend(str(ROOT / "build_backend"))
+    monkeypatch.delenv("KERNELMETA_BUILD", raising=False)
+    return importlib.import_module("kernelmeta_build")
+
+
+def without_torch(name: str) -> None:
+    assert name == "torch"
+
+
+def test_torch_is_found_beside_the_interpreter_of_an_isolated_build(
+    build_backend: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build_backend.importlib.util, "find_spec", without_torch)
+    found = build_backend.find_torch()
+    assert found.directory == Path(torch.__file__).parent
+    assert found.version == torch.__version__
+
+
+@pytest.mark.parametrize("hook", ["get_requires_for_build_wheel", "get_requires_for_build_editable"])
+def test_torch_is_a_build_requirement_only_where_there_is_none(
+    build_backend: ModuleType, monkeypatch: pytest.MonkeyPatch, hook: str
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(build_backend, "find_torch", lambda: None)
+    monkeypatch.setattr(build_backend.build_meta, hook, lambda config: ["from-setuptools"])
+    requirements = getattr(build_backend, hook)
+    assert {r.split(">")[0] for r in requirements()} == {
+        "from-setuptools", "cmake", "ninja", "pybind11", "torch"
+    }  # fmt: skip
+    here = build_backend.TorchInstallation("2.13", Path("/"))
+    monkeypatch.setattr(build_backend, "find_torch", lambda: here)
+    assert not any(r.startswith("torch") for r in requirements())
+    monkeypatch.setenv("KERNELMETA_BUILD", "none")
+    assert requirements() == ["from-setuptools"]
+
+
+def test_unknown_choice(build_backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERNELMETA_BUILD", "gpu")
+    with pytest.raises(SystemExit, match="'gpu'; accepted are auto, cpu, cuda, none"):
+        build_backend.build_choice()
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the sources, as `git clone` would give it."""
+    ignore = shutil.ignore_patterns(
+        ".*", "*.so", "__pycache__", "_native", "build", "dist", "tests", "docs", "runs", "*.egg-info"
+    )
+    shutil.copytree(ROOT, tmp_path / "tree", ignore=ignore)
+    (tmp_path / "tree/csrc/tests").mkdir()
+    return tmp_path / "tree"
+
+
+def build(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`setup.py build`, for what must fail or must not compile anything."""
+    environment = {"KERNELMETA_BUILD": "auto", **environment}
+    return subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-lib", "out"],
+        cwd=tree,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@needs_tools
+def test_auto_without_a_compiler_gives_a_package_that_knows_why(tree: Path) -> None:
+    done = build(tree, CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tree / "out/kernelmeta/_native/build.json").read_text())
+    assert report["cpu"] is False
+    assert "no C++ compiler" in report["reason"]
+    assert "no-such-compiler" in report["reason"]
+    assert (tree / "out/kernelmeta/backends.py").is_file()
+    assert not list((tree / "out").rglob("*.so"))
+
+
+@needs_tools
+def test_cpu_without_a_compiler_fails(tree: Path) -> None:
+    done = build(tree, CXX="no-such-compiler", KERNELMETA_BUILD="cpu")
+    assert done.returncode != 0
+    assert "KERNELMETA_BUILD=cpu cannot be built: no C++ compiler" in done.stderr
+
+
+@needs_tools
+@pytest.mark.slow
+def test_a_compile_error_fails_the_install(tree: Path) -> None:
+    if not shutil.which("c++"):
+        pytest.skip("no C++ compiler")
+    (tree / "csrc/cpu/kernels.cpp").write_text("#error broken on purpose\n")
+    done = build(tree)
+    assert done.returncode != 0
+    assert "broken on purpose" in done.stdout + done.stderr
+    assert not (tree / "out/kernelmeta/_native/build.json").exists()
+
+
+@needs_tools
+def test_cuda_is_refused_by_name(tree: Path) -> None:
+    if not shutil.which("c++"):
+        pytest.skip("no C++ compiler")
+    done = build(tree, KERNELMETA_BUILD="cuda")
+    assert done.returncode != 0
+    assert "this version of kernelmeta has no CUDA kernels" in done.stderr
+
+
+@needs_tools
+@pytest.mark.slow
+def test_installed_without_kernels_it_works_and_says_why(tree: Path, tmp_path: Path) -> None:
+    (tree / "build/lib/kernelmeta").mkdir(parents=True)
+    target = tmp_path / "target"
+    environment = {**os.environ, "KERNELMETA_BUILD": "none", "PYTHONPATH": ""}
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--target", str(target), str(tree)], env=environment, check=True)
+    assert not list(target.rglob("*.so"))
+    code = (
+        "import kernelmeta as km; from kernelmeta import info, backends\n"
+        "from kernelmeta.backends import select\n"
+        "print(km.__file__); print(km.backends()['cpu'].reason); print(select('cpu'), select('cpu'))\n"
+        "assert km.backends()['cpu'].reason in info.text()"
+    )
+    environment["PYTHONPATH"] = str(target)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    path, reason, chosen = done.stdout.splitlines()
+    assert Path(path).is_relative_to(target)
+    assert reason == "the install was asked for no kernels (KERNELMETA_BUILD=none)"
+    assert chosen == "reference reference"
+    assert done.stderr.count("RuntimeWarning") == 1
