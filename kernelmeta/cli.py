@@ -1,7 +1,7 @@
 """The command ``kernelmeta``: pretrain, extract, train, evaluate, info.
 
-Every command ends with 0, or with 2 and one line on stderr that says what was wrong with its input, or with 130 after
-Ctrl-C.
+Every command ends with 0, or with 2 and one line on stderr that says what was wrong with its input, or with
+130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _HELP = {
     "weight_decay": "weight decay of the optimizer",
     "validate_every": "episodes between validations, by default a tenth of the run; 0: never",
     "seed": "of everything random",
-    "style": "size, normalisation and augmentation: miniimagenet (80 pixels) or cifar-fs (32); by default as the images are",
+    "style": "size, normalisation, augmentation: miniimagenet (80 pixels) or cifar-fs (32); by the images' size",
     "epochs": "passes over the images",
     "warmup_epochs": "epochs in which the rate rises",
     "milestone": "epoch after which the rate is a tenth",
@@ -74,7 +74,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _settings(parser: argparse.ArgumentParser, config: type[TrainConfig] | type[PretrainConfig]) -> None:
-    """An option for every setting but a positional one; only those that the user gives end up in the namespace."""
+    """An option for every setting but a positional one; only those given end up in the namespace."""
     for field in fields(config):
         if field.name == "data" and config is PretrainConfig:
             continue

@@ -1,8 +1,8 @@
 """Feature banks: the features of a whole data set in one memory-mapped safetensors file.
 
-Format "kernelmeta-bank-1": tensors ``features`` [n, D] (float32, float16 or bfloat16), ``labels`` [n] int64 in
-0..C-1, ``class_split`` [C] uint8 (see `SPLITS`: classes are split, not samples); string metadata ``format``,
-``class_names`` (JSON list of C strings), ``source`` (free text).
+Format "kernelmeta-bank-1": tensors ``features`` [n, D] (float32, float16 or bfloat16), ``labels`` [n] int64
+in 0..C-1, ``class_split`` [C] uint8 (see `SPLITS`: classes are split, not samples); string metadata
+``format``, ``class_names`` (JSON list of C strings), ``source`` (free text).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Few-shot episodes as index tensors.
 
-Episode number e of a seed and split is a pure function of (seed, split, e): it can be drawn again, on any rank,
-after a resume, without drawing those before it. Step t of T tasks holds the episodes t*T .. t*T + T-1.
+Episode number e of a seed and split is a pure function of (seed, split, e): it can be drawn again, on any
+rank, after a resume, without drawing those before it. Step t of T tasks holds the episodes t*T .. t*T + T-1.
 """
 
 from __future__ import annotations
@@ -56,9 +56,10 @@ class EpisodeSampler:
         split: "train", "val" or "test".
         way, shot: N classes an episode, support rows a class.
         query: query rows a class; Q = way * query rows an episode.
-        balance: "even": every class has ``query`` rows. "dirichlet:ALPHA": the classes' shares of the Q rows are
-            drawn from Dirichlet(ALPHA) (Veilleux et al., NeurIPS 2021), rounded, and cut where a class has not that
-            many samples left; what is cut goes to the other classes. A class may have no query row.
+        balance: "even": every class has ``query`` rows. "dirichlet:ALPHA": the classes' shares of the Q
+            rows are
+            drawn from Dirichlet(ALPHA) (Veilleux et al., NeurIPS 2021), rounded, and cut where a class has
+            not that many samples left; what is cut goes to the other classes. A class may have no query row.
         seed: chooses the sequence of episodes.
 
     Raises:
@@ -107,7 +108,8 @@ class EpisodeSampler:
         if left < self.way * self.query:
             raise ValueError(
                 f"query: {self.way} classes of the {split} split may have only {left} samples left for"
-                f" {self.way} x {self.query} query rows (smallest: {names[least]!r}, {self._count[least]} samples)"
+                f" {self.way} x {self.query} query rows (smallest: {names[least]!r},"
+                f" {self._count[least]} samples)"
             )
 
     def draw(self, first: int, n: int) -> Episodes:
@@ -156,7 +158,7 @@ class EpisodeSampler:
     def _choose_samples(self, keys: counter.Words, available: Ints, draws: int) -> Ints:
         """[n, N, draws]: the start of a shuffle of 0..available-1, for every episode and class.
 
-        The scratch permutations are put back as they were, so that the cost does not grow with the classes' sizes.
+        The scratch permutations are put back as they were, so that the cost does not grow with the classes.
         """
         n, N = available.shape
         size = available.reshape(-1)
@@ -181,8 +183,10 @@ class EpisodeSampler:
 
 
 def apportion(shares: counter.Floats, limit: Ints, total: int) -> Ints:
-    """Whole numbers [n, N] close to ``total * shares`` (largest remainder), at most ``limit``, each row summing to
-    ``total``. Every row of ``limit`` must sum to at least ``total``."""
+    """Whole numbers [n, N] close to ``total * shares`` (largest remainder), at most ``limit``.
+
+    Each row sums to ``total``; each row of ``limit`` must sum to at least that.
+    """
     wanted = shares * total
     counts = np.minimum(np.floor(wanted).astype(np.int64), limit)
     while True:

@@ -102,7 +102,8 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: neither format, truncated, or a pickle that holds anything but tensors and plain containers.
+        ValueError: neither format, truncated, or a pickle that holds anything but tensors and plain
+            containers.
     """
     if Path(path).suffix == ".safetensors":
         return dict(read_tensors(path)[0])

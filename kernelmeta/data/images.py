@@ -1,6 +1,7 @@
 """Labelled images: folders as the published few-shot code lays them out, or arrays in memory.
 
-A folder holds ``train/``, ``val/`` and ``test/``, each with one folder of images a class (miniImageNet, CIFAR-FS).
+A folder holds ``train/``, ``val/`` and ``test/``, each with one folder of images a class (miniImageNet,
+CIFAR-FS).
 """
 
 from __future__ import annotations
@@ -99,9 +100,9 @@ class FolderImages:
 
     Args:
         root: the folder. A split without a folder is empty.
-        style: a name of `STYLES`; without, "cifar-fs" if the first image's shorter side is at most 32 pixels, else
-            "miniimagenet". The rest of the name of the published configuration is its normalisation and augmentation:
-            random crop after padding, jitter of brightness, contrast and saturation, horizontal flip.
+        style: a name of `STYLES`; without, "cifar-fs" if the first image's shorter side is at most 32
+            pixels, else "miniimagenet". For training, as published: random crop after padding, jitter of
+            brightness, contrast and saturation, horizontal flip.
 
     Raises:
         ValueError: the folder holds none of the three, or a class folder without an image.

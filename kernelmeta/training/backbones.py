@@ -34,7 +34,8 @@ def load_backbone(
     """A backbone with the weights of a file, and its name.
 
     Args:
-        path: a checkpoint of ``kernelmeta pretrain``, a published checkpoint (a dict with ``netFeat``) or its feature
+        path: a checkpoint of ``kernelmeta pretrain``, a published checkpoint (a dict with ``netFeat``) or
+            its feature
             extractor alone, or a state dict of the backbone.
         name: one of `BACKBONES`; only a checkpoint of ``kernelmeta pretrain`` knows by itself.
 

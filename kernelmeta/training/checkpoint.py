@@ -1,6 +1,7 @@
 """Checkpoints: one safetensors file with all that a run needs to go on bit for bit.
 
-Tensors are named ``<group>.<name>``; everything else is one JSON object in the metadata. The bytes are a function of
+Tensors are named ``<group>.<name>``; everything else is one JSON object in the metadata. The bytes are a
+function of
 the content: no time stamps, no paths of the run folder.
 """
 
@@ -66,7 +67,9 @@ class Checkpoint:
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """The state of an optimizer as named tensors. Its settings are not in it: they belong to the configuration."""
+    """The state of an optimizer as named tensors. Its settings are not in it: they belong to the
+    configuration.
+    """
     tensors = {}
     for index, named in optimizer.state_dict()["state"].items():
         for name, value in named.items():
@@ -74,7 +77,8 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
                 tensors[f"{index}.{name}"] = value
             elif value is not None:
                 raise ValueError(
-                    f"optimizer: {type(optimizer).__name__} keeps {name!r} outside of tensors; its state cannot be saved"
+                    f"optimizer: {type(optimizer).__name__} keeps {name!r} outside of tensors;"
+                    " its state cannot be saved"
                 )
     return tensors
 

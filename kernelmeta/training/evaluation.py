@@ -61,12 +61,13 @@ def interval(values: Tensor) -> tuple[float, float]:
 def evaluate(
     head: nn.SIB, features: Tensor, sampler: EpisodeSampler, episodes: int, *, progress: bool = False
 ) -> dict[str, Any]:
-    """A trained learner beside prototypes and soft k-means, and its accuracy after every number of steps up to K.
+    """A trained learner beside prototypes and soft k-means, and its accuracy after every number of steps up
+    to K.
 
     Returns:
         In percent: ``accuracy, ci95``; ``baselines: {prototypes, soft_kmeans: {accuracy, ci95, difference,
-        difference_ci95}}`` (learner minus baseline, paired by episode); ``accuracy_over_steps``, a list of ``{steps,
-        accuracy, ci95}``; also ``episodes, way, shot, query, steps, seconds, backend``.
+        difference_ci95}}`` (learner minus baseline, paired by episode); ``accuracy_over_steps``, a list of
+        ``{steps, accuracy, ci95}``; also ``episodes, way, shot, query, steps, seconds, backend``.
 
     Raises:
         ValueError: fewer than two episodes: there is no interval.

@@ -19,7 +19,8 @@ def load_learner(path: str | os.PathLike[str]) -> tuple[nn.SIB, dict[str, Any]]:
     """A trained learner, and the settings of its training as far as the file tells them.
 
     Args:
-        path: a run folder, its checkpoint, or a published checkpoint (a dict with keys netFeat, SIB, lr, nbStep).
+        path: a run folder, its checkpoint, or a published checkpoint (a dict with keys netFeat, SIB, lr,
+            nbStep).
 
     Raises:
         OSError: there is no such file, or it cannot be read.

@@ -44,7 +44,9 @@ def training_plot(
 
 
 def steps_plot(path: str | os.PathLike[str], results: dict[str, Any]) -> None:
-    """Accuracy over the number of inner steps, beside the baselines; from what `evaluate` returns. Raises OSError."""
+    """Accuracy over the number of inner steps, beside the baselines; from what `evaluate` returns. Raises
+    OSError.
+    """
     figure, (axes,) = _axes(1)
     curve = results["accuracy_over_steps"]
     axes.errorbar(

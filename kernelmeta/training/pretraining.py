@@ -1,4 +1,6 @@
-"""Training a backbone as a plain classifier of its classes, as Hu et al. (ICLR 2020) do before meta-training."""
+"""Training a backbone as a plain classifier of its classes, as Hu et al. (ICLR 2020) do before
+meta-training.
+"""
 
 from __future__ import annotations
 
@@ -76,8 +78,8 @@ class PretrainConfig:
 
 
 class Pretrainer:
-    """A backbone and a cosine classifier, trained on the classes kept for the backbone, or, where there are none, on
-    the meta-training classes (as published); its state is a checkpoint after every epoch.
+    """A backbone and a cosine classifier, trained on the classes kept for the backbone, or, where there are
+    none, on the meta-training classes (as published); its state is a checkpoint after every epoch.
 
     Raises:
         ValueError: there are too few images.
@@ -148,7 +150,8 @@ class Pretrainer:
             raise ValueError(f"the checkpoint does not fit the run: {str(error).splitlines()[0]}") from None
 
     def run(self, out: Path, *, report: Report | None = None, progress: bool = False) -> None:
-        """Train to the end; a checkpoint in ``out`` after every epoch, so that any interruption costs one at most.
+        """Train to the end; a checkpoint in ``out`` after every epoch, so that any interruption costs one
+        at most.
 
         Raises:
             OSError: a checkpoint could not be written.

@@ -21,7 +21,8 @@ def prepare(out: Path, command: str, given: dict[str, Any], resume: bool) -> tup
     """Settings of the run in ``out``, and whether it has a checkpoint to go on from.
 
     Args:
-        given: what the user set. When resuming, a setting that the run has otherwise is an error; ``episodes`` and
+        given: what the user set. When resuming, a setting that the run has otherwise is an error;
+            ``episodes`` and
             ``epochs`` may differ, to train longer.
 
     Raises:
@@ -55,7 +56,9 @@ def write_config(out: Path, command: str, settings: dict[str, Any]) -> None:
 
 @contextmanager
 def scalars(out: Path, from_step: int) -> Iterator[Callable[[str, float, int], None]]:
-    """A function (name, value, step) that writes TensorBoard scalars; what lies beyond ``from_step`` is superseded."""
+    """A function (name, value, step) that writes TensorBoard scalars; what lies beyond ``from_step`` is
+    superseded.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(out), purge_step=from_step or None)

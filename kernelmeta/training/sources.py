@@ -56,8 +56,8 @@ def open_bank(
     if weights is None:
         if data != "glyphs":
             raise ValueError(
-                f"{data} is a folder of images: give --weights FILE of a backbone ('kernelmeta pretrain' trains one),"
-                " or a bank that 'kernelmeta extract' wrote"
+                f"{data} is a folder of images: give the --weights of a backbone ('kernelmeta pretrain'"
+                " trains one), or a bank that 'kernelmeta extract' wrote"
             )
         return _pixels()
     images = open_images(data, style)

@@ -23,8 +23,8 @@ from kernelmeta.training.distributed import Ranks
 from kernelmeta.training.evaluation import episode_accuracies, interval
 
 CHECKPOINT = "checkpoint.safetensors"
-# Steps are run in blocks: drawn at once, looked at once. A function of the configuration alone, so that a resumed
-# run cuts its blocks where an uninterrupted one does.
+# Steps are run in blocks: drawn at once, looked at once. A function of the configuration alone, so that a
+# resumed run cuts its blocks where an uninterrupted one does.
 BLOCK_STEPS, BLOCK_EPISODES = 128, 1024
 CHECKPOINT_SECONDS = 5.0
 VALIDATION_EPISODES = 400
@@ -128,7 +128,8 @@ class Trainer:
             raise ValueError(f"the checkpoint does not fit the run: {str(error).splitlines()[0]}") from None
 
     def run(self, out: Path, *, report: Report | None = None, progress: bool = False) -> bool:
-        """Train from where it stands to the end, with checkpoints in ``out`` every few seconds and at the end.
+        """Train from where it stands to the end, with checkpoints in ``out`` every few seconds and at the
+        end.
 
         Returns:
             False if Ctrl-C or SIGTERM ended it early; the checkpoint holds where.
@@ -220,7 +221,9 @@ class Trainer:
         return float(values[0]), float(values[1])
 
     def _validate_now(self, n: int) -> bool:
-        """Whether the ``n`` steps done last passed a multiple of ``validate_every`` (default: a tenth of the run)."""
+        """Whether the ``n`` steps done last passed a multiple of ``validate_every`` (default: a tenth of
+        the run).
+        """
         if self.validation is None:
             return False
         every = self.config.validate_every or max(1, self.config.episodes // 10)
