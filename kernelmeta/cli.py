@@ -58,7 +58,7 @@ _HELP = {
     "weight_decay": "weight decay of the optimizer",
     "validate_every": "episodes between validations, by default a tenth of the run; 0: never",
     "seed": "of everything random",
-    "style": "size, normalisation, augmentation: miniimagenet (80 pixels) or cifar-fs (32); by the images' size",
+    "style": "size, normalisation, augmentation: miniimagenet (80 pixels) or cifar-fs (32); else by size",
     "epochs": "passes over the images",
     "warmup_epochs": "epochs in which the rate rises",
     "milestone": "epoch after which the rate is a tenth",

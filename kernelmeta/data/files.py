@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,7 +111,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
     with open(path, "rb"):
         pass
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol; the error says enough
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a foreign file
         raise ValueError(
             f"{path}: neither safetensors nor a checkpoint of tensors alone ({_one_line(error)})"

@@ -202,7 +202,7 @@ class Trainer:
         weight: float,
     ) -> Tensor:
         """One step of the optimizer; returns the logits [T, Q, N]."""
-        logits = self.head(self.features[support_index], support_labels, self.features[query_index])
+        logits = self.head(self._rows(support_index), support_labels, self._rows(query_index))
         for parameter in self.parameters:
             parameter.grad = None
         # The gradient of the mean cross entropy, by hand: a third of the time of its two ops.
@@ -212,6 +212,9 @@ class Trainer:
             self.ranks.average([p.grad for p in self.parameters if p.grad is not None] + buffers)
         self.optimizer.step()
         return logits.detach()
+
+    def _rows(self, index: Tensor) -> Tensor:
+        return self.features.index_select(0, index.reshape(-1)).view(*index.shape, -1)
 
     def _measure(self, logits: Tensor, answers: Tensor) -> tuple[float, float]:
         loss = F.cross_entropy(logits.flatten(0, -2).float(), answers.flatten())
@@ -254,8 +257,8 @@ def _interruptions() -> Iterator[Callable[[], bool]]:
 
     previous: dict[int, Any] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            previous[wanted] = signal.signal(wanted, note)
     except ValueError:  # not the main thread: signals are somebody else's
         pass
     try:
