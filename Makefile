@@ -12,7 +12,7 @@ else
 endif
 BIN := $(VENV)/bin
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-HAS_COMPILER := $(shell command -v $(firstword $(CXX)) 2>/dev/null)
+HAS_COMPILER := $(shell command -v $(firstword $(CXX)) || command -v c++ || command -v clang++)
 
 .PHONY: help install test lint cpp-test py-test format demo bench clean
 
@@ -30,7 +30,7 @@ install: $(BIN)/python
 	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' \
 	  || (echo "installing $(TORCH)" && $(BIN)/python -m pip install -q "$(TORCH)")
 	@echo "installing the build tools"
-	@$(BIN)/python -m pip install -q 'setuptools>=77' wheel 'cmake>=3.20' ninja 'pybind11>=2.12'
+	@$(BIN)/python -m pip install -q 'setuptools>=77' wheel 'cmake>=3.21' ninja 'pybind11>=2.12'
 	@echo "compiling and installing kernelmeta"
 	@$(BIN)/python -m pip install -q --no-build-isolation -e '.[test]'
 
@@ -45,7 +45,7 @@ lint:
 
 ifeq ($(HAS_COMPILER),)
 cpp-test:
-	@echo "SKIPPED: C++ tests (no C++ compiler: $(CXX) was not found)"
+	@echo "SKIPPED: C++ tests (no C++ compiler was found)"
 else
 cpp-test:
 	$(BIN)/cmake -S . -B build/cpp-tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \

@@ -42,7 +42,8 @@ def missing_for_a_build(torch: TorchInstallation | None) -> str | None:
 
 def tool(name: str) -> str:
     """Path of a build tool: the one beside this environment's packages, else the one on PATH."""
-    path = shutil.which(name)
+    scripts = sysconfig.get_path("scripts")  # not on PATH where the environment is not activated
+    path = shutil.which(name, path=os.pathsep.join([scripts, os.environ.get("PATH", os.defpath)]))
     if path is None:
         raise SystemExit(
             f"kernelmeta: '{name}' is needed to compile the kernels and was not found. Install it"
@@ -68,7 +69,7 @@ class BuildNative(build_ext):
         package_root = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
         native = package_root / NATIVE
         shutil.rmtree(native, ignore_errors=True)
-        for old in (package_root / "kernelmeta").glob("_C.*"):
+        for old in (package_root / "kernelmeta").glob("_C.*.so"):
             old.unlink()
         native.mkdir(parents=True)
 
@@ -115,7 +116,7 @@ class BuildNative(build_ext):
             import pybind11
 
             options["pybind11_DIR"] = pybind11.get_cmake_dir()
-        configure = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja"]
+        configure: list[str | Path] = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja"]
         self.call([*configure, *(f"-D{name}={value}" for name, value in options.items())])
         self.call([cmake, "--build", build, "--target", "install"])
 

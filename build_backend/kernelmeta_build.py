@@ -61,7 +61,7 @@ def find_torch() -> TorchInstallation | None:
 def _native_requirements() -> list[str]:
     if build_choice() == "none":
         return []
-    return ["cmake>=3.20", "ninja", "pybind11>=2.12"] + ([] if find_torch() else ["torch>=2.10"])
+    return ["cmake>=3.21", "ninja", "pybind11>=2.12"] + ([] if find_torch() else ["torch>=2.10"])
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from kernelmeta import ops, reference
 from kernelmeta.backends import backends, use_backend
 from kernelmeta.version import __version__
 
@@ -14,7 +15,7 @@ __all__ = ["__version__", "backends", "data", "nn", "ops", "reference", "use_bac
 
 
 def __getattr__(name: str) -> object:
-    if name in ("data", "nn", "ops", "reference"):
+    if name in ("data", "nn"):
         import importlib
 
         return importlib.import_module(f"kernelmeta.{name}")

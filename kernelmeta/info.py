@@ -20,8 +20,7 @@ def _build_info() -> dict[str, Any]:
         from kernelmeta._C import build_info
     except ImportError as error:
         return {"unknown": f"the module that describes the build is not there ({error})"}
-    info: dict[str, Any] = build_info()
-    return info
+    return build_info()
 
 
 def _version(package: str) -> str:

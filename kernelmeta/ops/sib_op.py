@@ -279,7 +279,7 @@ def sib(
         T, Q = query.shape[:2]
         S = support.shape[1]
         if support.shape[0] != T:
-            raise ValueError(f"support: expected {T} tasks as in query, got {shape_text(support)}")
+            raise ValueError(f"support: expected {T} tasks as in query, got {_checks.shape_text(support)}")
     D = query.shape[-1]
     if support.shape[-1] != D:
         raise ValueError(f"support: expected {D} features as in query, got {_checks.shape_text(support)}")

@@ -1,0 +1,4 @@
+from typing import Any
+
+def build_info() -> dict[str, Any]:
+    """Compiler, flags, instruction sets, CUDA architectures, build type and versions."""

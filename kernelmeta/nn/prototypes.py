@@ -1,0 +1,42 @@
+"""Prototypes: the inductive baseline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernelmeta import ops
+from kernelmeta.reference.sib import cosine_classifier
+
+
+class Prototypes(nn.Module):
+    """Cosine similarity to weighted class means (Snell et al. 2017, with cosines): SIB before its first step.
+
+    Args:
+        n_way: N.
+        n_features: D.
+
+    Parameters: ``weight`` [D], ``scale`` [1], ``bias`` [1].
+    """
+
+    def __init__(self, n_way: int, n_features: int) -> None:
+        super().__init__()
+        if n_way < 1 or n_features < 1:
+            raise ValueError(f"n_way and n_features: expected at least 1, got {n_way} and {n_features}")
+        self.n_way, self.n_features = n_way, n_features
+        self.weight = nn.Parameter(torch.ones(n_features))
+        self.scale = nn.Parameter(torch.full((1,), 10.0))
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(
+        self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False
+    ) -> Any:
+        """[T, S, D], [T, S] int64, [T, Q, D] -> logits [T, Q, N] (with ``return_weights`` theta [T, N, D] too)."""
+        theta = ops.class_means(support, support_labels, self.n_way, self.weight)
+        logits = cosine_classifier(theta, query, self.scale, self.bias)
+        return (logits, theta) if return_weights else logits
+
+    def extra_repr(self) -> str:
+        return f"n_way={self.n_way}, n_features={self.n_features}"

@@ -1,0 +1,169 @@
+"""SIB as a module (Hu et al., "Empirical Bayes Transductive Meta-Learning with Synthetic Gradients", ICLR 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernelmeta import ops
+from kernelmeta.nn import xfer
+from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
+
+# The published names of what SyntheticGradientMLP calls weight1, bias1, ...
+_XFER_MLP = {
+    "weight1": "dni.layer1.0.weight",
+    "bias1": "dni.layer1.0.bias",
+    "gain1": "dni.layer1.2.weight",
+    "shift1": "dni.layer1.2.bias",
+    "weight2": "dni.layer2.0.weight",
+    "bias2": "dni.layer2.0.bias",
+    "gain2": "dni.layer2.2.weight",
+    "shift2": "dni.layer2.2.bias",
+    "weight3": "dni.layer3.weight",
+    "bias3": "dni.layer3.bias",
+}
+_XFER_STATS = [f"dni.layer{i}.2.running_{kind}" for i in (1, 2) for kind in ("mean", "var")]
+
+
+class SIB(nn.Module):
+    """Proposes a cosine classifier from the support set and refines it on the unlabelled query rows.
+
+    Args:
+        n_way: N, the classes of a task.
+        n_features: D.
+        steps: K, synthetic-gradient steps.
+        inner_lr: their learning rate.
+        hidden: hidden units of the MLP; 8 N, as published, if None.
+        norm_stats: whose statistics the MLP's BatchNorm uses, in training and in evaluation: "task" (each task its
+            own), "batch" (all tasks of a call together, as the published code with several tasks; not fused),
+            "running" (the running statistics, the published module in ``eval()``).
+        reduction: "sum" of the synthetic gradient over the query rows, as published, or "mean".
+        momentum: of the running statistics, which are updated in training mode once a step, and which only
+            ``norm_stats="running"`` reads. With several tasks and "task" statistics they follow the tasks' average.
+
+    Parameters: ``weight`` [D], ``scale`` [1], ``bias`` [1] and those of ``mlp``.
+    """
+
+    def __init__(
+        self,
+        n_way: int,
+        n_features: int,
+        steps: int = 3,
+        inner_lr: float = 1e-3,
+        hidden: int | None = None,
+        norm_stats: str = "task",
+        *,
+        reduction: str = "sum",
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if n_features < 1:
+            raise ValueError(f"n_features: expected at least 1, got {n_features}")
+        if steps < 0:
+            raise ValueError(f"steps: expected 0 or more, got {steps}")
+        if norm_stats not in ("task", "batch", "running"):
+            raise ValueError(f"norm_stats: expected one of task, batch, running, got {norm_stats!r}")
+        if reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction: expected one of sum, mean, got {reduction!r}")
+        self.n_way, self.n_features, self.steps, self.inner_lr = n_way, n_features, steps, inner_lr
+        self.norm_stats, self.reduction, self.momentum = norm_stats, reduction, momentum
+        self.weight = nn.Parameter(torch.ones(n_features))
+        self.scale = nn.Parameter(torch.full((1,), 10.0))
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats)
+
+    def forward(
+        self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False
+    ) -> Any:
+        """Classify the query rows of T tasks.
+
+        Args:
+            support: [T, S, D]; every class needs at least one row, counts may differ.
+            support_labels: [T, S] int64 in 0..N-1.
+            query: [T, Q, D].
+            return_weights: return theta_K too.
+
+        Returns:
+            Logits [T, Q, N]; with ``return_weights`` a tuple of them and theta_K [T, N, D].
+
+        Raises:
+            ValueError, TypeError: as :func:`kernelmeta.ops.sib`.
+        """
+        return self._adapt(support, support_labels, query, return_weights, None, None)
+
+    def from_bank(
+        self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor
+    ) -> Tensor:
+        """The logits [T, Q, N] for rows of a feature bank [n, D], read where they lie: [T, S] and [T, Q] int64."""
+        logits: Tensor = self._adapt(bank, support_labels, bank, False, support_index, query_index)
+        return logits
+
+    def _adapt(
+        self,
+        support: Tensor,
+        labels: Tensor,
+        query: Tensor,
+        return_weights: bool,
+        support_index: Tensor | None,
+        query_index: Tensor | None,
+    ) -> Any:
+        mlp = self.mlp
+        track = self.training and self.norm_stats != "running" and self.steps > 0 and labels.shape[0] > 0
+        results = ops.sib(
+            support,
+            labels,
+            query,
+            self.weight,
+            self.scale,
+            self.bias,
+            mlp.tensors(),
+            steps=self.steps,
+            inner_lr=self.inner_lr,
+            reduction=self.reduction,
+            norm_stats=self.norm_stats,
+            running_stats=mlp.running_stats,
+            return_weights=return_weights,
+            return_norm_stats=track,
+            support_index=support_index,
+            query_index=query_index,
+        )
+        if not track:
+            return results
+        *results, stats = results
+        self._update_running_stats(stats)
+        return tuple(results) if return_weights else results[0]
+
+    @torch.no_grad()
+    def _update_running_stats(self, stats: Tensor) -> None:
+        """One exponential update a step, all steps at once: [K, 2, 2, H]."""
+        keep, K = 1 - self.momentum, self.steps
+        shares = stats.new_tensor([self.momentum * keep ** (K - 1 - k) for k in range(K)])
+        running = self.mlp.running_stats
+        running.view(-1).addmv_(stats.view(K, -1).t().to(running.dtype), shares.to(running.dtype), beta=keep**K)
+
+    @staticmethod
+    def from_xfer(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A published checkpoint, or its ``SIB`` state_dict, as a state_dict of this module.
+
+        Raises:
+            ValueError: a key is missing or unknown, named.
+        """
+        names = ["wnLayerFavg.weight", "scale_cls", "bias", *_XFER_MLP.values(), *_XFER_STATS]
+        found = xfer.take(xfer.part(checkpoint, "SIB"), names, "SIB checkpoint")
+        stats = torch.stack([found[name] for name in _XFER_STATS])
+        return {
+            "weight": found["wnLayerFavg.weight"],
+            "scale": found["scale_cls"],
+            "bias": found["bias"],
+            **{f"mlp.{ours}": found[theirs] for ours, theirs in _XFER_MLP.items()},
+            "mlp.running_stats": stats.view(2, 2, -1),
+        }
+
+    def extra_repr(self) -> str:
+        return (
+            f"n_way={self.n_way}, n_features={self.n_features}, steps={self.steps}, inner_lr={self.inner_lr}, "
+            f"norm_stats={self.norm_stats!r}, reduction={self.reduction!r}"
+        )

@@ -1,0 +1,47 @@
+"""Soft k-means: the transductive baseline that a learned gradient must beat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize, one_hot
+
+from kernelmeta import ops
+from kernelmeta.reference.sib import cosine_classifier
+
+
+class SoftKMeans(nn.Module):
+    """Prototypes refined by soft assignment of the query rows (Ren et al. 2018, eq. 5, with cosines). Nothing is learned.
+
+    Args:
+        n_way: N.
+        n_features: D.
+        steps: refinements; 0 gives plain prototypes.
+        scale: of the cosines, in the assignment and in the logits.
+    """
+
+    def __init__(self, n_way: int, n_features: int, steps: int = 10, scale: float = 10.0) -> None:
+        super().__init__()
+        if n_way < 1 or n_features < 1 or steps < 0:
+            raise ValueError(f"n_way, n_features, steps: expected 1, 1, 0 or more, got {n_way}, {n_features}, {steps}")
+        self.n_way, self.n_features, self.steps, self.scale = n_way, n_features, steps, scale
+
+    def forward(
+        self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False
+    ) -> Any:
+        """[T, S, D], [T, S] int64, [T, Q, D] -> logits [T, Q, N] (with ``return_weights`` theta [T, N, D] too)."""
+        theta = ops.class_means(support, support_labels, self.n_way)
+        rows = normalize(query, dim=-1, eps=1e-12)
+        counts = one_hot(support_labels, self.n_way).sum(-2).to(theta.dtype).unsqueeze(-1)  # [T, N, 1]
+        sums = theta * counts
+        scale, bias = theta.new_tensor(self.scale), theta.new_tensor(0.0)
+        for _ in range(self.steps):
+            shares = torch.softmax(cosine_classifier(theta, query, scale, bias), -1).transpose(-1, -2)  # [T, N, Q]
+            theta = (sums + shares @ rows) / (counts + shares.sum(-1, keepdim=True))
+        logits = cosine_classifier(theta, query, scale, bias)
+        return (logits, theta) if return_weights else logits
+
+    def extra_repr(self) -> str:
+        return f"n_way={self.n_way}, n_features={self.n_features}, steps={self.steps}, scale={self.scale}"

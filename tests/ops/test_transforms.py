@@ -1,0 +1,242 @@
+"""Every op under what PyTorch does to functions: autograd, torch.func, torch.compile, autocast, opcheck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from episodes import assert_close, draw, draw_mlp
+from torch import Tensor
+
+import kernelmeta as km
+from kernelmeta.reference import MLPParameters
+
+LABELS = torch.tensor([[0, 1, 2, 0, 1, 2, 1], [2, 1, 0, 0, 0, 0, 2]])
+EPISODE = draw(T=2, S=7, Q=9, N=3, D=10, H=6)._replace(labels=LABELS)
+
+
+class Case(NamedTuple):
+    """An op as a function of tensors that get gradients, the raw op behind it, and example arguments."""
+
+    function: Callable[..., Tensor]
+    arguments: tuple[Tensor, ...]
+    raw: Callable[..., Any]
+    raw_arguments: tuple[Any, ...]
+
+
+def sib(support: Tensor, query: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *mlp: Tensor) -> Tensor:
+    labels = LABELS[: support.shape[0]]
+    return km.ops.sib(
+        support, labels, query, weight, scale, bias, MLPParameters(*mlp), steps=2, inner_lr=0.05
+    )
+
+
+def sib_inner_loop(theta0: Tensor, query: Tensor, scale: Tensor, bias: Tensor, *mlp: Tensor) -> Tensor:
+    z, theta = km.ops.sib_inner_loop(
+        theta0, query, scale, bias, MLPParameters(*mlp), steps=2, inner_lr=0.05, return_weights=True
+    )
+    return z.square().sum((-1, -2)) + theta.square().sum((-1, -2))
+
+
+def mlp(logits: Tensor, *parameters: Tensor) -> Tensor:
+    return km.ops.synthetic_gradient_mlp(logits, MLPParameters(*parameters))
+
+
+def class_means(support: Tensor, weight: Tensor) -> Tensor:
+    return km.ops.class_means(support, LABELS[: support.shape[0]], 3, weight)
+
+
+def cases() -> dict[str, Case]:
+    support, _, query, weight, scale, bias, parameters = EPISODE
+    theta0 = torch.randn(2, 3, 10, dtype=torch.float64)
+    logits = torch.randn(2, 9, 3, dtype=torch.float64)
+    raw = torch.ops.kernelmeta
+    return {
+        "sib": Case(
+            sib,
+            tuple(EPISODE.leaves()),
+            raw.sib.default,
+            (query, None, support, None, LABELS, weight, scale, bias, *parameters, None, 2, 0.05, True, True, True),
+        ),
+        "sib_inner_loop": Case(
+            sib_inner_loop,
+            (theta0, query, scale, bias, *parameters),
+            raw.sib.default,
+            (query, None, theta0, None, None, None, scale, bias, *parameters, None, 2, 0.05, False, False, True),
+        ),
+        "synthetic_gradient_mlp": Case(
+            mlp, (logits, *parameters), raw.synthetic_gradient_mlp.default, (logits, *parameters, None)
+        ),
+        "class_means": Case(class_means, (support, weight), raw.class_means.default, (support, LABELS, 3, weight)),
+    }
+
+
+@pytest.fixture(params=["sib", "sib_inner_loop", "synthetic_gradient_mlp", "class_means"])
+def case(request: pytest.FixtureRequest) -> Case:
+    torch.manual_seed(0)
+    return cases()[request.param]
+
+
+def leaves(tensors: Any) -> tuple[Any, ...]:
+    return tuple(
+        t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
+    )
+
+
+def test_gradcheck(case: Case) -> None:
+    assert torch.autograd.gradcheck(case.function, leaves(case.arguments))
+
+
+def test_gradcheck_of_the_reference(case: Case) -> None:
+    with km.use_backend("reference"):
+        assert torch.autograd.gradcheck(case.function, leaves(case.arguments))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_opcheck(case: Case, layout: str) -> None:
+    arguments = list(leaves(case.raw_arguments))
+    if layout == "transposed":
+        arguments[0] = arguments[0].detach().mT.contiguous().mT.requires_grad_()
+    torch.library.opcheck(case.raw, tuple(arguments))
+
+
+def scalar(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *a: function(*a).square().sum()
+
+
+def eager_gradient(case: Case) -> tuple[Tensor, ...]:
+    arguments = leaves(case.arguments)
+    return torch.autograd.grad(scalar(case.function)(*arguments), arguments)
+
+
+def test_raw_op_has_the_same_gradient() -> None:
+    _, _, raw, raw_arguments = cases()["sib"]
+    arguments = leaves(raw_arguments)
+    inputs = [arguments[2], arguments[0], *arguments[5:18]]
+    got = torch.autograd.grad(raw(*arguments)[0].square().sum(), inputs)
+    assert_close(got, eager_gradient(cases()["sib"]), 1e-12)
+
+
+def test_compile(case: Case) -> None:
+    compiled = torch.compile(case.function, fullgraph=True, backend="aot_eager")
+    arguments = leaves(case.arguments)
+    result = compiled(*arguments)
+    assert_close([result], [case.function(*arguments)], 1e-13)
+    assert_close(torch.autograd.grad(result.square().sum(), arguments), eager_gradient(case), 1e-12)
+
+
+def test_compile_with_the_default_compiler() -> None:
+    case = cases()["sib"]
+    compiled = torch.compile(scalar(case.function), fullgraph=True)
+    arguments = leaves(case.arguments)
+    assert_close(torch.autograd.grad(compiled(*arguments), arguments), eager_gradient(case), 1e-11)
+
+
+def test_compile_for_any_number_of_tasks() -> None:
+    function = torch.compile(
+        lambda x: km.ops.synthetic_gradient_mlp(x, EPISODE.mlp), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for T, Q in ((2, 5), (3, 7), (4, 16)):
+        x = torch.randn(T, Q, 3, dtype=torch.float64)
+        assert_close([function(x)], [km.ops.synthetic_gradient_mlp(x, EPISODE.mlp)], 1e-13)
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_func_grad(case: Case, how: str) -> None:
+    gradient = torch.func.grad(scalar(case.function), argnums=tuple(range(len(case.arguments))))
+    if how == "compiled":
+        gradient = torch.compile(gradient, fullgraph=True, backend="aot_eager")
+    assert_close(gradient(*case.arguments), eager_gradient(case), 1e-9)
+
+
+def batched(case: Case) -> Tensor:
+    return torch.stack([case.arguments[0] * factor for factor in (1.0, 0.7, -1.3)])
+
+
+@pytest.mark.parametrize("in_dim", [0, 2])
+def test_vmap(case: Case, in_dim: int) -> None:
+    def function(x: Tensor) -> Tensor:
+        return case.function(x, *case.arguments[1:])
+
+    xs = batched(case)
+    got = torch.func.vmap(function, in_dims=in_dim)(xs.movedim(0, in_dim))
+    assert_close([got], [torch.stack([function(x) for x in xs])], 1e-13)
+
+
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_vmap_of_grad(case: Case, how: str) -> None:
+    """Gradients for a parameter, one for each entry of the batch."""
+    last = len(case.arguments) - 1
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.func.grad(scalar(case.function), argnums=last)(x, *case.arguments[1:])
+
+    function = torch.func.vmap(gradient)
+    if how == "compiled":
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    xs = batched(case)
+    assert_close([function(xs)], [torch.stack([gradient(x) for x in xs])], 1e-9)
+
+
+def test_jacrev() -> None:
+    logits = torch.randn(4, 3, dtype=torch.float64)
+    parameters = draw_mlp(3, 5, torch.float64, torch.Generator().manual_seed(0))
+    got = torch.func.jacrev(lambda z: km.ops.synthetic_gradient_mlp(z, parameters))(logits)
+    want = torch.func.jacrev(lambda z: km.reference.synthetic_gradient_mlp(z, parameters))(logits)
+    assert_close([got], [want], 1e-11)
+
+
+@pytest.mark.parametrize("call", ["function", "raw"])
+def test_a_second_derivative_is_an_error(case: Case, call: str) -> None:
+    """Even of a ``.sum()``, whose gradient does not require one."""
+    arguments = leaves(case.arguments if call == "function" else case.raw_arguments)
+    result = (case.function if call == "function" else case.raw)(*arguments)
+    result = result[0] if isinstance(result, tuple) else result
+    inputs = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    grads = torch.autograd.grad(result.sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(sum(g.sum() for g in grads), inputs, allow_unused=True)
+
+
+def test_a_second_derivative_through_func_is_an_error(case: Case) -> None:
+    function = torch.func.grad(
+        lambda x: torch.func.grad(lambda y: case.function(y, *case.arguments[1:]).sum())(x).sum()
+    )
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        function(case.arguments[0])
+
+
+def test_the_reference_has_a_second_derivative() -> None:
+    case = cases()["sib"]
+    arguments = leaves(case.arguments)
+    with km.use_backend("reference"):
+        grads = torch.autograd.grad(case.function(*arguments).square().sum(), arguments, create_graph=True)
+        second = torch.autograd.grad(sum(g.sum() for g in grads), arguments)
+    assert all(torch.isfinite(g).all() for g in second)
+    assert max(float(g.abs().max()) for g in second) > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_float32(case: Case, dtype: torch.dtype) -> None:
+    low = [a.to(dtype) if i == 0 else a.float() for i, a in enumerate(case.arguments)]
+    arguments = leaves(low)
+    with torch.autocast("cpu", dtype):
+        result = case.function(*arguments)
+    assert result.dtype is torch.float32
+    grads = torch.autograd.grad(result.sum(), arguments)
+    assert [g.dtype for g in grads] == [a.dtype for a in low]
+    with torch.autocast("cpu", dtype):
+        assert case.function(*(a.to(dtype) for a in case.arguments)).dtype is torch.float32
+        raw = case.raw(*(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in case.raw_arguments))
+    assert (raw[0] if isinstance(raw, tuple) else raw).dtype is torch.float32
+
+
+def test_modified_inputs_are_noticed() -> None:
+    arguments = leaves(cases()["sib"].arguments)
+    query = arguments[1] * 1
+    result = sib(arguments[0], query, *arguments[2:])
+    query.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
