@@ -276,9 +276,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         trained.get("weights") if same else args.weights,
         trained.get("backbone") if same else args.backbone,
     )
-    if bank.n_features != len(head.weight):
+    if bank.n_features != head.n_features:
         raise ValueError(
-            f"--data: the learner takes {len(head.weight)} features, {data} has {bank.n_features}"
+            f"--data: the learner takes {head.n_features} features, {data} has {bank.n_features}"
         )
     balance = args.query_balance or trained.get("query_balance", "even")
     sampler = EpisodeSampler(

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 from kernelmeta import nn
 from kernelmeta.data.files import read_weights
 from kernelmeta.training.checkpoint import Checkpoint
 
+Backbone = nn.Conv4 | nn.WideResNet
 BACKBONES = ("conv4", "conv4_128", "wrn28_10")
 
 
-def make_backbone(name: str, channels: int, size: int) -> torch.nn.Module:
+def make_backbone(name: str, channels: int, size: int) -> Backbone:
     """A backbone for images [channels, size, size], untrained.
 
     Raises:
@@ -22,15 +21,13 @@ def make_backbone(name: str, channels: int, size: int) -> torch.nn.Module:
     if name in ("conv4", "conv4_128"):
         return nn.Conv4(channels=128 if name == "conv4_128" else 64, in_channels=channels)
     if name == "wrn28_10":
-        if channels != 3:
-            raise ValueError(f"backbone: wrn28_10 takes colour images, got {channels} channel")
-        return nn.WideResNet(image_size=size)
+        return nn.WideResNet(first_stride=1 if size <= 32 else 2, in_channels=channels)
     raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
 
 
 def load_backbone(
     path: str | os.PathLike[str], name: str | None, channels: int, size: int
-) -> tuple[torch.nn.Module, str]:
+) -> tuple[Backbone, str]:
     """A backbone with the weights of a file, and its name.
 
     Args:
@@ -53,11 +50,12 @@ def load_backbone(
     elif name is None:
         raise ValueError(f"{path}: which backbone are these weights of? Give one of {', '.join(BACKBONES)}")
     backbone = make_backbone(name, channels, size)
-    if "netFeat" in weights:
-        weights = weights["netFeat"]
+    published = "netFeat" in weights or any(key.startswith(("conv_blocks.", "bn1.")) for key in weights)
     try:
-        if any(key.startswith(("conv_blocks.", "block1.layer.")) for key in weights):
-            weights = type(backbone).from_xfer(weights)  # type: ignore[attr-defined]
+        if published and isinstance(backbone, nn.Conv4):
+            weights = nn.Conv4.from_xfer(weights, backbone.channels)
+        elif published:
+            weights = nn.WideResNet.from_xfer(weights)
         backbone.load_state_dict(weights)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

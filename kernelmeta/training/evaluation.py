@@ -75,9 +75,10 @@ def evaluate(
     if episodes < 2:
         raise ValueError(f"episodes: expected at least 2, got {episodes}")
     began = time.perf_counter()
+    D = features.shape[1]
     learners: dict[str, Learner] = {
-        "prototypes": nn.Prototypes(sampler.way),
-        "soft_kmeans": nn.SoftKMeans(sampler.way),
+        "prototypes": nn.Prototypes(sampler.way, D).to(features.device),
+        "soft_kmeans": nn.SoftKMeans(sampler.way, D),
     }
     for steps in range(head.steps + 1):
         learners[f"steps {steps}"] = _after(head, steps)

@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kernelmeta import nn
 from kernelmeta.data.files import read_weights
 from kernelmeta.training.checkpoint import Checkpoint
@@ -61,12 +59,6 @@ def _published(file: Path) -> tuple[nn.SIB, dict[str, Any]]:
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: no published checkpoint ({_first_line(error)})") from None
     return head.eval(), {"way": way, "steps": steps, "inner_lr": inner_lr, "hidden": hidden}
-
-
-def n_features(head: nn.SIB) -> int:
-    """D."""
-    weight: torch.Tensor = head.weight
-    return len(weight)
 
 
 def _first_line(error: BaseException) -> str:

@@ -102,7 +102,8 @@ class Pretrainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.backbone = make_backbone(config.backbone, images.channels, images.size).to(device)
-            self.classifier = nn.CosineClassifier(self.backbone_features(), len(classes)).to(device)
+            D = self.backbone.n_features(images.size, images.size)
+            self.classifier = nn.CosineClassifier(D, len(classes)).to(device)
         self.parameters = [*self.backbone.parameters(), *self.classifier.parameters()]
         self.optimizer = torch.optim.SGD(
             self.parameters,
@@ -113,13 +114,6 @@ class Pretrainer:
         )
         self.epoch = 0
         self.history: list[tuple[int, float, float]] = []  # epochs done, loss, accuracy in percent
-
-    def backbone_features(self) -> int:
-        """D, by looking at one image."""
-        self.backbone.eval()
-        with torch.no_grad():
-            D: int = self.backbone(self.images.load(0)[None].to(self.device)).shape[1]
-        return D
 
     def checkpoint(self) -> Checkpoint:
         """All that the run needs to go on, and all that extraction needs."""

@@ -53,7 +53,10 @@ def test_nan_features_are_allowed(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"features": torch.zeros(8, 3, dtype=torch.int64)}, "features: expected float32, float16, bfloat16, got int64"),
+        (
+            {"features": torch.zeros(8, 3, dtype=torch.int64)},
+            "features: expected float32, float16, bfloat16, got int64",
+        ),
         ({"features": torch.zeros(8, 3, dtype=torch.float64)}, "features: expected float32"),
         ({"features": torch.zeros(8)}, "features: expected 2 dimensions"),
         ({"features": torch.zeros(8, 0)}, "features: expected at least one"),
@@ -62,9 +65,15 @@ def test_nan_features_are_allowed(tmp_path):
         ({"labels": torch.tensor([0, 1, 2, 4, 0, 1, 2, 4])}, r"labels: expected 0..3, got 0..4"),
         ({"labels": torch.tensor([0, 1, 2, -1, 0, 1, 2, 3])}, r"labels: expected 0..3, got -1..3"),
         ({"labels": torch.tensor([0, 1, 3, 3, 0, 1, 3, 3])}, "labels: class 2 \\('c'\\) has no sample"),
-        ({"class_split": torch.tensor([0, 0, 1, 3], dtype=torch.uint8)}, "class_split: expected 0, 1 or 2, got 3"),
+        (
+            {"class_split": torch.tensor([0, 0, 1, 3], dtype=torch.uint8)},
+            "class_split: expected 0, 1 or 2, got 3",
+        ),
         ({"class_split": torch.tensor([0, 0, 1, 2])}, "class_split: expected uint8"),
-        ({"class_split": torch.zeros(5, dtype=torch.uint8)}, "class_names: expected 5 as in class_split, got 4"),
+        (
+            {"class_split": torch.zeros(5, dtype=torch.uint8)},
+            "class_names: expected 5 as in class_split, got 4",
+        ),
     ],
 )
 def test_what_breaks_the_format_is_refused(tmp_path, change, message):
@@ -76,7 +85,9 @@ def test_what_breaks_the_format_is_refused(tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("change", [{"format": "other-1"}, {"class_names": "a, b"}, {"class_names": "[1, 2, 3, 4]"}])
+@pytest.mark.parametrize(
+    "change", [{"format": "other-1"}, {"class_names": "a, b"}, {"class_names": "[1, 2, 3, 4]"}]
+)
 def test_foreign_metadata_is_refused(tmp_path, change):
     save_file(parts(), tmp_path / "bank.safetensors", {**METADATA, **change})
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -106,6 +117,8 @@ def test_truncated_and_foreign_files_are_refused(tmp_path):
 
 def test_arguments_are_checked_in_memory_too():
     with pytest.raises(TypeError, match="features: expected float32"):
-        FeatureBank(**{**parts(), "features": torch.zeros(8, 3, dtype=torch.int32)}, class_names=tuple("abcd"))
+        FeatureBank(
+            **{**parts(), "features": torch.zeros(8, 3, dtype=torch.int32)}, class_names=tuple("abcd")
+        )
     with pytest.raises(TypeError, match="labels: expected a tensor, got list"):
         FeatureBank(**{**parts(), "labels": [0, 1]}, class_names=tuple("abcd"))
