@@ -76,7 +76,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], meta
         try:
             save_file(contiguous, temporary, metadata)
         except SafetensorError as error:
-            raise OSError(f"{path}: could not be written ({_one_line(error)})") from None
+            raise OSError(f"{path}: could not be written ({one_line(error)})") from None
 
 
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -93,7 +93,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             names = list(file.keys())
             return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
     except SafetensorError as error:
-        raise ValueError(f"{path}: truncated, or not a safetensors file ({_one_line(error)})") from None
+        raise ValueError(f"{path}: truncated, or not a safetensors file ({one_line(error)})") from None
 
 
 def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -116,14 +116,14 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a foreign file
         raise ValueError(
-            f"{path}: neither safetensors nor a checkpoint of tensors alone ({_one_line(error)})"
+            f"{path}: neither safetensors nor a checkpoint of tensors alone ({one_line(error)})"
         ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(content).__name__}")
     return content
 
 
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 160 else text[:157] + "..."
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line of no more than 200 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from kernelmeta import nn
-from kernelmeta.data.files import read_weights
+from kernelmeta.data.files import one_line, read_weights
 from kernelmeta.training.checkpoint import Checkpoint
 
 Backbone = nn.Conv4 | nn.WideResNet
@@ -58,6 +58,5 @@ def load_backbone(
             weights = nn.WideResNet.from_xfer(weights)
         backbone.load_state_dict(weights)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(f"{path}: not the weights of {name} ({' '.join(lines[:2])[:200]})") from None
+        raise ValueError(f"{path}: not the weights of {name} ({one_line(error)})") from None
     return backbone, name

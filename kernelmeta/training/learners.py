@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kernelmeta import nn
-from kernelmeta.data.files import read_weights
+from kernelmeta.data.files import one_line, read_weights
 from kernelmeta.training.checkpoint import Checkpoint
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.trainer import CHECKPOINT
@@ -37,7 +37,7 @@ def load_learner(path: str | os.PathLike[str]) -> tuple[nn.SIB, dict[str, Any]]:
             head.load_state_dict(checkpoint.tensors["model"])
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(
-                f"{file}: the weights do not fit the configuration ({_first_line(error)})"
+                f"{file}: the weights do not fit the configuration ({one_line(error)})"
             ) from None
         return head.eval(), config.to_dict()
     return _published(file)
@@ -57,10 +57,5 @@ def _published(file: Path) -> tuple[nn.SIB, dict[str, Any]]:
         head = nn.SIB(n_way=way, n_features=D, steps=steps, inner_lr=inner_lr, hidden=hidden)
         head.load_state_dict(state)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: no published checkpoint ({_first_line(error)})") from None
+        raise ValueError(f"{file}: no published checkpoint ({one_line(error)})") from None
     return head.eval(), {"way": way, "steps": steps, "inner_lr": inner_lr, "hidden": hidden}
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernelmeta import nn
+from kernelmeta.data.files import one_line
 from kernelmeta.data.images import BACKBONE_SPLIT, LabelledImages, batches
 from kernelmeta.training.backbones import BACKBONES, make_backbone
 from kernelmeta.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
@@ -141,7 +142,7 @@ class Pretrainer:
             self.epoch = int(checkpoint.state["epoch"])
             self.history = [tuple(row) for row in checkpoint.state["history"]]
         except (KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(f"the checkpoint does not fit the run: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"the checkpoint does not fit the run ({one_line(error)})") from None
 
     def run(self, out: Path, *, report: Report | None = None, progress: bool = False) -> None:
         """Train to the end; a checkpoint in ``out`` after every epoch, so that any interruption costs one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 import zlib
@@ -17,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernelmeta.data import EpisodeSampler, FeatureBank
+from kernelmeta.data.files import one_line
 from kernelmeta.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.distributed import Ranks
@@ -125,7 +127,7 @@ class Trainer:
             self.history = [tuple(row) for row in state["history"]]
             self.validations = [tuple(row) for row in state["validations"]]
         except (KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(f"the checkpoint does not fit the run: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"the checkpoint does not fit the run ({one_line(error)})") from None
 
     def run(self, out: Path, *, report: Report | None = None, progress: bool = False) -> bool:
         """Train from where it stands to the end, with checkpoints in ``out`` every few seconds and at the
@@ -138,7 +140,7 @@ class Trainer:
             OSError: a checkpoint could not be written.
         """
         total, per_step = self.config.n_steps, self.config.tasks_per_step
-        saved_at = time.monotonic()
+        saved_at = -math.inf  # the first block's end shows whether there is room for checkpoints
         bar = tqdm(
             total=total * per_step,
             initial=min(self.step, total) * per_step,
