@@ -218,6 +218,8 @@ def _bank(args: argparse.Namespace, data: str, weights: str | None, backbone: st
 
 def _train(args: argparse.Namespace) -> None:
     given = _given(args, TrainConfig)
+    if args.eval_episodes < 0 or args.eval_episodes == 1:
+        raise ValueError(f"--eval-episodes: expected 0 or at least 2, got {args.eval_episodes}")
     with ranks(args.device) as processes:
         out = _run_folder(args, f"sib-{given.get('way', 5)}way-{given.get('shot', 1)}shot")
         settings, begun = runs.prepare(out, "train", given, args.resume)
