@@ -52,8 +52,8 @@ def main() -> None:
         folder = f"{out}/{balance.replace(':', '-')}"
         run("train", "--data", bank, "--query-balance", balance, *TRAIN, "--out", folder)
 
-    print("\n5-way 1-shot on test classes, accuracy with its 95 % interval; differences are paired by
-    episode") for title, balance in PROTOCOLS.items():
+    print("\n5-way 1-shot on the test classes; differences are paired by episode; ± is the 95 % interval")
+    for title, balance in PROTOCOLS.items():
         results = json.loads((out / balance.replace(":", "-") / "results.json").read_text())
         print(f"\n{title} queries, {results['episodes']} episodes")
         for name, key in (("prototypes", "prototypes"), ("soft k-means", "soft_kmeans")):

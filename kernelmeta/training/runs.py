@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,10 +60,23 @@ def scalars(out: Path, from_step: int) -> Iterator[Callable[[str, float, int], N
     """A function (name, value, step) that writes TensorBoard scalars; what lies beyond ``from_step`` is
     superseded.
     """
-    from torch.utils.tensorboard import SummaryWriter
+    # torch.utils.tensorboard writes from a thread of its own, where a full disk ends in a traceback.
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
-    writer = SummaryWriter(str(out), purge_step=from_step or None)
-    try:
-        yield lambda name, value, step: writer.add_scalar(name, value, step)
-    finally:
-        writer.close()
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / f"events.out.tfevents.{time.time_ns()}.{platform.node()}", "wb") as file:
+        records = RecordWriter(file)
+
+        def write(**content: Any) -> None:
+            records.write(Event(wall_time=time.time(), **content).SerializeToString())
+            file.flush()
+
+        def report(name: str, value: float, step: int) -> None:
+            write(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
+
+        write(file_version="brain.Event:2")
+        if from_step:
+            write(step=from_step + 1, session_log=SessionLog(status=SessionLog.START))
+        yield report
