@@ -1,5 +1,6 @@
 // The CPU implementations of torch.ops.kernelmeta.*: tensors in, kernels over tasks, tensors out.
-// Schemas stand in kernelmeta/ops beside the fake kernels and the derivatives. Only PyTorch's stable ABI is used.
+// Schemas stand in kernelmeta/ops beside the fake kernels and the derivatives. Only PyTorch's stable ABI is
+// used.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -11,8 +12,10 @@ namespace {
 
 template <class C>
 const Kernels<C>& kernels() {
-  if constexpr (sizeof(C) == 4) return kernel_table().f32;
-  else return kernel_table().f64;
+  if constexpr (sizeof(C) == 4)
+    return kernel_table().f32;
+  else
+    return kernel_table().f64;
 }
 
 // Calls f with a value of the type in which parameters of this dtype are computed with.
@@ -104,7 +107,8 @@ struct SibArguments {
             steps};
     require(start.T == s.T && start.D == s.D, "support and query must have the same T and D");
     require(steps >= 0, "steps must not be negative");
-    require(s.N >= 1 && s.Q >= 1 && s.H >= 1 && s.D >= 1, "ways, query rows, hidden units and features: at least one each");
+    require(s.N >= 1 && s.Q >= 1 && s.H >= 1 && s.D >= 1,
+            "ways, query rows, hidden units and features: at least one each");
     if (labels) {
       classes.emplace(*labels, s.T, s.S, s.N);
       if (weight_tensor) weight.emplace(*weight_tensor, std::initializer_list<int64_t>{s.D}, "weight");
@@ -145,31 +149,33 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sib(
     const int64_t stats_size = s.K * 4 * s.H;
     Tensor logits = empty({s.T, s.Q, s.N}, kType<C>);
     Tensor weights = empty(return_weights ? std::vector{s.T, s.N, s.D} : std::vector<int64_t>{0}, kType<C>);
-    Tensor stats = empty(return_stats ? std::vector<int64_t>{s.K, 2, 2, s.H} : std::vector<int64_t>{0}, kType<C>);
+    Tensor stats =
+        empty(return_stats ? std::vector<int64_t>{s.K, 2, 2, s.H} : std::vector<int64_t>{0}, kType<C>);
     Tensor trace = empty(
         save_trace ? std::vector{s.T, kernels<C>().trace_size(s, return_weights)} : std::vector<int64_t>{0},
         kType<C>);
     std::unique_ptr<C[]> task_stats;
     if (return_stats && s.T > 1) task_stats.reset(new C[size_t(s.T * stats_size)]);
     C* stats_out = !return_stats ? nullptr : task_stats ? task_stats.get() : data<C>(stats);
-    const SibForward<C> run{a.problem, data<C>(logits), return_weights ? data<C>(weights) : nullptr, stats_out,
-                            save_trace ? data<C>(trace) : nullptr};
+    const SibForward<C> run{a.problem, data<C>(logits), return_weights ? data<C>(weights) : nullptr,
+                            stats_out, save_trace ? data<C>(trace) : nullptr};
     over_tasks(s.T, [&](int64_t begin, int64_t end) { kernels<C>().sib_forward(run, begin, end); });
     if (return_stats && s.T != 1) average(stats_out, s.T, stats_size, data<C>(stats));
     return std::tuple{logits, weights, stats, trace};
   });
 }
 
-using SibGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
-                                Tensor, Tensor, Tensor, Tensor, Tensor>;
+using SibGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-SibGradients sib_backward(
-    const Tensor& grad_logits, const Optional& grad_weights, const Tensor& trace, const Tensor& query,
-    const Optional& query_index, const Tensor& start, const Optional& start_index, const Optional& labels,
-    const Optional& weight, const Tensor& scale, const Tensor& bias, const Tensor& weight1,
-    const Tensor& bias1, const Tensor& gain1, const Tensor& shift1, const Tensor& weight2, const Tensor& bias2,
-    const Tensor& gain2, const Tensor& shift2, const Tensor& weight3, const Tensor& bias3,
-    const Optional& running, int64_t steps, double lr, bool return_weights, bool need_query, bool need_start) {
+SibGradients sib_backward(const Tensor& grad_logits, const Optional& grad_weights, const Tensor& trace,
+                          const Tensor& query, const Optional& query_index, const Tensor& start,
+                          const Optional& start_index, const Optional& labels, const Optional& weight,
+                          const Tensor& scale, const Tensor& bias, const Tensor& weight1, const Tensor& bias1,
+                          const Tensor& gain1, const Tensor& shift1, const Tensor& weight2,
+                          const Tensor& bias2, const Tensor& gain2, const Tensor& shift2,
+                          const Tensor& weight3, const Tensor& bias3, const Optional& running, int64_t steps,
+                          double lr, bool return_weights, bool need_query, bool need_start) {
   return with_type(scale, [&](auto zero) {
     using C = decltype(zero);
     const SibArguments<C> a(query, query_index, start, start_index, labels, weight, scale, bias,
@@ -192,11 +198,14 @@ SibGradients sib_backward(
     Tensor grad_scale = empty(sizes(scale), type);
     Tensor grad_bias = empty(sizes(bias), type);
     const MlpGradTensors g(s, type);
-    const SibBackward<C> run{a.problem, saved, gz, gw ? gw->get() : nullptr,
+    const SibBackward<C> run{a.problem,
+                             saved,
+                             gz,
+                             gw ? gw->get() : nullptr,
                              need_query ? data<C>(grad_query) : nullptr,
                              need_start ? data<C>(grad_start) : nullptr};
-    const auto sums =
-        sum_over_tasks<C>(s.T, size_of<C, SibParameterGrad<C>>(s), [&](C* partial, int64_t begin, int64_t end) {
+    const auto sums = sum_over_tasks<C>(
+        s.T, size_of<C, SibParameterGrad<C>>(s), [&](C* partial, int64_t begin, int64_t end) {
           Arena<C> arena(partial);
           kernels<C>().sib_backward(run, SibParameterGrad<C>(arena, s), begin, end);
         });
@@ -206,8 +215,9 @@ SibGradients sib_backward(
     *data<C>(grad_scale) = *total.scale;
     *data<C>(grad_bias) = *total.bias;
     if (from_support) std::copy(total.weight, total.weight + s.D, data<C>(grad_weight));
-    return SibGradients{grad_query, grad_start, grad_weight, grad_scale, grad_bias, g.weight1, g.bias1, g.gain1,
-                        g.shift1,   g.weight2,  g.bias2,     g.gain2,    g.shift2,  g.weight3, g.bias3};
+    return SibGradients{grad_query, grad_start, grad_weight, grad_scale, grad_bias,
+                        g.weight1,  g.bias1,    g.gain1,     g.shift1,   g.weight2,
+                        g.bias2,    g.gain2,    g.shift2,    g.weight3,  g.bias3};
   });
 }
 
@@ -251,10 +261,11 @@ Tensor synthetic_gradient_mlp(const Tensor& logits, const Tensor& weight1, const
 using MlpGradients =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-MlpGradients synthetic_gradient_mlp_backward(
-    const Tensor& grad_out, const Tensor& logits, const Tensor& weight1, const Tensor& bias1,
-    const Tensor& gain1, const Tensor& shift1, const Tensor& weight2, const Tensor& bias2, const Tensor& gain2,
-    const Tensor& shift2, const Tensor& weight3, const Tensor& bias3, const Optional& running) {
+MlpGradients synthetic_gradient_mlp_backward(const Tensor& grad_out, const Tensor& logits,
+                                             const Tensor& weight1, const Tensor& bias1, const Tensor& gain1,
+                                             const Tensor& shift1, const Tensor& weight2, const Tensor& bias2,
+                                             const Tensor& gain2, const Tensor& shift2, const Tensor& weight3,
+                                             const Tensor& bias3, const Optional& running) {
   require(logits.dim() == 3, "logits must be [T, Q, N]");
   return with_type(weight1, [&](auto zero) {
     using C = decltype(zero);
@@ -267,11 +278,12 @@ MlpGradients synthetic_gradient_mlp_backward(
     const auto sums =
         sum_over_tasks<C>(s.T, size_of<C, FoldedMlpGrad<C>>(s), [&](C* partial, int64_t begin, int64_t end) {
           Arena<C> arena(partial);
-          kernels<C>().mlp_backward(a.problem, gg, data<C>(grad_logits), FoldedMlpGrad<C>(arena, s), begin, end);
+          kernels<C>().mlp_backward(a.problem, gg, data<C>(grad_logits), FoldedMlpGrad<C>(arena, s), begin,
+                                    end);
         });
     Arena<C> arena(sums.get());
     unfold<C>(a.parameters.arrays(), FoldedMlpGrad<C>(arena, s), s, g.arrays<C>());
-    return MlpGradients{grad_logits, g.weight1, g.bias1, g.gain1,   g.shift1, g.weight2,
+    return MlpGradients{grad_logits, g.weight1, g.bias1,  g.gain1,   g.shift1, g.weight2,
                         g.bias2,     g.gain2,   g.shift2, g.weight3, g.bias3};
   });
 }
@@ -323,11 +335,10 @@ std::tuple<Tensor, Tensor> class_means_backward(const Tensor& grad_theta0, const
     const std::vector<int64_t> none{0};
     Tensor grad_support = empty(need_support ? std::vector{s.T, s.S, s.D} : none, kType<C>);
     Tensor grad_weight = empty(weight ? std::vector{s.D} : none, kType<C>);
-    const auto sums =
-        sum_over_tasks<C>(s.T, weight ? s.D : 0, [&](C* partial, int64_t begin, int64_t end) {
-          kernels<C>().class_means_backward(a.problem, g, need_support ? data<C>(grad_support) : nullptr,
-                                            weight ? partial : nullptr, begin, end);
-        });
+    const auto sums = sum_over_tasks<C>(s.T, weight ? s.D : 0, [&](C* partial, int64_t begin, int64_t end) {
+      kernels<C>().class_means_backward(a.problem, g, need_support ? data<C>(grad_support) : nullptr,
+                                        weight ? partial : nullptr, begin, end);
+    });
     if (weight) std::copy(sums.get(), sums.get() + s.D, data<C>(grad_weight));
     return std::tuple{grad_support, grad_weight};
   });

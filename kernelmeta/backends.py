@@ -71,16 +71,13 @@ _BACKENDS = {
 }
 
 _runnable = {
-    device: frozenset(name for name in names if _BACKENDS[name].available)
-    for device, names in PREFERENCE.items()
+    device: frozenset(name for name in names if _BACKENDS[name].available) for device, names in PREFERENCE.items()
 }
 
 # Device type -> what runs there if nothing is forced. _settle adds what is missing, and warns.
 _automatic: dict[str, str] = {"cpu": "cpu"} if _BACKENDS["cpu"].available else {}
 
-_forced: ContextVar[str | None] = ContextVar(
-    "kernelmeta_backend", default=os.environ.get("KERNELMETA_BACKEND") or None
-)
+_forced: ContextVar[str | None] = ContextVar("kernelmeta_backend", default=os.environ.get("KERNELMETA_BACKEND") or None)
 
 
 class _Mirror:

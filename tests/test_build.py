@@ -147,9 +147,7 @@ def test_installed_without_kernels_it_works_and_says_why(tree: Path, tmp_path: P
         "assert km.backends()['cpu'].reason in info.text()"
     )
     environment["PYTHONPATH"] = str(target)
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     path, reason, chosen = done.stdout.splitlines()
     assert Path(path).is_relative_to(target)

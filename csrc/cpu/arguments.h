@@ -15,8 +15,8 @@
 #include <string>
 #include <vector>
 
-#include "engine/fold.h"
 #include "cpu/kernel_table.h"
+#include "engine/fold.h"
 
 namespace {
 
@@ -51,8 +51,8 @@ constexpr ScalarType kType = sizeof(C) == 4 ? ScalarType::Float : ScalarType::Do
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
-// A contiguous CPU tensor of the shape given. (The C shim directly: new_empty through the dispatcher costs 1.5 us,
-// and a backward pass makes fifteen.)
+// A contiguous CPU tensor of the shape given. (The C shim directly: new_empty through the dispatcher
+// costs 1.5 us, and a backward pass makes fifteen.)
 Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   int64_t strides[4], elements = 1;
   require(shape.size() <= 4, "at most four dimensions");
@@ -97,15 +97,21 @@ C scalar(const Tensor& t, const char* name) {
 
 Storage storage(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Storage::kFloat32;
-    case ScalarType::Double: return Storage::kFloat64;
-    case ScalarType::BFloat16: return Storage::kBFloat16;
-    case ScalarType::Half: return Storage::kFloat16;
-    default: refuse("features must be float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return Storage::kFloat32;
+    case ScalarType::Double:
+      return Storage::kFloat64;
+    case ScalarType::BFloat16:
+      return Storage::kBFloat16;
+    case ScalarType::Half:
+      return Storage::kFloat16;
+    default:
+      refuse("features must be float32, float64, bfloat16 or float16");
   }
 }
 
-// [T, rows, D], or a bank [n, D] with an index [T, rows] into it. Rows must be contiguous, nothing else need be.
+// [T, rows, D], or a bank [n, D] with an index [T, rows] into it. Rows must be contiguous, nothing else need
+// be.
 struct FeatureTensor {
   Tensor tensor, index;
   Features features;
@@ -135,7 +141,8 @@ struct FeatureTensor {
       features = {tensor.const_data_ptr(), storage(t), index.size(1), 0, tensor.stride(0), i};
     } else {
       T = t.size(0);
-      features = {tensor.const_data_ptr(), storage(t), t.size(1), tensor.stride(0), tensor.stride(1), nullptr};
+      features = {tensor.const_data_ptr(), storage(t),       t.size(1),
+                  tensor.stride(0),        tensor.stride(1), nullptr};
     }
   }
 };

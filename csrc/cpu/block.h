@@ -14,8 +14,8 @@
 
 #include <cmath>
 
-#include "engine/features.h"
 #include "cpu/simd.h"
+#include "engine/features.h"
 
 namespace {
 
@@ -57,13 +57,18 @@ struct CpuBlock {
 
     __forceinline__ V zero() const { return V{}; }
     __forceinline__ V load(const C* p) const {
-      if constexpr (kind == kPartial) return load_first(p + at, count);
-      else return ::load(p + at);
+      if constexpr (kind == kPartial)
+        return load_first(p + at, count);
+      else
+        return ::load(p + at);
     }
     __forceinline__ void store(C* p, V v) const {
-      if constexpr (kind == kPartial) store_first(p + at, v, count);
-      else if constexpr (kind == kPadded) ::store(p + at, keep_first<C>(v, count));
-      else ::store(p + at, v);
+      if constexpr (kind == kPartial)
+        store_first(p + at, v, count);
+      else if constexpr (kind == kPadded)
+        ::store(p + at, keep_first<C>(v, count));
+      else
+        ::store(p + at, v);
     }
   };
 
@@ -186,10 +191,14 @@ struct CpuBlock {
     const int64_t whole = length / W * W;
     for (int64_t i = 0; i < m;) {
       const int64_t rows = m - i >= kMmRows ? kMmRows : m - i >= 2 ? 2 : 1;
-      const Tile t{k, {w.data + i * w.row, w.row, w.column}, in, out + i * ldo, ldo, bias ? bias + i : nullptr, add};
-      if (rows == kMmRows) mm_strip<kMmRows, overlapping>(t, whole, length);
-      else if (rows == 2) mm_strip<2, overlapping>(t, whole, length);
-      else mm_strip<1, overlapping>(t, whole, length);
+      const Tile t{
+          k, {w.data + i * w.row, w.row, w.column}, in, out + i * ldo, ldo, bias ? bias + i : nullptr, add};
+      if (rows == kMmRows)
+        mm_strip<kMmRows, overlapping>(t, whole, length);
+      else if (rows == 2)
+        mm_strip<2, overlapping>(t, whole, length);
+      else
+        mm_strip<1, overlapping>(t, whole, length);
       i += rows;
     }
   }
@@ -210,10 +219,14 @@ struct CpuBlock {
     int64_t at = 0;
     for (; at + kMmVectors * W <= whole; at += kMmVectors * W) mm_tile<R, kMmVectors>(t, at, W);
     const int64_t rest = (whole - at) / W;
-    if (kMmVectors > 4 && rest == 4) mm_tile<R, 4>(t, at, W);
-    else if (kMmVectors > 3 && rest == 3) mm_tile<R, 3>(t, at, W);
-    else if (kMmVectors > 2 && rest == 2) mm_tile<R, 2>(t, at, W);
-    else if (rest == 1) mm_tile<R, 1>(t, at, W);
+    if (kMmVectors > 4 && rest == 4)
+      mm_tile<R, 4>(t, at, W);
+    else if (kMmVectors > 3 && rest == 3)
+      mm_tile<R, 3>(t, at, W);
+    else if (kMmVectors > 2 && rest == 2)
+      mm_tile<R, 2>(t, at, W);
+    else if (rest == 1)
+      mm_tile<R, 1>(t, at, W);
   }
 
   // R rows by NV vectors from `at` on; of the last vector only the last `count` lanes are stored.
@@ -223,8 +236,10 @@ struct CpuBlock {
     const Matrix<C> w = t.w;
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < NV; ++v) {
-        if (t.add) acc[r][v] = ::load(t.out + r * t.ldo + at + v * W);
-        else acc[r][v] = t.bias ? V{} + t.bias[r] : V{};
+        if (t.add)
+          acc[r][v] = ::load(t.out + r * t.ldo + at + v * W);
+        else
+          acc[r][v] = t.bias ? V{} + t.bias[r] : V{};
       }
     }
     for (int64_t j = 0; j < t.k; ++j) {

@@ -63,10 +63,18 @@ Rows<C> task_rows(const Features& f, int64_t task, int64_t D, C* buffer) {
     return {data + task * f.task, f.row, nullptr};
   }
   switch (f.storage) {
-    case Storage::kFloat32: widen_rows<float>(f, task, D, buffer); break;
-    case Storage::kFloat64: widen_rows<double>(f, task, D, buffer); break;
-    case Storage::kBFloat16: widen_rows<BFloat16>(f, task, D, buffer); break;
-    case Storage::kFloat16: widen_rows<Float16>(f, task, D, buffer); break;
+    case Storage::kFloat32:
+      widen_rows<float>(f, task, D, buffer);
+      break;
+    case Storage::kFloat64:
+      widen_rows<double>(f, task, D, buffer);
+      break;
+    case Storage::kBFloat16:
+      widen_rows<BFloat16>(f, task, D, buffer);
+      break;
+    case Storage::kFloat16:
+      widen_rows<Float16>(f, task, D, buffer);
+      break;
   }
   return {buffer, D, nullptr};
 }
@@ -81,7 +89,9 @@ C* widening_buffer(Arena<C>& arena, const Features& f, int64_t D) {
 template <class Workspace, class C, class... Args>
 Workspace in_scratch(const Args&... args) {
   Arena<C> count;
-  { Workspace unused(count, args...); }
+  {
+    Workspace unused(count, args...);
+  }
   C* memory = static_cast<C*>(scratch(count.used() * int64_t(sizeof(C))));
 #ifdef KERNELMETA_POISON
   for (int64_t i = 0; i < count.used(); ++i) memory[i] = __builtin_nan("");
@@ -122,7 +132,11 @@ struct SibTask {
   bool from_support() const { return p.classes.members != nullptr; }
   Rows<C> query(int64_t t) { return task_rows(p.query, t, p.s.D, query_buffer); }
   ClassMeans<Block> class_means(int64_t t) {
-    return {block, p.s, task_rows(p.start, t, p.s.D, start_buffer), members<C>(p.classes, p.s, t), p.weight,
+    return {block,
+            p.s,
+            task_rows(p.start, t, p.s.D, start_buffer),
+            members<C>(p.classes, p.s, t),
+            p.weight,
             support_inverse};
   }
   void start(int64_t t, C* theta0) {
@@ -276,8 +290,9 @@ void class_means_forward(const ClassMeansProblem<C>& p, C* theta0, int64_t begin
   CpuBlock<C> block;
   auto w = in_scratch<ClassMeansWorkspace<C>, C>(p);
   for (int64_t t = begin; t < end; ++t) {
-    ClassMeans<CpuBlock<C>>{block, p.s, task_rows(p.support, t, p.s.D, w.buffer),
-                            members<C>(p.classes, p.s, t), p.weight, w.inverse}
+    ClassMeans<CpuBlock<C>>{
+        block,    p.s,      task_rows(p.support, t, p.s.D, w.buffer), members<C>(p.classes, p.s, t),
+        p.weight, w.inverse}
         .forward(theta0 + t * p.s.N * p.s.D);
   }
 }
@@ -288,16 +303,18 @@ void class_means_backward(const ClassMeansProblem<C>& p, const C* grad_theta0, C
   CpuBlock<C> block;
   auto w = in_scratch<ClassMeansWorkspace<C>, C>(p);
   for (int64_t t = begin; t < end; ++t) {
-    ClassMeans<CpuBlock<C>>{block, p.s, task_rows(p.support, t, p.s.D, w.buffer),
-                            members<C>(p.classes, p.s, t), p.weight, w.inverse}
+    ClassMeans<CpuBlock<C>>{
+        block,    p.s,      task_rows(p.support, t, p.s.D, w.buffer), members<C>(p.classes, p.s, t),
+        p.weight, w.inverse}
         .backward(grad_theta0 + t * p.s.N * p.s.D, grad_support ? grad_support + t * p.s.S * p.s.D : nullptr,
                   grad_weight);
   }
 }
 
 template <class C>
-constexpr Kernels<C> kKernels = {trace_size<C>,   sib_forward<C>,         sib_backward<C>,        mlp_forward<C>,
-                                 mlp_backward<C>, class_means_forward<C>, class_means_backward<C>};
+constexpr Kernels<C> kKernels = {trace_size<C>,          sib_forward<C>,  sib_backward<C>,
+                                 mlp_forward<C>,         mlp_backward<C>, class_means_forward<C>,
+                                 class_means_backward<C>};
 
 }  // namespace
 

@@ -94,7 +94,8 @@ __forceinline__ V add_pairs(V a, V b, Indices<I...>) {
   return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
 }
 
-// Lane i of the result is the sum of the lanes of v[i]; v is destroyed. A tree: lanes - 1 additions of vectors.
+// Lane i of the result is the sum of the lanes of v[i]; v is destroyed. A tree: lanes - 1 additions of
+// vectors.
 template <class C>
 __forceinline__ typename Simd<C>::V sum_each(typename Simd<C>::V* v) {
   using Lanes = typename MakeIndices<kLanes<C>>::type;

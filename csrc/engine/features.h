@@ -71,7 +71,8 @@ struct ClassMeans {
         C* gx = gsupport + i * s.D;
         C along = 0;
         if (inverse[i] < C(1 / kNormFloor)) {
-          along = row.sum([&](auto d) { return towards(g, d) * d.load(x); }) * share * inverse[i] * inverse[i];
+          along =
+              row.sum([&](auto d) { return towards(g, d) * d.load(x); }) * share * inverse[i] * inverse[i];
         }
         row.each([&](auto d) { d.store(gx, (towards(g, d) * share - d.load(x) * along) * inverse[i]); });
       }
@@ -127,9 +128,8 @@ struct QueryFeatures {
       row.one([&] { trace.r2[n] = squares; });
     });
     if (s.K) {
-      block.each_item(Q, [&](int64_t q) {
-        trace.inverse[q] = C(1) / B::max(B::sqrt(trace.gram[q * ld + q]), floor);
-      });
+      block.each_item(
+          Q, [&](int64_t q) { trace.inverse[q] = C(1) / B::max(B::sqrt(trace.gram[q * ld + q]), floor); });
       block.rows(Q, Q, [&](int64_t i, auto row) {
         C* a = trace.gram + i * ld;
         const C scale = trace.inverse[i];
@@ -178,7 +178,8 @@ struct QueryFeatures {
     C* along;     // [Q]
     C *xg, *p;    // [N][ld]: Xhat gtheta_K and P_K / |x|; only with weights and the features' gradient
 
-    __host__ __device__ __forceinline__ Scratch(Arena<C>& arena, const Sizes& s, bool query_grad, bool weights)
+    __host__ __device__ __forceinline__ Scratch(Arena<C>& arena, const Sizes& s, bool query_grad,
+                                                bool weights)
         : gc(arena.take(s.N * s.ld())),
           gci(arena.take(s.N * s.ld())),
           gn0(arena.take(s.N)),
@@ -190,8 +191,7 @@ struct QueryFeatures {
 
   // adj.gu, adj.gr2 of the start -> gtheta0 [N][D]. gweights [N][D] or null.
   __host__ __device__ __forceinline__ void theta0_backward(const typename InnerLoop<B>::Adjoint& adj,
-                                                           const C* gweights, const Scratch& t,
-                                                           C* gtheta0) {
+                                                           const C* gweights, const Scratch& t, C* gtheta0) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     block.rows(N, Q, [&](int64_t n, auto row) {
       const C r2 = trace.r2[n];

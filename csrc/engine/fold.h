@@ -41,7 +41,15 @@ FoldedMlp<C> fold(const MlpArrays<const C>& p, const C* running, const Sizes& s,
     istd[h] = C(1) / C(__builtin_sqrt(running[H + h] + C(kNormEps)));
     istd[H + h] = C(1) / C(__builtin_sqrt(running[3 * H + h] + C(kNormEps)));
   }
-  return {p.weight1, p.bias1, w2, b2, w3, b3, running, istd, running ? running + 2 * H : nullptr,
+  return {p.weight1,
+          p.bias1,
+          w2,
+          b2,
+          w3,
+          b3,
+          running,
+          istd,
+          running ? running + 2 * H : nullptr,
           istd ? istd + H : nullptr};
 }
 

@@ -68,8 +68,8 @@ struct InnerLoop {
   Mlp<B> mlp;
   C *z, *g;  // [N][ld], [N][ld]
 
-  __host__ __device__ __forceinline__ InnerLoop(B& block, const Sizes& s, const FoldedMlp<C>& weights, C scale, C bias, C lr,
-                                Arena<C>& arena)
+  __host__ __device__ __forceinline__ InnerLoop(B& block, const Sizes& s, const FoldedMlp<C>& weights,
+                                                C scale, C bias, C lr, Arena<C>& arena)
       : block(block),
         s(s),
         scale(scale),
@@ -108,13 +108,13 @@ struct InnerLoop {
 
   // Scratch of the backward pass.
   struct Adjoint {
-    C *gu;        // [N][ld]   gradient of U, in: of U_K, out: of U_0
-    C *gr2;       // [N]       gradient of r2, likewise
-    C *gp, *ga;   // [N][ld], [N]: of P and a, with weights only
-    C *gg, *gz;   // [N][ld]
-    C *gag;       // [K][N][ld] gradient of AG; all steps are kept for the Gram matrix' gradient
-    C *gs;        // [K][N][ld] G of every step, likewise
-    C *gh;        // MLP scratch
+    C* gu;              // [N][ld]   gradient of U, in: of U_K, out: of U_0
+    C* gr2;             // [N]       gradient of r2, likewise
+    C *gp, *ga;         // [N][ld], [N]: of P and a, with weights only
+    C *gg, *gz;         // [N][ld]
+    C* gag;             // [K][N][ld] gradient of AG; all steps are kept for the Gram matrix' gradient
+    C* gs;              // [K][N][ld] G of every step, likewise
+    C* gh;              // MLP scratch
     C *gscale, *gbias;  // [N] each: one sum per class, added up in order at the end
 
     __host__ __device__ __forceinline__ Adjoint(Arena<C>& arena, const Sizes& s, bool weights)

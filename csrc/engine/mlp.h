@@ -70,7 +70,8 @@ struct Mlp {
   __host__ __device__ __forceinline__ Mlp(B& block, const Sizes& s, const FoldedMlp<C>& w, Arena<C>& arena)
       : block(block), s(s), w(w), act(arena, s) {}
 
-  // z [N][ld] -> g [N][ld]. Where `stats` [2][2][H] is given it receives mean and unbiased variance per layer.
+  // z [N][ld] -> g [N][ld]. Where `stats` [2][2][H] is given it receives mean and unbiased variance per
+  // layer.
   __host__ __device__ __forceinline__ void forward(const C* z, C* g, C* stats) {
     const int64_t H = s.H, ld = s.ld();
     block.mm(H, s.N, s.Q, {w.w1, s.N, 1}, z, ld, act.a1, ld, w.b1);

@@ -40,8 +40,7 @@ int main() {
       expect(&choose_kernels(each.name) == each.kernels, "what runs here is chosen by name");
       if (best == nullptr) best = &each;
     } else {
-      expect(refusal(each.name).find("cannot run") != std::string::npos,
-             "what cannot run is refused");
+      expect(refusal(each.name).find("cannot run") != std::string::npos, "what cannot run is refused");
     }
   }
   expect(best != nullptr && instruction_sets().back().runs_here, "the baseline runs everywhere");

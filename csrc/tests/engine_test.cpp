@@ -32,8 +32,8 @@ struct Episode {
   Sizes s;
   bool from_support, running;
   double lr;
-  Vec query, start, weight, scale, bias, weight1, bias1, gain1, shift1, weight2, bias2, gain2, shift2, weight3,
-      bias3, statistics;
+  Vec query, start, weight, scale, bias, weight1, bias1, gain1, shift1, weight2, bias2, gain2, shift2,
+      weight3, bias3, statistics;
   std::vector<int32_t> members, offsets;
 
   Episode(const Sizes& sizes, bool from_support, bool running, double lr)
@@ -68,9 +68,9 @@ struct Episode {
   }
 
   std::vector<std::pair<const char*, Vec*>> parameters() {
-    return {{"weight", &weight},   {"scale", &scale},     {"bias", &bias},       {"weight1", &weight1},
-            {"bias1", &bias1},     {"gain1", &gain1},     {"shift1", &shift1},   {"weight2", &weight2},
-            {"bias2", &bias2},     {"gain2", &gain2},     {"shift2", &shift2},   {"weight3", &weight3},
+    return {{"weight", &weight}, {"scale", &scale}, {"bias", &bias},     {"weight1", &weight1},
+            {"bias1", &bias1},   {"gain1", &gain1}, {"shift1", &shift1}, {"weight2", &weight2},
+            {"bias2", &bias2},   {"gain2", &gain2}, {"shift2", &shift2}, {"weight3", &weight3},
             {"bias3", &bias3}};
   }
 };
@@ -90,7 +90,8 @@ Vec classify(const Episode& e, const Vec& theta, const double* query) {
     for (int64_t n = 0; n < N; ++n) {
       double dot = 0;
       for (int64_t d = 0; d < D; ++d) dot += query[q * D + d] * theta[size_t(n * D + d)];
-      z[size_t(q * N + n)] = e.scale[0] * (e.bias[0] + dot / norm(query + q * D, D) / norm(&theta[size_t(n * D)], D));
+      z[size_t(q * N + n)] =
+          e.scale[0] * (e.bias[0] + dot / norm(query + q * D, D) / norm(&theta[size_t(n * D)], D));
     }
   }
   return z;
@@ -111,7 +112,8 @@ Vec layer(const Vec& x, int64_t Q, int64_t in, int64_t out, const Vec& w, const 
 void relu_norm(Vec& y, int64_t Q, int64_t H, const Vec& gain, const Vec& shift, const double* fixed) {
   for (int64_t h = 0; h < H; ++h) {
     double mean = 0, variance = 0;
-    for (int64_t q = 0; q < Q; ++q) mean += (y[size_t(q * H + h)] = std::max(y[size_t(q * H + h)], 0.0)) / double(Q);
+    for (int64_t q = 0; q < Q; ++q)
+      mean += (y[size_t(q * H + h)] = std::max(y[size_t(q * H + h)], 0.0)) / double(Q);
     for (int64_t q = 0; q < Q; ++q) variance += std::pow(y[size_t(q * H + h)] - mean, 2) / double(Q);
     if (fixed) mean = fixed[h], variance = fixed[H + h];
     for (int64_t q = 0; q < Q; ++q) {
@@ -217,17 +219,19 @@ Results<C> run(const Kernels<C>& kernels, const Episode& e, const Vec& weights_z
   r.grad_query.resize(query.size());
   r.grad_start.resize(start.size());
   Arena<C> count;
-  { SibParameterGrad<C> unused(count, e.s); }
+  {
+    SibParameterGrad<C> unused(count, e.s);
+  }
   std::vector<C> sums(static_cast<size_t>(count.used()));
   Arena<C> arena(sums.data());
   const SibParameterGrad<C> grad(arena, e.s);
-  kernels.sib_backward({problem, trace.data(), gz.data(), gt.data(), r.grad_query.data(), r.grad_start.data()}, grad,
-                       0, T);
+  kernels.sib_backward(
+      {problem, trace.data(), gz.data(), gt.data(), r.grad_query.data(), r.grad_start.data()}, grad, 0, T);
   for (const auto& v : p) r.mlp.emplace_back(v.size());
   auto& m = r.mlp;
   unfold<C>(arrays, grad.mlp, e.s,
-            {m[0].data(), m[1].data(), m[2].data(), m[3].data(), m[4].data(), m[5].data(), m[6].data(), m[7].data(),
-             m[8].data(), m[9].data()});
+            {m[0].data(), m[1].data(), m[2].data(), m[3].data(), m[4].data(), m[5].data(), m[6].data(),
+             m[7].data(), m[8].data(), m[9].data()});
   r.weight.assign(grad.weight, grad.weight + D);
   r.scale = {*grad.scale};
   r.bias = {*grad.bias};
@@ -275,9 +279,10 @@ void check(const Sizes& s, bool from_support, bool running) {
   const Vec grad_start = central_differences(e, e.start, weights_z, weights_theta);
 
   const KernelTable& table = kernel_table();
-  const std::string where = std::string(table.isa) + " T=" + std::to_string(s.T) + " S=" + std::to_string(s.S) +
-                            " Q=" + std::to_string(s.Q) + " N=" + std::to_string(s.N) + " D=" + std::to_string(s.D) +
-                            " H=" + std::to_string(s.H) + " K=" + std::to_string(s.K) + (running ? " running " : " ");
+  const std::string where =
+      std::string(table.isa) + " T=" + std::to_string(s.T) + " S=" + std::to_string(s.S) +
+      " Q=" + std::to_string(s.Q) + " N=" + std::to_string(s.N) + " D=" + std::to_string(s.D) +
+      " H=" + std::to_string(s.H) + " K=" + std::to_string(s.K) + (running ? " running " : " ");
   const auto compare = [&](const auto& r, double tolerance_out, double tolerance) {
     expect_near(where + "logits", r.logits, logits, tolerance_out);
     expect_near(where + "query", r.grad_query, grad_query, tolerance);

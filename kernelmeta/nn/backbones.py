@@ -26,7 +26,7 @@ def _renamed(module: nn.Module, checkpoint: Mapping[str, Any], rename: Any, what
     result = {ours: found[theirs] for ours, theirs in names.items()}
     for key in module.state_dict():
         if key.endswith(counters):
-            result[key] = published.get(rename(key), torch.tensor(0))
+            result[key] = published.get(rename(key), torch.zeros((), dtype=torch.int64, device="cpu"))
     return result
 
 
@@ -83,7 +83,7 @@ class Conv4(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    """Two BatchNorm - ReLU - convolution; where the width changes, the shortcut starts from the activated input."""
+    """Two BatchNorm - ReLU - convolution; where the shape changes, the shortcut starts from the activated input."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class _ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
         self.norm2 = nn.BatchNorm2d(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        same = in_channels == out_channels
+        same = in_channels == out_channels and stride == 1
         self.shortcut = None if same else nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,9 +110,7 @@ class WideResNet(nn.Module):
         in_channels: 3 for colour, 1 for grey images.
     """
 
-    def __init__(
-        self, depth: int = 28, widen_factor: int = 10, first_stride: int = 2, in_channels: int = 3
-    ) -> None:
+    def __init__(self, depth: int = 28, widen_factor: int = 10, first_stride: int = 2, in_channels: int = 3) -> None:
         super().__init__()
         if (depth - 4) % 6:
             raise ValueError(f"depth: expected 4 more than a multiple of 6, got {depth}")

@@ -16,26 +16,27 @@ class Prototypes(nn.Module):
 
     Args:
         n_way: N.
-        n_features: D.
+        n_features: D, for learned weights of the features; without it there are none.
 
-    Parameters: ``weight`` [D], ``scale`` [1], ``bias`` [1].
+    Parameters: ``weight`` [D] (1 at start), ``scale`` [1], ``bias`` [1].
     """
 
-    def __init__(self, n_way: int, n_features: int) -> None:
+    weight: nn.Parameter | None
+
+    def __init__(self, n_way: int, n_features: int | None = None) -> None:
         super().__init__()
-        if n_way < 1 or n_features < 1:
+        if n_way < 1 or (n_features is not None and n_features < 1):
             raise ValueError(f"n_way and n_features: expected at least 1, got {n_way} and {n_features}")
         self.n_way, self.n_features = n_way, n_features
-        self.weight = nn.Parameter(torch.ones(n_features))
+        weight = None if n_features is None else nn.Parameter(torch.ones(n_features))
+        self.register_parameter("weight", weight)
         self.scale = nn.Parameter(torch.full((1,), 10.0))
         self.bias = nn.Parameter(torch.zeros(1))
 
-    def forward(
-        self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False
-    ) -> Any:
+    def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False) -> Any:
         """[T, S, D], [T, S] int64, [T, Q, D] -> logits [T, Q, N] (with ``return_weights`` theta [T, N, D] too)."""
         theta = ops.class_means(support, support_labels, self.n_way, self.weight)
-        logits = cosine_classifier(theta, query, self.scale, self.bias)
+        logits = cosine_classifier(theta, query.to(theta.dtype), self.scale, self.bias)
         return (logits, theta) if return_weights else logits
 
     def extra_repr(self) -> str:

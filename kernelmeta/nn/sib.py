@@ -43,6 +43,7 @@ class SIB(nn.Module):
         reduction: "sum" of the synthetic gradient over the query rows, as published, or "mean".
         momentum: of the running statistics, which are updated in training mode once a step, and which only
             ``norm_stats="running"`` reads. With several tasks and "task" statistics they follow the tasks' average.
+            torch.func transforms, which allow no side effects, leave them as they are.
 
     Parameters: ``weight`` [D], ``scale`` [1], ``bias`` [1] and those of ``mlp``.
     """
@@ -74,10 +75,9 @@ class SIB(nn.Module):
         self.scale = nn.Parameter(torch.full((1,), 10.0))
         self.bias = nn.Parameter(torch.zeros(1))
         self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats)
+        self._shares = torch.empty(0)
 
-    def forward(
-        self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False
-    ) -> Any:
+    def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False) -> Any:
         """Classify the query rows of T tasks.
 
         Args:
@@ -94,9 +94,7 @@ class SIB(nn.Module):
         """
         return self._adapt(support, support_labels, query, return_weights, None, None)
 
-    def from_bank(
-        self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor
-    ) -> Tensor:
+    def from_bank(self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor) -> Tensor:
         """The logits [T, Q, N] for rows of a feature bank [n, D], read where they lie: [T, S] and [T, Q] int64."""
         logits: Tensor = self._adapt(bank, support_labels, bank, False, support_index, query_index)
         return logits
@@ -111,7 +109,13 @@ class SIB(nn.Module):
         query_index: Tensor | None,
     ) -> Any:
         mlp = self.mlp
-        track = self.training and self.norm_stats != "running" and self.steps > 0 and labels.shape[0] > 0
+        track = (
+            self.training
+            and self.norm_stats != "running"
+            and self.steps > 0
+            and labels.shape[0] > 0
+            and not torch._C._are_functorch_transforms_active()
+        )
         results = ops.sib(
             support,
             labels,
@@ -136,13 +140,14 @@ class SIB(nn.Module):
         self._update_running_stats(stats)
         return tuple(results) if return_weights else results[0]
 
-    @torch.no_grad()
     def _update_running_stats(self, stats: Tensor) -> None:
-        """One exponential update a step, all steps at once: [K, 2, 2, H]."""
-        keep, K = 1 - self.momentum, self.steps
-        shares = stats.new_tensor([self.momentum * keep ** (K - 1 - k) for k in range(K)])
+        """One exponential update a step, [K, 2, 2, H], all steps in one product."""
         running = self.mlp.running_stats
-        running.view(-1).addmv_(stats.view(K, -1).t().to(running.dtype), shares.to(running.dtype), beta=keep**K)
+        K, keep, shares = self.steps, 1 - self.momentum, self._shares
+        if shares.shape[0] != K or shares.dtype is not running.dtype or shares.device != running.device:
+            # What each step's statistics weigh in the running ones after the last step.
+            shares = self._shares = running.new_tensor([self.momentum * keep ** (K - 1 - k) for k in range(K)])
+        running.view(-1).addmv_(stats.view(K, -1).to(running.dtype).t(), shares, beta=keep**K)
 
     @staticmethod
     def from_xfer(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

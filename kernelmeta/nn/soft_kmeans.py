@@ -9,39 +9,46 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize, one_hot
 
 from kernelmeta import ops
-from kernelmeta.reference.sib import cosine_classifier
+from kernelmeta.reference.precision import without_autocast
 
 
 class SoftKMeans(nn.Module):
-    """Prototypes refined by soft assignment of the query rows (Ren et al. 2018, eq. 5, with cosines). Nothing is learned.
+    """Prototypes refined by soft assignment of the query rows (Ren et al. 2018, eq. 5, with cosines).
+
+    Nothing is learned.
 
     Args:
         n_way: N.
-        n_features: D.
+        n_features: D; taken so that learners are built alike, nothing depends on it.
         steps: refinements; 0 gives plain prototypes.
         scale: of the cosines, in the assignment and in the logits.
     """
 
-    def __init__(self, n_way: int, n_features: int, steps: int = 10, scale: float = 10.0) -> None:
+    def __init__(self, n_way: int, n_features: int | None = None, steps: int = 10, scale: float = 10.0) -> None:
         super().__init__()
-        if n_way < 1 or n_features < 1 or steps < 0:
-            raise ValueError(f"n_way, n_features, steps: expected 1, 1, 0 or more, got {n_way}, {n_features}, {steps}")
+        if n_way < 1 or steps < 0:
+            raise ValueError(f"n_way and steps: expected 1 and 0 or more, got {n_way} and {steps}")
         self.n_way, self.n_features, self.steps, self.scale = n_way, n_features, steps, scale
 
-    def forward(
-        self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False
-    ) -> Any:
-        """[T, S, D], [T, S] int64, [T, Q, D] -> logits [T, Q, N] (with ``return_weights`` theta [T, N, D] too)."""
-        theta = ops.class_means(support, support_labels, self.n_way)
-        rows = normalize(query, dim=-1, eps=1e-12)
+    @without_autocast
+    def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False) -> Any:
+        """[T, S, D], [T, S] int64, [T, Q, D] -> logits [T, Q, N] (with ``return_weights`` theta [T, N, D] too).
+
+        In float32 at least, whatever the features are stored in.
+        """
+        dtype = torch.promote_types(torch.promote_types(support.dtype, query.dtype), torch.float32)
+        theta = ops.class_means(support.to(dtype), support_labels, self.n_way)
+        rows = normalize(query.to(dtype), dim=-1, eps=1e-12)
         counts = one_hot(support_labels, self.n_way).sum(-2).to(theta.dtype).unsqueeze(-1)  # [T, N, 1]
         sums = theta * counts
-        scale, bias = theta.new_tensor(self.scale), theta.new_tensor(0.0)
         for _ in range(self.steps):
-            shares = torch.softmax(cosine_classifier(theta, query, scale, bias), -1).transpose(-1, -2)  # [T, N, Q]
+            shares = self._logits(theta, rows).softmax(-1).transpose(-1, -2)  # [T, N, Q]
             theta = (sums + shares @ rows) / (counts + shares.sum(-1, keepdim=True))
-        logits = cosine_classifier(theta, query, scale, bias)
+        logits = self._logits(theta, rows)
         return (logits, theta) if return_weights else logits
+
+    def _logits(self, theta: Tensor, rows: Tensor) -> Tensor:
+        return self.scale * (rows @ normalize(theta, dim=-1, eps=1e-12).transpose(-1, -2))
 
     def extra_repr(self) -> str:
         return f"n_way={self.n_way}, n_features={self.n_features}, steps={self.steps}, scale={self.scale}"

@@ -30,9 +30,8 @@ class SyntheticGradientMLP(nn.Module):
             raise ValueError(f"n_way and hidden: expected at least 1, got {n_way} and {hidden}")
         self.n_way, self.hidden, self.norm_stats = n_way, hidden, norm_stats
         for i, (inputs, outputs) in enumerate(((n_way, hidden), (hidden, hidden), (hidden, n_way)), 1):
-            linear = nn.Linear(inputs, outputs)  # for its initialisation
-            self.register_parameter(f"weight{i}", linear.weight)
-            self.register_parameter(f"bias{i}", linear.bias)
+            for name, parameter in nn.Linear(inputs, outputs).named_parameters():
+                self.register_parameter(f"{name}{i}", parameter)
             if i < 3:
                 self.register_parameter(f"gain{i}", nn.Parameter(torch.ones(hidden)))
                 self.register_parameter(f"shift{i}", nn.Parameter(torch.zeros(hidden)))

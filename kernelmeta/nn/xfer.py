@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-_CHECKPOINT_KEYS = {"netFeat", "SIB", "lr", "nbStep"}
+_CHECKPOINT_KEYS = ("netFeat", "SIB", "lr", "nbStep")
 
 
 def part(checkpoint: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:
     """The state_dict called ``name`` of a whole checkpoint; a state_dict is returned as it is.
 
     Raises:
-        ValueError: the checkpoint lacks that part or has keys that no published checkpoint has, named.
+        TypeError: no dict.
+        ValueError: a key is missing or unknown, named.
     """
-    if not _CHECKPOINT_KEYS & checkpoint.keys():
+    _check_mapping("checkpoint", checkpoint)
+    if not any(key in checkpoint for key in _CHECKPOINT_KEYS):
         return checkpoint
-    unknown = checkpoint.keys() - _CHECKPOINT_KEYS
-    if unknown:
-        raise ValueError(f"checkpoint: unknown key {min(unknown)!r}; expected {sorted(_CHECKPOINT_KEYS)}")
-    if name not in checkpoint:
-        raise ValueError(f"checkpoint: no key {name!r}; it has {sorted(checkpoint)}")
+    _check_keys("checkpoint", checkpoint, _CHECKPOINT_KEYS)
     found: Mapping[str, Tensor] = checkpoint[name]
+    _check_mapping(f"checkpoint[{name!r}]", found)
     return found
 
 
@@ -33,11 +32,22 @@ def take(state_dict: Mapping[str, Tensor], expected: Iterable[str], what: str) -
     Raises:
         ValueError: a key is missing or unknown, named.
     """
-    names = set(expected)
-    for key in sorted(names):
-        if key not in state_dict:
-            raise ValueError(f"{what}: missing key {key!r}")
-    for key in sorted(state_dict):
-        if key not in names and not key.endswith(".num_batches_tracked"):
-            raise ValueError(f"{what}: unknown key {key!r}")
+    names = list(expected)
+    norms = [name.removesuffix("running_mean") for name in names if name.endswith(".running_mean")]
+    counters = {f"{norm}num_batches_tracked" for norm in norms}
+    _check_keys(what, [key for key in state_dict if key not in counters], names)
     return {key: state_dict[key] for key in names}
+
+
+def _check_mapping(what: str, given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what}: expected a dict, got {type(given).__name__}")
+
+
+def _check_keys(what: str, given: Iterable[str], expected: Sequence[str]) -> None:
+    given = set(given)
+    for key in expected:
+        if key not in given:
+            raise ValueError(f"{what}: missing key {key!r}")
+    for key in sorted(given - set(expected), key=str):
+        raise ValueError(f"{what}: unknown key {key!r}")

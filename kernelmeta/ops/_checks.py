@@ -28,9 +28,8 @@ def tensors(**named: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in _FLOATING:
-            raise TypeError(
-                f"{name}: expected float32, float64, bfloat16 or float16, got {str(tensor.dtype).removeprefix('torch.')}"
-            )
+            got = str(tensor.dtype).removeprefix("torch.")
+            raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {got}")
         if device is None:
             device, first = tensor.device, name
         elif tensor.device != device:

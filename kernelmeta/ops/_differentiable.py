@@ -38,6 +38,8 @@ class DifferentiableOp:
         differentiable: positions of the arguments that get gradients, in the order in which the backward op
             returns them.
         n_outputs: how many of the results, from the first on, are differentiable.
+        n_private: how many of the results, from the last back, only the backward op needs: eager code does not
+            see them.
         backward_args: ``(args, residuals, grads, needs) -> args`` of the backward op. ``residuals`` are the results
             that are not differentiable, ``grads`` has one entry (None: no gradient arrived) for each that is,
             ``needs`` one flag for each argument.
@@ -56,12 +58,14 @@ class DifferentiableOp:
         fallback_backward: Callable[..., Any],
         differentiable: Sequence[int],
         n_outputs: int,
+        n_private: int = 0,
         backward_args: Callable[[Args, Args, Args, Sequence[bool]], Args],
         save: Callable[[Args], Args] = lambda args: args,
     ) -> None:
         self.name = name
         self.differentiable = tuple(differentiable)
         self.n_outputs = n_outputs
+        self.n_private = n_private
         self.backward_args = backward_args
         self.save = save
         self.fallback = fallback
@@ -73,16 +77,14 @@ class DifferentiableOp:
             LIBRARY.impl(full_name, kernel, "CompositeExplicitAutograd")
             torch.library.register_fake(f"kernelmeta::{full_name}", fake_kernel, lib=LIBRARY)
             for device in ("cpu", "cuda"):
-                torch.library.register_autocast(
-                    f"kernelmeta::{full_name}", device, torch.float32, lib=LIBRARY
-                )
+                torch.library.register_autocast(f"kernelmeta::{full_name}", device, torch.float32, lib=LIBRARY)
         self.raw = getattr(torch.ops.kernelmeta, name).default
         self.raw_backward = getattr(torch.ops.kernelmeta, f"{name}_backward").default
         self._register_formulas()
         self._eager, self._functional = _functions(self)
 
     def __call__(self, *args: Any) -> Any:
-        """The results of the raw op for these arguments, differentiable wherever it is called from."""
+        """The results of the raw op (in eager code without the private ones), differentiable wherever it is called."""
         if torch.compiler.is_compiling():
             # torch.compile(torch.func.grad(...)) drops the backward of a Function without a word: there the
             # plain PyTorch form is traced.
@@ -118,13 +120,11 @@ class DifferentiableOp:
         def refuse(ctx: Any, *grads: Any) -> Any:
             raise _second_derivative_error(self)
 
-        torch.library.register_autograd(
-            f"kernelmeta::{self.name}", backward, setup_context=setup_context, lib=LIBRARY
-        )
+        torch.library.register_autograd(f"kernelmeta::{self.name}", backward, setup_context=setup_context, lib=LIBRARY)
         torch.library.register_autograd(f"kernelmeta::{self.name}_backward", refuse, lib=LIBRARY)
 
 
-def _functions(op: DifferentiableOp) -> tuple[type, type]:
+def _functions(op: DifferentiableOp) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
     """The two autograd Functions around an op: for eager code, and for torch.func."""
 
     class Backward(torch.autograd.Function):
@@ -150,7 +150,7 @@ def _functions(op: DifferentiableOp) -> tuple[type, type]:
             with torch._C._AutoDispatchBelowAutograd():
                 results = op.raw(*args)
             _remember(ctx, op, args, _as_tuple(results))
-            return results
+            return results[: -op.n_private] if op.n_private else results
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -188,11 +188,7 @@ def _functions(op: DifferentiableOp) -> tuple[type, type]:
 def _one_by_one(function: Any, batch_size: int, in_dims: Args, args: Args) -> tuple[Any, Any]:
     """The vmap rule: one call for each entry of the batch. (Tasks are a batch already; vmap adds one around them.)"""
     calls = [
-        _as_tuple(
-            function.apply(
-                *(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))
-            )
-        )
+        _as_tuple(function.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))))
         for i in range(batch_size)
     ]
     stacked = tuple(torch.stack(results) for results in zip(*calls, strict=True))

@@ -122,11 +122,11 @@ def _fallback_backward(
     needs[_QUERY], needs[_START] = need_query, need_start
     inputs = list(args[:18])
     with torch.enable_grad():
+        for i in (_QUERY, _START):  # gradients are those of the gathered rows
+            inputs[i], inputs[i + 1] = _gathered(inputs[i], inputs[i + 1]), None
         for i in _DIFFERENTIABLE:
             if needs[i] and inputs[i] is not None:
-                inputs[i] = _gathered(inputs[i], inputs[i + 1] if i in (_QUERY, _START) else None).detach().requires_grad_()
-                if i in (_QUERY, _START):
-                    inputs[i + 1] = None
+                inputs[i] = inputs[i].detach().requires_grad_()
         logits, weights, _, _ = _fallback(*inputs, *args[18:-2], False, False)
         wanted = [inputs[i] for i in _DIFFERENTIABLE if needs[i] and inputs[i] is not None]
         outputs, grads = [logits], [grad_logits]
@@ -165,6 +165,7 @@ OP = DifferentiableOp(
     fallback_backward=_fallback_backward,
     differentiable=_DIFFERENTIABLE,
     n_outputs=2,
+    n_private=1,
     backward_args=_backward_args,
     save=lambda args: (*args[:-1], True),
 )

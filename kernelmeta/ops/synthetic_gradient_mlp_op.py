@@ -1,4 +1,4 @@
-"""The synthetic-gradient MLP: what d loss / d logits would be, guessed from the logits alone (Hu et al. 2020, sec. 4)."""
+"""The synthetic-gradient MLP: what d loss / d logits would be, guessed from the logits (Hu et al. 2020, sec. 4)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ _ARGUMENTS = (
 def _plain(*args: Any) -> Tensor:
     logits, *mlp, running_stats = args
     mode = "task" if running_stats is None else "running"
-    return reference.synthetic_gradient_mlp(
-        logits, MLPParameters(*mlp), norm_stats=mode, running_stats=running_stats
-    )
+    return reference.synthetic_gradient_mlp(logits, MLPParameters(*mlp), norm_stats=mode, running_stats=running_stats)
 
 
 def _fallback_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:

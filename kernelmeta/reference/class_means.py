@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
+from kernelmeta.reference.precision import promoted, without_autocast
 
+
+@without_autocast
 def class_means(support: Tensor, support_labels: Tensor, n_way: int, weight: Tensor | None = None) -> Tensor:
     """Weighted means of the normalised support rows of every class. See :func:`kernelmeta.ops.class_means`."""
     if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         _check_labels(support_labels, n_way)
+    if weight is not None:
+        support, weight = promoted(support, weight)
     members = one_hot(support_labels, n_way).to(support.dtype)  # [T, S, N]
     sums = members.transpose(-1, -2) @ normalize(support, dim=-1, eps=1e-12)
     means = sums / members.sum(-2).unsqueeze(-1)

@@ -23,11 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, mlp_with_norm_stats
+from kernelmeta.reference.precision import promoted, without_autocast
+from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, mlp_with_norm_stats, stack_norm_stats
 
 _SQUARED_FLOOR = 1e-24  # of |theta|^2, as F.normalize
 
 
+@without_autocast
 def sib_inner_loop(
     theta0: Tensor,
     query: Tensor,
@@ -44,6 +46,8 @@ def sib_inner_loop(
     return_norm_stats: bool = False,
 ) -> Any:
     """K synthetic-gradient steps on unlabelled query rows. See :func:`kernelmeta.ops.sib_inner_loop`."""
+    theta0, query, scale, bias, *parameters = promoted(theta0, query, scale, bias, *mlp)
+    mlp = MLPParameters(*parameters)
     e = scale * (inner_lr if reduction == "sum" else inner_lr / query.shape[-2])
     rows = normalize(query, dim=-1, eps=1e-12)  # Xhat
     gram = rows @ rows.transpose(-1, -2)  # A
@@ -51,9 +55,7 @@ def sib_inner_loop(
     U = rows @ theta0.transpose(-1, -2) / r2.sqrt()
     P, a, used = torch.zeros_like(U), torch.ones_like(r2), []
     for _ in range(steps):
-        G, stats = mlp_with_norm_stats(
-            scale * (U + bias), mlp, norm_stats=norm_stats, running_stats=running_stats
-        )
+        G, stats = mlp_with_norm_stats(scale * (U + bias), mlp, norm_stats=norm_stats, running_stats=running_stats)
         AG = gram @ G
         dot = (U * G).sum(-2, keepdim=True)
         quad = (G * AG).sum(-2, keepdim=True)
@@ -70,6 +72,5 @@ def sib_inner_loop(
     if return_weights:
         result.append(a.transpose(-1, -2) * theta0 + P.transpose(-1, -2) @ rows)
     if return_norm_stats:
-        empty = query.new_empty(0, 2, 2, mlp.weight1.shape[0])
-        result.append(torch.stack([s for s in used if s is not None]) if used else empty)
+        result.append(stack_norm_stats(used, mlp))
     return tuple(result) if len(result) > 1 else logits

@@ -12,16 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kernelmeta.reference import dual
 from kernelmeta.reference.class_means import class_means
-from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, mlp_with_norm_stats
+from kernelmeta.reference.precision import promoted, without_autocast
+from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, mlp_with_norm_stats, stack_norm_stats
 
 
+@without_autocast
 def cosine_classifier(theta: Tensor, rows: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """``Z = s (b + cos(x, theta))``: [T, N, D], [T, Q, D] -> [T, Q, N]."""
     cosines = normalize(rows, dim=-1, eps=1e-12) @ normalize(theta, dim=-1, eps=1e-12).transpose(-1, -2)
     return scale * (bias + cosines)
 
 
+@without_autocast
 def sib_inner_loop(
     theta0: Tensor,
     query: Tensor,
@@ -38,7 +42,16 @@ def sib_inner_loop(
     return_norm_stats: bool = False,
 ) -> Any:
     """K synthetic-gradient steps on unlabelled query rows. See :func:`kernelmeta.ops.sib_inner_loop`."""
-    meta_learning = torch.is_grad_enabled()
+    if torch.is_inference_mode_enabled():  # where nothing can be differentiated: the same without autograd
+        return dual.sib_inner_loop(
+            theta0, query, scale, bias, mlp, steps=steps, inner_lr=inner_lr, reduction=reduction,
+            norm_stats=norm_stats, running_stats=running_stats, return_weights=return_weights,
+            return_norm_stats=return_norm_stats,
+        )  # fmt: skip
+    theta0, query, scale, bias, *parameters = promoted(theta0, query, scale, bias, *mlp)
+    mlp = MLPParameters(*parameters)
+    given = (theta0, query, scale, bias, *mlp)
+    meta_learning = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     lr = inner_lr if reduction == "sum" else inner_lr / query.shape[-2]
     theta, used = theta0, []
     for _ in range(steps):
@@ -49,15 +62,15 @@ def sib_inner_loop(
             guess, stats = mlp_with_norm_stats(logits, mlp, norm_stats=norm_stats, running_stats=running_stats)
             # d logits / d theta, transposed, times the guess of d loss / d logits
             (step,) = torch.autograd.grad(logits, theta, guess, create_graph=meta_learning)
-        theta = theta - lr * step
+        theta = theta - lr * step if meta_learning else theta.detach() - lr * step
         used.append(stats)
     logits = cosine_classifier(theta, query, scale, bias)
-    if not return_weights and not return_norm_stats:
-        return logits
-    stats = [torch.stack([s for s in used if s is not None])] if return_norm_stats and used else []
-    if return_norm_stats and not used:
-        stats = [query.new_empty(0, 2, 2, mlp.weight1.shape[0])]
-    return (logits, *([theta] if return_weights else []), *stats)
+    result = [logits]
+    if return_weights:
+        result.append(theta)
+    if return_norm_stats:
+        result.append(stack_norm_stats(used, mlp))
+    return tuple(result) if len(result) > 1 else logits
 
 
 def sib(
@@ -68,8 +81,13 @@ def sib(
     scale: Tensor,
     bias: Tensor,
     mlp: MLPParameters,
+    *,
+    support_index: Tensor | None = None,
+    query_index: Tensor | None = None,
     **options: Any,
 ) -> Any:
     """The whole episode: class means, then the inner loop. See :func:`kernelmeta.ops.sib`."""
+    if support_index is not None and query_index is not None:
+        support, query = support[support_index], query[query_index]
     theta0 = class_means(support, support_labels, mlp.weight1.shape[1], weight)
     return sib_inner_loop(theta0, query, scale, bias, mlp, **options)

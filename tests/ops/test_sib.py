@@ -25,9 +25,7 @@ def run(sib: Any, episode: Episode, theta: bool = True, **options: Any) -> list[
     g = torch.Generator().manual_seed(3)
     loss = sum((r * torch.randn(r.shape, dtype=torch.float64, generator=g).to(r.dtype)).sum() for r in results)
     grads = torch.autograd.grad(loss, episode.leaves(), allow_unused=True)
-    return results + [
-        torch.zeros_like(p) if d is None else d for d, p in zip(grads, episode.leaves(), strict=True)
-    ]
+    return results + [torch.zeros_like(p) if d is None else d for d, p in zip(grads, episode.leaves(), strict=True)]
 
 
 @needs_kernel
@@ -97,7 +95,8 @@ def test_float32_errs_no_more_than_twice_the_eager_reference() -> None:
         want = run(km.reference.sib, episode.fresh(), steps=3, inner_lr=1e-2)
         got = run(km.ops.sib, episode.fresh(torch.float32), steps=3, inner_lr=1e-2)
         eager = run(km.reference.sib, episode.fresh(torch.float32), steps=3, inner_lr=1e-2)
-        ratios.append([(relative_error(g, w) + 1e-7) / (relative_error(e, w) + 1e-7) for g, e, w in zip(got, eager, want, strict=True)])  # fmt: skip
+        errors = [[relative_error(r, w) + 1e-7 for r, w in zip(results, want, strict=True)] for results in (got, eager)]
+        ratios.append([ours / theirs for ours, theirs in zip(*errors, strict=True)])
     median = torch.tensor(ratios).median(0).values
     assert median.max() < 2, median.tolist()
 
@@ -249,16 +248,14 @@ def test_reads_straight_from_a_bank() -> None:
     want_grad = torch.zeros_like(bank).index_put_((support_index,), gathered[0].grad, accumulate=True)
     want_grad.index_put_((query_index,), gathered[1].grad, accumulate=True)
     assert_close([learned.grad], [want_grad], 1e-5)
+    index["query_index"] = torch.full_like(query_index, 50)
     with pytest.raises(ValueError, match="index 50 is outside of the bank's 50 rows"):
-        km.ops.sib(bank, episode.labels, bank, *rest, **options, support_index=support_index, query_index=query_index + 50 - query_index.max() )  # fmt: skip
-        km.ops.sib(bank, episode.labels, bank, *rest, **options, support_index=support_index, query_index=torch.full_like(query_index, 50))  # fmt: skip
+        km.ops.sib(bank, episode.labels, bank, *rest, **options, **index)
 
 
 def test_no_tasks() -> None:
     episode = draw(T=1).fresh()
-    none = episode._replace(
-        support=episode.support[:0], labels=episode.labels[:0], query=episode.query[:0]
-    )
+    none = episode._replace(support=episode.support[:0], labels=episode.labels[:0], query=episode.query[:0])
     z, theta = km.ops.sib(*none.arguments(), steps=2, inner_lr=0.1, return_weights=True)
     assert z.shape == (0, 11, 3) and theta.shape == (0, 3, 13)
     grads = torch.autograd.grad(z.sum() + theta.sum(), episode.leaves())
@@ -296,7 +293,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("labels out of range", {"labels": torch.full((2, 7), 3)}, ValueError, r"label 3; labels must be in 0\.\.2"),
     ("negative label", {"labels": torch.full((2, 7), -1)}, ValueError, r"label -1"),
     ("a class without a row", {"labels": torch.zeros(2, 7, dtype=torch.int64)}, ValueError, "no row of class 1"),
-    ("labels of another shape", {"labels": torch.zeros(2, 6, dtype=torch.int64)}, ValueError, "support_labels: expected shape"),
+    ("labels of another shape", {"labels": torch.zeros(2, 6, dtype=torch.int64)}, ValueError, "labels: expected shape"),
     ("float labels", {"labels": torch.zeros(2, 7)}, TypeError, "support_labels: expected int64, got float32"),
     ("integer features", {"query": torch.zeros(2, 11, 13, dtype=torch.int64)}, TypeError, "query: expected float32"),
     ("empty query", {"query": torch.zeros(2, 0, 13)}, ValueError, "query: expected at least one row"),
@@ -344,8 +341,10 @@ def test_mlp_that_does_not_fit() -> None:
 @needs_kernel
 def test_the_raw_op_refuses_what_it_would_read_out_of_bounds() -> None:
     e = draw()
-    good = [e.query, None, e.support, None, e.labels, e.weight, e.scale, e.bias, *e.mlp, None, 1, 0.1, False, False, True]
-    torch.ops.kernelmeta.sib(*good)
-    for position, value in ((4, e.labels[:1]), (5, e.weight[:3]), (8, e.mlp[0][:2]), (12, e.mlp[4].float()), (6, e.scale[:0])):
+    tensors = [e.query, None, e.support, None, e.labels, e.weight, e.scale, e.bias, *e.mlp, None]
+    options = [1, 0.1, False, False, True]
+    torch.ops.kernelmeta.sib(*tensors, *options)
+    bad = {4: e.labels[:1], 5: e.weight[:3], 6: e.scale[:0], 8: e.mlp[0][:2], 12: e.mlp[4].float()}
+    for position, value in bad.items():
         with pytest.raises(ValueError, match=r"expected|must"):
-            torch.ops.kernelmeta.sib(*good[:position], value, *good[position + 1 :])
+            torch.ops.kernelmeta.sib(*tensors[:position], value, *tensors[position + 1 :], *options)

@@ -28,9 +28,7 @@ class Case(NamedTuple):
 
 def sib(support: Tensor, query: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *mlp: Tensor) -> Tensor:
     labels = LABELS[: support.shape[0]]
-    return km.ops.sib(
-        support, labels, query, weight, scale, bias, MLPParameters(*mlp), steps=2, inner_lr=0.05
-    )
+    return km.ops.sib(support, labels, query, weight, scale, bias, MLPParameters(*mlp), steps=2, inner_lr=0.05)
 
 
 def sib_inner_loop(theta0: Tensor, query: Tensor, scale: Tensor, bias: Tensor, *mlp: Tensor) -> Tensor:
@@ -79,10 +77,12 @@ def case(request: pytest.FixtureRequest) -> Case:
     return cases()[request.param]
 
 
+def is_floating(argument: Any) -> bool:
+    return isinstance(argument, Tensor) and argument.is_floating_point()
+
+
 def leaves(tensors: Any) -> tuple[Any, ...]:
-    return tuple(
-        t.detach().clone().requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in tensors
-    )
+    return tuple(t.detach().clone().requires_grad_() if is_floating(t) else t for t in tensors)
 
 
 def test_gradcheck(case: Case) -> None:
@@ -229,7 +229,7 @@ def test_autocast_computes_in_float32(case: Case, dtype: torch.dtype) -> None:
     assert [g.dtype for g in grads] == [a.dtype for a in low]
     with torch.autocast("cpu", dtype):
         assert case.function(*(a.to(dtype) for a in case.arguments)).dtype is torch.float32
-        raw = case.raw(*(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in case.raw_arguments))
+        raw = case.raw(*(a.to(dtype) if is_floating(a) else a for a in case.raw_arguments))
     assert (raw[0] if isinstance(raw, tuple) else raw).dtype is torch.float32
 
 
