@@ -1,0 +1,348 @@
+"""The command ``kernelmeta``: pretrain, extract, train, evaluate, info.
+
+Every command ends with 0, or with 2 and one line on stderr that says what was wrong with its input, or with
+130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from kernelmeta.backends import select
+from kernelmeta.data import EpisodeSampler, FeatureBank
+from kernelmeta.data.files import write_json
+from kernelmeta.training import runs
+from kernelmeta.training.backbones import BACKBONES, load_backbone, make_backbone
+from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.config import TrainConfig
+from kernelmeta.training.distributed import ranks
+from kernelmeta.training.evaluation import evaluate, table
+from kernelmeta.training.extraction import extract
+from kernelmeta.training.learners import load_learner
+from kernelmeta.training.plots import steps_plot, training_plot
+from kernelmeta.training.pretraining import PretrainConfig, Pretrainer
+from kernelmeta.training.sources import open_bank, open_images
+from kernelmeta.training.trainer import CHECKPOINT, Trainer
+from kernelmeta.version import __version__
+
+_BACKBONE = ", ".join(BACKBONES)
+_DATA = (
+    "glyphs (their pixels, or features if --weights are given), a bank, or a folder of images with --weights"
+)
+_HELP = {
+    "data": _DATA,
+    "backbone": f"of --weights, where the file does not tell: {_BACKBONE}",
+    "weights": "backbone's weights, if the data are images: a checkpoint of pretrain, or a published one",
+    "way": "classes an episode",
+    "shot": "support rows a class",
+    "query": "query rows a class",
+    "query_balance": "even, or dirichlet:ALPHA: how the classes share the query rows",
+    "learner": "what to train",
+    "steps": "inner steps K",
+    "inner_lr": "inner learning rate",
+    "hidden": "hidden units of the synthetic-gradient MLP, by default 8 a way",
+    "norm_stats": "whose statistics its BatchNorm uses: task, batch or running",
+    "episodes": "episodes to train on",
+    "tasks_per_step": "episodes a step of the optimizer",
+    "optimizer": "a name in torch.optim",
+    "lr": "learning rate of the optimizer",
+    "momentum": "(Nesterov) momentum of SGD",
+    "weight_decay": "weight decay of the optimizer",
+    "validate_every": "episodes between validations, by default a tenth of the run; 0: never",
+    "seed": "of everything random",
+    "style": "size, normalisation, augmentation: miniimagenet (80 pixels) or cifar-fs (32); else by size",
+    "epochs": "passes over the images",
+    "warmup_epochs": "epochs in which the rate rises",
+    "milestone": "epoch after which the rate is a tenth",
+    "batch_size": "images a step",
+}
+# The published settings are for 600 images a class; the glyphs have a few dozen.
+_GLYPHS = {"epochs": 30, "warmup_epochs": 1, "milestone": 20}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def _settings(parser: argparse.ArgumentParser, config: type[TrainConfig] | type[PretrainConfig]) -> None:
+    """An option for every setting but a positional one; only those given end up in the namespace."""
+    for field in fields(config):
+        if field.name == "data" and config is PretrainConfig:
+            continue
+        kind = {"int": int, "float": float}.get(str(field.type).split(" ")[0], str)
+        text = _HELP[field.name] + ("" if field.default is None else f" (default: {field.default})")
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, metavar="X", help=text
+        )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one below runs/)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, bit for bit")
+
+
+def _machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that decode images (default: 0)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="kernelmeta", description="Few-shot learning with fused inner loops.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"kernelmeta {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command.set_defaults(run=run)
+        return command
+
+    command = add("pretrain", _pretrain, "Train a backbone as a classifier of its classes.")
+    command.add_argument(
+        "data", metavar="FOLDER|glyphs", help="a folder with train/, val/ and test/, or glyphs"
+    )
+    _settings(command, PretrainConfig)
+    _machine(command)
+
+    command = add("extract", _extract, "Turn images into a feature bank.")
+    command.add_argument(
+        "data", metavar="FOLDER|glyphs", help="a folder with train/, val/ and test/, or glyphs"
+    )
+    command.add_argument("--backbone", help=f"{_BACKBONE}; a checkpoint of pretrain tells")
+    command.add_argument("--weights", metavar="FILE", help=_HELP["weights"] + " (default: untrained)")
+    command.add_argument("--style", help=_HELP["style"])
+    command.add_argument("--seed", type=int, default=0, help="of untrained weights (default: 0)")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the bank to write")
+    _machine(command)
+
+    command = add("train", _train, "Meta-train on episodes; evaluate on those of the test classes.")
+    _settings(command, TrainConfig)
+    command.add_argument(
+        "--eval-episodes",
+        type=int,
+        default=2000,
+        help="of the evaluation at the end; 0: none (default: 2000)",
+    )
+    _machine(command)
+
+    command = add("evaluate", _evaluate, "Accuracy of a trained learner beside prototypes and soft k-means.")
+    command.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT", help="of train, or a published one")
+    command.add_argument("--data", help=_DATA + " (default: as trained)")
+    command.add_argument("--split", default="test", help="train, val or test (default: test)")
+    command.add_argument("--episodes", type=int, default=2000, help="(default: 2000)")
+    for name in ("shot", "query"):
+        command.add_argument(f"--{name}", type=int, help=_HELP[name] + " (default: as trained)")
+    command.add_argument("--query-balance", help=_HELP["query_balance"] + " (default: as trained)")
+    command.add_argument("--seed", type=int, default=0, help="of the episodes (default: 0)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the results")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy over the inner steps, PNG")
+    command.add_argument("--backbone", help=_HELP["backbone"])
+    command.add_argument("--weights", metavar="FILE", help=_HELP["weights"])
+    _machine(command)
+
+    add("info", _info, "What is built, what runs, versions.")
+    return parser
+
+
+def _given(args: argparse.Namespace, config: type[TrainConfig] | type[PretrainConfig]) -> dict[str, Any]:
+    return {field.name: getattr(args, field.name) for field in fields(config) if hasattr(args, field.name)}
+
+
+def _run_folder(args: argparse.Namespace, name: str) -> Path:
+    if args.out is not None:
+        return Path(args.out)
+    if args.resume:
+        raise ValueError("--resume: give --out DIR, the run to go on with")
+    folders = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 10_000))]
+    return next(folder for folder in folders if not folder.exists())
+
+
+def _pretrain(args: argparse.Namespace) -> None:
+    given = _given(args, PretrainConfig)
+    out = _run_folder(args, f"pretrain-{given.get('backbone', 'conv4')}")
+    settings, begun = runs.prepare(out, "pretrain", given, args.resume)
+    config = PretrainConfig.from_dict({**(_GLYPHS if settings["data"] == "glyphs" else {}), **settings})
+    checkpoint = Checkpoint.load(out / CHECKPOINT, "pretrain") if begun else None
+    images = open_images(config.data, config.style)
+    trainer = Pretrainer(config, images, device=args.device, workers=args.workers)
+    if checkpoint:
+        trainer.restore(checkpoint)
+    runs.write_config(out, "pretrain", config.to_dict())
+    with runs.scalars(out, trainer.epoch) as report:
+        trainer.run(out, report=report, progress=not args.quiet)
+    training_plot(out / "training.png", "epochs", *zip(*trainer.history, strict=True))
+    write_json(
+        out / runs.RESULTS,
+        {"epochs": trainer.epoch, **dict(zip(("loss", "accuracy"), trainer.history[-1][1:], strict=True))},
+    )
+    print(f"{out / CHECKPOINT}: accuracy {trainer.history[-1][2]:.1f} % on its own classes")
+
+
+def _extract(args: argparse.Namespace) -> None:
+    images = open_images(args.data, args.style)
+    if args.weights is not None:
+        backbone, name = load_backbone(args.weights, args.backbone, images.channels, images.size)
+        source = f"{images.source}, {name}, weights of {args.weights}"
+    else:
+        torch.manual_seed(args.seed)
+        name = args.backbone or "conv4"
+        backbone = make_backbone(name, images.channels, images.size)
+        source = f"{images.source}, {name}, untrained, seed {args.seed}"
+    bank = extract(
+        images, backbone, source, device=args.device, workers=args.workers, progress=not args.quiet
+    )
+    bank.save(args.out)
+    splits = ", ".join(f"{len(bank.classes(split))} {split}" for split in ("train", "val", "test"))
+    print(f"{args.out}: {len(bank.labels)} x {bank.n_features} features; classes: {splits}")
+
+
+def _bank(args: argparse.Namespace, data: str, weights: str | None, backbone: str | None) -> FeatureBank:
+    return open_bank(
+        data,
+        weights=weights,
+        backbone=backbone,
+        device=args.device,
+        workers=args.workers,
+        progress=not args.quiet,
+    )
+
+
+def _train(args: argparse.Namespace) -> None:
+    given = _given(args, TrainConfig)
+    if args.eval_episodes < 0 or args.eval_episodes == 1:
+        raise ValueError(f"--eval-episodes: expected 0 or at least 2, got {args.eval_episodes}")
+    with ranks(args.device) as processes:
+        out = _run_folder(args, f"sib-{given.get('way', 5)}way-{given.get('shot', 1)}shot")
+        settings, begun = runs.prepare(out, "train", given, args.resume)
+        config = TrainConfig.from_dict(settings)
+        checkpoint = Checkpoint.load(out / CHECKPOINT, "train") if begun else None
+        bank = _bank(args, config.data, config.weights, config.backbone)
+        trainer = Trainer(config, bank, device=args.device, ranks=processes)
+        test = None
+        if args.eval_episodes and len(bank.classes("test")):
+            test = trainer.make_sampler(bank, "test")
+        if checkpoint:
+            trainer.restore(checkpoint)
+        processes.barrier()  # everybody has looked at the folder before anybody writes to it
+        if processes.first:
+            runs.write_config(out, "train", config.to_dict())
+        report_to = runs.scalars(out, trainer.seen) if processes.first else contextlib.nullcontext(None)
+        with report_to as report:
+            finished = trainer.run(out, report=report, progress=not args.quiet)
+        if processes.first:
+            _finish(args, out, trainer, test, finished)
+    if not finished:
+        raise KeyboardInterrupt
+
+
+def _finish(
+    args: argparse.Namespace, out: Path, trainer: Trainer, test: EpisodeSampler | None, finished: bool
+) -> None:
+    if not finished:
+        print(f"stopped after {trainer.seen} episodes; to go on: --out {out} --resume", file=sys.stderr)
+        return
+    at, loss, accuracy = zip(*trainer.history, strict=True)
+    validation = [(seen, value) for seen, value, _ in trainer.validations]
+    training_plot(out / "training.png", "episodes", at, loss, accuracy, validation)
+    if test is None:
+        print(f"{out}: not evaluated" + ("" if args.eval_episodes == 0 else "; the bank has no test classes"))
+        return
+    trainer.head.eval()
+    results = evaluate(trainer.head, trainer.features, test, args.eval_episodes, progress=not args.quiet)
+    results |= {"query_balance": trainer.config.query_balance, "seed": trainer.config.seed, "split": "test"}
+    results |= {"data": trainer.config.data, "trained_episodes": trainer.seen}
+    write_json(out / runs.RESULTS, results)
+    steps_plot(out / "accuracy_over_steps.png", results)
+    print(table(results))
+    print(f"{out / runs.RESULTS}")
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    head, trained = load_learner(args.checkpoint)
+    data = args.data or trained.get("data")
+    if data is None:
+        raise ValueError(f"--data: {args.checkpoint} does not say what it was trained on; give a bank")
+    same = args.data is None and args.weights is None
+    bank = _bank(
+        args,
+        data,
+        trained.get("weights") if same else args.weights,
+        trained.get("backbone") if same else args.backbone,
+    )
+    if bank.n_features != head.n_features:
+        raise ValueError(
+            f"--data: the learner takes {head.n_features} features, {data} has {bank.n_features}"
+        )
+    balance = args.query_balance or trained.get("query_balance", "even")
+    sampler = EpisodeSampler(
+        bank,
+        args.split,
+        way=trained["way"],
+        shot=trained.get("shot", 1) if args.shot is None else args.shot,
+        query=trained.get("query", 15) if args.query is None else args.query,
+        balance=balance,
+        seed=args.seed,
+    )
+    results = evaluate(
+        head.to(args.device), bank.features.to(args.device), sampler, args.episodes, progress=not args.quiet
+    )
+    results |= {"query_balance": balance, "seed": args.seed, "split": args.split, "data": data}
+    if args.json is not None:
+        write_json(args.json, results)
+    if args.plot is not None:
+        steps_plot(args.plot, results)
+    print(table(results))
+
+
+def _info(args: argparse.Namespace) -> None:
+    from kernelmeta.info import text
+
+    print(text())
+
+
+def _check_machine(args: argparse.Namespace) -> None:
+    if not hasattr(args, "device"):
+        return
+    if args.device != "cpu" and not (args.device.split(":")[0] == "cuda" and torch.cuda.is_available()):
+        raise ValueError(f"--device: expected cpu or an available cuda device, got {args.device!r}")
+    if args.workers < 0:
+        raise ValueError(f"--workers: expected at least 0, got {args.workers}")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads: expected at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
+    try:
+        select(args.device.split(":")[0])
+    except RuntimeError as error:  # the backend that was asked for cannot run
+        raise ValueError(str(error)) from None
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    # An error in a process that decodes images arrives with that process's traceback before it.
+    return lines[-1].partition("Error: ")[2] or lines[-1] if "Traceback" in str(error) else " ".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        _check_machine(args)
+        args.run(args)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"kernelmeta {args.command}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0

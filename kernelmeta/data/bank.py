@@ -1,0 +1,131 @@
+"""Feature banks: the features of a whole data set in one memory-mapped safetensors file.
+
+Format "kernelmeta-bank-1": tensors ``features`` [n, D] (float32, float16 or bfloat16), ``labels`` [n] int64
+in 0..C-1, ``class_split`` [C] uint8 (see `SPLITS`: classes are split, not samples); string metadata
+``format``, ``class_names`` (JSON list of C strings), ``source`` (free text).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kernelmeta.data.files import read_tensors, write_tensors
+
+FORMAT = "kernelmeta-bank-1"
+SPLITS = {"train": 0, "val": 1, "test": 2}
+FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class FeatureBank:
+    """Features with labels, and which classes are for meta-training, validation and test.
+
+    Args:
+        features: [n, D] float32, float16 or bfloat16.
+        labels: [n] int64 in 0..C-1; every class has a sample.
+        class_split: [C] uint8: 0 meta-train, 1 meta-validation, 2 meta-test.
+        class_names: C names.
+        source: where the features come from, free text.
+
+    Raises:
+        ValueError, TypeError: anything of this does not hold.
+    """
+
+    features: Tensor
+    labels: Tensor
+    class_split: Tensor
+    class_names: tuple[str, ...]
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        _check_tensor("features", self.features, 2, FEATURE_DTYPES)
+        _check_tensor("labels", self.labels, 1, (torch.int64,))
+        _check_tensor("class_split", self.class_split, 1, (torch.uint8,))
+        n, D = self.features.shape
+        C = len(self.class_split)
+        if n == 0 or D == 0 or C == 0:
+            raise ValueError(
+                f"features: expected at least one sample, feature and class, got {n}, {D} and {C}"
+            )
+        if len(self.labels) != n:
+            raise ValueError(
+                f"labels: expected one for each of the {n} rows of features, got {len(self.labels)}"
+            )
+        if len(self.class_names) != C:
+            raise ValueError(f"class_names: expected {C} as in class_split, got {len(self.class_names)}")
+        low, high = int(self.labels.min()), int(self.labels.max())
+        if low < 0 or high >= C:
+            raise ValueError(f"labels: expected 0..{C - 1}, got {low}..{high}")
+        if int(self.class_split.max()) > 2:
+            raise ValueError(f"class_split: expected 0, 1 or 2, got {int(self.class_split.max())}")
+        empty = (torch.bincount(self.labels, minlength=C) == 0).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"labels: class {empty[0]} ({self.class_names[empty[0]]!r}) has no sample")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FeatureBank:
+        """Open a bank; the features stay memory-mapped.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+            ValueError: truncated, foreign, or it breaks a rule of the format.
+        """
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path}: expected metadata format {FORMAT!r}, got {metadata.get('format')!r}")
+        missing = sorted({"features", "labels", "class_split"} - tensors.keys())
+        if missing:
+            raise ValueError(f"{path}: no tensor {missing[0]!r}")
+        try:
+            names = json.loads(metadata.get("class_names", ""))
+        except ValueError:
+            names = None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{path}: metadata class_names is not a JSON list of strings")
+        try:
+            return cls(
+                tensors["features"],
+                tensors["labels"],
+                tensors["class_split"],
+                tuple(names),
+                metadata.get("source", ""),
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the bank, whole or not at all. Raises OSError."""
+        tensors = {"features": self.features, "labels": self.labels, "class_split": self.class_split}
+        metadata = {
+            "format": FORMAT,
+            "class_names": json.dumps(list(self.class_names), ensure_ascii=False),
+            "source": self.source,
+        }
+        write_tensors(Path(path), tensors, metadata)
+
+    @property
+    def n_features(self) -> int:
+        """D."""
+        return self.features.shape[1]
+
+    def classes(self, split: str) -> Tensor:
+        """Labels of the classes of "train", "val" or "test", int64."""
+        if split not in SPLITS:
+            raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+        return (self.class_split == SPLITS[split]).nonzero().flatten()
+
+
+def _check_tensor(name: str, tensor: Tensor, dimensions: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected {accepted}, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.dim() != dimensions:
+        raise ValueError(f"{name}: expected {dimensions} dimensions, got shape {list(tensor.shape)}")

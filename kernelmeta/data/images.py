@@ -1,0 +1,215 @@
+"""Labelled images: folders as the published few-shot code lays them out, or arrays in memory.
+
+A folder holds ``train/``, ``val/`` and ``test/``, each with one folder of images a class (miniImageNet,
+CIFAR-FS).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kernelmeta.data.bank import SPLITS
+
+BACKBONE_SPLIT = 3
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+
+
+class ImageStyle(NamedTuple):
+    """Sizes and normalisation (of 0..255) with which Hu et al. (ICLR 2020) trained."""
+
+    size: int  # side that the backbone sees
+    stored: int  # shorter side of the stored images; others are resized to it
+    padding: int  # of the random crop
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+STYLES = {
+    "miniimagenet": ImageStyle(
+        80, 84, 8, (120.39586422, 115.59361427, 104.54012653), (70.68188272, 68.27635443, 72.54505529)
+    ),
+    "cifar-fs": ImageStyle(
+        32, 32, 4, (129.37731888, 124.10583864, 112.47758569), (68.20947949, 65.43124043, 70.45866994)
+    ),
+}
+# Brightness, contrast and saturation are each scaled by 1 - JITTER to 1 + JITTER, as published.
+JITTER = 0.4
+
+
+class LabelledImages(Protocol):
+    """What pretraining and extraction need to know of a set of images."""
+
+    labels: Tensor  # [n] int64 in 0..C-1
+    class_split: Tensor  # [C] uint8: as in a feature bank, or 3: for the backbone alone
+    class_names: tuple[str, ...]
+    source: str
+    channels: int
+    size: int
+
+    def load(self, index: int) -> Tensor:
+        """One normalised image [channels, size, size], float32."""
+
+    def load_augmented(self, index: int, random: np.random.Generator) -> Tensor:
+        """The same, augmented for training."""
+
+
+@dataclass
+class ArrayImages:
+    """Grey images in memory.
+
+    Args:
+        pixels: [n, H, H], uint8 or float in 0..255.
+        labels, class_split, class_names, source: see `LabelledImages`.
+        padding: training shifts an image by up to so many pixels either way.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    class_split: Tensor
+    class_names: tuple[str, ...]
+    source: str
+    padding: int = 2
+    channels: int = 1
+
+    def __post_init__(self) -> None:
+        self.size = self.pixels.shape[-1]
+
+    def load(self, index: int) -> Tensor:
+        return (self.pixels[index].float() / 127.5 - 1)[None]
+
+    def load_augmented(self, index: int, random: np.random.Generator) -> Tensor:
+        image, p = self.load(index), self.padding
+        down, right = random.integers(0, 2 * p + 1, 2).tolist()
+        padded = torch.full((1, self.size + 2 * p, self.size + 2 * p), float(image[0, 0, 0]))
+        padded[:, p : p + self.size, p : p + self.size] = image
+        return padded[:, down : down + self.size, right : right + self.size]
+
+
+class FolderImages:
+    """Images of a folder with ``train/``, ``val/`` and ``test/``, decoded when asked for.
+
+    Args:
+        root: the folder. A split without a folder is empty.
+        style: a name of `STYLES`; without, "cifar-fs" if the first image's shorter side is at most 32
+            pixels, else "miniimagenet". For training, as published: random crop after padding, jitter of
+            brightness, contrast and saturation, horizontal flip.
+
+    Raises:
+        ValueError: the folder holds none of the three, or a class folder without an image.
+        OSError: it cannot be read.
+    """
+
+    channels = 3
+
+    def __init__(self, root: str | os.PathLike[str], style: str | None = None) -> None:
+        base = Path(root)
+        if not base.is_dir():
+            raise FileNotFoundError(f"{base}: no such folder")
+        names: list[str] = []
+        splits: list[int] = []
+        labels: list[int] = []
+        self.paths: list[Path] = []
+        for split, code in SPLITS.items():
+            folder = base / split
+            for class_folder in sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else ():
+                files = sorted(p for p in class_folder.iterdir() if p.suffix.lower() in EXTENSIONS)
+                if not files:
+                    raise ValueError(f"{class_folder}: a class without an image")
+                self.paths += files
+                labels += [len(names)] * len(files)
+                names.append(f"{split}/{class_folder.name}")
+                splits.append(code)
+        if not names:
+            raise ValueError(f"{base}: expected train/, val/ or test/ with one folder of images a class")
+        self.labels = torch.tensor(labels)
+        self.class_split = torch.tensor(splits, dtype=torch.uint8)
+        self.class_names = tuple(names)
+        self.source = str(base)
+        if style is None:
+            style = "cifar-fs" if min(self._open(0).size) <= 32 else "miniimagenet"
+        if style not in STYLES:
+            raise ValueError(f"style: expected one of {', '.join(STYLES)}, got {style!r}")
+        self.style = STYLES[style]
+        self.size = self.style.size
+
+    def _open(self, index: int) -> Image.Image:
+        path = self.paths[index]
+        try:
+            with Image.open(path) as image:
+                return image.convert("RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{path}: not an image that can be read ({error})") from None
+
+    def _stored(self, index: int) -> Image.Image:
+        image = self._open(index)
+        shorter = min(image.size)
+        if shorter == self.style.stored:
+            return image
+        width, height = (max(self.size, round(side * self.style.stored / shorter)) for side in image.size)
+        return image.resize((width, height), Image.Resampling.BILINEAR)
+
+    def _normalised(self, image: Image.Image) -> Tensor:
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.style.mean, self.style.std))
+        return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() - mean) / std
+
+    def load(self, index: int) -> Tensor:
+        image = self._stored(index)
+        left, top = ((side - self.size) // 2 for side in image.size)
+        return self._normalised(image.crop((left, top, left + self.size, top + self.size)))
+
+    def load_augmented(self, index: int, random: np.random.Generator) -> Tensor:
+        image, p = self._stored(index), self.style.padding
+        left, top = (int(random.integers(-p, side + p - self.size + 1)) for side in image.size)
+        image = image.crop((left, top, left + self.size, top + self.size))  # black outside
+        enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+        for i in random.permutation(3):
+            image = enhancers[i](image).enhance(float(random.uniform(1 - JITTER, 1 + JITTER)))
+        if random.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self._normalised(image)
+
+
+class _Rows(Dataset[tuple[Tensor, int]]):
+    def __init__(self, images: LabelledImages, rows: Sequence[int], key: tuple[int, ...] | None) -> None:
+        self.images, self.rows, self.key = images, rows, key
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        row = self.rows[i]
+        label = int(self.images.labels[row])
+        if self.key is None:
+            return self.images.load(row), label
+        return self.images.load_augmented(row, np.random.default_rng((*self.key, row))), label
+
+
+def batches(
+    images: LabelledImages,
+    rows: Sequence[int],
+    batch_size: int,
+    *,
+    key: tuple[int, ...] | None = None,
+    drop_last: bool = False,
+    workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (images [B, channels, H, H] float32, labels [B] int64) of the given rows, in their order.
+
+    Args:
+        key: if given, augment; what an image gets is a function of the key and its row, not of the workers.
+        workers: processes that decode; 0: this one.
+    """
+    loader = DataLoader(
+        _Rows(images, rows, key), batch_size, shuffle=False, drop_last=drop_last, num_workers=workers
+    )
+    yield from loader

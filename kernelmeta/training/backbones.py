@@ -1,0 +1,62 @@
+"""Backbones by name, and their weights from files."""
+
+from __future__ import annotations
+
+import os
+
+from kernelmeta import nn
+from kernelmeta.data.files import one_line, read_weights
+from kernelmeta.training.checkpoint import Checkpoint
+
+Backbone = nn.Conv4 | nn.WideResNet
+BACKBONES = ("conv4", "conv4_128", "wrn28_10")
+
+
+def make_backbone(name: str, channels: int, size: int) -> Backbone:
+    """A backbone for images [channels, size, size], untrained.
+
+    Raises:
+        ValueError: there is no backbone of that name, or it cannot take such images.
+    """
+    if name in ("conv4", "conv4_128"):
+        return nn.Conv4(channels=128 if name == "conv4_128" else 64, in_channels=channels)
+    if name == "wrn28_10":
+        return nn.WideResNet(first_stride=1 if size <= 32 else 2, in_channels=channels)
+    raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
+
+
+def load_backbone(
+    path: str | os.PathLike[str], name: str | None, channels: int, size: int
+) -> tuple[Backbone, str]:
+    """A backbone with the weights of a file, and its name.
+
+    Args:
+        path: a checkpoint of ``kernelmeta pretrain``, a published checkpoint (a dict with ``netFeat``) or
+            its feature
+            extractor alone, or a state dict of the backbone.
+        name: one of `BACKBONES`; only a checkpoint of ``kernelmeta pretrain`` knows by itself.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: truncated, foreign, a pickle that would run code, or the weights do not fit.
+    """
+    weights = read_weights(path)
+    if any(key.startswith("backbone.") for key in weights):
+        checkpoint = Checkpoint.load(path, "pretrain")
+        found = checkpoint.state.get("config", {}).get("backbone")
+        if name is not None and name != found:
+            raise ValueError(f"{path}: the weights of {found}, not of {name}")
+        name, weights = str(found), dict(checkpoint.tensors["backbone"])
+    elif name is None:
+        raise ValueError(f"{path}: which backbone are these weights of? Give one of {', '.join(BACKBONES)}")
+    backbone = make_backbone(name, channels, size)
+    published = "netFeat" in weights or any(key.startswith(("conv_blocks.", "bn1.")) for key in weights)
+    try:
+        if published and isinstance(backbone, nn.Conv4):
+            weights = nn.Conv4.from_xfer(weights, backbone.channels)
+        elif published:
+            weights = nn.WideResNet.from_xfer(weights)
+        backbone.load_state_dict(weights)
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the weights of {name} ({one_line(error)})") from None
+    return backbone, name

@@ -1,0 +1,95 @@
+"""Checkpoints: one safetensors file with all that a run needs to go on bit for bit.
+
+Tensors are named ``<group>.<name>``; everything else is one JSON object in the metadata. The bytes are a
+function of
+the content: no time stamps, no paths of the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from kernelmeta.data.files import read_tensors, write_tensors
+
+FORMAT = "kernelmeta-checkpoint-1"
+_KEY = "kernelmeta"
+
+
+@dataclass
+class Checkpoint:
+    """Tensors by group, and what JSON holds.
+
+    Args:
+        kind: what wrote it, "train" or "pretrain".
+        tensors: group -> name -> tensor.
+        state: anything that JSON takes; floats come back exactly.
+    """
+
+    kind: str
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it, whole or not at all. Raises OSError."""
+        flat = {f"{group}.{name}": t for group, named in self.tensors.items() for name, t in named.items()}
+        content = {"format": FORMAT, "kind": self.kind, "groups": sorted(self.tensors), "state": self.state}
+        write_tensors(path, flat, {_KEY: json.dumps(content, sort_keys=True)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], kind: str) -> Checkpoint:
+        """Read it.
+
+        Raises:
+            OSError: there is no such file, or it cannot be read.
+            ValueError: truncated, foreign, or of another kind.
+        """
+        flat, metadata = read_tensors(path)
+        try:
+            content = json.loads(metadata[_KEY])
+            if content["format"] != FORMAT:
+                raise ValueError
+            tensors: dict[str, dict[str, Tensor]] = {str(group): {} for group in content["groups"]}
+            for name, tensor in flat.items():
+                group, _, rest = name.partition(".")
+                tensors[group][rest] = tensor.clone()
+            found, state = content["kind"], dict(content["state"])
+        except (KeyError, TypeError, ValueError):
+            raise ValueError(f"{path}: no checkpoint of kernelmeta") from None
+        if found != kind:
+            raise ValueError(f"{path}: expected a checkpoint of 'kernelmeta {kind}', got one of {found!r}")
+        return cls(kind, tensors, state)
+
+
+def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer as named tensors. Its settings are not in it: they belong to the
+    configuration.
+    """
+    tensors = {}
+    for index, named in optimizer.state_dict()["state"].items():
+        for name, value in named.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            elif value is not None:
+                raise ValueError(
+                    f"optimizer: {type(optimizer).__name__} keeps {name!r} outside of tensors;"
+                    " its state cannot be saved"
+                )
+    return tensors
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` took. Raises ValueError."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    try:
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"optimizer: the saved state does not fit ({error})") from None

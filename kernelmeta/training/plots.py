@@ -1,0 +1,64 @@
+"""Plots of a run, as PNG."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from kernelmeta.data.files import replacing
+
+
+def _axes(n: int) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * n, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, [figure.add_subplot(1, n, i + 1) for i in range(n)]
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def training_plot(
+    path: str | os.PathLike[str],
+    unit: str,
+    at: Sequence[float],
+    loss: Sequence[float],
+    accuracy: Sequence[float],
+    validation: Sequence[tuple[float, float]] = (),
+) -> None:
+    """Loss and accuracy (percent) over ``at`` (episodes or epochs, as ``unit`` says). Raises OSError."""
+    figure, (left, right) = _axes(2)
+    left.plot(at, loss, linewidth=0.8)
+    left.set(xlabel=unit, ylabel="loss")
+    right.plot(at, accuracy, linewidth=0.8, label="training")
+    if validation:
+        right.plot(*zip(*validation, strict=True), marker="o", markersize=3, label="validation")
+    right.set(xlabel=unit, ylabel="accuracy, %")
+    right.legend()
+    _save(figure, path)
+
+
+def steps_plot(path: str | os.PathLike[str], results: dict[str, Any]) -> None:
+    """Accuracy over the number of inner steps, beside the baselines; from what `evaluate` returns. Raises
+    OSError.
+    """
+    figure, (axes,) = _axes(1)
+    curve = results["accuracy_over_steps"]
+    axes.errorbar(
+        [row["steps"] for row in curve],
+        [row["accuracy"] for row in curve],
+        yerr=[row["ci95"] for row in curve],
+        marker="o",
+        capsize=3,
+        label="SIB",
+    )
+    for style, (name, row) in zip(("--", ":"), results["baselines"].items(), strict=True):
+        axes.axhline(row["accuracy"], linestyle=style, color="grey", label=name.replace("_", " "))
+    axes.set(xlabel="inner steps K", ylabel="accuracy, %", xticks=[row["steps"] for row in curve])
+    axes.legend()
+    _save(figure, path)

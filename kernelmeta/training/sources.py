@@ -1,0 +1,83 @@
+"""What ``--data`` may name: the built-in glyphs, a feature bank, or a folder of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from kernelmeta.data import FeatureBank
+from kernelmeta.data.images import BACKBONE_SPLIT, ArrayImages, FolderImages, LabelledImages
+from kernelmeta.training.backbones import load_backbone
+from kernelmeta.training.extraction import extract
+
+
+def open_images(data: str, style: str | None = None) -> LabelledImages:
+    """Images of "glyphs" or of a folder.
+
+    Raises:
+        OSError: there is no such folder.
+        ValueError: it does not hold images as expected.
+    """
+    if data == "glyphs":
+        from kernelmeta.data.glyphs import load_glyphs
+
+        glyphs = load_glyphs()
+        return ArrayImages(
+            glyphs.images, glyphs.labels, glyphs.class_split, tuple(glyphs.class_names), "glyphs"
+        )
+    return FolderImages(data, style)
+
+
+def open_bank(
+    data: str,
+    *,
+    weights: str | None = None,
+    backbone: str | None = None,
+    style: str | None = None,
+    device: str = "cpu",
+    workers: int = 0,
+    progress: bool = False,
+) -> FeatureBank:
+    """The bank that ``data`` names; with ``weights``, images go through that backbone.
+
+    Glyphs without ``weights`` are their pixels: 784 features, ink 1, paper 0.
+
+    Raises:
+        OSError: there is no such file or folder, or it cannot be read.
+        ValueError: it cannot be used; the message says why.
+    """
+    if data != "glyphs" and not Path(data).is_dir():
+        if weights is not None:
+            raise ValueError(
+                f"weights: {data} is not a folder of images; a bank's features are used as they are"
+            )
+        return FeatureBank.load(data)
+    if weights is None:
+        if data != "glyphs":
+            raise ValueError(
+                f"{data} is a folder of images: give the --weights of a backbone ('kernelmeta pretrain'"
+                " trains one), or a bank that 'kernelmeta extract' wrote"
+            )
+        return _pixels()
+    images = open_images(data, style)
+    network, name = load_backbone(weights, backbone, images.channels, images.size)
+    return extract(
+        images, network, f"{images.source}, {name}", device=device, workers=workers, progress=progress
+    )
+
+
+def _pixels() -> FeatureBank:
+    images = open_images("glyphs")
+    assert isinstance(images, ArrayImages)
+    kept = (images.class_split != BACKBONE_SPLIT).nonzero().flatten()
+    new_label = torch.full((len(images.class_split),), -1).index_copy(0, kept, torch.arange(len(kept)))
+    labels = new_label[images.labels]
+    rows = labels >= 0
+    return FeatureBank(
+        images.pixels[rows].flatten(1).float() / 255,
+        labels[rows],
+        images.class_split[kept],
+        tuple(images.class_names[c] for c in kept.tolist()),
+        "glyphs, pixels",
+    )

@@ -1,0 +1,267 @@
+"""Meta-training on episodes from a feature bank."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from kernelmeta.data import EpisodeSampler, FeatureBank
+from kernelmeta.data.files import one_line
+from kernelmeta.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
+from kernelmeta.training.config import TrainConfig
+from kernelmeta.training.distributed import Ranks
+from kernelmeta.training.evaluation import episode_accuracies, interval
+
+CHECKPOINT = "checkpoint.safetensors"
+# Steps are run in blocks: drawn at once, looked at once. A function of the configuration alone, so that a
+# resumed run cuts its blocks where an uninterrupted one does.
+BLOCK_STEPS, BLOCK_EPISODES = 128, 1024
+CHECKPOINT_SECONDS = 5.0
+VALIDATION_EPISODES = 400
+# Validation episodes come from the far end of their sequence, apart from any evaluation on the same classes.
+VALIDATION_FIRST = 1 << 40
+
+# (name, value, episodes seen): "loss", "accuracy", "validation accuracy", in percent the latter two.
+Report = Callable[[str, float, int], None]
+
+
+def fingerprint(bank: FeatureBank) -> dict[str, int]:
+    """Tells whether a bank is the one that a run began with."""
+    rows = bank.features[:: max(1, len(bank.labels) // 64)].contiguous()
+    parts = (bank.labels, bank.class_split, rows.view(torch.uint8))
+    crc = 0
+    for part in parts:
+        crc = zlib.crc32(part.numpy().tobytes(), crc)
+    return {"samples": len(bank.labels), "features": bank.n_features, "crc32": crc}
+
+
+class Trainer:
+    """Runs the steps of one configuration; its state is a checkpoint.
+
+    Args:
+        config: the settings.
+        bank: where the episodes come from.
+        device: where the features lie and the steps run.
+        ranks: the processes over which every step's tasks are split.
+
+    Raises:
+        ValueError: the bank does not suit the configuration.
+    """
+
+    def __init__(
+        self, config: TrainConfig, bank: FeatureBank, *, device: str = "cpu", ranks: Ranks | None = None
+    ) -> None:
+        self.config = config
+        self.ranks = ranks or Ranks()
+        self.first_task, self.tasks = self.ranks.share(config.tasks_per_step)
+        if self.ranks.size > 1 and config.norm_stats == "batch":
+            raise ValueError(
+                'norm_stats: "batch" couples the tasks of a step; they cannot be split over processes'
+            )
+        self.sampler = self.make_sampler(bank, "train")
+        self.validation = None
+        if config.validate_every != 0 and len(bank.classes("val")):
+            self.validation = self.make_sampler(bank, "val")
+        self.fingerprint = fingerprint(bank)
+        self.features = bank.features.to(device)
+        self.head = config.make_learner(bank.n_features).to(device)
+        self.head.train()
+        self.parameters = [p for p in self.head.parameters() if p.requires_grad]
+        self.optimizer = config.make_optimizer(self.parameters)
+        self.block_steps = max(1, min(BLOCK_STEPS, BLOCK_EPISODES // config.tasks_per_step))
+        self.step = 0
+        self.history: list[tuple[int, float, float]] = []  # episodes, loss, accuracy in percent
+        self.validations: list[tuple[int, float, float]] = []  # episodes, accuracy in percent, ci95
+
+    @property
+    def seen(self) -> int:
+        """Episodes trained on so far."""
+        return self.step * self.config.tasks_per_step
+
+    def make_sampler(self, bank: FeatureBank, split: str) -> EpisodeSampler:
+        c = self.config
+        return EpisodeSampler(
+            bank, split, way=c.way, shot=c.shot, query=c.query, balance=c.query_balance, seed=c.seed
+        )
+
+    def checkpoint(self) -> Checkpoint:
+        """All that the run needs to go on."""
+        return Checkpoint(
+            "train",
+            {"model": self.head.state_dict(), "optimizer": optimizer_tensors(self.optimizer)},
+            {
+                "step": self.step,
+                "seed": self.config.seed,
+                "config": self.config.to_dict(),
+                "bank": self.fingerprint,
+                "history": self.history,
+                "validations": self.validations,
+            },
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on from a checkpoint of the same configuration and bank; more episodes than it had are welcome.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        state = checkpoint.state
+        try:
+            if state["bank"] != self.fingerprint:
+                raise ValueError(f"data: not the bank that the run began with ({state['bank']})")
+            self.head.load_state_dict(checkpoint.tensors["model"])
+            restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
+            self.step = int(state["step"])
+            self.history = [tuple(row) for row in state["history"]]
+            self.validations = [tuple(row) for row in state["validations"]]
+        except (KeyError, RuntimeError, TypeError) as error:
+            raise ValueError(f"the checkpoint does not fit the run ({one_line(error)})") from None
+
+    def run(self, out: Path, *, report: Report | None = None, progress: bool = False) -> bool:
+        """Train from where it stands to the end, with checkpoints in ``out`` every few seconds and at the
+        end.
+
+        Returns:
+            False if Ctrl-C or SIGTERM ended it early; the checkpoint holds where.
+
+        Raises:
+            OSError: a checkpoint could not be written.
+        """
+        total, per_step = self.config.n_steps, self.config.tasks_per_step
+        saved_at = -math.inf  # the first block's end shows whether there is room for checkpoints
+        bar = tqdm(
+            total=total * per_step,
+            initial=min(self.step, total) * per_step,
+            desc="train",
+            unit="episode",
+            disable=not (progress and self.ranks.first),
+        )
+        with _interruptions() as interrupted:
+            while self.step < total:
+                n = min(self.block_steps - self.step % self.block_steps, total - self.step)
+                loss, accuracy = self._run_block(n)
+                seen = self.seen
+                self.history.append((seen, loss, accuracy))
+                if report:
+                    report("loss", loss, seen)
+                    report("accuracy", accuracy, seen)
+                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f} %", refresh=False)
+                bar.update(n * per_step)
+                if self._validate_now(n):
+                    value = self._validate()
+                    self.validations.append((seen, *value))
+                    if report:
+                        report("validation accuracy", value[0], seen)
+                stop = self.ranks.any(interrupted())
+                now = time.monotonic()
+                if self.ranks.first and (stop or self.step == total or now - saved_at >= CHECKPOINT_SECONDS):
+                    self.checkpoint().save(out / CHECKPOINT)
+                    saved_at = now
+                if stop and self.step < total:
+                    break
+        bar.close()
+        return self.step >= total
+
+    def _run_block(self, n: int) -> tuple[float, float]:
+        """``n`` steps. Returns their mean loss and accuracy (percent), over all processes."""
+        T = self.config.tasks_per_step
+        episodes = self.sampler.draw(self.step * T, n * T)
+        device, mine = self.features.device, slice(self.first_task, self.first_task + self.tasks)
+        support_index, support_labels, query_index, answers = (
+            t.view(n, T, -1)[:, mine].to(device) for t in episodes
+        )
+        # The share of one query row in the gradient of the mean cross entropy, negative where its class is.
+        targets = F.one_hot(answers, self.config.way).to(
+            torch.promote_types(self.features.dtype, torch.float32)
+        )
+        weight = 1 / targets[0, ..., 0].numel()
+        targets *= weight
+        logits = [
+            self._step(*step, weight)
+            for step in zip(support_index, support_labels, query_index, targets, strict=True)
+        ]
+        self.step += n
+        return self._measure(torch.stack(logits), answers)
+
+    def _step(
+        self,
+        support_index: Tensor,
+        support_labels: Tensor,
+        query_index: Tensor,
+        targets: Tensor,
+        weight: float,
+    ) -> Tensor:
+        """One step of the optimizer; returns the logits [T, Q, N]."""
+        logits = self.head.from_bank(self.features, support_index, support_labels, query_index)
+        for parameter in self.parameters:
+            parameter.grad = None
+        # The gradient of the mean cross entropy, by hand: a third of the time of its two ops.
+        logits.backward(torch.softmax(logits.detach(), -1).mul_(weight).sub_(targets))
+        if self.ranks.size > 1:
+            buffers = [b for b in self.head.buffers() if b.is_floating_point()]
+            self.ranks.average([p.grad for p in self.parameters if p.grad is not None] + buffers)
+        self.optimizer.step()
+        return logits.detach()
+
+    def _measure(self, logits: Tensor, answers: Tensor) -> tuple[float, float]:
+        loss = F.cross_entropy(logits.flatten(0, -2).float(), answers.flatten())
+        right = (logits.argmax(-1) == answers).float().mean()
+        values = torch.stack([loss, 100 * right])
+        self.ranks.average([values])
+        return float(values[0]), float(values[1])
+
+    def _validate_now(self, n: int) -> bool:
+        """Whether the ``n`` steps done last passed a multiple of ``validate_every`` (default: a tenth of
+        the run).
+        """
+        if self.validation is None:
+            return False
+        every = self.config.validate_every or max(1, self.config.episodes // 10)
+        T = self.config.tasks_per_step
+        return self.step * T // every > (self.step - n) * T // every
+
+    def _validate(self) -> tuple[float, float]:
+        """Accuracy and its interval on the validation classes; computed by the first process for all."""
+        assert self.validation is not None
+        if not self.ranks.first:
+            return 0.0, 0.0  # only the first process writes a history
+        self.head.eval()
+        values = episode_accuracies(
+            {"sib": self.head}, self.features, self.validation, VALIDATION_EPISODES, first=VALIDATION_FIRST
+        )
+        self.head.train()
+        return interval(values["sib"])
+
+
+@contextmanager
+def _interruptions() -> Iterator[Callable[[], bool]]:
+    """Turns the first Ctrl-C or SIGTERM into a flag; a second Ctrl-C interrupts as usual."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous: dict[int, Any] = {}
+    try:
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            previous[wanted] = signal.signal(wanted, note)
+    except ValueError:  # not the main thread: signals are somebody else's
+        pass
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,90 @@
+"""Files are written whole or not at all, and no pickle is run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kernelmeta.data.files import read_json, read_weights, replacing, write_tensors, write_text
+
+
+def test_a_failure_leaves_the_old_file_and_no_other(tmp_path):
+    path = tmp_path / "file"
+    write_text(path, "old")
+
+    def write_and_fail():
+        with replacing(path) as temporary:
+            temporary.write_text("half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_and_fail()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_an_oserror(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+
+    monkeypatch.setattr("kernelmeta.data.files.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_tensors(tmp_path / "file", {"a": torch.zeros(3)}, {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_new_files_have_the_usual_permissions(tmp_path):
+    write_text(tmp_path / "ours", "x")
+    (tmp_path / "usual").write_text("x")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    tensors = {name: torch.rand(3) for name in "edcba"}
+    write_tensors(tmp_path / "1", tensors, {"key": "value"})
+    write_tensors(tmp_path / "2", dict(sorted(tensors.items())), {"key": "value"})
+    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+class Mischief:
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path):
+    harm = Mischief()
+    harm.path = str(tmp_path / "harm")
+    torch.save({"weight": torch.zeros(2), "x": harm}, tmp_path / "a.pth")
+    (tmp_path / "b.pth").write_bytes(pickle.dumps(harm))
+    (tmp_path / "c.safetensors").write_bytes(pickle.dumps(harm))
+    for name in ("a.pth", "b.pth", "c.safetensors"):
+        with pytest.raises(ValueError, match=name) as caught:
+            read_weights(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_weights_of_both_formats_are_read(tmp_path):
+    weights = {"layer.weight": torch.rand(2, 3)}
+    torch.save(weights, tmp_path / "a.pth")
+    save_file(weights, tmp_path / "a.safetensors")
+    for name in ("a.pth", "a.safetensors"):
+        assert torch.equal(read_weights(tmp_path / name)["layer.weight"], weights["layer.weight"])
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="expected a dict of tensors, got list"):
+        read_weights(tmp_path / "list.pth")
+
+
+def test_json_that_is_none_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    (tmp_path / "b.json").write_text("[1]")
+    with pytest.raises(ValueError, match="not a JSON file"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="expected a JSON object, got list"):
+        read_json(tmp_path / "b.json")

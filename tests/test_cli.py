@@ -1,0 +1,376 @@
+"""The commands, as a user meets them: what they write, what they refuse and how."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import make_bank
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kernelmeta.cli import main
+from kernelmeta.data import FeatureBank
+
+TRAIN = ("train", "--way", "3", "--query", "4", "--episodes", "300", "--inner-lr", "0.01", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def bank_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bank") / "bank.safetensors"
+    make_bank().save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, bank_file):
+    out = tmp_path_factory.mktemp("runs") / "run"
+    assert main([*TRAIN, "--data", bank_file, "--eval-episodes", "50", "--seed", "5", "--out", str(out)]) == 0
+    return out
+
+
+def refused(capsys, *args: object) -> str:
+    """Runs a command that must end with 2 and one line on stderr; returns the line."""
+    try:
+        code = main([str(arg) for arg in args])
+    except SystemExit as stopped:
+        code = stopped.code
+    errors = capsys.readouterr().err.strip()
+    assert code == 2, errors
+    assert "\n" not in errors
+    assert errors.startswith("kernelmeta")
+    return errors
+
+
+def test_a_run_leaves_all_its_files(run, bank_file):
+    names = {path.name for path in run.iterdir()}
+    events = [name for name in names if name.startswith("events.out.tfevents")]
+    assert len(events) == 1
+    assert names - set(events) == {
+        "config.json",
+        "checkpoint.safetensors",
+        "results.json",
+        "training.png",
+        "accuracy_over_steps.png",
+    }
+    config = json.loads((run / "config.json").read_text())
+    expected = {
+        "command": "train",
+        "way": 3,
+        "shot": 1,
+        "query": 4,
+        "episodes": 300,
+        "seed": 5,
+        "data": bank_file,
+    }
+    assert {name: config[name] for name in expected} == expected
+    assert config["momentum"] == 0.9
+    assert config["weight_decay"] == 5e-4
+    for name in ("training.png", "accuracy_over_steps.png"):
+        assert Image.open(run / name).size[0] > 300
+    scalars = EventAccumulator(str(run)).Reload()
+    assert {"loss", "accuracy", "validation accuracy"} <= set(scalars.Tags()["scalars"])
+    assert scalars.Scalars("loss")[-1].step == 300
+
+
+def test_results_have_the_promised_keys_and_evaluate_agrees(run, tmp_path, capsys):
+    results = json.loads((run / "results.json").read_text())
+    promised = {"episodes", "way", "shot", "query", "steps", "accuracy", "ci95", "baselines"}
+    promised |= {"query_balance", "seconds", "backend", "seed"}
+    assert promised <= set(results)
+    for name in ("prototypes", "soft_kmeans"):
+        assert set(results["baselines"][name]) == {"accuracy", "ci95", "difference", "difference_ci95"}
+    files = ("--json", str(tmp_path / "r.json"), "--plot", str(tmp_path / "p.png"))
+    assert main(["evaluate", str(run), "--episodes", "50", "--seed", "5", "--quiet", *files]) == 0
+    again = json.loads((tmp_path / "r.json").read_text())
+    for name in promised - {"seconds"}:
+        assert again[name] == results[name], name
+    assert (tmp_path / "p.png").exists()
+    printed = capsys.readouterr().out
+    for word in ("prototypes", "soft k-means", "SIB, K = 3", f"{results['accuracy']:.2f}"):
+        assert word in printed
+
+
+def test_evaluate_takes_other_episodes_and_the_checkpoint_itself(run, tmp_path):
+    json_file = tmp_path / "r.json"
+    more = (
+        "--shot",
+        "2",
+        "--query",
+        "5",
+        "--query-balance",
+        "dirichlet:2",
+        "--split",
+        "val",
+        "--episodes",
+        "20",
+    )
+    checkpoint = str(run / "checkpoint.safetensors")
+    assert main(["evaluate", checkpoint, *more, "--quiet", "--json", str(json_file)]) == 0
+    results = json.loads(json_file.read_text())
+    assert (results["shot"], results["query"], results["query_balance"]) == (2, 5, "dirichlet:2")
+
+
+def published(bank: FeatureBank) -> dict:
+    D, N, H = bank.n_features, 3, 24
+    state = {"wnLayerFavg.weight": torch.ones(D), "scale_cls": torch.full((1,), 10.0), "bias": torch.zeros(1)}
+    for layer, shape in (("layer1", (H, N)), ("layer2", (H, H))):
+        state |= {f"dni.{layer}.0.weight": torch.randn(shape) * 0.3, f"dni.{layer}.0.bias": torch.zeros(H)}
+        state |= {f"dni.{layer}.2.{name}": torch.ones(H) for name in ("weight", "running_var")}
+        state |= {f"dni.{layer}.2.{name}": torch.zeros(H) for name in ("bias", "running_mean")}
+    state |= {"dni.layer3.weight": torch.randn(N, H) * 0.3, "dni.layer3.bias": torch.zeros(N)}
+    return {"netFeat": {}, "SIB": state, "lr": 1e-3, "nbStep": 2}
+
+
+def test_a_published_checkpoint_is_evaluated(bank_file, tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save(published(make_bank()), tmp_path / "netSIBBest.pth")
+    json_file = tmp_path / "r.json"
+    args = ("evaluate", str(tmp_path / "netSIBBest.pth"), "--query", "4", "--episodes", "20", "--quiet")
+    assert main([*args, "--data", bank_file, "--json", str(json_file)]) == 0
+    results = json.loads(json_file.read_text())
+    assert (results["steps"], results["way"]) == (2, 3)
+    assert "does not say what it was trained on" in refused(capsys, *args)
+
+
+def test_resume_goes_on_and_refuses_another_run(bank_file, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    args = (*TRAIN, "--data", bank_file, "--eval-episodes", "0")
+    assert main([*args, "--out", out, "--resume"]) == 0  # nothing there yet: from the start
+    assert "already holds a run" in refused(capsys, *args, "--out", out)
+    assert "steps: the run in" in refused(capsys, *args, "--out", out, "--resume", "--steps", 5)
+    assert "give --out DIR" in refused(capsys, *args, "--resume")
+    assert (
+        main(["train", "--out", out, "--resume", "--episodes", "500", "--eval-episodes", "20", "--quiet"])
+        == 0
+    )
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["trained_episodes"] == 500
+    assert "not of 'pretrain'" in refused(capsys, "pretrain", "glyphs", "--out", out, "--resume")
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(bank_file, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    args = [
+        "train",
+        "--data",
+        bank_file,
+        "--way",
+        "3",
+        "--query",
+        "4",
+        "--quiet",
+        "--eval-episodes",
+        "0",
+        "--out",
+        out,
+    ]
+    threading.Timer(1.0, signal.raise_signal, (signal.SIGINT,)).start()
+    assert main([*args, "--episodes", "10000000"]) == 130
+    assert "--resume" in capsys.readouterr().err
+    step = json.loads(metadata(tmp_path / "run" / "checkpoint.safetensors"))["state"]["step"]
+    assert step > 0
+    assert (
+        main(
+            [
+                "train",
+                "--resume",
+                "--out",
+                out,
+                "--episodes",
+                str(step + 10),
+                "--quiet",
+                "--eval-episodes",
+                "0",
+            ]
+        )
+        == 0
+    )
+
+
+def metadata(path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return file.metadata()["kernelmeta"]
+
+
+def test_a_folder_of_images_from_pixels_to_accuracy(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for name in ("a", "b", "c"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            tint = random.integers(0, 200, 3)
+            for i in range(6):
+                pixels = (tint + random.integers(0, 50, (32, 32, 3))).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.png")
+    images, backbone, bank = (str(tmp_path / name) for name in ("images", "backbone", "bank.safetensors"))
+    pretrain = ("--epochs", "2", "--warmup-epochs", "1", "--batch-size", "6", "--quiet", "--out", backbone)
+    assert main(["pretrain", images, *pretrain]) == 0
+    assert {"config.json", "checkpoint.safetensors", "results.json", "training.png"} <= set(
+        os.listdir(backbone)
+    )
+    weights = f"{backbone}/checkpoint.safetensors"
+    assert main(["extract", images, "--weights", weights, "--out", bank, "--quiet"]) == 0
+    assert FeatureBank.load(bank).n_features == 256
+    few = ("--way", "3", "--query", "2", "--episodes", "20", "--eval-episodes", "10", "--quiet")
+    for data, more, out in ((bank, (), "1"), (images, ("--weights", weights), "2")):
+        assert main(["train", "--data", data, *more, *few, "--out", str(tmp_path / out)]) == 0
+    runs = [json.loads((tmp_path / out / "results.json").read_text()) for out in "12"]
+    assert runs[0]["accuracy"] == runs[1]["accuracy"]
+    assert main(["evaluate", str(tmp_path / "2"), "--episodes", "10", "--quiet"]) == 0
+    assert "give the --weights of a backbone" in refused(capsys, "train", "--data", images)
+    (tmp_path / "images" / "val" / "b" / "3.png").write_bytes(b"nothing")
+    for workers in ("0", "1"):
+        more = ("--workers", workers, "--quiet", "--out", tmp_path / "x.safetensors")
+        assert "b/3.png: not an image" in refused(capsys, "extract", images, "--weights", weights, *more)
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_an_untrained_backbone_is_said_to_be_one(tmp_path):
+    (tmp_path / "images" / "train" / "a").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "images" / "train" / "a" / "0.png")
+    out = tmp_path / "bank.safetensors"
+    assert main(["extract", str(tmp_path / "images"), "--out", str(out), "--quiet"]) == 0
+    assert "untrained" in FeatureBank.load(out).source
+
+
+def test_info_says_what_runs(capsys):
+    assert main(["info"]) == 0
+    assert "reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--way", 13), "way: 13 classes asked for, the train split has 12"),
+        (("--way", 7), "way: 7 classes asked for, the test split has 6|the val split has 6"),
+        (("--query", 20), "class 'class 0' of the train split has 20 samples; 21 are needed"),
+        (("--query-balance", "dirichlet:x"), "query_balance: expected 'even' or 'dirichlet:ALPHA'"),
+        (("--lr", "fast"), "invalid float value: 'fast'"),
+        (("--lr", -1), "lr: expected a number of at least 0"),
+        (("--steps", -3), "steps: expected at least 0"),
+        (("--optimizer", "SGDX"), "optimizer: expected the name"),
+        (("--learner", "x"), "learner: expected one of"),
+        (("--norm-stats", "x"), "norm_stats: expected one of"),
+        (("--device", "tpu"), "--device: expected cpu"),
+        (("--threads", 0), "--threads: expected at least 1"),
+        (("--data", "/nowhere.safetensors"), "/nowhere.safetensors: No such file or directory"),
+        (("--eval-episodes", 1), "--eval-episodes: expected 0 or at least 2"),
+        (("--colour", "red"), "unrecognized arguments: --colour red"),
+    ],
+)
+def test_train_refuses_what_cannot_be(capsys, bank_file, tmp_path, args, message):
+    out = tmp_path / "run"
+    line = refused(capsys, "train", "--data", bank_file, "--query", 4, "--quiet", "--out", out, *args)
+    assert any(part in line for part in message.split("|")), line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", ["truncated", "foreign", "labels", "integers", "pickle"])
+def test_banks_that_cannot_be_used_are_refused(capsys, bank_file, tmp_path, kind):
+    path, harm = tmp_path / "bad.safetensors", tmp_path / "harm"
+    tensors = load_file(bank_file)
+    bank = {"format": "kernelmeta-bank-1", "class_names": json.dumps([str(c) for c in range(24)])}
+    if kind == "truncated":
+        path.write_bytes(Path(bank_file).read_bytes()[:-10])
+    elif kind == "foreign":
+        save_file(tensors, path, {"format": "other"})
+    elif kind == "labels":
+        save_file({**tensors, "labels": tensors["labels"] + 1}, path, bank)
+    elif kind == "integers":
+        save_file({**tensors, "features": tensors["features"].long()}, path, bank)
+    else:
+        path.write_bytes(pickle.dumps(Harm(str(harm))))
+    line = refused(capsys, *TRAIN, "--data", path, "--out", tmp_path / "run")
+    assert str(path) in line
+    assert not harm.exists()
+    assert not (tmp_path / "run").exists()
+
+
+class Harm:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (self.path,))
+
+
+def test_checkpoints_that_cannot_be_used_are_refused(capsys, run, bank_file, tmp_path):
+    whole = (run / "checkpoint.safetensors").read_bytes()
+    harm = tmp_path / "harm"
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-7])
+    (tmp_path / "empty.safetensors").write_bytes(b"")
+    torch.save({"SIB": Harm(str(harm)), "lr": 1, "nbStep": 1, "netFeat": {}}, tmp_path / "harm.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Harm(str(harm))))
+    torch.save({"SIB": {}, "netFeat": {}}, tmp_path / "less.pth")
+    torch.save({"SIB": {"x": torch.zeros(1)}, "lr": 1, "nbStep": 1, "netFeat": {}}, tmp_path / "other.pth")
+    files = ("cut.safetensors", "empty.safetensors", "harm.pth", "plain.pth", "less.pth", "other.pth")
+    for name in (*files, "none.safetensors"):
+        line = refused(
+            capsys, "evaluate", tmp_path / name, "--data", bank_file, "--json", tmp_path / "r.json"
+        )
+        assert name in line
+    assert "no checkpoint of kernelmeta" in refused(capsys, "evaluate", bank_file)
+    assert "it holds no checkpoint" in refused(capsys, "evaluate", tmp_path)
+    assert not harm.exists()
+    assert not (tmp_path / "r.json").exists()
+    # A run whose checkpoint was cut is not resumed, and not overwritten.
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_bytes((run / "config.json").read_bytes())
+    (tmp_path / "run" / "checkpoint.safetensors").write_bytes(whole[:-7])
+    assert "truncated" in refused(capsys, "train", "--out", tmp_path / "run", "--resume")
+    assert (tmp_path / "run" / "checkpoint.safetensors").read_bytes() == whole[:-7]
+
+
+def test_evaluate_refuses_what_does_not_fit(capsys, run, tmp_path):
+    make_bank(D=23).save(tmp_path / "other.safetensors")
+    assert "takes 24 features" in refused(capsys, "evaluate", run, "--data", tmp_path / "other.safetensors")
+    assert "split: expected one of" in refused(capsys, "evaluate", run, "--split", "tests")
+    assert "samples; 101 are needed" in refused(capsys, "evaluate", run, "--query", 100)
+    assert "episodes: expected at least 2" in refused(capsys, "evaluate", run, "--episodes", 0)
+
+
+def test_folders_that_cannot_be_written_to_are_refused(capsys, bank_file, run, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "run", tmp_path / "file"):
+        assert "file" in refused(capsys, *TRAIN, "--data", bank_file, "--out", out)
+    line = refused(
+        capsys, "evaluate", run, "--episodes", 5, "--quiet", "--json", tmp_path / "file" / "r.json"
+    )
+    assert "file" in line
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(capsys, bank_file, tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        with open("/dev/full", "wb", buffering=0) as file:
+            file.write(b"x")
+
+    monkeypatch.setattr("kernelmeta.data.files.save_file", full)
+    line = refused(capsys, *TRAIN, "--data", bank_file, "--out", tmp_path / "run")
+    assert "No space left on device" in line
+    assert not [name for name in os.listdir(tmp_path / "run") if "checkpoint" in name]
+
+
+def test_a_backend_that_cannot_run_is_refused(capsys, bank_file, monkeypatch):
+    def unavailable(device_type):
+        raise RuntimeError("backend 'cpu' cannot run: no native build")
+
+    monkeypatch.setattr("kernelmeta.cli.select", unavailable)
+    assert "backend 'cpu' cannot run: no native build" in refused(capsys, *TRAIN, "--data", bank_file)
+
+
+def test_no_command_and_help(capsys):
+    assert "required: COMMAND" in refused(capsys)
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", "--help"])
+    assert stopped.value.code == 0
+    assert "--tasks-per-step" in capsys.readouterr().out

@@ -1,0 +1,136 @@
+"""Backbones: pretraining resumes bit for bit, extraction writes what the backbone says, foreign weights are
+refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kernelmeta import nn
+from kernelmeta.data.images import ArrayImages
+from kernelmeta.training.backbones import load_backbone, make_backbone
+from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.extraction import extract
+from kernelmeta.training.pretraining import PretrainConfig, Pretrainer
+from kernelmeta.training.trainer import CHECKPOINT
+
+CONFIG = PretrainConfig("a test", epochs=3, warmup_epochs=1, milestone=2, batch_size=8, lr=0.05, seed=1)
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Bars: a class is their direction and place. Classes 0 to 3 are for the backbone, 4 to 6 for the
+    bank.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 80, (7, 6, 16, 16), generator=generator, dtype=torch.uint8)
+    for c in range(7):
+        along = pixels[c].transpose(1, 2) if c % 2 else pixels[c]
+        along[:, 4 + c // 2 * 3] = 255
+    split = torch.tensor([3, 3, 3, 3, 0, 1, 2], dtype=torch.uint8)
+    labels = torch.arange(7).repeat_interleave(6)
+    return ArrayImages(pixels.flatten(0, 1), labels, split, tuple("abcdefg"), "bars", padding=1)
+
+
+@pytest.fixture(scope="module")
+def trained(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("pretrain")
+    trainer = Pretrainer(CONFIG, images)
+    trainer.run(out)
+    return out / CHECKPOINT
+
+
+def test_pretraining_learns_its_own_classes(images, trained):
+    history = Checkpoint.load(trained, "pretrain").state["history"]
+    assert [row[0] for row in history] == [1, 2, 3]
+    assert history[-1][1] < history[0][1]
+    assert Pretrainer(CONFIG, images).classifier.weight.shape == (4, 64)
+
+
+def test_a_cut_pretraining_goes_on_bit_for_bit(images, trained, tmp_path):
+    cut = Pretrainer(CONFIG, images)
+    cut.config = replace(CONFIG, epochs=1)
+    cut.run(tmp_path)
+    resumed = Pretrainer(CONFIG, images)
+    resumed.restore(Checkpoint.load(tmp_path / CHECKPOINT, "pretrain"))
+    assert resumed.epoch == 1
+    resumed.run(tmp_path)
+    assert (tmp_path / CHECKPOINT).read_bytes() == trained.read_bytes()
+
+
+def test_the_rate_rises_stays_and_falls():
+    config = PretrainConfig("a test")
+    assert [config.rate(epoch) for epoch in (0, 5, 10, 59.9, 60, 129)] == pytest.approx(
+        [0, 0.05, 0.1, 0.1, 0.01, 0.01]
+    )
+
+
+def test_extraction_keeps_the_order_and_drops_the_backbones_classes(images, trained):
+    backbone, name = load_backbone(trained, None, 1, 16)
+    assert name == "conv4"
+    bank = extract(images, backbone, "a test", batch_size=4)
+    assert bank.class_names == ("e", "f", "g")
+    assert bank.class_split.tolist() == [0, 1, 2]
+    assert torch.equal(bank.labels, torch.arange(3).repeat_interleave(6))
+    with torch.no_grad():
+        expected = backbone(torch.stack([images.load(i) for i in range(24, 42)]))
+    torch.testing.assert_close(bank.features, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_published_weights_are_read_whole_or_alone(tmp_path):
+    torch.manual_seed(0)
+    ours = nn.Conv4()
+    layers = {"0": "Conv", "1": "BatchNorm"}
+    published = {}
+    for key, value in ours.state_dict().items():
+        _, block, layer, tensor = key.split(".")
+        published[f"conv_blocks.{block}.layers.{layers[layer]}.{tensor}"] = value
+    torch.save({"netFeat": published, "SIB": {}, "lr": 1e-3, "nbStep": 3}, tmp_path / "whole.pth")
+    torch.save(published, tmp_path / "alone.pth")
+    save_file(ours.state_dict(), tmp_path / "ours.safetensors")
+    for file in ("whole.pth", "alone.pth", "ours.safetensors"):
+        backbone, _ = load_backbone(tmp_path / file, "conv4", 3, 80)
+        for key, value in ours.state_dict().items():
+            assert torch.equal(backbone.state_dict()[key], value), (file, key)
+    with pytest.raises(ValueError, match="which backbone are these weights of"):
+        load_backbone(tmp_path / "alone.pth", None, 3, 80)
+    with pytest.raises(ValueError, match="not the weights of wrn28_10"):
+        load_backbone(tmp_path / "alone.pth", "wrn28_10", 3, 80)
+    del published["conv_blocks.2.layers.Conv.weight"]
+    torch.save(published, tmp_path / "less.pth")
+    with pytest.raises(ValueError, match=r"not the weights of conv4.*conv_blocks\.2\.layers\.Conv\.weight"):
+        load_backbone(tmp_path / "less.pth", "conv4", 3, 80)
+
+
+def test_weights_of_another_backbone_are_refused(trained):
+    with pytest.raises(ValueError, match="the weights of conv4, not of conv4_128"):
+        load_backbone(trained, "conv4_128", 1, 16)
+    with pytest.raises(ValueError, match="not the weights of conv4"):
+        load_backbone(trained, None, 3, 16)
+
+
+def test_backbones_suit_their_images():
+    with pytest.raises(ValueError, match="backbone: expected one of"):
+        make_backbone("resnet", 3, 80)
+    with torch.device("meta"):
+        for size in (32, 80):
+            network = make_backbone("wrn28_10", 3, size)
+            assert network(torch.zeros(2, 3, size, size)).shape == (2, 640)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 25}, "batch_size: 25, but there are only 24 images"),
+        ({"epochs": 0}, "epochs: expected at least 1"),
+        ({"lr": -1.0}, "lr: expected a number of at least 0"),
+        ({"backbone": "vgg"}, "backbone: expected one of"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(images, change, message):
+    with pytest.raises(ValueError, match=message):
+        Pretrainer(replace(CONFIG, **change), images)
