@@ -148,10 +148,7 @@ def test_resume_goes_on_and_refuses_another_run(bank_file, tmp_path, capsys):
     assert "already holds a run" in refused(capsys, *args, "--out", out)
     assert "steps: the run in" in refused(capsys, *args, "--out", out, "--resume", "--steps", 5)
     assert "give --out DIR" in refused(capsys, *args, "--resume")
-    assert (
-        main(["train", "--out", out, "--resume", "--episodes", "500", "--eval-episodes", "20", "--quiet"])
-        == 0
-    )
+    assert main(["train", "--out", out, "--resume", "--episodes", "500", "--eval-episodes", "20", "--quiet"]) == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["trained_episodes"] == 500
     assert "not of 'pretrain'" in refused(capsys, "pretrain", "glyphs", "--out", out, "--resume")
 
@@ -214,9 +211,7 @@ def test_a_folder_of_images_from_pixels_to_accuracy(tmp_path, capsys):
     images, backbone, bank = (str(tmp_path / name) for name in ("images", "backbone", "bank.safetensors"))
     pretrain = ("--epochs", "2", "--warmup-epochs", "1", "--batch-size", "6", "--quiet", "--out", backbone)
     assert main(["pretrain", images, *pretrain]) == 0
-    assert {"config.json", "checkpoint.safetensors", "results.json", "training.png"} <= set(
-        os.listdir(backbone)
-    )
+    assert {"config.json", "checkpoint.safetensors", "results.json", "training.png"} <= set(os.listdir(backbone))
     weights = f"{backbone}/checkpoint.safetensors"
     assert main(["extract", images, "--weights", weights, "--out", bank, "--quiet"]) == 0
     assert FeatureBank.load(bank).n_features == 256
@@ -314,9 +309,7 @@ def test_checkpoints_that_cannot_be_used_are_refused(capsys, run, bank_file, tmp
     torch.save({"SIB": {"x": torch.zeros(1)}, "lr": 1, "nbStep": 1, "netFeat": {}}, tmp_path / "other.pth")
     files = ("cut.safetensors", "empty.safetensors", "harm.pth", "plain.pth", "less.pth", "other.pth")
     for name in (*files, "none.safetensors"):
-        line = refused(
-            capsys, "evaluate", tmp_path / name, "--data", bank_file, "--json", tmp_path / "r.json"
-        )
+        line = refused(capsys, "evaluate", tmp_path / name, "--data", bank_file, "--json", tmp_path / "r.json")
         assert name in line
     assert "no checkpoint of kernelmeta" in refused(capsys, "evaluate", bank_file)
     assert "it holds no checkpoint" in refused(capsys, "evaluate", tmp_path)
@@ -342,9 +335,7 @@ def test_folders_that_cannot_be_written_to_are_refused(capsys, bank_file, run, t
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file" / "run", tmp_path / "file"):
         assert "file" in refused(capsys, *TRAIN, "--data", bank_file, "--out", out)
-    line = refused(
-        capsys, "evaluate", run, "--episodes", 5, "--quiet", "--json", tmp_path / "file" / "r.json"
-    )
+    line = refused(capsys, "evaluate", run, "--episodes", 5, "--quiet", "--json", tmp_path / "file" / "r.json")
     assert "file" in line
 
 

@@ -50,13 +50,9 @@ class FeatureBank:
         n, D = self.features.shape
         C = len(self.class_split)
         if n == 0 or D == 0 or C == 0:
-            raise ValueError(
-                f"features: expected at least one sample, feature and class, got {n}, {D} and {C}"
-            )
+            raise ValueError(f"features: expected at least one sample, feature and class, got {n}, {D} and {C}")
         if len(self.labels) != n:
-            raise ValueError(
-                f"labels: expected one for each of the {n} rows of features, got {len(self.labels)}"
-            )
+            raise ValueError(f"labels: expected one for each of the {n} rows of features, got {len(self.labels)}")
         if len(self.class_names) != C:
             raise ValueError(f"class_names: expected {C} as in class_split, got {len(self.class_names)}")
         low, high = int(self.labels.min()), int(self.labels.max())

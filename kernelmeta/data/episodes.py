@@ -163,9 +163,9 @@ class EpisodeSampler:
         n, N = available.shape
         size = available.reshape(-1)
         draws = min(draws, int(size.max(initial=0)))
-        random = counter.words(
-            keys[:, None, None], _SAMPLES, np.arange(N)[None, :, None], np.arange(draws)
-        ).reshape(n * N, draws)
+        random = counter.words(keys[:, None, None], _SAMPLES, np.arange(N)[None, :, None], np.arange(draws)).reshape(
+            n * N, draws
+        )
         row = np.arange(n * N)
         order = self._permutation
         swapped = np.empty((draws, n * N), dtype=np.int64)

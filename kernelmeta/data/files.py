@@ -115,9 +115,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
             warnings.simplefilter("ignore")  # about the pickle protocol; the error says enough
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises nearly anything on a foreign file
-        raise ValueError(
-            f"{path}: neither safetensors nor a checkpoint of tensors alone ({one_line(error)})"
-        ) from None
+        raise ValueError(f"{path}: neither safetensors nor a checkpoint of tensors alone ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(content).__name__}")
     return content

@@ -209,7 +209,5 @@ def batches(
         key: if given, augment; what an image gets is a function of the key and its row, not of the workers.
         workers: processes that decode; 0: this one.
     """
-    loader = DataLoader(
-        _Rows(images, rows, key), batch_size, shuffle=False, drop_last=drop_last, num_workers=workers
-    )
+    loader = DataLoader(_Rows(images, rows, key), batch_size, shuffle=False, drop_last=drop_last, num_workers=workers)
     yield from loader

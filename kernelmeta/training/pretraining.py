@@ -94,9 +94,7 @@ class Pretrainer:
         classes = (images.class_split == code).nonzero().flatten()
         if len(classes) < 2:
             raise ValueError(f"{images.source}: {len(classes)} classes to train a backbone on; 2 are needed")
-        self.target = torch.full((len(images.class_split),), -1).index_copy(
-            0, classes, torch.arange(len(classes))
-        )
+        self.target = torch.full((len(images.class_split),), -1).index_copy(0, classes, torch.arange(len(classes)))
         self.rows = torch.isin(images.labels, classes).nonzero().flatten().numpy()
         if len(self.rows) < config.batch_size:
             raise ValueError(f"batch_size: {config.batch_size}, but there are only {len(self.rows)} images")
@@ -176,9 +174,7 @@ class Pretrainer:
             disable=not progress,
             leave=self.epoch + 1 == c.epochs,
         )
-        loader = batches(
-            self.images, order.tolist(), c.batch_size, key=key, drop_last=True, workers=self.workers
-        )
+        loader = batches(self.images, order.tolist(), c.batch_size, key=key, drop_last=True, workers=self.workers)
         for i, (pixels, labels) in enumerate(loader):
             for group in self.optimizer.param_groups:
                 group["lr"] = c.rate(self.epoch + (i + 1) / n_batches)

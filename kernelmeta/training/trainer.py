@@ -67,9 +67,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.first_task, self.tasks = self.ranks.share(config.tasks_per_step)
         if self.ranks.size > 1 and config.norm_stats == "batch":
-            raise ValueError(
-                'norm_stats: "batch" couples the tasks of a step; they cannot be split over processes'
-            )
+            raise ValueError('norm_stats: "batch" couples the tasks of a step; they cannot be split over processes')
         self.sampler = self.make_sampler(bank, "train")
         self.validation = None
         if config.validate_every != 0 and len(bank.classes("val")):
@@ -92,9 +90,7 @@ class Trainer:
 
     def make_sampler(self, bank: FeatureBank, split: str) -> EpisodeSampler:
         c = self.config
-        return EpisodeSampler(
-            bank, split, way=c.way, shot=c.shot, query=c.query, balance=c.query_balance, seed=c.seed
-        )
+        return EpisodeSampler(bank, split, way=c.way, shot=c.shot, query=c.query, balance=c.query_balance, seed=c.seed)
 
     def checkpoint(self) -> Checkpoint:
         """All that the run needs to go on."""
@@ -179,18 +175,13 @@ class Trainer:
         T = self.config.tasks_per_step
         episodes = self.sampler.draw(self.step * T, n * T)
         device, mine = self.features.device, slice(self.first_task, self.first_task + self.tasks)
-        support_index, support_labels, query_index, answers = (
-            t.view(n, T, -1)[:, mine].to(device) for t in episodes
-        )
+        support_index, support_labels, query_index, answers = (t.view(n, T, -1)[:, mine].to(device) for t in episodes)
         # The share of one query row in the gradient of the mean cross entropy, negative where its class is.
-        targets = F.one_hot(answers, self.config.way).to(
-            torch.promote_types(self.features.dtype, torch.float32)
-        )
+        targets = F.one_hot(answers, self.config.way).to(torch.promote_types(self.features.dtype, torch.float32))
         weight = 1 / targets[0, ..., 0].numel()
         targets *= weight
         logits = [
-            self._step(*step, weight)
-            for step in zip(support_index, support_labels, query_index, targets, strict=True)
+            self._step(*step, weight) for step in zip(support_index, support_labels, query_index, targets, strict=True)
         ]
         self.step += n
         return self._measure(torch.stack(logits), answers)

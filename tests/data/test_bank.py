@@ -85,9 +85,7 @@ def test_what_breaks_the_format_is_refused(tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "change", [{"format": "other-1"}, {"class_names": "a, b"}, {"class_names": "[1, 2, 3, 4]"}]
-)
+@pytest.mark.parametrize("change", [{"format": "other-1"}, {"class_names": "a, b"}, {"class_names": "[1, 2, 3, 4]"}])
 def test_foreign_metadata_is_refused(tmp_path, change):
     save_file(parts(), tmp_path / "bank.safetensors", {**METADATA, **change})
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -117,8 +115,6 @@ def test_truncated_and_foreign_files_are_refused(tmp_path):
 
 def test_arguments_are_checked_in_memory_too():
     with pytest.raises(TypeError, match="features: expected float32"):
-        FeatureBank(
-            **{**parts(), "features": torch.zeros(8, 3, dtype=torch.int32)}, class_names=tuple("abcd")
-        )
+        FeatureBank(**{**parts(), "features": torch.zeros(8, 3, dtype=torch.int32)}, class_names=tuple("abcd"))
     with pytest.raises(TypeError, match="labels: expected a tensor, got list"):
         FeatureBank(**{**parts(), "labels": [0, 1]}, class_names=tuple("abcd"))

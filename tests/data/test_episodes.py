@@ -73,9 +73,7 @@ def test_seed_and_split_choose_the_sequence():
     assert not torch.equal(*draws)
     validation = EpisodeSampler(bank, "val", way=3, seed=0).draw(0, 20)
     relative = bank.labels[validation.support_index] - 6
-    assert not torch.equal(
-        relative, bank.labels[EpisodeSampler(bank, "train", way=3).draw(0, 20).support_index]
-    )
+    assert not torch.equal(relative, bank.labels[EpisodeSampler(bank, "train", way=3).draw(0, 20).support_index])
 
 
 def test_the_episodes_do_not_change():
@@ -147,9 +145,7 @@ def test_what_cannot_be_drawn_is_refused_by_name(options, message):
         EpisodeSampler(bank, **{"split": "train", **options})
 
 
-@pytest.mark.parametrize(
-    "text", ["dirichlet", "dirichlet:", "dirichlet:0", "dirichlet:-1", "dirichlet:inf", "Even"]
-)
+@pytest.mark.parametrize("text", ["dirichlet", "dirichlet:", "dirichlet:0", "dirichlet:-1", "dirichlet:inf", "Even"])
 def test_bad_balances_are_refused(text):
     with pytest.raises(ValueError, match="query_balance"):
         parse_balance(text)

@@ -90,8 +90,7 @@ def test_arrays_are_shifted_by_up_to_the_padding():
     assert images.load(0).shape == (1, 28, 28)
     assert images.load(0).aminmax() == (-1, 1)
     found = {
-        tuple((images.load_augmented(0, np.random.default_rng(i))[0] > 0).nonzero()[0].tolist())
-        for i in range(300)
+        tuple((images.load_augmented(0, np.random.default_rng(i))[0] > 0).nonzero()[0].tolist()) for i in range(300)
     }
     assert found == {(y, x) for y in range(12, 17) for x in range(12, 17)}
 

@@ -64,9 +64,7 @@ def test_a_cut_pretraining_goes_on_bit_for_bit(images, trained, tmp_path):
 
 def test_the_rate_rises_stays_and_falls():
     config = PretrainConfig("a test")
-    assert [config.rate(epoch) for epoch in (0, 5, 10, 59.9, 60, 129)] == pytest.approx(
-        [0, 0.05, 0.1, 0.1, 0.01, 0.01]
-    )
+    assert [config.rate(epoch) for epoch in (0, 5, 10, 59.9, 60, 129)] == pytest.approx([0, 0.05, 0.1, 0.1, 0.01, 0.01])
 
 
 def test_extraction_keeps_the_order_and_drops_the_backbones_classes(images, trained):
