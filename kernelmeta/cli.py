@@ -34,9 +34,7 @@ from kernelmeta.training.trainer import CHECKPOINT, Trainer
 from kernelmeta.version import __version__
 
 _BACKBONE = ", ".join(BACKBONES)
-_DATA = (
-    "glyphs (their pixels, or features if --weights are given), a bank, or a folder of images with --weights"
-)
+_DATA = "glyphs (their pixels, or features if --weights are given), a bank, or a folder of images with --weights"
 _HELP = {
     "data": _DATA,
     "backbone": f"of --weights, where the file does not tell: {_BACKBONE}",
@@ -95,9 +93,7 @@ def _machine(parser: argparse.ArgumentParser) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="kernelmeta", description="Few-shot learning with fused inner loops.", allow_abbrev=False
-    )
+    parser = _Parser(prog="kernelmeta", description="Few-shot learning with fused inner loops.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"kernelmeta {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -107,16 +103,12 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     command = add("pretrain", _pretrain, "Train a backbone as a classifier of its classes.")
-    command.add_argument(
-        "data", metavar="FOLDER|glyphs", help="a folder with train/, val/ and test/, or glyphs"
-    )
+    command.add_argument("data", metavar="FOLDER|glyphs", help="a folder with train/, val/ and test/, or glyphs")
     _settings(command, PretrainConfig)
     _machine(command)
 
     command = add("extract", _extract, "Turn images into a feature bank.")
-    command.add_argument(
-        "data", metavar="FOLDER|glyphs", help="a folder with train/, val/ and test/, or glyphs"
-    )
+    command.add_argument("data", metavar="FOLDER|glyphs", help="a folder with train/, val/ and test/, or glyphs")
     command.add_argument("--backbone", help=f"{_BACKBONE}; a checkpoint of pretrain tells")
     command.add_argument("--weights", metavar="FILE", help=_HELP["weights"] + " (default: untrained)")
     command.add_argument("--style", help=_HELP["style"])
@@ -178,7 +170,10 @@ def _pretrain(args: argparse.Namespace) -> None:
         trainer.restore(checkpoint)
     runs.write_config(out, "pretrain", config.to_dict())
     with runs.scalars(out, trainer.epoch) as report:
-        trainer.run(out, report=report, progress=not args.quiet)
+        finished = trainer.run(out, report=report, progress=not args.quiet)
+    if not finished:
+        print(f"stopped after {trainer.epoch} epochs; to go on: --out {out} --resume", file=sys.stderr)
+        raise KeyboardInterrupt
     training_plot(out / "training.png", "epochs", *zip(*trainer.history, strict=True))
     write_json(
         out / runs.RESULTS,
@@ -197,9 +192,7 @@ def _extract(args: argparse.Namespace) -> None:
         name = args.backbone or "conv4"
         backbone = make_backbone(name, images.channels, images.size)
         source = f"{images.source}, {name}, untrained, seed {args.seed}"
-    bank = extract(
-        images, backbone, source, device=args.device, workers=args.workers, progress=not args.quiet
-    )
+    bank = extract(images, backbone, source, device=args.device, workers=args.workers, progress=not args.quiet)
     bank.save(args.out)
     splits = ", ".join(f"{len(bank.classes(split))} {split}" for split in ("train", "val", "test"))
     print(f"{args.out}: {len(bank.labels)} x {bank.n_features} features; classes: {splits}")
@@ -244,9 +237,7 @@ def _train(args: argparse.Namespace) -> None:
         raise KeyboardInterrupt
 
 
-def _finish(
-    args: argparse.Namespace, out: Path, trainer: Trainer, test: EpisodeSampler | None, finished: bool
-) -> None:
+def _finish(args: argparse.Namespace, out: Path, trainer: Trainer, test: EpisodeSampler | None, finished: bool) -> None:
     if not finished:
         print(f"stopped after {trainer.seen} episodes; to go on: --out {out} --resume", file=sys.stderr)
         return
@@ -279,9 +270,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         trained.get("backbone") if same else args.backbone,
     )
     if bank.n_features != head.n_features:
-        raise ValueError(
-            f"--data: the learner takes {head.n_features} features, {data} has {bank.n_features}"
-        )
+        raise ValueError(f"--data: the learner takes {head.n_features} features, {data} has {bank.n_features}")
     balance = args.query_balance or trained.get("query_balance", "even")
     sampler = EpisodeSampler(
         bank,

@@ -25,9 +25,7 @@ def make_backbone(name: str, channels: int, size: int) -> Backbone:
     raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
 
 
-def load_backbone(
-    path: str | os.PathLike[str], name: str | None, channels: int, size: int
-) -> tuple[Backbone, str]:
+def load_backbone(path: str | os.PathLike[str], name: str | None, channels: int, size: int) -> tuple[Backbone, str]:
     """A backbone with the weights of a file, and its name.
 
     Args:

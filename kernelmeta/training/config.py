@@ -110,9 +110,7 @@ class TrainConfig:
 def _optimizer_class(name: str) -> Any:
     kind = getattr(torch.optim, name, None)
     if not (isinstance(kind, type) and issubclass(kind, Optimizer) and kind is not Optimizer):
-        raise ValueError(
-            f"optimizer: expected the name of one of torch.optim, such as SGD or Adam, got {name!r}"
-        )
+        raise ValueError(f"optimizer: expected the name of one of torch.optim, such as SGD or Adam, got {name!r}")
     if kind is torch.optim.LBFGS:
         raise ValueError("optimizer: LBFGS needs a closure, which the trainer does not give")
     return kind

@@ -36,9 +36,7 @@ def load_learner(path: str | os.PathLike[str]) -> tuple[nn.SIB, dict[str, Any]]:
             head = config.make_learner(int(checkpoint.state["bank"]["features"]))
             head.load_state_dict(checkpoint.tensors["model"])
         except (KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"{file}: the weights do not fit the configuration ({one_line(error)})"
-            ) from None
+            raise ValueError(f"{file}: the weights do not fit the configuration ({one_line(error)})") from None
         return head.eval(), config.to_dict()
     return _published(file)
 
@@ -47,9 +45,7 @@ def _published(file: Path) -> tuple[nn.SIB, dict[str, Any]]:
     content = read_weights(file)
     missing = sorted({"SIB", "lr", "nbStep"} - content.keys())
     if missing:
-        raise ValueError(
-            f"{file}: no checkpoint of kernelmeta, and no published one: it has no {missing[0]!r}"
-        )
+        raise ValueError(f"{file}: no checkpoint of kernelmeta, and no published one: it has no {missing[0]!r}")
     try:
         state = nn.SIB.from_xfer(content["SIB"])
         way, D, hidden = state["mlp.weight1"].shape[1], len(state["weight"]), state["mlp.weight1"].shape[0]

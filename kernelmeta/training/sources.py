@@ -23,9 +23,7 @@ def open_images(data: str, style: str | None = None) -> LabelledImages:
         from kernelmeta.data.glyphs import load_glyphs
 
         glyphs = load_glyphs()
-        return ArrayImages(
-            glyphs.images, glyphs.labels, glyphs.class_split, tuple(glyphs.class_names), "glyphs"
-        )
+        return ArrayImages(glyphs.images, glyphs.labels, glyphs.class_split, tuple(glyphs.class_names), "glyphs")
     return FolderImages(data, style)
 
 
@@ -49,9 +47,7 @@ def open_bank(
     """
     if data != "glyphs" and not Path(data).is_dir():
         if weights is not None:
-            raise ValueError(
-                f"weights: {data} is not a folder of images; a bank's features are used as they are"
-            )
+            raise ValueError(f"weights: {data} is not a folder of images; a bank's features are used as they are")
         return FeatureBank.load(data)
     if weights is None:
         if data != "glyphs":
@@ -62,9 +58,7 @@ def open_bank(
         return _pixels()
     images = open_images(data, style)
     network, name = load_backbone(weights, backbone, images.channels, images.size)
-    return extract(
-        images, network, f"{images.source}, {name}", device=device, workers=workers, progress=progress
-    )
+    return extract(images, network, f"{images.source}, {name}", device=device, workers=workers, progress=progress)
 
 
 def _pixels() -> FeatureBank:

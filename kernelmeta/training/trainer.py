@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +19,7 @@ from kernelmeta.training.checkpoint import Checkpoint, optimizer_tensors, restor
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.distributed import Ranks
 from kernelmeta.training.evaluation import episode_accuracies, interval
+from kernelmeta.training.interruptions import interruptions
 
 CHECKPOINT = "checkpoint.safetensors"
 # Steps are run in blocks: drawn at once, looked at once. A function of the configuration alone, so that a
@@ -67,9 +64,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.first_task, self.tasks = self.ranks.share(config.tasks_per_step)
         if self.ranks.size > 1 and config.norm_stats == "batch":
-            raise ValueError(
-                'norm_stats: "batch" couples the tasks of a step; they cannot be split over processes'
-            )
+            raise ValueError('norm_stats: "batch" couples the tasks of a step; they cannot be split over processes')
         self.sampler = self.make_sampler(bank, "train")
         self.validation = None
         if config.validate_every != 0 and len(bank.classes("val")):
@@ -92,9 +87,7 @@ class Trainer:
 
     def make_sampler(self, bank: FeatureBank, split: str) -> EpisodeSampler:
         c = self.config
-        return EpisodeSampler(
-            bank, split, way=c.way, shot=c.shot, query=c.query, balance=c.query_balance, seed=c.seed
-        )
+        return EpisodeSampler(bank, split, way=c.way, shot=c.shot, query=c.query, balance=c.query_balance, seed=c.seed)
 
     def checkpoint(self) -> Checkpoint:
         """All that the run needs to go on."""
@@ -148,7 +141,10 @@ class Trainer:
             unit="episode",
             disable=not (progress and self.ranks.first),
         )
-        with _interruptions() as interrupted:
+        threads = torch.get_num_threads()
+        if self.tasks == 1 and self.features.device.type == "cpu":
+            torch.set_num_threads(1)  # one task runs on one core; others would only wait, and be in the way
+        with interruptions() as interrupted:
             while self.step < total:
                 n = min(self.block_steps - self.step % self.block_steps, total - self.step)
                 loss, accuracy = self._run_block(n)
@@ -172,6 +168,7 @@ class Trainer:
                 if stop and self.step < total:
                     break
         bar.close()
+        torch.set_num_threads(threads)
         return self.step >= total
 
     def _run_block(self, n: int) -> tuple[float, float]:
@@ -179,18 +176,13 @@ class Trainer:
         T = self.config.tasks_per_step
         episodes = self.sampler.draw(self.step * T, n * T)
         device, mine = self.features.device, slice(self.first_task, self.first_task + self.tasks)
-        support_index, support_labels, query_index, answers = (
-            t.view(n, T, -1)[:, mine].to(device) for t in episodes
-        )
+        support_index, support_labels, query_index, answers = (t.view(n, T, -1)[:, mine].to(device) for t in episodes)
         # The share of one query row in the gradient of the mean cross entropy, negative where its class is.
-        targets = F.one_hot(answers, self.config.way).to(
-            torch.promote_types(self.features.dtype, torch.float32)
-        )
+        targets = F.one_hot(answers, self.config.way).to(torch.promote_types(self.features.dtype, torch.float32))
         weight = 1 / targets[0, ..., 0].numel()
         targets *= weight
         logits = [
-            self._step(*step, weight)
-            for step in zip(support_index, support_labels, query_index, targets, strict=True)
+            self._step(*step, weight) for step in zip(support_index, support_labels, query_index, targets, strict=True)
         ]
         self.step += n
         return self._measure(torch.stack(logits), answers)
@@ -243,25 +235,3 @@ class Trainer:
         )
         self.head.train()
         return interval(values["sib"])
-
-
-@contextmanager
-def _interruptions() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into a flag; a second Ctrl-C interrupts as usual."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous: dict[int, Any] = {}
-    try:
-        for wanted in (signal.SIGINT, signal.SIGTERM):
-            previous[wanted] = signal.signal(wanted, note)
-    except ValueError:  # not the main thread: signals are somebody else's
-        pass
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

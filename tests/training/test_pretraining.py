@@ -4,6 +4,7 @@ refused.
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -62,11 +63,29 @@ def test_a_cut_pretraining_goes_on_bit_for_bit(images, trained, tmp_path):
     assert (tmp_path / CHECKPOINT).read_bytes() == trained.read_bytes()
 
 
+def test_interrupted_in_an_epoch_it_goes_on_bit_for_bit(images, trained, tmp_path, monkeypatch):
+    cut = Pretrainer(CONFIG, images)
+    step, done = Pretrainer._step, []
+
+    def step_and_interrupt(self, *args):
+        step(self, *args)
+        done.append(1)
+        if len(done) == 4:  # of three an epoch
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Pretrainer, "_step", step_and_interrupt)
+    assert not cut.run(tmp_path)
+    assert (cut.epoch, cut.batch) == (1, 1)
+    resumed = Pretrainer(CONFIG, images)
+    resumed.restore(Checkpoint.load(tmp_path / CHECKPOINT, "pretrain"))
+    assert resumed.run(tmp_path)
+    assert len(done) == 9
+    assert (tmp_path / CHECKPOINT).read_bytes() == trained.read_bytes()
+
+
 def test_the_rate_rises_stays_and_falls():
     config = PretrainConfig("a test")
-    assert [config.rate(epoch) for epoch in (0, 5, 10, 59.9, 60, 129)] == pytest.approx(
-        [0, 0.05, 0.1, 0.1, 0.01, 0.01]
-    )
+    assert [config.rate(epoch) for epoch in (0, 5, 10, 59.9, 60, 129)] == pytest.approx([0, 0.05, 0.1, 0.1, 0.01, 0.01])
 
 
 def test_extraction_keeps_the_order_and_drops_the_backbones_classes(images, trained):

@@ -98,9 +98,7 @@ def test_a_checkpoint_of_something_else_is_refused(bank, tmp_path):
         Trainer(SMALL, make_bank(samples=21)).restore(checkpoint)
     with pytest.raises(ValueError, match=r"does not fit the run.*weight1"):
         Trainer(replace(SMALL, hidden=5), bank).restore(checkpoint)
-    with pytest.raises(
-        ValueError, match="expected a checkpoint of 'kernelmeta pretrain', got one of 'train'"
-    ):
+    with pytest.raises(ValueError, match="expected a checkpoint of 'kernelmeta pretrain', got one of 'train'"):
         Checkpoint.load(tmp_path / CHECKPOINT, "pretrain")
 
 
