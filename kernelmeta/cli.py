@@ -170,7 +170,10 @@ def _pretrain(args: argparse.Namespace) -> None:
         trainer.restore(checkpoint)
     runs.write_config(out, "pretrain", config.to_dict())
     with runs.scalars(out, trainer.epoch) as report:
-        trainer.run(out, report=report, progress=not args.quiet)
+        finished = trainer.run(out, report=report, progress=not args.quiet)
+    if not finished:
+        print(f"stopped after {trainer.epoch} epochs; to go on: --out {out} --resume", file=sys.stderr)
+        raise KeyboardInterrupt
     training_plot(out / "training.png", "epochs", *zip(*trainer.history, strict=True))
     write_json(
         out / runs.RESULTS,

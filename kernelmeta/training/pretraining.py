@@ -4,6 +4,7 @@ meta-training.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -20,9 +21,11 @@ from kernelmeta.data.files import one_line
 from kernelmeta.data.images import BACKBONE_SPLIT, LabelledImages, batches
 from kernelmeta.training.backbones import BACKBONES, make_backbone
 from kernelmeta.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
+from kernelmeta.training.interruptions import interruptions
 from kernelmeta.training.trainer import CHECKPOINT
 
 Report = Callable[[str, float, int], None]
+CHECKPOINT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class PretrainConfig:
 
 class Pretrainer:
     """A backbone and a cosine classifier, trained on the classes kept for the backbone, or, where there are
-    none, on the meta-training classes (as published); its state is a checkpoint after every epoch.
+    none, on the meta-training classes (as published); its state is a checkpoint.
 
     Raises:
         ValueError: there are too few images.
@@ -111,7 +114,8 @@ class Pretrainer:
             weight_decay=config.weight_decay,
             nesterov=config.momentum > 0,
         )
-        self.epoch = 0
+        self.epoch = self.batch = 0
+        self.sums = torch.zeros(2, device=device)  # of the loss and of right answers, in the epoch that has begun
         self.history: list[tuple[int, float, float]] = []  # epochs done, loss, accuracy in percent
 
     def checkpoint(self) -> Checkpoint:
@@ -122,9 +126,11 @@ class Pretrainer:
                 "backbone": self.backbone.state_dict(),
                 "classifier": self.classifier.state_dict(),
                 "optimizer": optimizer_tensors(self.optimizer),
+                "progress": {"sums": self.sums},
             },
             {
                 "epoch": self.epoch,
+                "batch": self.batch,
                 "seed": self.config.seed,
                 "config": self.config.to_dict(),
                 "history": self.history,
@@ -137,56 +143,76 @@ class Pretrainer:
             self.backbone.load_state_dict(checkpoint.tensors["backbone"])
             self.classifier.load_state_dict(checkpoint.tensors["classifier"])
             restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
-            self.epoch = int(checkpoint.state["epoch"])
+            self.sums.copy_(checkpoint.tensors["progress"]["sums"])
+            self.epoch, self.batch = int(checkpoint.state["epoch"]), int(checkpoint.state["batch"])
             self.history = [tuple(row) for row in checkpoint.state["history"]]
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"the checkpoint does not fit the run ({one_line(error)})") from None
 
-    def run(self, out: Path, *, report: Report | None = None, progress: bool = False) -> None:
-        """Train to the end; a checkpoint in ``out`` after every epoch, so that any interruption costs one
-        at most.
+    def run(self, out: Path, *, report: Report | None = None, progress: bool = False) -> bool:
+        """Train to the end, with checkpoints in ``out`` after every epoch and every minute.
+
+        Returns:
+            False if Ctrl-C or SIGTERM ended it early; the checkpoint holds where.
 
         Raises:
             OSError: a checkpoint could not be written.
             ValueError: an image could not be read.
         """
-        while self.epoch < self.config.epochs:
-            loss, accuracy = self._run_epoch(progress)
-            self.epoch += 1
-            self.history.append((self.epoch, loss, accuracy))
-            self.checkpoint().save(out / CHECKPOINT)
-            if report:
-                report("loss", loss, self.epoch)
-                report("accuracy", accuracy, self.epoch)
+        with interruptions() as interrupted:
+            while self.epoch < self.config.epochs:
+                if not self._run_epoch(out, interrupted, progress):
+                    return False
+                if report:
+                    epochs, loss, accuracy = self.history[-1]
+                    report("loss", loss, epochs)
+                    report("accuracy", accuracy, epochs)
+        return True
 
-    def _run_epoch(self, progress: bool) -> tuple[float, float]:
+    def _run_epoch(self, out: Path, interrupted: Callable[[], bool], progress: bool) -> bool:
+        """The rest of the epoch that has begun; False if interrupted."""
         c, key = self.config, (self.config.seed, self.epoch)
         order = np.random.default_rng(key).permutation(self.rows)
         n_batches = len(order) // c.batch_size
+        rows = order[self.batch * c.batch_size : n_batches * c.batch_size].tolist()
         self.backbone.train()
         self.classifier.train()
-        loss_sum = torch.zeros((), device=self.device)
-        right = torch.zeros((), device=self.device)
         bar = tqdm(
             total=n_batches * c.batch_size,
+            initial=self.batch * c.batch_size,
             desc=f"pretrain, epoch {self.epoch + 1}/{c.epochs}",
             unit="image",
             disable=not progress,
             leave=self.epoch + 1 == c.epochs,
         )
-        loader = batches(self.images, order.tolist(), c.batch_size, key=key, drop_last=True, workers=self.workers)
-        for i, (pixels, labels) in enumerate(loader):
+        saved_at = time.monotonic()
+        for pixels, labels in batches(self.images, rows, c.batch_size, key=key, workers=self.workers):
             for group in self.optimizer.param_groups:
-                group["lr"] = c.rate(self.epoch + (i + 1) / n_batches)
-            answers = self.target[labels].to(self.device)
-            logits: Tensor = self.classifier(self.backbone(pixels.to(self.device)))
-            loss = F.cross_entropy(logits, answers)
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
-            loss_sum += loss.detach()
-            right += (logits.detach().argmax(1) == answers).sum()
+                group["lr"] = c.rate(self.epoch + (self.batch + 1) / n_batches)
+            self._step(pixels.to(self.device), self.target[labels].to(self.device))
+            self.batch += 1
             bar.update(len(labels))
-            bar.set_postfix_str(f"loss {float(loss_sum) / (i + 1):.3f}", refresh=False)
+            bar.set_postfix_str(f"loss {float(self.sums[0]) / self.batch:.3f}", refresh=False)
+            stop = interrupted()
+            if self.batch < n_batches and (stop or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
+                self.checkpoint().save(out / CHECKPOINT)
+                saved_at = time.monotonic()
+            if stop and self.batch < n_batches:
+                bar.close()
+                return False
         bar.close()
-        return float(loss_sum) / n_batches, 100 * float(right) / (n_batches * c.batch_size)
+        loss, right = (float(value) / n_batches for value in self.sums)
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.sums.zero_()
+        self.history.append((self.epoch, loss, 100 * right / c.batch_size))
+        self.checkpoint().save(out / CHECKPOINT)
+        return self.epoch == c.epochs or not interrupted()
+
+    def _step(self, pixels: Tensor, answers: Tensor) -> None:
+        logits: Tensor = self.classifier(self.backbone(pixels))
+        loss = F.cross_entropy(logits, answers)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            self.sums += torch.stack([loss, (logits.argmax(1) == answers).sum()])

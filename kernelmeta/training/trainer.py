@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +19,7 @@ from kernelmeta.training.checkpoint import Checkpoint, optimizer_tensors, restor
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.distributed import Ranks
 from kernelmeta.training.evaluation import episode_accuracies, interval
+from kernelmeta.training.interruptions import interruptions
 
 CHECKPOINT = "checkpoint.safetensors"
 # Steps are run in blocks: drawn at once, looked at once. A function of the configuration alone, so that a
@@ -144,7 +141,10 @@ class Trainer:
             unit="episode",
             disable=not (progress and self.ranks.first),
         )
-        with _interruptions() as interrupted:
+        threads = torch.get_num_threads()
+        if self.tasks == 1 and self.features.device.type == "cpu":
+            torch.set_num_threads(1)  # one task runs on one core; others would only wait, and be in the way
+        with interruptions() as interrupted:
             while self.step < total:
                 n = min(self.block_steps - self.step % self.block_steps, total - self.step)
                 loss, accuracy = self._run_block(n)
@@ -168,6 +168,7 @@ class Trainer:
                 if stop and self.step < total:
                     break
         bar.close()
+        torch.set_num_threads(threads)
         return self.step >= total
 
     def _run_block(self, n: int) -> tuple[float, float]:
@@ -234,25 +235,3 @@ class Trainer:
         )
         self.head.train()
         return interval(values["sib"])
-
-
-@contextmanager
-def _interruptions() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into a flag; a second Ctrl-C interrupts as usual."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous: dict[int, Any] = {}
-    try:
-        for wanted in (signal.SIGINT, signal.SIGTERM):
-            previous[wanted] = signal.signal(wanted, note)
-    except ValueError:  # not the main thread: signals are somebody else's
-        pass
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -4,6 +4,7 @@ refused.
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,26 @@ def test_a_cut_pretraining_goes_on_bit_for_bit(images, trained, tmp_path):
     resumed.restore(Checkpoint.load(tmp_path / CHECKPOINT, "pretrain"))
     assert resumed.epoch == 1
     resumed.run(tmp_path)
+    assert (tmp_path / CHECKPOINT).read_bytes() == trained.read_bytes()
+
+
+def test_interrupted_in_an_epoch_it_goes_on_bit_for_bit(images, trained, tmp_path, monkeypatch):
+    cut = Pretrainer(CONFIG, images)
+    step, done = Pretrainer._step, []
+
+    def step_and_interrupt(self, *args):
+        step(self, *args)
+        done.append(1)
+        if len(done) == 4:  # of three an epoch
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Pretrainer, "_step", step_and_interrupt)
+    assert not cut.run(tmp_path)
+    assert (cut.epoch, cut.batch) == (1, 1)
+    resumed = Pretrainer(CONFIG, images)
+    resumed.restore(Checkpoint.load(tmp_path / CHECKPOINT, "pretrain"))
+    assert resumed.run(tmp_path)
+    assert len(done) == 9
     assert (tmp_path / CHECKPOINT).read_bytes() == trained.read_bytes()
 
 
