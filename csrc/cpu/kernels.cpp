@@ -173,7 +173,7 @@ void sib_forward(const SibForward<C>& f, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     Arena<C> arena(f.trace ? f.trace + t * stride : nullptr);
     const Trace<C> trace = f.trace ? Trace<C>(arena, s, gram_formed, f.problem.weights) : w.trace;
-    if (f.trace) memset(f.trace + t * stride, 0, sizeof(C) * stride);  // no stray bits in the padding
+    if (f.trace) trace.clear_padding(s);
     w.task.start(t, trace.theta0);
     const Rows<C> query = w.task.query(t);
     QueryFeatures<CpuBlock<C>> features{w.task.block, s, query, trace};

@@ -41,6 +41,23 @@ struct Trace {
         ag(arena.take(s.K * s.N * s.ld())),
         a(weights ? arena.take((s.K + 1) * s.N) : nullptr),
         p(weights ? arena.take((s.K + 1) * s.N * s.ld()) : nullptr) {}
+
+  // The trace is handed out: nothing in it may depend on what the memory held before.
+  __host__ __device__ __forceinline__ void clear_padding(const Sizes& s) const {
+    const auto rows = [](C* array, int64_t n, int64_t length) {
+      for (int64_t i = 0; array && i < n; ++i) {
+        for (int64_t j = length; j < padded(length); ++j) array[i * padded(length) + j] = 0;
+      }
+    };
+    rows(theta0, 1, s.N * s.D);
+    rows(inverse, 1, s.Q);
+    rows(r2, 1, (s.K + 1) * s.N);
+    rows(u, (s.K + 1) * s.N, s.Q);
+    rows(gram, s.Q, s.Q);
+    rows(ag, s.K * s.N, s.Q);
+    rows(a, 1, (s.K + 1) * s.N);
+    rows(p, (s.K + 1) * s.N, s.Q);
+  }
 };
 
 // Scalars of one step and one class, from r2, dot and q; used by the step and by its adjoint.
