@@ -7,16 +7,9 @@
 
 from __future__ import annotations
 
-from kernelmeta import ops, reference
+from kernelmeta import data, nn, ops, reference
 from kernelmeta.backends import backends, use_backend
 from kernelmeta.version import __version__
 
 __all__ = ["__version__", "backends", "data", "nn", "ops", "reference", "use_backend"]
 
-
-def __getattr__(name: str) -> object:
-    if name in ("data", "nn"):
-        import importlib
-
-        return importlib.import_module(f"kernelmeta.{name}")
-    raise AttributeError(f"module 'kernelmeta' has no attribute {name!r}")

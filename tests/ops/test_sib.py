@@ -264,6 +264,18 @@ def test_without_gradients_the_results_are_the_same(Q: int) -> None:
         assert_close(km.ops.sib(*episode.arguments(), steps=3, inner_lr=0.1, return_weights=True), want, 1e-11)
 
 
+@needs_kernel
+def test_offsets_beyond_two_to_the_31() -> None:
+    """Rows far apart in one huge allocation, of which only the pages of these rows are ever touched."""
+    episode = draw(dtype=torch.float32)
+    far = torch.empty(2**31 + 11 * 13, dtype=torch.bfloat16).as_strided((2, 11, 13), (2**31, 13, 1))
+    far.copy_(episode.query)
+    strided = episode._replace(query=far)
+    dense = episode._replace(query=far.contiguous())
+    outs = [km.ops.sib(*e.arguments(), steps=2, inner_lr=0.1) for e in (strided, dense)]
+    assert torch.equal(*outs)
+
+
 def test_no_tasks() -> None:
     episode = draw(T=1).fresh()
     none = episode._replace(support=episode.support[:0], labels=episode.labels[:0], query=episode.query[:0])
