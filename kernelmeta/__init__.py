@@ -12,4 +12,3 @@ from kernelmeta.backends import backends, use_backend
 from kernelmeta.version import __version__
 
 __all__ = ["__version__", "backends", "data", "nn", "ops", "reference", "use_backend"]
-

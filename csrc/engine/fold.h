@@ -22,12 +22,12 @@ FoldedMlp<C> fold(const MlpArrays<const C>& p, const C* running, const Sizes& s,
   const auto linear = [H](const C* weight, const C* gain, const C* bias, const C* shift, int64_t outputs,
                           C* to_weight, C* to_bias) {
     for (int64_t i = 0; i < outputs; ++i) {
-      C sum = bias[i];
+      double sum = bias[i];
       for (int64_t j = 0; j < H; ++j) {
         to_weight[i * H + j] = weight[i * H + j] * gain[j];
-        sum += weight[i * H + j] * shift[j];
+        sum += double(weight[i * H + j]) * shift[j];
       }
-      to_bias[i] = sum;
+      to_bias[i] = C(sum);
     }
   };
   C* w2 = arena.take(H * H);
