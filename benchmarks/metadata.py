@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,32 @@ def collect() -> dict[str, Any]:
         "peers": {name: _version(name) for name in ("jax", "jaxlib")},
         **info.collect(),
     }
+
+
+class Others:
+    """How busy other processes keep the machine, from the making of this object on. Linux only."""
+
+    def __init__(self) -> None:
+        self._start = self._read()
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        try:
+            words = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        except OSError:
+            return None
+        user, nice, system, _, _, irq, soft, steal = map(int, words[:8])
+        busy = (user + nice + system + irq + soft + steal) / os.sysconf("SC_CLK_TCK")
+        own = os.times()
+        return time.monotonic(), busy, own.user + own.system + own.children_user + own.children_system
+
+    def cpus(self) -> float | None:
+        """CPUs' worth of work by others, on average; None where the system does not say."""
+        end = self._read()
+        if self._start is None or end is None:
+            return None
+        seconds, busy, own = (b - a for a, b in zip(self._start, end, strict=True))
+        return max(0.0, busy - own) / max(seconds, 1e-9)
 
 
 def machine_name() -> str:

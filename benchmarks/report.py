@@ -29,6 +29,8 @@ SWEEPS: dict[str, Sequence[Size]] = {
     "D": [Size(T=8, D=D) for D in (64, 640, 1600)],
     "N": [Size(T=8, N=N, S=N) for N in (2, 5, 10, 20)],
 }
+# CPUs kept busy by other processes above which a run is not to be quoted.
+DISTURBED = 0.1
 QUICK = ("kernelmeta", "published", "dual", "vmap", "jax")
 
 
@@ -41,7 +43,8 @@ def measure(
         Disagreement: kernelmeta itself disagrees; a peer that does is left out.
     """
     problem = draw(size)
-    runners, record, notes = {}, {}, []
+    runners, notes = {}, []
+    record: dict[str, dict[str, Any]] = {}
     for name in names:
         try:
             runner = PEERS[name].prepare(problem, mode)
@@ -133,8 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
 
     facts = metadata.collect()
-    if facts["load_average"][0] > 0.5:
-        print(f"load average {facts['load_average'][0]}: others use this machine, and waiting for them is in the times")
+    others = metadata.Others()
     before = floors.measure()
     print(f"{facts['processor']}, {options.threads} threads: {before}")
     headline, sweeps, notes = [], {}, []
@@ -155,20 +157,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         max(before.sgemm, after.sgemm), max(before.copy, after.copy), min(before.dispatch, after.dispatch)
     )
 
+    busy = others.cpus()
+    disturbed = busy is None or busy > DISTURBED
+    if disturbed:
+        notes.append(
+            f"DISTURBED: other processes kept {'an unknown number of' if busy is None else f'{busy:.2f}'} CPUs busy. "
+            "PyTorch's threads wait for each other, so the eager peers suffer most: no ratio here is to be quoted."
+        )
+        print(notes[-1])
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"{metadata.machine_name()}-{datetime.date.today().isoformat()}"
     record = {
         "metadata": facts,
-        "load_average_after": [round(x, 2) for x in os.getloadavg()],
+        "disturbed": disturbed,
+        "others_cpus": busy,
         "ceilings": ceilings._asdict(),
         "headline": headline,
         "sweeps": sweeps,
         "left_out": notes,
     }
     Path(f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    table = [
-        row for cell in [*headline, *(c for cells in sweeps.values() for c in cells)] for row in lines(cell, ceilings)
-    ]
+    cells = [*headline, *(cell for swept in sweeps.values() for cell in swept)]
+    table = [row for cell in cells for row in lines(cell, ceilings)]
     about = (
         f"{facts['processor']}, {options.threads} threads, PyTorch {facts['versions']['torch']}, "
         f"commit {facts['commit']}, load {facts['load_average'][0]}; {ceilings}"
