@@ -65,8 +65,12 @@ format:
 demo: install
 	$(BIN)/python examples/demo.py
 
+# About ten minutes together: the small grid, then the interleaved report with its table and plots.
 bench: install
-	$(BIN)/python -m pytest benchmarks
+	@$(BIN)/python -m pip install -q jax || echo "jax is not there: its rows are left out"
+	$(BIN)/python -m pytest benchmarks -q --benchmark-max-time=0.3 --benchmark-min-rounds=3 \
+	  --benchmark-columns=median,iqr,rounds
+	$(BIN)/python -m benchmarks.report --seconds 1
 
 clean:
 	rm -rf build dist .venv *.egg-info kernelmeta/_native kernelmeta/_C.*.so
