@@ -29,5 +29,5 @@ def test_glyphs_as_images():
 
 
 def test_a_bank_takes_no_weights(tmp_path):
-    with pytest.raises(ValueError, match="weights: .* is not a folder of images"):
+    with pytest.raises(ValueError, match=r"weights: .* is not a folder of images"):
         open_bank(str(tmp_path / "bank.safetensors"), weights="some.pth")
