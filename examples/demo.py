@@ -21,7 +21,8 @@ from typing import Any
 from kernelmeta.cli import main as kernelmeta
 
 # Chosen on the validation classes.
-TRAIN = ["--inner-lr", "1e-2", "--lr", "2e-3", "--tasks-per-step", "4", "--episodes", "80000"]
+# One thread: four tasks of this size are done before a second one would be awake.
+TRAIN = ["--threads", "1", "--inner-lr", "1e-2", "--lr", "2e-3", "--tasks-per-step", "4", "--episodes", "80000"]
 PROTOCOLS = {"even": "even", "Dirichlet(2)": "dirichlet:2"}
 
 
