@@ -26,18 +26,31 @@ auto with_type(const Tensor& parameter, F f) {
   return f(float{});
 }
 
+// Multiplications that one task takes, roughly.
+int64_t mlp_work(const Sizes& s) { return s.Q * s.H * (2 * s.N + s.H); }
+int64_t sib_work(const Sizes& s) {
+  return s.Q * s.D * std::min(s.Q / 2, 4 * s.K * s.N) + s.Q * s.N * s.D +
+         s.K * (mlp_work(s) + s.Q * s.Q * s.N);
+}
+int64_t class_means_work(const Sizes& s) { return (2 * s.S + s.N) * s.D; }
+
+// How many items a thread must get before a second one is worth waking: some 20 us of work.
+int64_t grain(int64_t work_per_item) {
+  return std::max<int64_t>(1, 1'000'000 / std::max<int64_t>(work_per_item, 1));
+}
+
 template <class F>
-void over_tasks(int64_t T, F f) {
-  torch::stable::parallel_for(0, T, 1, f);
+void over_tasks(int64_t T, int64_t work, F f) {
+  torch::stable::parallel_for(0, T, grain(work), f);
 }
 
 // f(partial, begin, end) adds the sums over a chunk of tasks to `partial`; the totals are returned. Chunks
 // depend on T alone and are added in order: the bits do not depend on the number of threads.
 template <class C, class F>
-std::unique_ptr<C[]> sum_over_tasks(int64_t T, int64_t size, F f) {
+std::unique_ptr<C[]> sum_over_tasks(int64_t T, int64_t work, int64_t size, F f) {
   const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(T, 32));
   std::unique_ptr<C[]> sums(new C[size_t(size * chunks)]());
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, chunks, grain(work * T / chunks), [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) f(sums.get() + c * size, c * T / chunks, (c + 1) * T / chunks);
   });
   for (int64_t c = 1; c < chunks; ++c) {
@@ -159,7 +172,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sib(
     C* stats_out = !return_stats ? nullptr : task_stats ? task_stats.get() : data<C>(stats);
     const SibForward<C> run{a.problem, data<C>(logits), return_weights ? data<C>(weights) : nullptr,
                             stats_out, save_trace ? data<C>(trace) : nullptr};
-    over_tasks(s.T, [&](int64_t begin, int64_t end) { kernels<C>().sib_forward(run, begin, end); });
+    over_tasks(s.T, sib_work(s),
+               [&](int64_t begin, int64_t end) { kernels<C>().sib_forward(run, begin, end); });
     if (return_stats && s.T != 1) average(stats_out, s.T, stats_size, data<C>(stats));
     return std::tuple{logits, weights, stats, trace};
   });
@@ -204,11 +218,12 @@ SibGradients sib_backward(const Tensor& grad_logits, const Optional& grad_weight
                              gw ? gw->get() : nullptr,
                              need_query ? data<C>(grad_query) : nullptr,
                              need_start ? data<C>(grad_start) : nullptr};
-    const auto sums = sum_over_tasks<C>(
-        s.T, size_of<C, SibParameterGrad<C>>(s), [&](C* partial, int64_t begin, int64_t end) {
-          Arena<C> arena(partial);
-          kernels<C>().sib_backward(run, SibParameterGrad<C>(arena, s), begin, end);
-        });
+    const auto sums =
+        sum_over_tasks<C>(s.T, 2 * sib_work(s), size_of<C, SibParameterGrad<C>>(s),
+                          [&](C* partial, int64_t begin, int64_t end) {
+                            Arena<C> arena(partial);
+                            kernels<C>().sib_backward(run, SibParameterGrad<C>(arena, s), begin, end);
+                          });
     Arena<C> arena(sums.get());
     const SibParameterGrad<C> total(arena, s);
     unfold<C>(a.mlp.arrays(), total.mlp, s, g.arrays<C>());
@@ -251,7 +266,7 @@ Tensor synthetic_gradient_mlp(const Tensor& logits, const Tensor& weight1, const
         logits, {weight1, bias1, gain1, shift1, weight2, bias2, gain2, shift2, weight3, bias3}, running);
     const Sizes& s = a.problem.s;
     Tensor out = empty({s.T, s.Q, s.N}, kType<C>);
-    over_tasks(s.T, [&](int64_t begin, int64_t end) {
+    over_tasks(s.T, mlp_work(s), [&](int64_t begin, int64_t end) {
       kernels<C>().mlp_forward(a.problem, data<C>(out), begin, end);
     });
     return out;
@@ -275,12 +290,12 @@ MlpGradients synthetic_gradient_mlp_backward(const Tensor& grad_out, const Tenso
     const Parameter<C> gg(grad_out, {s.T, s.Q, s.N}, "grad_out");
     Tensor grad_logits = empty({s.T, s.Q, s.N}, kType<C>);
     const MlpGradTensors g(s, kType<C>);
-    const auto sums =
-        sum_over_tasks<C>(s.T, size_of<C, FoldedMlpGrad<C>>(s), [&](C* partial, int64_t begin, int64_t end) {
-          Arena<C> arena(partial);
-          kernels<C>().mlp_backward(a.problem, gg, data<C>(grad_logits), FoldedMlpGrad<C>(arena, s), begin,
-                                    end);
-        });
+    const auto sums = sum_over_tasks<C>(s.T, 3 * mlp_work(s), size_of<C, FoldedMlpGrad<C>>(s),
+                                        [&](C* partial, int64_t begin, int64_t end) {
+                                          Arena<C> arena(partial);
+                                          kernels<C>().mlp_backward(a.problem, gg, data<C>(grad_logits),
+                                                                    FoldedMlpGrad<C>(arena, s), begin, end);
+                                        });
     Arena<C> arena(sums.get());
     unfold<C>(a.parameters.arrays(), FoldedMlpGrad<C>(arena, s), s, g.arrays<C>());
     return MlpGradients{grad_logits, g.weight1, g.bias1,  g.gain1,   g.shift1, g.weight2,
@@ -316,7 +331,7 @@ Tensor class_means(const Tensor& support, const Tensor& labels, int64_t n_way, c
     const ClassMeansArguments<C> a(support, labels, n_way, weight);
     const Sizes& s = a.problem.s;
     Tensor theta0 = empty({s.T, s.N, s.D}, kType<C>);
-    over_tasks(s.T, [&](int64_t begin, int64_t end) {
+    over_tasks(s.T, class_means_work(s), [&](int64_t begin, int64_t end) {
       kernels<C>().class_means_forward(a.problem, data<C>(theta0), begin, end);
     });
     return theta0;
@@ -335,10 +350,11 @@ std::tuple<Tensor, Tensor> class_means_backward(const Tensor& grad_theta0, const
     const std::vector<int64_t> none{0};
     Tensor grad_support = empty(need_support ? std::vector{s.T, s.S, s.D} : none, kType<C>);
     Tensor grad_weight = empty(weight ? std::vector{s.D} : none, kType<C>);
-    const auto sums = sum_over_tasks<C>(s.T, weight ? s.D : 0, [&](C* partial, int64_t begin, int64_t end) {
-      kernels<C>().class_means_backward(a.problem, g, need_support ? data<C>(grad_support) : nullptr,
-                                        weight ? partial : nullptr, begin, end);
-    });
+    const auto sums = sum_over_tasks<C>(
+        s.T, 2 * class_means_work(s), weight ? s.D : 0, [&](C* partial, int64_t begin, int64_t end) {
+          kernels<C>().class_means_backward(a.problem, g, need_support ? data<C>(grad_support) : nullptr,
+                                            weight ? partial : nullptr, begin, end);
+        });
     if (weight) std::copy(sums.get(), sums.get() + s.D, data<C>(grad_weight));
     return std::tuple{grad_support, grad_weight};
   });
