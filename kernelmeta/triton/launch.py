@@ -33,3 +33,12 @@ def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
     device = args[0].device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(grid,)](*args, **options)
+
+
+def plain(formula: Any, *args: Any) -> Any:
+    """A backward formula in plain PyTorch, which differentiates; the raw ops are called below autograd."""
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther"):
+        exclude = exclude.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude):
+        return formula(*args)

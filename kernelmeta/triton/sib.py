@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernelmeta.ops.sib_op import _fallback, _fallback_backward, _sizes, trace_size
 from kernelmeta.triton import class_means_kernels, mlp_kernels
-from kernelmeta.triton.launch import launch, precision
+from kernelmeta.triton.launch import launch, plain, precision
 from kernelmeta.triton.loop_kernels import loop_backward_kernel, loop_forward_kernel
 from kernelmeta.triton.products import combine, dots, inverse_norms, squared_norms, without_radial_part
 
@@ -121,7 +121,7 @@ def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tenso
     running_stats, K, lr, return_weights, need_query, need_start = args[18:]
     T, _, Q, N, D, H, _ = _sizes(args)
     if T == 0 or not mlp_kernels.fits(Q, N, H, scale.dtype):
-        return _fallback_backward(grad_logits, grad_weights, trace_data, *args)
+        return plain(_fallback_backward, grad_logits, grad_weights, trace_data, *args)
     query, start = query.contiguous(), start.contiguous()
     trace_data = trace_data.contiguous()
     trace = _Trace(trace_data, Q, N, D, K, return_weights)
