@@ -12,19 +12,33 @@ import triton.language as tl
 
 from kernelmeta.triton.mlp_kernels import mlp_backward, mlp_forward
 
+_COLUMNS = tl.constexpr(16)
+
 
 @triton.jit
-def _times_gram(gram, inverse, value, q, Q, ld, C: tl.constexpr, PRECISION: tl.constexpr):
-    k = q
-    inside = (q < Q)[:, None] & (k < Q)[None, :]
-    raw = tl.load(gram + q[:, None] * ld + k[None, :], mask=inside, other=0.0).to(C)
-    scale = inverse[:, None]
-    return scale * tl.dot(raw, value * scale, input_precision=PRECISION, out_dtype=C)
+def _times_gram(
+    gram, inverse, value, scratch, q, n, Q, ld,
+    QP: tl.constexpr, NP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``value`` goes through ``scratch`` [QP, NP] in memory, so that the product takes a few of the Q columns a turn:
+    the whole Gram matrix does not fit beside the MLP in the shared memory of every card.
+    """
+    tl.debug_barrier()  # nobody still reads what the last call left
+    tl.store(scratch + q[:, None] * NP + n[None, :], value * inverse[:, None])
+    tl.debug_barrier()
+    sums = tl.zeros([QP, NP], C)
+    for start in range(0, Q, _COLUMNS):
+        k = start + tl.arange(0, _COLUMNS)
+        inside = (q < Q)[:, None] & (k < Q)[None, :]
+        raw = tl.load(gram + q[:, None] * ld + k[None, :], mask=inside, other=0.0)
+        part = tl.load(scratch + k[:, None] * NP + n[None, :], mask=(k < Q)[:, None], other=0.0)
+        sums += tl.dot(raw, part, input_precision=PRECISION, out_dtype=C)
+    return sums * inverse[:, None]
 
 
 @triton.jit
 def loop_forward_kernel(
-    trace, gram, p, fixed, logits, stats, Q, N, H, K, lr,
+    trace, gram, scratch, p, fixed, logits, stats, Q, N, H, K, lr,
     size, ld, gram_stride, inverse_at, r2_at, u_at, ag_at, a_at, p_at,
     QP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr, STATS: tl.constexpr,
     WEIGHTS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
@@ -33,6 +47,7 @@ def loop_forward_kernel(
     t = tl.program_id(0).to(tl.int64)
     trace += t * size
     gram += t * gram_stride
+    scratch += t * QP * NP
     q, n, h = tl.arange(0, QP), tl.arange(0, NP), tl.arange(0, HP)
     inside = (q < Q)[:, None] & (n < N)[None, :]
     tile = n[None, :] * ld + q[:, None]
@@ -62,7 +77,7 @@ def loop_forward_kernel(
             tl.store(to + H, variance1 * Q / rows, mask=h < H)
             tl.store(to + 2 * H, mean2, mask=h < H)
             tl.store(to + 3 * H, variance2 * Q / rows, mask=h < H)
-        ag = _times_gram(gram, inverse, g, q, Q, ld, C, PRECISION)
+        ag = _times_gram(gram, inverse, g, scratch, q, n, Q, ld, QP, NP, C, PRECISION)
         dot = tl.sum(u * g, 0)
         quad = tl.sum(g * ag, 0)
         c = e * dot / r2
@@ -83,7 +98,7 @@ def loop_forward_kernel(
 
 @triton.jit
 def loop_backward_kernel(
-    trace, gram, p, fixed, grad_logits, gp_last, ga_last, partial, gc_out, gn0_out, gs, gag_out,
+    trace, gram, scratch, p, fixed, grad_logits, gp_last, ga_last, partial, gc_out, gn0_out, gs, gag_out,
     Q, N, H, K, P, lr, size, ld, gram_stride, inverse_at, r2_at, u_at, ag_at, a_at, p_at,
     QP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr,
     WEIGHTS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
@@ -95,6 +110,7 @@ def loop_backward_kernel(
     t = tl.program_id(0).to(tl.int64)
     trace += t * size
     gram += t * gram_stride
+    scratch += t * QP * NP
     partial += t * P
     q, n, h = tl.arange(0, QP), tl.arange(0, NP), tl.arange(0, HP)
     inside = (q < Q)[:, None] & (n < N)[None, :]
@@ -155,7 +171,7 @@ def loop_backward_kernel(
         ge += gc * dot / r2 + 2 * ggrown * e * growth
         gag = gquad[None, :] * g - beta[None, :] * gu
         gg += gdot[None, :] * u + gquad[None, :] * ag
-        gg += _times_gram(gram, inverse, gag, q, Q, ld, C, PRECISION)
+        gg += _times_gram(gram, inverse, gag, scratch, q, n, Q, ld, QP, NP, C, PRECISION)
         gu = gdot[None, :] * g + alpha[None, :] * gu
         gscale += lr * ge
         if ROWS:

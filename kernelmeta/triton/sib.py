@@ -70,6 +70,10 @@ def _has_gram(N: int, Q: int, K: int) -> bool:
     return K > 0 and 8 * K * N >= Q
 
 
+def _scratch(scale: Tensor, T: int, tiles: dict[str, int]) -> Tensor:
+    return scale.new_empty(T, tiles["QP"], tiles["NP"])
+
+
 def forward(*args: Any) -> tuple[Tensor, ...]:
     """The raw op ``sib``. What one program cannot hold (`mlp_kernels.fits`) runs in plain PyTorch, without trace."""
     query, query_index, start, start_index, labels, weight, scale, bias, *mlp = args[:18]
@@ -97,11 +101,12 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
         trace.inverse.copy_(inverse_norms(query, query_index, scale.dtype))
     logits = scale.new_empty(T, Q, N)
     stats = scale.new_empty((T, K, 2, 2, H) if return_stats else 0)
+    tiles = mlp_kernels.tiles(Q, N, H)
     launch(
         loop_forward_kernel, T, trace_data, trace_data if trace.gram is None else trace.gram,
-        mlp_kernels.pack((scale, bias, *mlp)), trace_data if running_stats is None else running_stats.contiguous(),
+        _scratch(scale, T, tiles), mlp_kernels.pack((scale, bias, *mlp)), trace_data if running_stats is None else running_stats.contiguous(),
         logits, stats, Q, N, H, K, lr, *trace.arguments(), FIXED=running_stats is not None, STATS=return_stats,
-        WEIGHTS=return_weights, **mlp_kernels.tiles(Q, N, H), **precision(logits),
+        WEIGHTS=return_weights, **tiles, **precision(logits),
     )  # fmt: skip
     weights = scale.new_empty(0)
     if return_weights:
@@ -140,12 +145,14 @@ def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tenso
     partial = packed.new_zeros(T, packed.numel())
     gc, gn0 = new_empty(T, N, Q), new_empty(T, N)
     gs, gag = (new_empty((T, K * N, Q) if need_query else 0) for _ in range(2))
+    tiles = mlp_kernels.tiles(Q, N, H)
     launch(
-        loop_backward_kernel, T, trace_data, trace_data if trace.gram is None else trace.gram, packed,
+        loop_backward_kernel, T, trace_data, trace_data if trace.gram is None else trace.gram,
+        _scratch(scale, T, tiles), packed,
         trace_data if running_stats is None else running_stats.contiguous(), grad_logits.contiguous(), gp, ga,
         partial, gc, gn0, gs, gag, Q, N, H, K, packed.numel(), lr, *trace.arguments(),
         FIXED=running_stats is not None, WEIGHTS=grad_weights is not None, ROWS=need_query,
-        **mlp_kernels.tiles(Q, N, H), **precision(packed),
+        **tiles, **precision(packed),
     )  # fmt: skip
 
     gtheta0 = combine(gc, query, query_index).addcmul_(trace.theta0, gn0.unsqueeze(-1), value=2)
