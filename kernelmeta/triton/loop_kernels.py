@@ -5,6 +5,8 @@ read again at every step and normalised by its factors: A G = inverse * (gram @ 
 ``p`` is scale, bias and the packed MLP.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import triton

@@ -4,6 +4,8 @@ The ten parameters lie packed in one array, in the order of ``MLPParameters``. A
 [QP, HP], rows and units padded to powers of two: padded rows are kept at zero.
 """
 
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 from typing import Any
@@ -181,7 +183,9 @@ def pack(parameters: Any) -> Tensor:
 
 def unpack(partial: Tensor, parameters: Any) -> list[Tensor]:
     """Partial gradients [T, P] -> one gradient a parameter, summed over the tasks in a fixed order."""
-    parts = torch.split_with_sizes_copy(partial.sum(0), [p.numel() for p in parameters])
+    parts: Any = torch.split_with_sizes_copy(  # type: ignore[func-returns-value]
+        partial.sum(0), [p.numel() for p in parameters]
+    )
     return [g.view(p.shape) for g, p in zip(parts, parameters, strict=True)]
 
 

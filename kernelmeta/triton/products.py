@@ -1,5 +1,8 @@
 """Products with the D-dimensional features, tiled: the only kernels that see D."""
 
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: E741, SIM108 -- sizes are capitals; a branch on a constexpr is taken at compile time
+
 from __future__ import annotations
 
 from typing import Any
@@ -92,7 +95,7 @@ def squared_norms_kernel(
 
 def dots(x: Tensor, y: Tensor, out: Tensor, x_index: Tensor | None = None, y_index: Tensor | None = None) -> None:
     """out[t, i, j] = x[t, i] . y[t, j]; x, y [T, rows, D] of any strides, or banks [n, D] with an index [T, rows]."""
-    T, I, J = out.shape  # noqa: E741
+    T, I, J = out.shape
     D = x.shape[-1]
     if out.numel() == 0:
         return
@@ -107,7 +110,7 @@ def dots(x: Tensor, y: Tensor, out: Tensor, x_index: Tensor | None = None, y_ind
 
 def combine(coefficients: Tensor, rows: Tensor, index: Tensor | None = None) -> Tensor:
     """[T, I, J] coefficients of any strides times contiguous rows [T, J, D], or rows of a bank -> [T, I, D]."""
-    T, I, J = coefficients.shape  # noqa: E741
+    T, I, J = coefficients.shape
     D = rows.shape[-1]
     out = coefficients.new_empty(T, I, D)
     if out.numel():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 
@@ -23,7 +22,8 @@ class _Trace:
     def __init__(self, data: Tensor, Q: int, N: int, D: int, K: int, weights: bool) -> None:
         T = data.shape[0]
         ld = _padded(Q)
-        self.data, self.size, self.ld, self.at, self.gram = data, data.shape[1], ld, {}, None
+        self.data, self.size, self.ld, self.gram = data, data.shape[1], ld, None
+        self.at: dict[str, int] = {}
         at = 0
         for name, shape in {
             "theta0": (N, D),
@@ -50,10 +50,11 @@ class _Trace:
     p: Tensor
     gram: Tensor | None
 
-    def form_gram(self, query: Tensor, index: Tensor | None, T: int, Q: int) -> None:
+    def form_gram(self, query: Tensor, index: Tensor | None, T: int, Q: int) -> Tensor:
         if self.gram is None:
             self.gram = self.data.new_empty(T, Q, self.ld)
         dots(query, query, self.gram[..., :Q], index, index)
+        return self.gram[..., :Q]
 
     def arguments(self) -> tuple[Any, ...]:
         """size ... p_at of the kernels."""
@@ -80,10 +81,10 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     running_stats, K, lr, return_weights, return_stats, save_trace = args[18:]
     T, _, Q, N, D, H, _ = _sizes(args)
     if T == 0 or not mlp_kernels.fits(Q, N, H, scale.dtype):
-        logits, weights, stats, trace = _fallback(*args)
+        logits, weights, stats, no_trace = _fallback(*args)
         if save_trace:
-            trace = scale.new_zeros(T, trace_size(N, Q, D, K, return_weights))
-        return logits.contiguous(), weights.contiguous(), stats, trace
+            no_trace = scale.new_zeros(T, trace_size(N, Q, D, K, return_weights))
+        return logits.contiguous(), weights.contiguous(), stats, no_trace
     query, start = query.contiguous(), start.contiguous()
     trace_data = scale.new_zeros(T, trace_size(N, Q, D, K, return_weights))
     trace = _Trace(trace_data, Q, N, D, K, return_weights)
@@ -94,8 +95,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     dots(trace.theta0, query, trace.u[:, 0, :, :Q], None, query_index)
     squared_norms(trace.theta0.contiguous(), None, trace.r2[:, 0])
     if K:
-        trace.form_gram(query, query_index, T, Q)
-        squares = trace.gram.diagonal(dim1=1, dim2=2)
+        squares = trace.form_gram(query, query_index, T, Q).diagonal(dim1=1, dim2=2)
         trace.inverse.copy_(squares.sqrt().clamp_min_(1e-12).reciprocal_())
     else:
         trace.inverse.copy_(inverse_norms(query, query_index, scale.dtype))
@@ -104,7 +104,8 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     tiles = mlp_kernels.tiles(Q, N, H)
     launch(
         loop_forward_kernel, T, trace_data, trace_data if trace.gram is None else trace.gram,
-        _scratch(scale, T, tiles), mlp_kernels.pack((scale, bias, *mlp)), trace_data if running_stats is None else running_stats.contiguous(),
+        _scratch(scale, T, tiles), mlp_kernels.pack((scale, bias, *mlp)),
+        trace_data if running_stats is None else running_stats.contiguous(),
         logits, stats, Q, N, H, K, lr, *trace.arguments(), FIXED=running_stats is not None, STATS=return_stats,
         WEIGHTS=return_weights, **tiles, **precision(logits),
     )  # fmt: skip

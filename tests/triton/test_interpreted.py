@@ -48,9 +48,7 @@ def both(f: Any, leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[t
             loss = sum((r * torch.randn(r.shape, dtype=r.dtype, generator=g)).sum() for r in results)
             # Outside of the forced backend: the backward pass runs where the forward pass did.
         grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-        found.append(
-            results + [torch.zeros_like(p) if d is None else d for d, p in zip(grads, leaves, strict=True)]
-        )
+        found.append(results + [torch.zeros_like(p) if d is None else d for d, p in zip(grads, leaves, strict=True)])
     return found[0], found[1]
 
 
