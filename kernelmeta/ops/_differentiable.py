@@ -98,7 +98,7 @@ class DifferentiableOp:
             return self.fallback(*args) if functional else self.raw(*self.save(args))
         if torch._C._are_functorch_transforms_active():
             return self._functional.apply(*self.save(args))
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        if torch.is_grad_enabled() and _any_requires_grad(args):
             return self._eager.apply(*self.save(args))
         with torch._C._AutoDispatchBelowAutograd():
             return self.raw(*args)
@@ -173,13 +173,14 @@ def _functions(op: DifferentiableOp) -> tuple[type[torch.autograd.Function], typ
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             args, residuals = _recall(ctx)
-            call = op.backward_args(args, residuals, grads[: op.n_outputs], ctx.needs_input_grad)
+            needs = ctx.needs_input_grad
+            call = op.backward_args(args, residuals, grads[: op.n_outputs], needs)
             if torch.is_grad_enabled():  # create_graph=True
                 results = Backward.apply(*call)
             else:
                 with torch._C._AutoDispatchBelowAutograd():
                     results = op.raw_backward(*call)
-            return tuple(op.gradients(results, args, ctx.needs_input_grad))
+            return tuple(op.gradients(results, args, needs))
 
     class Functional(torch.autograd.Function):
         @staticmethod
@@ -213,6 +214,13 @@ def _one_by_one(function: Any, batch_size: int, in_dims: Args, args: Args) -> tu
     return (stacked, (0,) * len(stacked)) if len(stacked) > 1 else (stacked[0], 0)
 
 
+def _any_requires_grad(args: Args) -> bool:
+    for a in args:  # a loop: half the time of any() over a generator
+        if isinstance(a, Tensor) and a.requires_grad:
+            return True
+    return False
+
+
 def _second_derivative_error(op: DifferentiableOp) -> RuntimeError:
     return RuntimeError(
         f"kernelmeta::{op.name} has no second derivative: its backward pass is a fused kernel. (The meta-gradient "
@@ -229,12 +237,13 @@ def _remember(ctx: Any, op: DifferentiableOp, args: Args, results: Args) -> None
     residuals = results[op.n_outputs :]
     ctx.mark_non_differentiable(*residuals)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in args), *residuals)
-    ctx.constants = [None if isinstance(a, Tensor) else a for a in args]
+    tensors = [a if isinstance(a, Tensor) else None for a in args]
+    ctx.save_for_backward(*tensors, *residuals)
+    ctx.constants = [a if t is None else None for a, t in zip(args, tensors, strict=True)]
 
 
 def _recall(ctx: Any) -> tuple[Args, Args]:
     saved = ctx.saved_tensors
     n = len(ctx.constants)
-    args = tuple(c if t is None else t for t, c in zip(saved[:n], ctx.constants, strict=True))
+    args = tuple([c if t is None else t for t, c in zip(saved, ctx.constants, strict=False)])
     return args, saved[n:]
