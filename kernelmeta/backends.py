@@ -62,7 +62,7 @@ def _load_cpu() -> Backend:
         text = str(error).split("\nException raised from")[0].strip()
         reason = f"{library.name} (built for PyTorch {report['torch']}) does not run: {text}"
         return Backend(False, reason, {})
-    return Backend(True, "", {"instruction_set": isa, "library": str(library)})
+    return Backend(True, "", {"instruction_set": isa, "library": library.name})
 
 
 def _find_triton() -> Backend:
