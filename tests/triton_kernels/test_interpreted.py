@@ -1,7 +1,7 @@
 """The Triton kernels, interpreted on CPU tensors, against the reference.
 
 Triton reads TRITON_INTERPRET when it is imported, so the cases below run in a Python of their own;
-``TRITON_INTERPRET=1 pytest tests/triton`` runs them in this one.
+``TRITON_INTERPRET=1 pytest tests/triton_kernels`` runs them in this one.
 """
 
 from __future__ import annotations
