@@ -32,8 +32,8 @@ SMALL = [
     *((Size(T=8, K=K), "train") for K in (1, 5, 10, 50)),
     *((Size(T=T, dtype="bfloat16"), mode) for T in (1, 64) for mode in ("forward", "train")),
 ]
-# Each cell compiles anew, for tens of seconds: in the small grid only at the headline cells.
-COMPILED = ("compile-published", "compile-dual")
+# Tens of seconds to compile, or slow: in the small grid only at the headline cells.
+SLOW = ("compile-published", "compile-dual", "loop", "vmap")
 HEADLINE = [(Size(), "train"), (Size(T=64), "train")]
 
 
@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(size, mode, name, id=f"{size}-{mode}-{name}")
         for size, mode in (FULL if full else SMALL)
         for name in PEERS
-        if (name in wanted) or (not wanted and (full or name not in COMPILED or (size, mode) in HEADLINE))
+        if (name in wanted) or (not wanted and (full or name not in SLOW or (size, mode) in HEADLINE))
     ]
     metafunc.parametrize(("size", "mode", "name"), cells)
 
