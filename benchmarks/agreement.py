@@ -66,13 +66,15 @@ def errors(got: Result, want: Result) -> tuple[float, float]:
     return tuple(e if np.isfinite(e) else float("inf") for e in found)  # type: ignore[return-value]
 
 
-def check(name: str, peer: Peer, runner: PeerRunner, problem: Problem, mode: str) -> tuple[float, float]:
-    """The errors of the runner on the first copy of the inputs.
+def check(
+    name: str, peer: Peer, runner: PeerRunner, problem: Problem, mode: str, *, want: Result | None = None
+) -> tuple[float, float]:
+    """The errors of the runner on the first copy of the inputs; ``want``: what `reference` gave for them, if known.
 
     Raises:
         Disagreement: they exceed the tolerance.
     """
-    found = errors(runner(0), reference(problem, mode, peer.norm_stats))
+    found = errors(runner(0), want or reference(problem, mode, peer.norm_stats))
     allowed = TOLERANCES[problem.size.dtype]
     if peer.norm_stats == "batch" and problem.size.dtype != "float64":
         allowed = (BATCH_LOGITS, allowed[1])

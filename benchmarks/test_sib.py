@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from benchmarks import agreement, counts
 from benchmarks.floors import Ceilings
 from benchmarks.peers import PEERS, Unavailable
-from benchmarks.problem import MODES, Size, draw
+from benchmarks.problem import MODES, Problem, Size, draw
 
 FULL = [
     (Size(T, N, S, D, K, dtype), mode)
@@ -52,13 +53,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("size", "mode", "name"), cells)
 
 
+@lru_cache(maxsize=1)
+def _problem(size: Size) -> Problem:
+    return draw(size)
+
+
+@lru_cache(maxsize=2)
+def _reference(size: Size, mode: str, norm_stats: str) -> agreement.Result:
+    return agreement.reference(_problem(size), mode, norm_stats)
+
+
 def test_sib(size: Size, mode: str, name: str, benchmark: Any, ceilings: Ceilings) -> None:
-    problem, peer = draw(size), PEERS[name]
+    problem, peer = _problem(size), PEERS[name]
     try:
         runner = peer.prepare(problem, mode)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    logits_error, gradients_error = agreement.check(name, peer, runner, problem, mode)
+    logits_error, gradients_error = agreement.check(
+        name, peer, runner, problem, mode, want=_reference(size, mode, peer.norm_stats)
+    )
     floor = ceilings.floor(counts.sib(size, mode))
     benchmark.group = f"sib {size} {mode}"
     benchmark.extra_info.update(
