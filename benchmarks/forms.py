@@ -49,26 +49,31 @@ def mlp_of_task(logits: Tensor, mlp: MLPParameters) -> Tensor:
 
 
 def published(steps: int, inner_lr: float, mlp_form: Callable[..., Tensor] = mlp_of_batch) -> Head:
-    """The published form: D dimensions, the inner gradient by autograd, one graph through all steps."""
+    """The published form: D dimensions, the inner gradient by autograd, one graph through all steps.
+
+    As in the published code, rows and theta are normalised wherever the classifier is applied.
+    """
+
+    def classify(theta: Tensor, query: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return scale * (bias + F.normalize(query, dim=-1) @ F.normalize(theta, dim=-1).transpose(-1, -2))
 
     def head(
         support: Tensor, labels: Tensor, query: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *mlp: Tensor
     ) -> Tensor:
         parameters = MLPParameters(*mlp)
         theta = class_means(support, labels, parameters.weight1.shape[1], weight)
-        rows = F.normalize(query, dim=-1)
         meta_learning = torch.is_grad_enabled()
         with torch.enable_grad():
             if not theta.requires_grad:
                 theta.requires_grad_()
             for _ in range(steps):
-                logits = scale * (bias + rows @ F.normalize(theta, dim=-1).transpose(-1, -2))
+                logits = classify(theta, query, scale, bias)
                 guess = mlp_form(logits, parameters)
                 (step,) = torch.autograd.grad(logits, theta, guess, create_graph=meta_learning)
                 theta = theta - inner_lr * step
                 if not meta_learning:
                     theta = theta.detach().requires_grad_()
-        return scale * (bias + rows @ F.normalize(theta, dim=-1).transpose(-1, -2))
+        return classify(theta, query, scale, bias)
 
     return head
 

@@ -21,8 +21,8 @@ from typing import Any
 from kernelmeta.cli import main as kernelmeta
 
 # Chosen on the validation classes.
-PRETRAIN = ["--epochs", "30", "--warmup-epochs", "1", "--milestone", "20"]
-TRAIN = ["--inner-lr", "1e-2", "--lr", "1e-3", "--episodes", "40000"]
+# One thread: four tasks of this size are done before a second one would be awake.
+TRAIN = ["--threads", "1", "--inner-lr", "1e-2", "--lr", "2e-3", "--tasks-per-step", "4", "--episodes", "80000"]
 PROTOCOLS = {"even": "even", "Dirichlet(2)": "dirichlet:2"}
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     for name in ("backbone", *PROTOCOLS.values()):
         shutil.rmtree(out / name.replace(":", "-"), ignore_errors=True)
 
-    run("pretrain", "glyphs", "--backbone", "conv4", *PRETRAIN, "--out", f"{out}/backbone")
+    run("pretrain", "glyphs", "--backbone", "conv4", "--out", f"{out}/backbone")
     bank = f"{out}/bank.safetensors"
     run("extract", "glyphs", "--weights", f"{out}/backbone/checkpoint.safetensors", "--out", bank)
     for balance in PROTOCOLS.values():

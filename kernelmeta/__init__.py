@@ -7,9 +7,8 @@
 
 from __future__ import annotations
 
-from kernelmeta import data, nn, ops, reference
+from kernelmeta import data, nn, ops, reference, triton
 from kernelmeta.backends import backends, use_backend
 from kernelmeta.version import __version__
 
-__all__ = ["__version__", "backends", "data", "nn", "ops", "reference", "use_backend"]
-
+__all__ = ["__version__", "backends", "data", "nn", "ops", "reference", "triton", "use_backend"]

@@ -10,6 +10,7 @@ one warning that the first op gives.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -23,8 +24,9 @@ import torch
 
 NATIVE = Path(__file__).parent / "_native"
 
-# In order of preference, for each type of device.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# In order of preference, for each type of device. The Triton kernels have not run on a GPU yet: only who asks for
+# them gets them.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "reference")}
 NAMES = ("cpu", "cuda", "triton", "reference")
 
 
@@ -60,19 +62,32 @@ def _load_cpu() -> Backend:
         text = str(error).split("\nException raised from")[0].strip()
         reason = f"{library.name} (built for PyTorch {report['torch']}) does not run: {text}"
         return Backend(False, reason, {})
-    return Backend(True, "", {"instruction_set": isa, "library": str(library)})
+    return Backend(True, "", {"instruction_set": isa, "library": library.name})
+
+
+def _find_triton() -> Backend:
+    """Triton itself is imported by the first op that runs on it."""
+    if importlib.util.find_spec("triton") is None:
+        return Backend(False, "Triton is not installed (pip install triton)", {})
+    if os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y"):
+        return Backend(True, "", {"interpreted": True})
+    if not torch.cuda.is_available():
+        return Backend(False, "PyTorch finds no GPU (TRITON_INTERPRET=1 interprets the kernels on CPU tensors)", {})
+    return Backend(True, "", {"interpreted": False})
 
 
 _BACKENDS = {
     "cpu": _load_cpu(),
     "cuda": Backend(False, "this version of kernelmeta has no CUDA kernels", {}),
-    "triton": Backend(False, "this version of kernelmeta has no Triton kernels", {}),
+    "triton": _find_triton(),
     "reference": Backend(True, "", {"torch": torch.__version__}),
 }
 
 _runnable = {
     device: frozenset(name for name in names if _BACKENDS[name].available) for device, names in PREFERENCE.items()
 }
+if _BACKENDS["triton"].available:
+    _runnable["cpu" if _BACKENDS["triton"].details["interpreted"] else "cuda"] |= {"triton"}
 
 # Device type -> what runs there if nothing is forced. _settle adds what is missing, and warns.
 _automatic: dict[str, str] = {"cpu": "cpu"} if _BACKENDS["cpu"].available else {}

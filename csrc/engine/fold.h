@@ -22,12 +22,16 @@ FoldedMlp<C> fold(const MlpArrays<const C>& p, const C* running, const Sizes& s,
   const auto linear = [H](const C* weight, const C* gain, const C* bias, const C* shift, int64_t outputs,
                           C* to_weight, C* to_bias) {
     for (int64_t i = 0; i < outputs; ++i) {
-      C sum = bias[i];
-      for (int64_t j = 0; j < H; ++j) {
-        to_weight[i * H + j] = weight[i * H + j] * gain[j];
-        sum += weight[i * H + j] * shift[j];
+      const C* row = weight + i * H;
+      C* to = to_weight + i * H;
+      double sums[4] = {double(bias[i]), 0, 0, 0};  // four chains of additions instead of one long one
+      int64_t j = 0;
+      for (; j + 4 <= H; j += 4) {
+        for (int64_t l = 0; l < 4; ++l) sums[l] += double(row[j + l]) * shift[j + l];
       }
-      to_bias[i] = sum;
+      for (; j < H; ++j) sums[0] += double(row[j]) * shift[j];
+      for (j = 0; j < H; ++j) to[j] = row[j] * gain[j];
+      to_bias[i] = C((sums[0] + sums[1]) + (sums[2] + sums[3]));
     }
   };
   C* w2 = arena.take(H * H);

@@ -4,6 +4,8 @@
 // so here "normalise" is (a - mean) / std alone. Query rows are innermost: every activation is [units][ld].
 #pragma once
 
+#include <cmath>
+
 #include "engine/sizes.h"
 
 namespace kernelmeta {
@@ -119,12 +121,13 @@ struct Mlp {
         mean = fixed_mean[h];
         scale = fixed_istd[h];
       } else {
-        mean = row.sum([&](auto q) { return B::relu(q.load(ah)); }) / C(Q);
+        // Mean and scale in double, whose rounding every row of the unit would share.
+        mean = C(double(row.sum([&](auto q) { return B::relu(q.load(ah)); })) / double(Q));
         const C squares = row.sum([&](auto q) {
           const auto d = B::relu(q.load(ah)) - mean;
           return d * d;
         });
-        scale = C(1) / B::sqrt(squares / C(Q) + C(kNormEps));
+        scale = C(1 / ::sqrt(double(squares) / double(Q) + kNormEps));
         if (stats) {
           row.one([&] {
             stats[h] = mean;

@@ -79,12 +79,13 @@ def mlp(parameters: MLPParameters) -> tuple[int, int]:
     if not isinstance(weight1, Tensor) or weight1.dim() != 2 or 0 in weight1.shape:
         raise ValueError("mlp.weight1: expected a tensor of shape [H, N], both at least 1")
     H, N = weight1.shape
-    expected = ((H, N), (H,), (H,), (H,), (H, H), (H,), (H,), (H,), (N, H), (N,))
-    for tensor, want in zip(parameters, expected, strict=True):
-        if not isinstance(tensor, Tensor) or tensor.shape != want:
-            name = MLPParameters._fields[[t is tensor for t in parameters].index(True)]
-            got = shape_text(tensor) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"mlp.{name}: expected shape {list(want)} for H={H}, N={N}, got {got}")
+    h = (H,)
+    expected = [weight1.shape, h, h, h, (H, H), h, h, h, (N, H), (N,)]
+    if [getattr(t, "shape", None) for t in parameters] != expected:
+        for name, tensor, want in zip(MLPParameters._fields, parameters, expected, strict=True):
+            if not isinstance(tensor, Tensor) or tensor.shape != want:
+                got = shape_text(tensor) if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(f"mlp.{name}: expected shape {list(want)} for H={H}, N={N}, got {got}")
     return N, H
 
 

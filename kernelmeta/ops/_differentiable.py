@@ -44,6 +44,7 @@ class DifferentiableOp:
             that are not differentiable, ``grads`` has one entry (None: no gradient arrived) for each that is,
             ``needs`` one flag for each argument.
         save: ``(args) -> args`` with the op told to keep what its backward needs.
+        kernels: what runs on every device without a compiled kernel, forward and backward; the fallbacks if None.
     """
 
     def __init__(
@@ -61,7 +62,11 @@ class DifferentiableOp:
         n_private: int = 0,
         backward_args: Callable[[Args, Args, Args, Sequence[bool]], Args],
         save: Callable[[Args], Args] = lambda args: args,
+        kernels: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     ) -> None:
+        declaration = {key: value for key, value in locals().items() if key not in ("self", "name", "kernels")}
+        self._declaration = declaration
+        self._on: dict[str, DifferentiableOp] = {}
         self.name = name
         self.differentiable = tuple(differentiable)
         self.n_outputs = n_outputs
@@ -69,12 +74,13 @@ class DifferentiableOp:
         self.backward_args = backward_args
         self.save = save
         self.fallback = fallback
-        for full_name, declared, fake_kernel, kernel in (
-            (name, schema, fake, fallback),
-            (f"{name}_backward", backward_schema, fake_backward, fallback_backward),
+        kernel, kernel_backward = kernels or (fallback, fallback_backward)
+        for full_name, declared, fake_kernel, implementation in (
+            (name, schema, fake, kernel),
+            (f"{name}_backward", backward_schema, fake_backward, kernel_backward),
         ):
             LIBRARY.define(full_name + declared)
-            LIBRARY.impl(full_name, kernel, "CompositeExplicitAutograd")
+            LIBRARY.impl(full_name, implementation, "CompositeExplicitAutograd")
             torch.library.register_fake(f"kernelmeta::{full_name}", fake_kernel, lib=LIBRARY)
             for device in ("cpu", "cuda"):
                 torch.library.register_autocast(f"kernelmeta::{full_name}", device, torch.float32, lib=LIBRARY)
@@ -96,6 +102,18 @@ class DifferentiableOp:
             return self._eager.apply(*self.save(args))
         with torch._C._AutoDispatchBelowAutograd():
             return self.raw(*args)
+
+    def define_on(self, backend: str, kernel: Callable[..., Any], kernel_backward: Callable[..., Any]) -> None:
+        """The same op under the name ``<backend>_<name>``, for a backend that `backends.select` may choose.
+
+        It is an op of its own, so that the backward pass runs where the forward pass did, compiled or not.
+        """
+        name = f"{backend}_{self.name}"
+        self._on[backend] = DifferentiableOp(name, **self._declaration, kernels=(kernel, kernel_backward))
+
+    def on(self, backend: str) -> DifferentiableOp:
+        """The op as that backend runs it."""
+        return self._on.get(backend, self)
 
     def gradients(self, grads: Any, args: Args, needs: Sequence[bool]) -> list[Any]:
         """One gradient (or None) for each argument from the results of the backward op."""
@@ -155,13 +173,14 @@ def _functions(op: DifferentiableOp) -> tuple[type[torch.autograd.Function], typ
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             args, residuals = _recall(ctx)
-            call = op.backward_args(args, residuals, grads[: op.n_outputs], ctx.needs_input_grad)
+            needs = ctx.needs_input_grad
+            call = op.backward_args(args, residuals, grads[: op.n_outputs], needs)
             if torch.is_grad_enabled():  # create_graph=True
                 results = Backward.apply(*call)
             else:
                 with torch._C._AutoDispatchBelowAutograd():
                     results = op.raw_backward(*call)
-            return tuple(op.gradients(results, args, ctx.needs_input_grad))
+            return tuple(op.gradients(results, args, needs))
 
     class Functional(torch.autograd.Function):
         @staticmethod
@@ -211,12 +230,13 @@ def _remember(ctx: Any, op: DifferentiableOp, args: Args, results: Args) -> None
     residuals = results[op.n_outputs :]
     ctx.mark_non_differentiable(*residuals)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*(a if isinstance(a, Tensor) else None for a in args), *residuals)
-    ctx.constants = [None if isinstance(a, Tensor) else a for a in args]
+    tensors = [a if isinstance(a, Tensor) else None for a in args]
+    ctx.save_for_backward(*tensors, *residuals)
+    ctx.constants = [a if t is None else None for a, t in zip(args, tensors, strict=True)]
 
 
 def _recall(ctx: Any) -> tuple[Args, Args]:
     saved = ctx.saved_tensors
     n = len(ctx.constants)
-    args = tuple(c if t is None else t for t, c in zip(saved[:n], ctx.constants, strict=True))
+    args = tuple([c if t is None else t for t, c in zip(saved, ctx.constants, strict=False)])
     return args, saved[n:]

@@ -99,8 +99,9 @@ def class_means(support: Tensor, support_labels: Tensor, n_way: int, weight: Ten
         weight = None if weight is None else weight.to(precision[0])
         if precision[0] is torch.float64:
             support = support.to(precision[0])
-    if select(support.device.type) == "reference":
+    backend = select(support.device.type)
+    if backend == "reference":
         theta0 = _fallback(support, support_labels, n_way, weight)
     else:
-        theta0 = OP(support, support_labels, n_way, weight)
+        theta0 = OP.on(backend)(support, support_labels, n_way, weight)
     return theta0 if precision is None else theta0.to(precision[1])

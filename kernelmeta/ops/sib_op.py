@@ -330,7 +330,8 @@ def _run(
         if compute is torch.float64:
             query, start = query.to(compute), start.to(compute)
 
-    plain = select(query.device.type) == "reference"
+    backend = select(query.device.type)
+    plain = backend == "reference"
     if plain or (norm_stats == "batch" and T != 1):
         weight, scale, bias, *rest = parameters
         start = _gathered(start, start_index).to(scale.dtype)
@@ -343,7 +344,7 @@ def _run(
             return_norm_stats=return_norm_stats,
         )  # fmt: skip
     else:
-        logits, weights, *stats = OP(
+        logits, weights, *stats = OP.on(backend)(
             query, query_index, start, start_index, labels, *parameters, running_stats, steps, lr, return_weights,
             return_norm_stats, False,
         )  # fmt: skip

@@ -89,11 +89,12 @@ def synthetic_gradient_mlp(
     if precision is not None:
         logits, *parameters = (t.to(precision[0]) for t in (logits, *mlp))
         running_stats = None if running_stats is None else running_stats.to(precision[0])
-    if select(logits.device.type) == "reference":
+    backend = select(logits.device.type)
+    if backend == "reference":
         result = reference.synthetic_gradient_mlp(
             logits, MLPParameters(*parameters), norm_stats=norm_stats, running_stats=running_stats
         )
     else:
         rows = logits if logits.dim() == 3 and norm_stats != "batch" else logits.reshape(1, -1, N)
-        result = OP(rows, *parameters, running_stats).reshape(logits.shape)
+        result = OP.on(backend)(rows, *parameters, running_stats).reshape(logits.shape)
     return result if precision is None else result.to(precision[1])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -141,10 +142,9 @@ class Trainer:
             unit="episode",
             disable=not (progress and self.ranks.first),
         )
-        threads = torch.get_num_threads()
-        if self.tasks == 1 and self.features.device.type == "cpu":
-            torch.set_num_threads(1)  # one task runs on one core; others would only wait, and be in the way
-        with interruptions() as interrupted:
+        # One task runs on one core; other threads would only wait, and be in the way.
+        alone = self.tasks == 1 and self.features.device.type == "cpu"
+        with _threads(1 if alone else torch.get_num_threads()), interruptions() as interrupted:
             while self.step < total:
                 n = min(self.block_steps - self.step % self.block_steps, total - self.step)
                 loss, accuracy = self._run_block(n)
@@ -168,7 +168,6 @@ class Trainer:
                 if stop and self.step < total:
                     break
         bar.close()
-        torch.set_num_threads(threads)
         return self.step >= total
 
     def _run_block(self, n: int) -> tuple[float, float]:
@@ -235,3 +234,14 @@ class Trainer:
         )
         self.head.train()
         return interval(values["sib"])
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    """PyTorch on n threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,49 @@
+"""Class means: a [N, S] matrix of coefficients times the support rows of a task."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernelmeta.triton.products import combine, inverse_norms, without_radial_part
+
+
+def _coefficients(
+    support: Tensor, index: Tensor | None, labels: Tensor, n_way: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """[T, N, S], NaN where a class has no row (raising would wait for the device); 1 / |row|, [T, S]."""
+    inverse = inverse_norms(support, index, dtype)
+    member = labels.unsqueeze(1) == torch.arange(n_way, device=labels.device).unsqueeze(-1)
+    return member * inverse.unsqueeze(1) / member.sum(-1, keepdim=True), inverse
+
+
+def forward(support: Tensor, labels: Tensor, n_way: int, weight: Tensor | None, index: Tensor | None = None) -> Tensor:
+    """theta0 [T, N, D]. ``index`` [T, S]: the support is a bank [n, D]."""
+    dtype = torch.float64 if support.dtype is torch.float64 else torch.float32
+    support = support.contiguous()
+    coefficients, _ = _coefficients(support, index, labels, n_way, dtype)
+    means = combine(coefficients, support, index)
+    return means if weight is None else means.mul_(weight)
+
+
+def backward(
+    grad: Tensor,
+    support: Tensor,
+    labels: Tensor,
+    n_way: int,
+    weight: Tensor | None,
+    need_support: bool,
+    index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the (gathered) support rows, [T, S, D], and of the weight, [D]; empty where not wanted."""
+    support = support.contiguous()
+    coefficients, inverse = _coefficients(support, index, labels, n_way, grad.dtype)
+    none = grad.new_empty(0)
+    gsupport, gweight = none, none.clone()
+    if weight is not None:
+        gweight = (grad * combine(coefficients, support, index)).sum((0, 1))
+    if need_support:
+        towards = (grad if weight is None else grad * weight).contiguous()
+        rows = support if index is None else support[index]
+        gsupport = without_radial_part(combine(coefficients.transpose(1, 2), towards), rows, inverse)
+    return gsupport, gweight

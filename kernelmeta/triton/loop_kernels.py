@@ -1,0 +1,197 @@
+"""The inner loop of one task and its adjoint, one program a task (the formulas: csrc/engine/inner_loop.h).
+
+The state U and everything beside it are tiles [QP, NP]; the Gram matrix of the raw rows is one tile [QP, QP],
+read again at every step and normalised by its factors: A G = inverse * (gram @ (inverse * G)).
+``p`` is scale, bias and the packed MLP.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernelmeta.triton.mlp_kernels import mlp_backward, mlp_forward
+
+_COLUMNS = tl.constexpr(16)
+
+
+@triton.jit
+def _times_gram(
+    gram, inverse, value, scratch, q, n, Q, ld,
+    QP: tl.constexpr, NP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``value`` goes through ``scratch`` [QP, NP] in memory, so that the product takes a few of the Q columns a turn:
+    the whole Gram matrix does not fit beside the MLP in the shared memory of every card.
+    """
+    tl.debug_barrier()  # nobody still reads what the last call left
+    tl.store(scratch + q[:, None] * NP + n[None, :], value * inverse[:, None])
+    tl.debug_barrier()
+    sums = tl.zeros([QP, NP], C)
+    for start in range(0, Q, _COLUMNS):
+        k = start + tl.arange(0, _COLUMNS)
+        inside = (q < Q)[:, None] & (k < Q)[None, :]
+        raw = tl.load(gram + q[:, None] * ld + k[None, :], mask=inside, other=0.0)
+        part = tl.load(scratch + k[:, None] * NP + n[None, :], mask=(k < Q)[:, None], other=0.0)
+        sums += tl.dot(raw, part, input_precision=PRECISION, out_dtype=C)
+    return sums * inverse[:, None]
+
+
+@triton.jit
+def loop_forward_kernel(
+    trace, gram, scratch, p, fixed, logits, stats, Q, N, H, K, lr,
+    size, ld, gram_stride, inverse_at, r2_at, u_at, ag_at, a_at, p_at,
+    QP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr, STATS: tl.constexpr,
+    WEIGHTS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """trace: inverse, r2[0] = |theta0|^2 and u[0] = rows times theta0 -> r2, u, ag, a, p of every step; logits."""
+    t = tl.program_id(0).to(tl.int64)
+    trace += t * size
+    gram += t * gram_stride
+    scratch += t * QP * NP
+    q, n, h = tl.arange(0, QP), tl.arange(0, NP), tl.arange(0, HP)
+    inside = (q < Q)[:, None] & (n < N)[None, :]
+    tile = n[None, :] * ld + q[:, None]
+    scale, bias = tl.load(p), tl.load(p + 1)
+    e = (lr * scale).to(C)
+    inverse = tl.load(trace + inverse_at + q, mask=q < Q, other=0.0)
+    r2 = tl.load(trace + r2_at + n, mask=n < N, other=1.0)
+    r2 = tl.where(r2 < 1e-24, 1e-24, r2)
+    u = tl.load(trace + u_at + tile, mask=inside, other=0.0) * inverse[:, None] / tl.sqrt(r2)[None, :]
+    tl.debug_barrier()
+    tl.store(trace + r2_at + n, r2, mask=n < N)
+    tl.store(trace + u_at + tile, u, mask=inside)
+    a = tl.full([NP], 1.0, C)
+    combination = tl.zeros([QP, NP], C)
+    if WEIGHTS:
+        tl.store(trace + a_at + n, a, mask=n < N)
+        tl.store(trace + p_at + tile, combination, mask=inside)
+    for k in range(0, K):
+        z = tl.where(inside, scale * (u + bias), 0.0)
+        g, _, _, _, _, _, _, mean1, variance1, mean2, variance2 = mlp_forward(
+            z, p + 2, fixed, q, n, h, Q, N, H, FIXED, C, PRECISION
+        )
+        if STATS:
+            rows = tl.maximum(Q - 1, 1)
+            to = stats + (t * K + k) * 4 * H + h
+            tl.store(to, mean1, mask=h < H)
+            tl.store(to + H, variance1 * Q / rows, mask=h < H)
+            tl.store(to + 2 * H, mean2, mask=h < H)
+            tl.store(to + 3 * H, variance2 * Q / rows, mask=h < H)
+        ag = _times_gram(gram, inverse, g, scratch, q, n, Q, ld, QP, NP, C, PRECISION)
+        dot = tl.sum(u * g, 0)
+        quad = tl.sum(g * ag, 0)
+        c = e * dot / r2
+        grown = r2 + e * e * (quad - dot * dot) / r2
+        r, grown_r = tl.sqrt(r2), tl.sqrt(grown)
+        u = ((1 + c) * r / grown_r)[None, :] * u - (e / (r * grown_r))[None, :] * ag
+        r2 = grown
+        tl.store(trace + ag_at + k * N * ld + tile, ag, mask=inside)
+        tl.store(trace + u_at + (k + 1) * N * ld + tile, u, mask=inside)
+        tl.store(trace + r2_at + (k + 1) * N + n, r2, mask=n < N)
+        if WEIGHTS:
+            a = (1 + c) * a
+            combination = (1 + c)[None, :] * combination - (e / r)[None, :] * g
+            tl.store(trace + a_at + (k + 1) * N + n, a, mask=n < N)
+            tl.store(trace + p_at + (k + 1) * N * ld + tile, combination, mask=inside)
+    tl.store(logits + t * Q * N + q[:, None] * N + n[None, :], scale * (u + bias), mask=inside)
+
+
+@triton.jit
+def loop_backward_kernel(
+    trace, gram, scratch, p, fixed, grad_logits, gp_last, ga_last, partial, gc_out, gn0_out, gs, gag_out,
+    Q, N, H, K, P, lr, size, ld, gram_stride, inverse_at, r2_at, u_at, ag_at, a_at, p_at,
+    QP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr,
+    WEIGHTS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the logits (and of P_K, a_K) -> this task's parameter gradients ``partial`` [T, P], the gradient
+    of rows times theta0, over |row|, in ``gc_out`` [T, N, Q], that of |theta0|^2 in ``gn0_out`` [T, N], and, where
+    ROWS says so, G of every step and the gradient of A G, [T, K, N, Q].
+    """
+    t = tl.program_id(0).to(tl.int64)
+    trace += t * size
+    gram += t * gram_stride
+    scratch += t * QP * NP
+    partial += t * P
+    q, n, h = tl.arange(0, QP), tl.arange(0, NP), tl.arange(0, HP)
+    inside = (q < Q)[:, None] & (n < N)[None, :]
+    tile = n[None, :] * ld + q[:, None]
+    dense = n[None, :] * Q + q[:, None]
+    scale, bias = tl.load(p), tl.load(p + 1)
+    e = (lr * scale).to(C)
+    inverse = tl.load(trace + inverse_at + q, mask=q < Q, other=0.0)
+
+    gz = tl.load(grad_logits + t * Q * N + q[:, None] * N + n[None, :], mask=inside, other=0.0)
+    u = tl.load(trace + u_at + K * N * ld + tile, mask=inside, other=0.0)
+    per_class = tl.sum(gz, 0)
+    gscale = tl.sum(gz * u, 0) + bias * per_class
+    gbias = scale * per_class
+    gu = scale * gz
+    gr2 = tl.zeros([NP], C)
+    gp = tl.zeros([QP, NP], C)
+    ga = tl.zeros([NP], C)
+    if WEIGHTS:
+        gp += tl.load(gp_last + t * N * Q + dense, mask=inside, other=0.0)
+        ga += tl.load(ga_last + t * N + n, mask=n < N, other=0.0)
+    for back in range(0, K):
+        k = K - 1 - back
+        r2 = tl.load(trace + r2_at + k * N + n, mask=n < N, other=1.0)
+        u = tl.load(trace + u_at + k * N * ld + tile, mask=inside, other=0.0)
+        ag = tl.load(trace + ag_at + k * N * ld + tile, mask=inside, other=0.0)
+        z = tl.where(inside, scale * (u + bias), 0.0)
+        g, a1, n1, istd1, a2, n2, istd2, _, _, _, _ = mlp_forward(
+            z, p + 2, fixed, q, n, h, Q, N, H, FIXED, C, PRECISION
+        )
+        dot = tl.sum(u * g, 0)
+        quad = tl.sum(g * ag, 0)
+        c = e * dot / r2
+        growth = (quad - dot * dot) / r2
+        grown = r2 + e * e * growth
+        r, grown_r = tl.sqrt(r2), tl.sqrt(grown)
+        alpha = (1 + c) * r / grown_r  # U' = alpha U - beta A G
+        beta = e / (r * grown_r)
+        galpha = tl.sum(gu * u, 0)
+        gbeta = -tl.sum(gu * ag, 0)
+        gc = galpha * r / grown_r
+        ggrown = gr2 - (galpha * alpha + gbeta * beta) / (2 * grown)
+        gr2 = (galpha * alpha - gbeta * beta) / (2 * r2)
+        ge = gbeta / (r * grown_r)
+        gg = tl.zeros([QP, NP], C)
+        if WEIGHTS:  # P' = (1 + c) P - (e / r) G, a' = (1 + c) a
+            last = tl.load(trace + p_at + k * N * ld + tile, mask=inside, other=0.0)
+            gc += tl.sum(gp * last, 0) + ga * tl.load(trace + a_at + k * N + n, mask=n < N, other=0.0)
+            along = tl.sum(gp * g, 0)
+            gr2 += along * e / (2 * r * r2)
+            ge -= along / r
+            gg -= (e / r)[None, :] * gp
+            gp = (1 + c)[None, :] * gp
+            ga = (1 + c) * ga
+        gquad = ggrown * e * e / r2
+        gdot = gc * e / r2 - 2 * gquad * dot
+        gr2 += ggrown * (1 - e * e * growth / r2) - gc * c / r2
+        ge += gc * dot / r2 + 2 * ggrown * e * growth
+        gag = gquad[None, :] * g - beta[None, :] * gu
+        gg += gdot[None, :] * u + gquad[None, :] * ag
+        gg += _times_gram(gram, inverse, gag, scratch, q, n, Q, ld, QP, NP, C, PRECISION)
+        gu = gdot[None, :] * g + alpha[None, :] * gu
+        gscale += lr * ge
+        if ROWS:
+            tl.store(gs + (t * K + k) * N * Q + dense, g, mask=inside)
+            tl.store(gag_out + (t * K + k) * N * Q + dense, gag, mask=inside)
+        gz = mlp_backward(
+            z, gg, p + 2, partial + 2, a1, n1, istd1, a2, n2, istd2, q, n, h, Q, N, H, FIXED, C, PRECISION
+        )
+        gz = tl.where(inside, gz, 0.0)
+        per_class = tl.sum(gz, 0)
+        gscale += tl.sum(gz * u, 0) + bias * per_class
+        gbias += scale * per_class
+        gu += scale * gz
+        tl.debug_barrier()  # before the next step adds to the parameter gradients in memory
+    r2 = tl.load(trace + r2_at + n, mask=n < N, other=1.0)
+    u = tl.load(trace + u_at + tile, mask=inside, other=0.0)
+    gn0 = tl.where(r2 <= 1e-24, 0.0, gr2 - tl.sum(gu * u, 0) / (2 * r2))
+    tl.store(partial, tl.sum(tl.where(n < N, gscale, 0.0)))
+    tl.store(partial + 1, tl.sum(tl.where(n < N, gbias, 0.0)))
+    tl.store(gn0_out + t * N + n, gn0, mask=n < N)
+    tl.store(gc_out + t * N * Q + dense, gu / tl.sqrt(r2)[None, :] * inverse[:, None], mask=inside)

@@ -1,0 +1,174 @@
+"""The Triton kernels, interpreted on CPU tensors, against the reference.
+
+Triton reads TRITON_INTERPRET when it is imported, so the cases below run in a Python of their own;
+``TRITON_INTERPRET=1 pytest tests/triton`` runs them in this one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from episodes import assert_close, draw, relative_error, running_stats, shapes
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import kernelmeta as km
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+INTERPRETED = bool(km.backends()["triton"].details.get("interpreted"))
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a Python with TRITON_INTERPRET=1")
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is that Python")
+def test_interpreted() -> None:
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment.pop("KERNELMETA_BACKEND", None)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def both(f: Any, leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Results of f and gradients of a random linear function of them: from Triton, and from the reference."""
+    found = []
+    for backend in ("triton", "reference"):
+        with km.use_backend(backend):
+            results = f()
+            results = list(results) if isinstance(results, tuple) else [results]
+            g = torch.Generator().manual_seed(3)
+            loss = sum((r * torch.randn(r.shape, dtype=r.dtype, generator=g)).sum() for r in results)
+            # Outside of the forced backend: the backward pass runs where the forward pass did.
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        found.append(results + [torch.zeros_like(p) if d is None else d for d, p in zip(grads, leaves, strict=True)])
+    return found[0], found[1]
+
+
+@interpreted
+@settings(max_examples=12)
+@given(shapes(), st.integers(0, 3), st.sampled_from([1e-3, 0.5]), st.sampled_from(["task", "running"]), st.booleans())
+@example({"T": 1, "S": 5, "Q": 75, "N": 5, "D": 64, "H": 40}, 3, 1e-3, "task", False)
+@example({"T": 2, "S": 17, "Q": 33, "N": 17, "D": 65, "H": 3}, 1, 0.05, "task", True)
+@example({"T": 2, "S": 4, "Q": 40, "N": 2, "D": 9, "H": 5}, 2, 0.05, "task", True)  # no Gram matrix in the trace
+@example({"T": 2, "S": 4, "Q": 150, "N": 2, "D": 9, "H": 5}, 2, 0.05, "task", True)  # too large: plain PyTorch
+@example({"T": 0, "S": 4, "Q": 7, "N": 2, "D": 9, "H": 5}, 2, 0.05, "task", True)
+def test_sib(sizes: dict[str, int], steps: int, lr: float, norm_stats: str, theta: bool) -> None:
+    episode = draw(**sizes).fresh()
+    options: dict[str, Any] = {"steps": steps, "inner_lr": lr, "norm_stats": norm_stats, "return_weights": theta}
+    options["running_stats"] = running_stats(sizes["H"])
+    got, want = both(lambda: km.ops.sib(*episode.arguments(), **options), episode.leaves())
+    # The learning rate is a float32 on its way into the kernel; the arithmetic is float64.
+    assert_close(got, want, 1e-6)
+
+
+@interpreted
+@settings(max_examples=12)
+@given(shapes(), st.sampled_from(["task", "running"]))
+def test_synthetic_gradient_mlp(sizes: dict[str, int], norm_stats: str) -> None:
+    episode = draw(**sizes)
+    logits = torch.randn(sizes["T"], sizes["Q"], sizes["N"], dtype=torch.float64)
+    leaves = [t.clone().requires_grad_() for t in (logits, *episode.mlp)]
+    mlp = km.reference.MLPParameters(*leaves[1:])
+    stats = running_stats(sizes["H"])
+    got, want = both(
+        lambda: km.ops.synthetic_gradient_mlp(leaves[0], mlp, norm_stats=norm_stats, running_stats=stats), leaves
+    )
+    assert_close(got, want, 1e-9)
+
+
+@interpreted
+@settings(max_examples=12)
+@given(shapes(), st.booleans())
+def test_class_means(sizes: dict[str, int], weighted: bool) -> None:
+    e = draw(**sizes).fresh()
+    leaves = [e.support, e.weight] if weighted else [e.support]
+    weight = e.weight if weighted else None
+    got, want = both(lambda: km.ops.class_means(e.support, e.labels, sizes["N"], weight), leaves)
+    assert_close(got, want, 1e-12)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_features_in_other_precisions(dtype: torch.dtype) -> None:
+    episode = draw().fresh(torch.float32)
+    episode = episode._replace(support=episode.support.to(dtype), query=episode.query.to(dtype))
+    options: dict[str, Any] = {"steps": 2, "inner_lr": 1e-3, "return_weights": True}
+    with km.use_backend("triton"):
+        got = km.ops.sib(*episode.arguments(), **options)
+    want = km.reference.sib(*episode.map(lambda t: t.double()).arguments(), **options)
+    assert got[0].dtype is torch.float32
+    assert_close(got, want, 2e-5)
+
+
+@interpreted
+def test_float32_gradients() -> None:
+    episode = draw()
+    options: dict[str, Any] = {"steps": 2, "inner_lr": 1e-3}
+    single, double = episode.fresh(torch.float32), episode.fresh()
+    with km.use_backend("triton"):
+        logits = km.ops.sib(*single.arguments(), **options)
+    got = torch.autograd.grad(logits.square().sum(), single.leaves())
+    want = torch.autograd.grad(km.reference.sib(*double.arguments(), **options).square().sum(), double.leaves())
+    for g, w in zip(got, want, strict=True):
+        assert relative_error(g, w) < 1e-3
+
+
+@interpreted
+def test_rows_of_a_bank() -> None:
+    e = draw(T=3)
+    bank = torch.randn(50, 13, dtype=torch.float64)
+    support_index, query_index = torch.randint(50, (3, 7)), torch.randint(50, (3, 11))
+    parameters = [t.clone().requires_grad_() for t in (e.weight, e.scale, e.bias, *e.mlp)]
+    got, want = both(
+        lambda: km.ops.sib(
+            bank, e.labels, bank, *parameters[:3], km.reference.MLPParameters(*parameters[3:]), steps=2,
+            inner_lr=0.05, support_index=support_index, query_index=query_index,
+        ),
+        parameters,
+    )  # fmt: skip
+    assert_close(got, want, 1e-6)
+
+
+@interpreted
+def test_returned_statistics() -> None:
+    e = draw()
+    options: dict[str, Any] = {"steps": 3, "inner_lr": 0.1, "return_norm_stats": True}
+    with km.use_backend("triton"):
+        got = km.ops.sib(*e.arguments(), **options)
+    assert_close(got, km.reference.sib(*e.arguments(), **options), 1e-6)
+
+
+@interpreted
+def test_transforms_and_refusal() -> None:
+    e = draw()
+    leaves = [t.clone() for t in (e.scale, e.bias)]
+
+    def loss(scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        arguments = (*e.arguments()[:4], scale, bias, e.mlp)
+        return km.ops.sib(*arguments, steps=2, inner_lr=0.05).square().sum()
+
+    with km.use_backend("triton"):
+        got = torch.func.grad(loss, (0, 1))(*leaves)
+        scale = e.scale.clone().requires_grad_()
+        (first,) = torch.autograd.grad(loss(scale, e.bias), scale, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            first.sum().backward()
+    with km.use_backend("reference"):
+        assert_close(got, torch.func.grad(loss, (0, 1))(*leaves), 1e-6)
+
+
+@interpreted
+def test_same_bits_again() -> None:
+    e = draw(T=3).fresh(torch.float32)
+    with km.use_backend("triton"):
+        runs = [km.ops.sib(*e.arguments(), steps=2, inner_lr=0.05) for _ in range(2)]
+    first, second = (torch.autograd.grad(r.square().sum(), e.leaves()) for r in runs)
+    assert torch.equal(*runs) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
