@@ -18,6 +18,9 @@ from benchmarks.problem import Problem
 
 # Largest error of a logit (relative to the largest logit), and relative error of each gradient in the 2-norm.
 TOLERANCES = {"float32": (1e-4, 2e-2), "bfloat16": (1e-4, 2e-2), "float64": (1e-10, 1e-9)}
+# Statistics over all T*Q rows, summed in float32 by PyTorch's own batch_norm: at T = 512 the largest error of a logit
+# was 3.1e-4, and 3.5e-13 for the same function in float64.
+BATCH_LOGITS = 1e-3
 _CHUNK = 16  # tasks of the reference at a time, for its memory
 
 
@@ -63,14 +66,18 @@ def errors(got: Result, want: Result) -> tuple[float, float]:
     return tuple(e if np.isfinite(e) else float("inf") for e in found)  # type: ignore[return-value]
 
 
-def check(name: str, peer: Peer, runner: PeerRunner, problem: Problem, mode: str) -> tuple[float, float]:
-    """The errors of the runner on the first copy of the inputs.
+def check(
+    name: str, peer: Peer, runner: PeerRunner, problem: Problem, mode: str, *, want: Result | None = None
+) -> tuple[float, float]:
+    """The errors of the runner on the first copy of the inputs; ``want``: what `reference` gave for them, if known.
 
     Raises:
         Disagreement: they exceed the tolerance.
     """
-    found = errors(runner(0), reference(problem, mode, peer.norm_stats))
+    found = errors(runner(0), want or reference(problem, mode, peer.norm_stats))
     allowed = TOLERANCES[problem.size.dtype]
+    if peer.norm_stats == "batch" and problem.size.dtype != "float64":
+        allowed = (BATCH_LOGITS, allowed[1])
     if found[0] > allowed[0] or found[1] > allowed[1]:
         raise Disagreement(
             f"{name} at {problem.size}, {mode}: logits off by {found[0]:.1e} (allowed {allowed[0]:.0e}), "

@@ -14,7 +14,7 @@ from benchmarks import floors, metadata
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("kernelmeta")
     group.addoption("--grid", choices=("small", "full"), default="small", help="cells of the grid (full: hours)")
-    group.addoption("--peers", default="", help="comma-separated peers; default: all but the slowest to compile")
+    group.addoption("--peers", default="", help="comma-separated; default: all, slow ones at headline cells only")
     group.addoption("--bench-threads", type=int, default=min(2, os.cpu_count() or 1), help="PyTorch's threads")
 
 

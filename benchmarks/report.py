@@ -56,7 +56,9 @@ def measure(
             continue
         runners[name] = runner
         record[name] = {"logits_error": errors[0], "gradients_error": errors[1]}
+    others = metadata.Others()
     times = timing.interleave(runners, seconds=seconds)
+    busy = others.cpus()
     for name, found in times.items():
         record[name] |= found._asdict()
         record[name]["times_kernelmeta"] = timing.ratio(found, times["kernelmeta"])
@@ -64,6 +66,7 @@ def measure(
             record[name]["peak_bytes"] = timing.peak_memory(lambda run=runners[name]: run(0))  # type: ignore[misc]
     work = counts.sib(size, mode)
     cell = {"size": size._asdict(), "mode": mode, "flops": work.flops, "bytes": work.bytes, "peers": record}
+    cell["others_cpus"] = busy
     return cell, "; ".join(notes)
 
 
@@ -136,7 +139,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
 
     facts = metadata.collect()
-    others = metadata.Others()
     before = floors.measure()
     print(f"{facts['processor']}, {options.threads} threads: {before}")
     headline, sweeps, notes = [], {}, []
@@ -157,12 +159,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         max(before.sgemm, after.sgemm), max(before.copy, after.copy), min(before.dispatch, after.dispatch)
     )
 
-    busy = others.cpus()
+    cells = [*headline, *(cell for swept in sweeps.values() for cell in swept)]
+    known = [cell["others_cpus"] for cell in cells if cell["others_cpus"] is not None]
+    busy = max(known, default=None)
     disturbed = busy is None or busy > DISTURBED
     if disturbed:
         notes.append(
-            f"DISTURBED: other processes kept {'an unknown number of' if busy is None else f'{busy:.2f}'} CPUs busy. "
-            "PyTorch's threads wait for each other, so the eager peers suffer most: no ratio here is to be quoted."
+            f"DISTURBED: other processes kept {'an unknown number of' if busy is None else f'{busy:.2f}'} CPUs busy "
+            "while some cell was timed. PyTorch's threads wait for each other, so the eager peers suffer most: "
+            "no ratio here is to be quoted."
         )
         print(notes[-1])
     options.out.mkdir(parents=True, exist_ok=True)
@@ -177,7 +182,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "left_out": notes,
     }
     Path(f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    cells = [*headline, *(cell for swept in sweeps.values() for cell in swept)]
     table = [row for cell in cells for row in lines(cell, ceilings)]
     about = (
         f"{facts['processor']}, {options.threads} threads, PyTorch {facts['versions']['torch']}, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from benchmarks import agreement, counts
 from benchmarks.floors import Ceilings
 from benchmarks.peers import PEERS, Unavailable
-from benchmarks.problem import MODES, Size, draw
+from benchmarks.problem import MODES, Problem, Size, draw
 
 FULL = [
     (Size(T, N, S, D, K, dtype), mode)
@@ -32,8 +33,8 @@ SMALL = [
     *((Size(T=8, K=K), "train") for K in (1, 5, 10, 50)),
     *((Size(T=T, dtype="bfloat16"), mode) for T in (1, 64) for mode in ("forward", "train")),
 ]
-# Each cell compiles anew, for tens of seconds: in the small grid only at the headline cells.
-COMPILED = ("compile-published", "compile-dual")
+# Tens of seconds to compile, or slow: in the small grid only at the headline cells.
+SLOW = ("compile-published", "compile-dual", "loop", "vmap")
 HEADLINE = [(Size(), "train"), (Size(T=64), "train")]
 
 
@@ -47,18 +48,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         pytest.param(size, mode, name, id=f"{size}-{mode}-{name}")
         for size, mode in (FULL if full else SMALL)
         for name in PEERS
-        if (name in wanted) or (not wanted and (full or name not in COMPILED or (size, mode) in HEADLINE))
+        if (name in wanted) or (not wanted and (full or name not in SLOW or (size, mode) in HEADLINE))
     ]
     metafunc.parametrize(("size", "mode", "name"), cells)
 
 
+@lru_cache(maxsize=1)
+def _problem(size: Size) -> Problem:
+    return draw(size)
+
+
+@lru_cache(maxsize=2)
+def _reference(size: Size, mode: str, norm_stats: str) -> agreement.Result:
+    return agreement.reference(_problem(size), mode, norm_stats)
+
+
 def test_sib(size: Size, mode: str, name: str, benchmark: Any, ceilings: Ceilings) -> None:
-    problem, peer = draw(size), PEERS[name]
+    problem, peer = _problem(size), PEERS[name]
     try:
         runner = peer.prepare(problem, mode)
     except Unavailable as reason:
         pytest.skip(str(reason))
-    logits_error, gradients_error = agreement.check(name, peer, runner, problem, mode)
+    logits_error, gradients_error = agreement.check(
+        name, peer, runner, problem, mode, want=_reference(size, mode, peer.norm_stats)
+    )
     floor = ceilings.floor(counts.sib(size, mode))
     benchmark.group = f"sib {size} {mode}"
     benchmark.extra_info.update(
