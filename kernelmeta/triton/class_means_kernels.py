@@ -17,7 +17,7 @@ def _coefficients(
     return member * inverse.unsqueeze(1) / member.sum(-1, keepdim=True), inverse
 
 
-def forward(support: Tensor, labels: Tensor, n_way: int, weight: Tensor | None, index: Tensor | None = None) -> Tensor:
+def forward(support: Tensor, labels: Tensor, weight: Tensor | None, n_way: int, index: Tensor | None = None) -> Tensor:
     """theta0 [T, N, D]. ``index`` [T, S]: the support is a bank [n, D]."""
     dtype = torch.float64 if support.dtype is torch.float64 else torch.float32
     support = support.contiguous()
@@ -30,8 +30,8 @@ def backward(
     grad: Tensor,
     support: Tensor,
     labels: Tensor,
-    n_way: int,
     weight: Tensor | None,
+    n_way: int,
     need_support: bool,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:

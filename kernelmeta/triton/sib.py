@@ -91,7 +91,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     if labels is None:
         trace.theta0.copy_(start if start_index is None else start[start_index])
     else:
-        trace.theta0.copy_(class_means_kernels.forward(start, labels, N, weight, start_index))
+        trace.theta0.copy_(class_means_kernels.forward(start, labels, weight, N, start_index))
     dots(trace.theta0, query, trace.u[:, 0, :, :Q], None, query_index)
     squared_norms(trace.theta0.contiguous(), None, trace.r2[:, 0])
     if K:
@@ -161,7 +161,7 @@ def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tenso
         gtheta0.addcmul_(grad_weights, trace.a[:, K].unsqueeze(-1))
     gstart, gweight = new_empty(0), new_empty(0 if weight is None else D)
     if labels is not None:
-        gstart, gw = class_means_kernels.backward(gtheta0, start, labels, N, weight, need_start, start_index)
+        gstart, gw = class_means_kernels.backward(gtheta0, start, labels, weight, N, need_start, start_index)
         gweight = gw if weight is not None else gweight
     elif need_start:
         gstart = gtheta0
