@@ -71,10 +71,6 @@ def _has_gram(N: int, Q: int, K: int) -> bool:
     return K > 0 and 8 * K * N >= Q
 
 
-def _scratch(scale: Tensor, T: int, tiles: dict[str, int]) -> Tensor:
-    return scale.new_empty(T, tiles["QP"], tiles["NP"])
-
-
 def forward(*args: Any) -> tuple[Tensor, ...]:
     """The raw op ``sib``. What one program cannot hold (`mlp_kernels.fits`) runs in plain PyTorch, without trace."""
     query, query_index, start, start_index, labels, weight, scale, bias, *mlp = args[:18]
@@ -102,12 +98,13 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     logits = scale.new_empty(T, Q, N)
     stats = scale.new_empty((T, K, 2, 2, H) if return_stats else 0)
     tiles = mlp_kernels.tiles(Q, N, H)
+    work = mlp_kernels.workspace(scale, T, tiles)
     launch(
         loop_forward_kernel, T, trace_data, trace_data if trace.gram is None else trace.gram,
-        _scratch(scale, T, tiles), mlp_kernels.pack((scale, bias, *mlp)),
+        work, mlp_kernels.pack((scale, bias, *mlp)),
         trace_data if running_stats is None else running_stats.contiguous(),
-        logits, stats, Q, N, H, K, lr, *trace.arguments(), FIXED=running_stats is not None, STATS=return_stats,
-        WEIGHTS=return_weights, **tiles, **precision(logits),
+        logits, stats, Q, N, H, K, lr, work.stride(0), *trace.arguments(),
+        FIXED=running_stats is not None, STATS=return_stats, WEIGHTS=return_weights, **tiles, **precision(logits),
     )  # fmt: skip
     weights = scale.new_empty(0)
     if return_weights:
@@ -147,11 +144,12 @@ def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tenso
     gc, gn0 = new_empty(T, N, Q), new_empty(T, N)
     gs, gag = (new_empty((T, K * N, Q) if need_query else 0) for _ in range(2))
     tiles = mlp_kernels.tiles(Q, N, H)
+    work = mlp_kernels.workspace(scale, T, tiles)
     launch(
-        loop_backward_kernel, T, trace_data, trace_data if trace.gram is None else trace.gram,
-        _scratch(scale, T, tiles), packed,
+        loop_backward_kernel, T, trace_data, trace_data if trace.gram is None else trace.gram, work, packed,
         trace_data if running_stats is None else running_stats.contiguous(), grad_logits.contiguous(), gp, ga,
-        partial, gc, gn0, gs, gag, Q, N, H, K, packed.numel(), lr, *trace.arguments(),
+        partial, gc, gn0, gs, gag, Q, N, H, K, packed.numel(), lr, work.stride(0),
+        *trace.arguments(),
         FIXED=running_stats is not None, WEIGHTS=grad_weights is not None, ROWS=need_query,
         **tiles, **precision(packed),
     )  # fmt: skip
