@@ -181,3 +181,27 @@ def test_same_bits_again() -> None:
         runs = [km.ops.sib(*e.arguments(), steps=2, inner_lr=0.05) for _ in range(2)]
     first, second = (torch.autograd.grad(r.square().sum(), e.leaves()) for r in runs)
     assert torch.equal(*runs) and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@interpreted
+def test_opcheck_and_compile() -> None:
+    e = draw(T=2)
+    learned = [t.detach().clone().requires_grad_() for t in (e.weight, e.scale, e.bias, *e.mlp)]
+    raw = torch.ops.kernelmeta
+    torch.library.opcheck(raw.triton_class_means.default, (e.support, e.labels, learned[0], learned[-1].numel()))
+    torch.library.opcheck(
+        raw.triton_sib.default,
+        (e.query, None, e.support, None, e.labels, *learned, None, 2, 0.05, True, False, True),
+    )
+    logits = torch.randn(2, 5, learned[-1].numel(), dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(raw.triton_synthetic_gradient_mlp.default, (logits, *learned[3:], None))
+
+    def call(scale: torch.Tensor) -> torch.Tensor:
+        return km.ops.sib(*e.arguments()[:4], scale, e.bias, e.mlp, steps=2, inner_lr=0.05)
+
+    with km.use_backend("triton"):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(learned[1])
+        assert torch.equal(compiled, call(learned[1]))
+        got = torch.autograd.grad(compiled.square().sum(), learned[1])
+    want = torch.autograd.grad(call(learned[1]).square().sum(), learned[1])
+    assert_close(list(got), list(want), 1e-6)
