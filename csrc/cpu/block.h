@@ -46,6 +46,9 @@ struct CpuBlock {
   static constexpr int64_t W = kLanes<C>;
 
   static __forceinline__ C sqrt(C x) { return __builtin_sqrt(x); }
+  static __forceinline__ C exp(C x) {
+    return sizeof(C) == 4 ? C(__builtin_expf(float(x))) : C(__builtin_exp(double(x)));
+  }
   static __forceinline__ C max(C a, C b) { return a < b ? b : a; }
   static __forceinline__ V relu(V v) { return v < V{} ? V{} : v; }  // keeps NaN
   static __forceinline__ V where_positive(V test, V v) { return test <= V{} ? V{} : v; }

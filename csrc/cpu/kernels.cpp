@@ -321,9 +321,92 @@ void class_means_backward(const ClassMeansProblem<C>& p, const C* grad_theta0, C
 }
 
 template <class C>
-constexpr Kernels<C> kKernels = {trace_size<C>,          sib_forward<C>,  sib_backward<C>,
-                                 mlp_forward<C>,         mlp_backward<C>, class_means_forward<C>,
-                                 class_means_backward<C>};
+int64_t head_trace_size(const Sizes& s) {
+  Arena<C> count;
+  HeadTrace<C> unused(count, s);
+  return count.used();
+}
+
+template <class C>
+struct HeadWorkspace {
+  Arena<C> nowhere;  // the trace is the caller's
+  CpuBlock<C> block;
+  C *support_buffer, *query_buffer;
+  HeadTrace<C> trace;
+
+  HeadWorkspace(Arena<C>& arena, const HeadProblem<C>& p, bool own_trace)
+      : support_buffer(widening_buffer(arena, p.support, p.s.D)),
+        query_buffer(widening_buffer(arena, p.query, p.s.D)),
+        trace(own_trace ? arena : nowhere, p.s) {}
+
+  LinearHead<CpuBlock<C>> head(const HeadProblem<C>& p, int64_t t, const HeadTrace<C>& of) {
+    return {block,
+            p.s,
+            p.oracle,
+            p.first_order,
+            p.weight,
+            p.bias,
+            p.rates,
+            task_rows(p.support, t, p.s.D, support_buffer),
+            task_rows(p.query, t, p.s.D, query_buffer),
+            p.labels + t * p.s.S,
+            of};
+  }
+};
+
+template <class C>
+struct HeadForwardWorkspace {
+  HeadWorkspace<C> task;
+  typename LinearHead<CpuBlock<C>>::Scratch scratch;
+  HeadForwardWorkspace(Arena<C>& arena, const HeadProblem<C>& p, bool own_trace)
+      : task(arena, p, own_trace), scratch(arena, p.s) {}
+};
+
+template <class C>
+void linear_head_forward(const HeadForward<C>& f, int64_t begin, int64_t end) {
+  const Sizes& s = f.problem.s;
+  auto w = in_scratch<HeadForwardWorkspace<C>, C>(f.problem, f.trace == nullptr);
+  const int64_t stride = head_trace_size<C>(s);
+  for (int64_t t = begin; t < end; ++t) {
+    if (f.trace) memset(f.trace + t * stride, 0, sizeof(C) * stride);
+    Arena<C> arena(f.trace ? f.trace + t * stride : nullptr);
+    const HeadTrace<C> trace = f.trace ? HeadTrace<C>(arena, s) : w.task.trace;
+    w.task.head(f.problem, t, trace)
+        .forward(w.scratch, f.logits + t * s.Q * s.N, f.heads ? f.heads + t * s.N * (s.D + 1) : nullptr);
+  }
+}
+
+template <class C>
+struct HeadBackwardWorkspace {
+  HeadWorkspace<C> task;
+  typename LinearHead<CpuBlock<C>>::Adjoint adjoint;
+  HeadBackwardWorkspace(Arena<C>& arena, const HeadProblem<C>& p, bool support_gradient)
+      : task(arena, p, false), adjoint(arena, p.s, support_gradient) {}
+};
+
+template <class C>
+void linear_head_backward(const HeadBackward<C>& f, const HeadParameterGrad<C>& grad, int64_t begin,
+                          int64_t end) {
+  const Sizes& s = f.problem.s;
+  auto w =
+      in_scratch<HeadBackwardWorkspace<C>, C>(f.problem, f.grad_support != nullptr && !f.problem.first_order);
+  const int64_t stride = head_trace_size<C>(s);
+  for (int64_t t = begin; t < end; ++t) {
+    Arena<C> arena(const_cast<C*>(f.trace) + t * stride);
+    const HeadTrace<C> trace(arena, s);
+    w.task.head(f.problem, t, trace)
+        .backward(w.adjoint, f.grad_logits + t * s.Q * s.N,
+                  f.grad_heads ? f.grad_heads + t * s.N * (s.D + 1) : nullptr,
+                  f.grad_support ? f.grad_support + t * s.S * s.D : nullptr,
+                  f.grad_query ? f.grad_query + t * s.Q * s.D : nullptr, grad.weight, grad.bias, grad.rates);
+  }
+}
+
+template <class C>
+constexpr Kernels<C> kKernels = {trace_size<C>,           sib_forward<C>,     sib_backward<C>,
+                                 mlp_forward<C>,          mlp_backward<C>,    class_means_forward<C>,
+                                 class_means_backward<C>, head_trace_size<C>, linear_head_forward<C>,
+                                 linear_head_backward<C>};
 
 }  // namespace
 

@@ -1,7 +1,8 @@
 """The ops: functions of tensors, batched over tasks, differentiable; each runs on the best backend there is."""
 
 from kernelmeta.ops.class_means_op import class_means
+from kernelmeta.ops.linear_head_op import linear_head
 from kernelmeta.ops.sib_op import sib, sib_inner_loop
 from kernelmeta.ops.synthetic_gradient_mlp_op import synthetic_gradient_mlp
 
-__all__ = ["class_means", "sib", "sib_inner_loop", "synthetic_gradient_mlp"]
+__all__ = ["class_means", "linear_head", "sib", "sib_inner_loop", "synthetic_gradient_mlp"]

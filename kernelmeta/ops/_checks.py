@@ -71,6 +71,33 @@ def index(name: str, tensor: Tensor, bank: Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}, but the bank is on {bank.device}")
 
 
+def episode(
+    support: Tensor, support_index: Tensor | None, query: Tensor, query_index: Tensor | None
+) -> tuple[int, int, int]:
+    """T, S and Q of feature rows [T, rows, D], or of banks [n, D] with an index [T, rows] each."""
+    if (support_index is None) != (query_index is None):
+        raise ValueError("support_index and query_index must be given together")
+    if support_index is not None and query_index is not None:
+        dimensions("query", query, "[n, D]")
+        dimensions("support", support, "[n, D]")
+        index("query_index", query_index, query)
+        index("support_index", support_index, support)
+        T, S = support_index.shape
+        Q = query_index.shape[1]
+        if query_index.shape[0] != T:
+            raise ValueError(f"query_index: expected {T} tasks as in support_index, got {query_index.shape[0]}")
+    else:
+        dimensions("query", query, "[T, Q, D]")
+        dimensions("support", support, "[T, S, D]")
+        T, Q = query.shape[:2]
+        S = support.shape[1]
+        if support.shape[0] != T:
+            raise ValueError(f"support: expected {T} tasks as in query, got {shape_text(support)}")
+    if support.shape[-1] != query.shape[-1]:
+        raise ValueError(f"support: expected {query.shape[-1]} features as in query, got {shape_text(support)}")
+    return T, S, Q
+
+
 def mlp(parameters: MLPParameters) -> tuple[int, int]:
     """N and H of an MLP whose ten tensors fit each other."""
     if len(parameters) != 10:

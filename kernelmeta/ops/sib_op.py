@@ -260,30 +260,11 @@ def sib(
     """
     _checks.tensors(support=support, query=query, weight=weight, scale=scale, bias=bias)
     _checks.mlp(mlp)
-    if (support_index is None) != (query_index is None):
-        raise ValueError("support_index and query_index must be given together")
-    if query_index is not None and support_index is not None:
-        _checks.dimensions("query", query, "[n, D]")
-        _checks.dimensions("support", support, "[n, D]")
-        _checks.index("query_index", query_index, query)
-        _checks.index("support_index", support_index, support)
-        T, S = support_index.shape
-        Q = query_index.shape[1]
-        if query_index.shape[0] != T:
-            raise ValueError(f"query_index: expected {T} tasks as in support_index, got {query_index.shape[0]}")
-        if query.requires_grad or support.requires_grad:
-            support, query = support[support_index], query[query_index]
-            support_index = query_index = None
-    else:
-        _checks.dimensions("query", query, "[T, Q, D]")
-        _checks.dimensions("support", support, "[T, S, D]")
-        T, Q = query.shape[:2]
-        S = support.shape[1]
-        if support.shape[0] != T:
-            raise ValueError(f"support: expected {T} tasks as in query, got {_checks.shape_text(support)}")
+    T, S, _ = _checks.episode(support, support_index, query, query_index)
+    if support_index is not None and (query.requires_grad or support.requires_grad):
+        support, query = _gathered(support, support_index), _gathered(query, query_index)
+        support_index = query_index = None
     D = query.shape[-1]
-    if support.shape[-1] != D:
-        raise ValueError(f"support: expected {D} features as in query, got {_checks.shape_text(support)}")
     _checks.shape("weight", weight, (D,), "[D]")
     _checks.labels("support_labels", support_labels, (T, S), support)
     return _run(

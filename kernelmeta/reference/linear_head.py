@@ -1,0 +1,50 @@
+"""Gradient descent on a linear head in D dimensions: the inner loop of MAML for the last layer (ANIL), as written.
+
+Finn, Abbeel & Levine, ICML 2017, algorithm 2; Raghu et al., ICLR 2020 (ANIL).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernelmeta.reference.oracles import ORACLES
+from kernelmeta.reference.precision import promoted, without_autocast
+
+
+@without_autocast
+def linear_head(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    rates: Tensor,
+    *,
+    oracle: str = "cross_entropy",
+    first_order: bool = False,
+    return_weights: bool = False,
+    support_index: Tensor | None = None,
+    query_index: Tensor | None = None,
+) -> Any:
+    """One step a rate on the labelled support rows. See :func:`kernelmeta.ops.linear_head`."""
+    if support_index is not None and query_index is not None:
+        support, query = support[support_index], query[query_index]
+    support, query, weight, bias, rates = promoted(support, query, weight, bias, rates)
+    meta_learning = torch.is_grad_enabled()
+    theta = weight.expand(len(support), -1, -1)
+    b = bias.expand(len(support), 1, -1)
+    for rate in rates.unbind():
+        with torch.enable_grad():
+            if not meta_learning or not theta.requires_grad:
+                theta, b = theta.detach().requires_grad_(), b.detach().requires_grad_()
+            logits = support @ theta.transpose(-1, -2) + b
+            losses = ORACLES[oracle].loss(logits, support_labels)
+            steps = torch.autograd.grad(
+                losses.mean(-1).sum(), (theta, b), create_graph=meta_learning and not first_order, retain_graph=True
+            )
+        theta, b = theta - rate * steps[0], b - rate * steps[1]
+    logits = query @ theta.transpose(-1, -2) + b
+    return (logits, torch.cat([theta, b.transpose(-1, -2)], -1)) if return_weights else logits
