@@ -4,8 +4,19 @@ from kernelmeta.nn.anil import ANIL
 from kernelmeta.nn.backbones import Conv4, WideResNet
 from kernelmeta.nn.cosine_classifier import CosineClassifier
 from kernelmeta.nn.prototypes import Prototypes
+from kernelmeta.nn.ridge_head import RidgeHead
 from kernelmeta.nn.sib import SIB
 from kernelmeta.nn.soft_kmeans import SoftKMeans
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
 
-__all__ = ["ANIL", "SIB", "Conv4", "CosineClassifier", "Prototypes", "SoftKMeans", "SyntheticGradientMLP", "WideResNet"]
+__all__ = [
+    "ANIL",
+    "SIB",
+    "Conv4",
+    "CosineClassifier",
+    "Prototypes",
+    "RidgeHead",
+    "SoftKMeans",
+    "SyntheticGradientMLP",
+    "WideResNet",
+]

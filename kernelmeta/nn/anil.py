@@ -22,8 +22,12 @@ class ANIL(nn.Module):
         learn_rates: learn the K rates too, each from ``inner_lr`` on (as Li et al. 2017 and Antoniou et al. 2019).
         oracle: the loss of the steps: "cross_entropy", "squared_error" or "hinge", the mean over the support rows.
 
+    ``steps`` may be lowered after training.
+
     Parameters: ``weight`` [N, D] and ``bias`` [N], drawn as those of ``torch.nn.Linear``; ``rates`` [K] where learned.
     """
+
+    rates: nn.Parameter | None
 
     def __init__(
         self,
@@ -47,11 +51,7 @@ class ANIL(nn.Module):
         self.first_order, self.learn_rates, self.oracle = first_order, learn_rates, oracle
         linear = nn.Linear(n_features, n_way)
         self.weight, self.bias = linear.weight, linear.bias
-        rates = torch.full((steps,), float(inner_lr))
-        if learn_rates:
-            self.rates = nn.Parameter(rates)
-        else:
-            self.register_buffer("rates", rates, persistent=False)
+        self.register_parameter("rates", nn.Parameter(torch.full((steps,), float(inner_lr))) if learn_rates else None)
 
     def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False) -> Any:
         """Classify the query rows of T tasks.
@@ -76,8 +76,13 @@ class ANIL(nn.Module):
         return logits
 
     def _adapt(self, support: Tensor, support_labels: Tensor, query: Tensor, **options: Any) -> Any:
+        weight = self.weight
+        if self.rates is None:
+            rates = weight.new_full((self.steps,), self.inner_lr)
+        else:
+            rates = self.rates[: self.steps]
         return ops.linear_head(
-            support, support_labels, query, self.weight, self.bias, self.rates[: self.steps], oracle=self.oracle,
+            support, support_labels, query, weight, self.bias, rates, oracle=self.oracle,
             first_order=self.first_order, **options,
         )  # fmt: skip
 

@@ -6,7 +6,17 @@ The functions have the names, arguments and results of those in :mod:`kernelmeta
 from kernelmeta.reference import dual
 from kernelmeta.reference.class_means import class_means
 from kernelmeta.reference.linear_head import linear_head
+from kernelmeta.reference.ridge import ridge
 from kernelmeta.reference.sib import sib, sib_inner_loop
 from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, synthetic_gradient_mlp
 
-__all__ = ["MLPParameters", "class_means", "dual", "linear_head", "sib", "sib_inner_loop", "synthetic_gradient_mlp"]
+__all__ = [
+    "MLPParameters",
+    "class_means",
+    "dual",
+    "linear_head",
+    "ridge",
+    "sib",
+    "sib_inner_loop",
+    "synthetic_gradient_mlp",
+]
