@@ -24,9 +24,10 @@ from kernelmeta.training.backbones import BACKBONES, load_backbone, make_backbon
 from kernelmeta.training.checkpoint import Checkpoint
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.distributed import ranks
-from kernelmeta.training.evaluation import evaluate, table
+from kernelmeta.training.evaluation import evaluate, table, title
 from kernelmeta.training.extraction import extract
-from kernelmeta.training.learners import load_learner
+from kernelmeta.training.learners import LEARNERS
+from kernelmeta.training.loading import load_learner
 from kernelmeta.training.plots import steps_plot, training_plot
 from kernelmeta.training.pretraining import PretrainConfig, Pretrainer
 from kernelmeta.training.sources import open_bank, open_images
@@ -43,10 +44,13 @@ _HELP = {
     "shot": "support rows a class",
     "query": "query rows a class",
     "query_balance": "even, or dirichlet:ALPHA: how the classes share the query rows",
-    "learner": "what to train",
+    "learner": f"what to train: {', '.join(LEARNERS)}",
     "steps": "inner steps K",
     "inner_lr": "inner learning rate",
-    "hidden": "hidden units of the synthetic-gradient MLP, by default 8 a way",
+    "hidden": "hidden units of the synthetic-gradient MLP (default: 8 a way), or of maml's network for features",
+    "first_order": "take the inner gradients for constants",
+    "learn_rates": "learn a rate for every inner step",
+    "channels": "of maml's Conv-4, if the data are pixels",
     "norm_stats": "whose statistics its BatchNorm uses: task, batch or running",
     "episodes": "episodes to train on",
     "tasks_per_step": "episodes a step of the optimizer",
@@ -77,13 +81,27 @@ def _settings(parser: argparse.ArgumentParser, config: type[TrainConfig] | type[
     for field in fields(config):
         if field.name == "data" and config is PretrainConfig:
             continue
-        kind = {"int": int, "float": float}.get(str(field.type).split(" ")[0], str)
-        text = _HELP[field.name] + ("" if field.default is None else f" (default: {field.default})")
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, metavar="X", help=text
-        )
+        option, type_name = f"--{field.name.replace('_', '-')}", str(field.type).split(" ")[0]
+        text = _HELP[field.name] + (f" (default: {field.default})" if field.default else _defaults(field.name))
+        if type_name == "bool":
+            parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
+        kind = {"int": int, "float": float}.get(type_name, str)
+        parser.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar="X", help=text)
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one below runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, bit for bit")
+
+
+def _defaults(setting: str) -> str:
+    """What a setting is by default for the learners that take it."""
+    found: dict[str, list[str]] = {}
+    for learner in LEARNERS:
+        value = getattr(TrainConfig(learner=learner), setting, None)
+        if value is not None and value is not False:
+            found.setdefault(str(value), []).append(learner)
+    if not found:
+        return ""
+    return " (default: " + "; ".join(f"{value} for {', '.join(names)}" for value, names in found.items()) + ")"
 
 
 def _machine(parser: argparse.ArgumentParser) -> None:
@@ -199,11 +217,12 @@ def _extract(args: argparse.Namespace) -> None:
     print(f"{args.out}: {len(bank.labels)} x {bank.n_features} features; classes: {splits}")
 
 
-def _bank(args: argparse.Namespace, data: str, weights: str | None, backbone: str | None) -> FeatureBank:
+def _bank(args: argparse.Namespace, data: str, weights: str | None, backbone: str | None, learner: str) -> FeatureBank:
     return open_bank(
         data,
         weights=weights,
         backbone=backbone,
+        pixels=LEARNERS[learner].whole_network,
         device=args.device,
         workers=args.workers,
         progress=not args.quiet,
@@ -215,11 +234,11 @@ def _train(args: argparse.Namespace) -> None:
     if args.eval_episodes < 0 or args.eval_episodes == 1:
         raise ValueError(f"--eval-episodes: expected 0 or at least 2, got {args.eval_episodes}")
     with ranks(args.device) as processes:
-        out = _run_folder(args, f"sib-{given.get('way', 5)}way-{given.get('shot', 1)}shot")
+        out = _run_folder(args, f"{given.get('learner', 'sib')}-{given.get('way', 5)}way-{given.get('shot', 1)}shot")
         settings, begun = runs.prepare(out, "train", given, args.resume)
         config = TrainConfig.from_dict(settings)
         checkpoint = Checkpoint.load(out / CHECKPOINT, "train") if begun else None
-        bank = _bank(args, config.data, config.weights, config.backbone)
+        bank = _bank(args, config.data, config.weights, config.backbone, config.learner)
         trainer = Trainer(config, bank, device=args.device, ranks=processes)
         test = None
         if args.eval_episodes and len(bank.classes("test")):
@@ -249,11 +268,18 @@ def _finish(args: argparse.Namespace, out: Path, trainer: Trainer, test: Episode
         print(f"{out}: not evaluated" + ("" if args.eval_episodes == 0 else "; the bank has no test classes"))
         return
     trainer.head.eval()
-    results = evaluate(trainer.head, trainer.features, test, args.eval_episodes, progress=not args.quiet)
+    results = evaluate(
+        trainer.head,
+        trainer.features,
+        test,
+        args.eval_episodes,
+        learner=trainer.config.learner,
+        progress=not args.quiet,
+    )
     results |= {"query_balance": trainer.config.query_balance, "seed": trainer.config.seed, "split": "test"}
     results |= {"data": trainer.config.data, "trained_episodes": trainer.seen}
     write_json(out / runs.RESULTS, results)
-    steps_plot(out / "accuracy_over_steps.png", results)
+    steps_plot(out / "accuracy_over_steps.png", results, title(results))
     print(table(results))
     print(f"{out / runs.RESULTS}")
 
@@ -269,6 +295,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         data,
         trained.get("weights") if same else args.weights,
         trained.get("backbone") if same else args.backbone,
+        trained["learner"],
     )
     if bank.n_features != head.n_features:
         raise ValueError(f"--data: the learner takes {head.n_features} features, {data} has {bank.n_features}")
@@ -283,13 +310,18 @@ def _evaluate(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     results = evaluate(
-        head.to(args.device), bank.features.to(args.device), sampler, args.episodes, progress=not args.quiet
+        head.to(args.device),
+        bank.features.to(args.device),
+        sampler,
+        args.episodes,
+        learner=trained["learner"],
+        progress=not args.quiet,
     )
     results |= {"query_balance": balance, "seed": args.seed, "split": args.split, "data": data}
     if args.json is not None:
         write_json(args.json, results)
     if args.plot is not None:
-        steps_plot(args.plot, results)
+        steps_plot(args.plot, results, title(results))
     print(table(results))
 
 

@@ -15,6 +15,8 @@ from torch.nn.parameter import is_lazy
 from kernelmeta.func.exact_norms import ExactNorms
 
 Loss = Callable[[Any, Tensor], Tensor]
+# What `maml` returns: (support, support_labels, query, return_parameters=False) -> outputs, or with parameters.
+Adapted = Callable[..., Any]
 # A rate for all parameters, or one for each of them by name.
 Rate = float | Tensor | Mapping[str, float | Tensor]
 
@@ -32,7 +34,7 @@ def maml(
     loss: Loss = F.cross_entropy,
     norm_stats: str = "task",
     chunk_size: int | None = None,
-) -> Callable[..., Any]:
+) -> Adapted:
     """A function that adapts ``network`` to tasks by gradient descent on their support rows.
 
     For every task, ``theta <- theta - inner_lr * d loss(network(support; theta), labels) / d theta``, K times from the

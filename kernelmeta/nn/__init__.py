@@ -2,9 +2,10 @@
 
 from kernelmeta.nn.backbones import Conv4, WideResNet
 from kernelmeta.nn.cosine_classifier import CosineClassifier
+from kernelmeta.nn.maml import MAML
 from kernelmeta.nn.prototypes import Prototypes
 from kernelmeta.nn.sib import SIB
 from kernelmeta.nn.soft_kmeans import SoftKMeans
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
 
-__all__ = ["SIB", "Conv4", "CosineClassifier", "Prototypes", "SoftKMeans", "SyntheticGradientMLP", "WideResNet"]
+__all__ = ["MAML", "SIB", "Conv4", "CosineClassifier", "Prototypes", "SoftKMeans", "SyntheticGradientMLP", "WideResNet"]

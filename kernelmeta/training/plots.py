@@ -43,9 +43,12 @@ def training_plot(
     _save(figure, path)
 
 
-def steps_plot(path: str | os.PathLike[str], results: dict[str, Any]) -> None:
+def steps_plot(path: str | os.PathLike[str], results: dict[str, Any], label: str) -> None:
     """Accuracy over the number of inner steps, beside the baselines; from what `evaluate` returns. Raises
     OSError.
+
+    Args:
+        label: of the curve.
     """
     figure, (axes,) = _axes(1)
     curve = results["accuracy_over_steps"]
@@ -55,7 +58,7 @@ def steps_plot(path: str | os.PathLike[str], results: dict[str, Any]) -> None:
         yerr=[row["ci95"] for row in curve],
         marker="o",
         capsize=3,
-        label="SIB",
+        label=label,
     )
     for style, (name, row) in zip(("--", ":"), results["baselines"].items(), strict=True):
         axes.axhline(row["accuracy"], linestyle=style, color="grey", label=name.replace("_", " "))
