@@ -1,4 +1,4 @@
-"""The command ``kernelmeta``: pretrain, extract, train, evaluate, info.
+"""The command ``kernelmeta``: pretrain, extract, train, evaluate, compare, info.
 
 Every command ends with 0, or with 2 and one line on stderr that says what was wrong with its input, or with
 130 after Ctrl-C.
@@ -18,17 +18,20 @@ import torch
 
 from kernelmeta.backends import select
 from kernelmeta.data import EpisodeSampler, FeatureBank
-from kernelmeta.data.files import write_json
+from kernelmeta.data.files import read_json, write_json, write_text
 from kernelmeta.training import runs
 from kernelmeta.training.backbones import BACKBONES, load_backbone, make_backbone
+from kernelmeta.training.candidates import read_candidates
 from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.comparison import CONFIG, CONTESTANTS, PLOT, RESULTS, TABLE, CompareConfig, Comparison
+from kernelmeta.training.comparison_table import cell_title, markdown
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.distributed import ranks
 from kernelmeta.training.evaluation import evaluate, table, title
 from kernelmeta.training.extraction import extract
 from kernelmeta.training.learners import LEARNERS
 from kernelmeta.training.loading import load_learner
-from kernelmeta.training.plots import steps_plot, training_plot
+from kernelmeta.training.plots import comparison_plot, steps_plot, training_plot
 from kernelmeta.training.pretraining import PretrainConfig, Pretrainer
 from kernelmeta.training.sources import open_bank, open_images
 from kernelmeta.training.trainer import CHECKPOINT, Trainer
@@ -65,6 +68,14 @@ _HELP = {
     "warmup_epochs": "epochs in which the rate rises",
     "milestone": "epoch after which the rate is a tenth",
     "batch_size": "images a step",
+}
+# What `compare --quick` means.
+_QUICK: dict[str, Any] = {
+    "episodes": 4000,
+    "trial_episodes": 1000,
+    "validation_episodes": 200,
+    "eval_episodes": 500,
+    "most_candidates": 2,
 }
 # The published settings are for 600 images a class; the glyphs have 24, and on the validation classes longer
 # training is worse.
@@ -160,8 +171,60 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--weights", metavar="FILE", help=_HELP["weights"])
     _machine(command)
 
+    command = add("compare", _compare, "Train and evaluate learners on the same bank and the same test episodes.")
+    _compare_settings(command)
+    _machine(command)
+
     add("info", _info, "What is built, what runs, versions.")
     return parser
+
+
+def _compare_settings(command: argparse.ArgumentParser) -> None:
+    """The options of ``compare``; only those given end up in the namespace."""
+    default = CompareConfig()
+    everybody = ", ".join(CONTESTANTS)
+
+    def add(name: str, kind: Callable[[str], Any], text: str, shown: object) -> None:
+        command.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            metavar="X",
+            help=f"{text} (default: {shown})",
+        )
+
+    add("data", str, _DATA, default.data)
+    command.add_argument("--weights", metavar="FILE", default=argparse.SUPPRESS, help=_HELP["weights"])
+    command.add_argument("--backbone", default=argparse.SUPPRESS, help=_HELP["backbone"])
+    add("learners", _learners, f"all, or some of {everybody}", ",".join(default.learners))
+    add("way", int, _HELP["way"], default.way)
+    add("query", int, _HELP["query"], default.query)
+    add("shots", _numbers, "support rows a class, one or more", "1,5")
+    add("balances", _words, "how the classes share the query rows, one or more", "even,dirichlet:2")
+    add("episodes", int, "on which the chosen settings are trained", default.episodes)
+    add("trial_episodes", int, "on which all settings are trained before one is chosen", default.trial_episodes)
+    add("validation_episodes", int, "of the validation classes, to choose on", default.validation_episodes)
+    add("eval_episodes", int, "of the test classes", default.eval_episodes)
+    add("most_candidates", int, "settings to choose from, the first so many of a learner", "all")
+    add("seed", int, _HELP["seed"], default.seed)
+    command.add_argument(
+        "--candidates", type=Path, metavar="FILE", help="JSON: learner -> list of settings of 'train' to choose from"
+    )
+    command.add_argument("--quick", action="store_true", help="minutes instead of an hour: shorter, fewer candidates")
+    command.add_argument("--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")
+    command.add_argument("--resume", action="store_true", help="go on with the comparison in --out")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in _words(text))
+
+
+def _learners(text: str) -> tuple[str, ...]:
+    return CONTESTANTS if text == "all" else _words(text)
 
 
 def _given(args: argparse.Namespace, config: type[TrainConfig] | type[PretrainConfig]) -> dict[str, Any]:
@@ -323,6 +386,47 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.plot is not None:
         steps_plot(args.plot, results, title(results))
     print(table(results))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    settings = {field.name: getattr(args, field.name) for field in fields(CompareConfig) if hasattr(args, field.name)}
+    config = CompareConfig(**{**(_QUICK if args.quick else {}), **settings})
+    candidates = None if args.candidates is None else read_candidates(args.candidates)
+    out = _run_folder(args, "compare")
+    _prepare_comparison(out, config.to_dict() | {"candidates": candidates}, args.resume)
+    bank = _bank(args, config.data, config.weights, config.backbone, "sib")
+    comparison = Comparison(
+        config,
+        bank,
+        out,
+        candidates=candidates,
+        device=args.device,
+        say=lambda line: None if args.quiet else print(line, file=sys.stderr, flush=True),
+        progress=not args.quiet,
+    )
+    write_json(out / CONFIG, {"command": "compare", **config.to_dict(), "candidates": candidates})
+    try:
+        results = comparison.run()
+    except KeyboardInterrupt:
+        print(f"stopped; to go on, the same command with --out {out} --resume", file=sys.stderr)
+        raise
+    write_json(out / RESULTS, results)
+    write_text(out / TABLE, markdown(results))
+    comparison_plot(out / PLOT, results, [cell_title(cell) for cell in results["cells"]])
+    print(markdown(results), end="")
+    print(f"{out / RESULTS}")
+
+
+def _prepare_comparison(out: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Raises ValueError if ``out`` holds another comparison, or one that was not to be gone on with."""
+    if not (out / CONFIG).exists():
+        return
+    if not resume:
+        raise ValueError(f"out: {out} already holds a comparison; give --resume to go on, or another folder")
+    saved = read_json(out / CONFIG)
+    for name, value in settings.items():
+        if saved.get(name) != value:
+            raise ValueError(f"{name}: the comparison in {out} has {saved.get(name)!r}, got {value!r}")
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -273,6 +273,57 @@ def test_a_whole_network_is_trained_on_pixels(tmp_path, capsys):
     assert "takes no such setting" in refused(capsys, "train", "--learner", "sib", "--first-order")
 
 
+COMPARE = (
+    "compare",
+    "--way",
+    "3",
+    "--query",
+    "4",
+    "--shots",
+    "1",
+    "--learners",
+    "prototypes,soft_kmeans,sib",
+    "--quick",
+)
+LITTLE = ("--episodes", "64", "--trial-episodes", "32", "--validation-episodes", "20", "--eval-episodes", "30")
+
+
+def test_compare_leaves_a_table_and_a_plot_and_goes_on(bank_file, tmp_path, capsys):
+    out = tmp_path / "compare"
+    args = (*COMPARE, *LITTLE, "--data", bank_file, "--quiet", "--out", str(out))
+    assert main(args) == 0
+    printed = capsys.readouterr().out
+    table = (out / "comparison.md").read_text()
+    assert table in printed
+    results = json.loads((out / "comparison.json").read_text())
+    assert [cell["query_balance"] for cell in results["cells"]] == ["even", "dirichlet:2"]
+    assert all(set(cell["learners"]) == {"prototypes", "soft_kmeans", "sib"} for cell in results["cells"])
+    assert len(results["cells"][0]["learners"]["sib"]["tried"]) == 2  # of more candidates: --quick
+    assert Image.open(out / "comparison.png").size[0] > 600
+    assert "already holds a comparison" in refused(capsys, *args)
+    assert "seed: the comparison in" in refused(capsys, *args, "--resume", "--seed", 1)
+    assert main([*args, "--resume"]) == 0
+    assert json.loads((out / "comparison.json").read_text())["cells"] == results["cells"]
+    # What a comparison has trained is a run like any other.
+    run = next((out / "1-shot-even" / "sib").glob("*/*-episodes"))
+    assert main(["evaluate", str(run), "--data", bank_file, "--episodes", "10", "--quiet"]) == 0
+
+
+def test_compare_refuses_what_cannot_be(bank_file, tmp_path, capsys):
+    (tmp_path / "c.json").write_text('{"sib": [{"inner_lr": -1}]}')
+    for more, message in (
+        (("--learners", "svm"), "learners: expected some of"),
+        (("--shots", "one"), "invalid"),
+        (("--balances", "odd"), "query_balance: expected"),
+        (("--candidates", tmp_path / "c.json"), "inner_lr: expected a number of at least 0"),
+        (("--candidates", tmp_path / "none.json"), "none.json: No such file"),
+        (("--resume",), "give --out DIR"),
+    ):
+        out = () if "--resume" in more else ("--out", tmp_path / "x")
+        assert message in refused(capsys, *COMPARE, "--data", bank_file, "--quiet", *out, *more)
+    assert not (tmp_path / "x").exists()
+
+
 def test_info_says_what_runs(capsys):
     assert main(["info"]) == 0
     assert "reference" in capsys.readouterr().out

@@ -45,7 +45,7 @@ class FeatureBank:
     class_split: Tensor
     class_names: tuple[str, ...]
     source: str = ""
-    image_shape: tuple[int, int, int] | None = None
+    image_shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_tensor("features", self.features, 2, FEATURE_DTYPES)
@@ -92,8 +92,9 @@ class FeatureBank:
             raise ValueError(f"{path}: metadata class_names is not a JSON list of strings")
         try:
             shape = json.loads(metadata.get("image_shape", "null"))
-        except ValueError:
-            raise ValueError(f"{path}: metadata image_shape is not JSON") from None
+            image_shape = None if shape is None else tuple(int(side) for side in shape)
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}: metadata image_shape is not a JSON list of numbers") from None
         try:
             return cls(
                 tensors["features"],
@@ -101,7 +102,7 @@ class FeatureBank:
                 tensors["class_split"],
                 tuple(names),
                 metadata.get("source", ""),
-                None if shape is None else tuple(shape),
+                image_shape,
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None

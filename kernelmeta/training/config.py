@@ -92,7 +92,7 @@ class TrainConfig:
         """Outer steps: the episodes over the tasks per step, rounded up."""
         return -(-self.episodes // self.tasks_per_step)
 
-    def make_learner(self, n_features: int, image_shape: tuple[int, int, int] | None = None) -> Any:
+    def make_learner(self, n_features: int, image_shape: tuple[int, ...] | None = None) -> Any:
         """The learner as it is before training; a function of the seed.
 
         Args:

@@ -24,7 +24,7 @@ class Rows(NamedTuple):
     """What the rows of a bank are."""
 
     n_features: int
-    image_shape: tuple[int, int, int] | None = None
+    image_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

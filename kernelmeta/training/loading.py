@@ -41,12 +41,9 @@ def load_learner(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
     return _published(file)
 
 
-def _image_shape(checkpoint: Checkpoint) -> tuple[int, int, int] | None:
+def _image_shape(checkpoint: Checkpoint) -> tuple[int, ...] | None:
     shape = checkpoint.state.get("image_shape")
-    if shape is None:
-        return None
-    channels, height, width = (int(side) for side in shape)
-    return channels, height, width
+    return None if shape is None else tuple(int(side) for side in shape)
 
 
 def _published(file: Path) -> tuple[nn.SIB, dict[str, Any]]:

@@ -65,3 +65,23 @@ def steps_plot(path: str | os.PathLike[str], results: dict[str, Any], label: str
     axes.set(xlabel="inner steps K", ylabel="accuracy, %", xticks=[row["steps"] for row in curve])
     axes.legend()
     _save(figure, path)
+
+
+def comparison_plot(path: str | os.PathLike[str], results: dict[str, Any], titles: Sequence[str]) -> None:
+    """Accuracy of every learner with its interval, a panel for every cell; from what `Comparison.run` returns. Raises
+    OSError.
+
+    Args:
+        titles: of the panels.
+    """
+    cells, learners = results["cells"], results["titles"]
+    figure, panels = _axes(len(cells))
+    for axes, cell, title in zip(panels, cells, titles, strict=True):
+        rows = [cell["learners"][name] for name in learners]
+        heights = range(len(rows) - 1, -1, -1)
+        for row, height in zip(rows, heights, strict=True):
+            axes.errorbar(row["accuracy"], height, xerr=row["ci95"], marker="o", capsize=3)
+        axes.set(title=title, xlabel="accuracy, %", yticks=list(heights), yticklabels=list(learners.values()))
+        axes.margins(y=0.1)
+        axes.grid(axis="x", linewidth=0.3)
+    _save(figure, path)

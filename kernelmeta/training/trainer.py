@@ -130,9 +130,13 @@ class Trainer:
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"the checkpoint does not fit the run ({one_line(error)})") from None
 
-    def run(self, out: Path, *, report: Report | None = None, progress: bool = False) -> bool:
+    def run(self, out: Path, *, report: Report | None = None, progress: bool = False, keep_bar: bool = True) -> bool:
         """Train from where it stands to the end, with checkpoints in ``out`` every few seconds and at the
         end.
+
+        Args:
+            report: takes losses and accuracies.
+            progress: show a bar, and with ``keep_bar`` leave it on the screen.
 
         Returns:
             False if Ctrl-C or SIGTERM ended it early; the checkpoint holds where.
@@ -148,6 +152,7 @@ class Trainer:
             desc="train",
             unit="episode",
             disable=not (progress and self.ranks.first),
+            leave=keep_bar,
         )
         # One task of a kernel runs on one core; other threads would only wait, and be in the way.
         alone = self.tasks == 1 and self.features.device.type == "cpu" and not self.kind.whole_network
