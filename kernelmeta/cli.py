@@ -73,6 +73,7 @@ _HELP = {
 _QUICK: dict[str, Any] = {
     "episodes": 4000,
     "trial_episodes": 1000,
+    "finalists": 1,
     "validation_episodes": 200,
     "eval_episodes": 500,
     "most_candidates": 2,
@@ -201,8 +202,9 @@ def _compare_settings(command: argparse.ArgumentParser) -> None:
     add("query", int, _HELP["query"], default.query)
     add("shots", _numbers, "support rows a class, one or more", "1,5")
     add("balances", _words, "how the classes share the query rows, one or more", "even,dirichlet:2")
-    add("episodes", int, "on which the chosen settings are trained", default.episodes)
-    add("trial_episodes", int, "on which all settings are trained before one is chosen", default.trial_episodes)
+    add("episodes", int, "on which the best settings of a learner are trained", default.episodes)
+    add("trial_episodes", int, "on which all settings are trained before", default.trial_episodes)
+    add("finalists", int, "how many settings are the best", default.finalists)
     add("validation_episodes", int, "of the validation classes, to choose on", default.validation_episodes)
     add("eval_episodes", int, "of the test classes", default.eval_episodes)
     add("most_candidates", int, "settings to choose from, the first so many of a learner", "all")

@@ -1,8 +1,9 @@
 """All learners on the same bank and the same test episodes: what `kernelmeta compare` runs.
 
 A *cell* is a number of shots and a balance of the query rows. In every cell, every learner is trained with each of its
-candidate settings on the training classes; the candidate with the best accuracy on the validation classes is trained to
-the end; what counts is its accuracy on the episodes of the test classes, which are the same for all learners.
+candidate settings on the training classes for a while; the best of them on the validation classes are trained to the
+end; of all these, the best on the validation classes is chosen. What counts is its accuracy on the episodes of the test
+classes, which are the same for all learners.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ class CompareConfig:
         learners: names of `CONTESTANTS`.
         way, query: N, and query rows a class.
         shots, balances: the cells are all pairs of these.
-        episodes: on which the chosen candidate of a learner is trained.
-        trial_episodes: on which every candidate is trained before one is chosen.
-        validation_episodes: on which it is chosen.
+        episodes: on which the best candidates of a learner are trained.
+        trial_episodes: on which every candidate is trained before.
+        finalists: how many are the best.
+        validation_episodes: on which they are compared.
         eval_episodes: of the test classes.
         most_candidates: of a learner, the first so many; all if None.
         seed: of everything random.
@@ -69,6 +71,7 @@ class CompareConfig:
     balances: tuple[str, ...] = ("even", "dirichlet:2")
     episodes: int = 40_000
     trial_episodes: int = 8_000
+    finalists: int = 2
     validation_episodes: int = 1_000
     eval_episodes: int = 2_000
     most_candidates: int | None = None
@@ -84,7 +87,7 @@ class CompareConfig:
                 raise ValueError(f"learners: expected some of {', '.join(CONTESTANTS)}, got {learner!r}")
         for balance in self.balances:
             parse_balance(balance)
-        least = {"way": 2, "query": 1, "episodes": 1, "trial_episodes": 1, "seed": 0}
+        least = {"way": 2, "query": 1, "episodes": 1, "trial_episodes": 1, "finalists": 1, "seed": 0}
         least |= {"validation_episodes": 2, "eval_episodes": 2, "most_candidates": 1}
         for name, low in least.items():
             value = getattr(self, name)
@@ -246,26 +249,25 @@ class Comparison:
 
     def _choose(self, folder: Path, learner: str, shot: int, balance: str) -> dict[str, Any]:
         """The learner with its best candidate, trained to the end, and the record of how it was chosen."""
-        tried = []
-        best: tuple[dict[str, Any], Learner] | None = None
-        for candidate in self.candidates[learner]:
-            found = self._attempt(folder, learner, shot, balance, candidate, self.config.trial_episodes)
-            tried.append(found[0])
-            best = _better(best, found)
-        assert best is not None
-        if best[0]["episodes"]:
-            candidate = best[0]["settings"]
-            longer = self._attempt(folder, learner, shot, balance, candidate, self.config.episodes)
-            # On the validation classes longer training may be worse.
-            best = _better(longer, best)
-        record, module = best
+
+        def attempt(candidate: Candidate, episodes: int) -> tuple[dict[str, Any], Learner]:
+            return self._attempt(folder, learner, shot, balance, candidate, episodes)
+
+        def accuracy(found: tuple[dict[str, Any], Learner]) -> float:
+            return float(found[0]["validation_accuracy"])
+
+        attempts = [attempt(candidate, self.config.trial_episodes) for candidate in self.candidates[learner]]
+        finalists = sorted(attempts, key=accuracy, reverse=True)[: self.config.finalists]
+        attempts += [attempt(r["settings"], self.config.episodes) for r, _ in finalists if r["episodes"]]
+        # Longer training may be worse on the validation classes.
+        record, module = max(attempts, key=accuracy)
         chosen = dict(record["settings"])
         if record["episodes"]:
             chosen["episodes"] = record["episodes"]
         return {
             "chosen": chosen,
             "validation_accuracy": record["validation_accuracy"],
-            "tried": tried,
+            "tried": [tried for tried, _ in attempts],
             "module": module,
         }
 
@@ -345,15 +347,6 @@ def summarise(values: Mapping[str, Tensor]) -> dict[str, Any]:
         for a in values
     }
     return {"learners": learners, "pairs": pairs}
-
-
-def _better(
-    first: tuple[dict[str, Any], Learner] | None, second: tuple[dict[str, Any], Learner]
-) -> tuple[dict[str, Any], Learner]:
-    """The attempt that is better on the validation classes; the first, if they are alike."""
-    if first is None or second[0]["validation_accuracy"] > first[0]["validation_accuracy"]:
-        return second
-    return first
 
 
 def describe(candidate: Candidate) -> str:
