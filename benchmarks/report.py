@@ -1,7 +1,7 @@
 """The comparison that the README quotes: ``python -m benchmarks.report``.
 
 Forward, cross entropy and backward of km.nn.SIB beside its peers, in one process and interleaved; then a sweep over
-T, K, D and N. Writes benchmarks/results/<machine>-<date>.json, .md and -<axis>.png.
+T, K, D and N. Writes benchmarks/results/<machine>-<date>.json, .md, -<axis>.png and -roofline.png.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 HEADLINE = (Size(T=1), Size(T=64))
 SWEEPS: dict[str, Sequence[Size]] = {
     "T": [Size(T=T) for T in (1, 8, 64, 512)],
-    "K": [Size(T=8, K=K) for K in (1, 3, 5, 10)],
+    "K": [Size(T=8, K=K) for K in (1, 3, 5, 10, 50)],
     "D": [Size(T=8, D=D) for D in (64, 640, 1600)],
     "N": [Size(T=8, N=N, S=N) for N in (2, 5, 10, 20)],
 }
@@ -123,6 +125,55 @@ def plot(axis: str, cells: Sequence[dict[str, Any]], ceilings: floors.Ceilings, 
     plt.close(figure)
 
 
+def roofline(cells: Sequence[dict[str, Any]], ceilings: floors.Ceilings, path: Path) -> None:
+    """FLOP/s that kernelmeta reaches over FLOP a byte, under what products and memory allow."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    intensity = [c["flops"] / c["bytes"] for c in cells]
+    edges = [
+        min(intensity) / 2,
+        ceilings.sgemm / ceilings.copy,
+        max(max(intensity), ceilings.sgemm / ceilings.copy) * 2,
+    ]
+    axes.plot(edges, [min(x * ceilings.copy, ceilings.sgemm) / 1e9 for x in edges], "k-", label=str(ceilings))
+    for T in sorted({c["size"]["T"] for c in cells}):
+        mine = [c for c in cells if c["size"]["T"] == T]
+        axes.plot(
+            [c["flops"] / c["bytes"] for c in mine],
+            [c["flops"] / c["peers"]["kernelmeta"]["median"] / 1e9 for c in mine],
+            "o",
+            label=f"T={T}",
+        )
+    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte, counted", ylabel="GFLOP/s", title="kernelmeta")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def against_best_peer(cells: Sequence[dict[str, Any]]) -> str:
+    """How the best peer of each cell compares with kernelmeta there, in one line."""
+    ratios = {}
+    for cell in cells:
+        peers = {name: found["times_kernelmeta"][0] for name, found in cell["peers"].items() if name != "kernelmeta"}
+        if peers:
+            name = min(peers, key=peers.__getitem__)
+            ratios[f"{Size(**cell['size'])}: {PEERS[name].title}"] = peers[name]
+    if not ratios:
+        return ""
+    least = min(ratios, key=ratios.__getitem__)
+    mean = math.exp(statistics.fmean(math.log(r) for r in ratios.values()))
+    return (
+        f"Time of the best peer / kernelmeta: geometric mean {mean:.1f} over {len(ratios)} cells, "
+        f"least {ratios[least]:.1f} ({least})."
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
@@ -170,6 +221,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "no ratio here is to be quoted."
         )
         print(notes[-1])
+    notes.append(against_best_peer(cells))
+    print(notes[-1])
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"{metadata.machine_name()}-{datetime.date.today().isoformat()}"
     record = {
@@ -188,8 +241,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"commit {facts['commit']}, load {facts['load_average'][0]}; {ceilings}"
     )
     Path(f"{stem}.md").write_text("\n".join([about, "", *HEADER, *table, "", *notes]).rstrip() + "\n")
-    for axis, cells in sweeps.items():
-        plot(axis, cells, ceilings, Path(f"{stem}-{axis}.png"))
+    if sweeps:
+        for axis, swept in sweeps.items():
+            plot(axis, swept, ceilings, Path(f"{stem}-{axis}.png"))
+        roofline(cells, ceilings, Path(f"{stem}-roofline.png"))
     print(f"wrote {stem}.json")
     return 0
 

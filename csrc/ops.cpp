@@ -325,7 +325,7 @@ struct ClassMeansArguments {
   }
 };
 
-Tensor class_means(const Tensor& support, const Tensor& labels, int64_t n_way, const Optional& weight) {
+Tensor class_means(const Tensor& support, const Tensor& labels, const Optional& weight, int64_t n_way) {
   const auto run = [&](auto zero) {
     using C = decltype(zero);
     const ClassMeansArguments<C> a(support, labels, n_way, weight);
@@ -340,7 +340,7 @@ Tensor class_means(const Tensor& support, const Tensor& labels, int64_t n_way, c
 }
 
 std::tuple<Tensor, Tensor> class_means_backward(const Tensor& grad_theta0, const Tensor& support,
-                                                const Tensor& labels, int64_t n_way, const Optional& weight,
+                                                const Tensor& labels, const Optional& weight, int64_t n_way,
                                                 bool need_support) {
   return with_type(grad_theta0, [&](auto zero) {
     using C = decltype(zero);

@@ -3,6 +3,7 @@
 // The engine (csrc/engine) says what to compute in these words:
 //   each_item(n, f)        f(i) for every i
 //   rows(n, Q, f)          f(i, row) for every row of a padded array; row.each, row.sum, row.one
+//   row_sums(n, Q, out, f) out[i] = the sum of f(i, at) over row i, for many rows at once; f may store
 //   features(n, D, f)      the same for rows of plain, unpadded memory
 //   mm, mm_add             small matrix times padded rows
 //   outer                  sums over rows of products of two padded arrays: weight gradients
@@ -24,9 +25,11 @@ using kernelmeta::Rows;
 #if defined(__AVX512F__)
 inline constexpr int kMmRows = 5, kMmVectors = 5;  // 25 of 32 registers accumulate
 inline constexpr int kDotTile = 5;
+inline constexpr int kOuterRows = 5, kOuterVectors = 3;
 #else
 inline constexpr int kMmRows = 5, kMmVectors = 2;
 inline constexpr int kDotTile = 3;
+inline constexpr int kOuterRows = 5, kOuterVectors = 2;
 #endif
 
 // w(i, j) = data[i * row + j * column]
@@ -56,6 +59,12 @@ struct CpuBlock {
     int64_t at, count;
 
     __forceinline__ V zero() const { return V{}; }
+    __forceinline__ V first(V v) const {
+      if constexpr (kind == kFull)
+        return v;
+      else
+        return keep_first<C>(v, count);
+    }
     __forceinline__ V load(const C* p) const {
       if constexpr (kind == kPartial)
         return load_first(p + at, count);
@@ -66,7 +75,7 @@ struct CpuBlock {
       if constexpr (kind == kPartial)
         store_first(p + at, v, count);
       else if constexpr (kind == kPadded)
-        ::store(p + at, keep_first<C>(v, count));
+        ::store(p + at, first(v));
       else
         ::store(p + at, v);
     }
@@ -87,7 +96,10 @@ struct CpuBlock {
       V total = {};
       int64_t at = 0;
       for (; at + W <= length; at += W) total += f(At<kFull>{at, W});
-      if (at < length) total += keep_first<C>(f(At<tail>{at, length - at}), length - at);
+      if (at < length) {
+        const At<tail> last{at, length - at};
+        total += last.first(f(last));
+      }
       return sum_lanes<C>(total);
     }
     template <class F>
@@ -98,7 +110,19 @@ struct CpuBlock {
 
   template <class F>
   __forceinline__ void each_item(int64_t n, F f) const {
+#pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) f(i);
+  }
+  // Writes `out` up to padded(n). The lanes of W rows are summed in one tree.
+  template <class F>
+  __forceinline__ void row_sums(int64_t n, int64_t length, C* out, F f) const {
+    for (int64_t i = 0; i < n; i += W) {
+      V sums[W] = {};
+      for (int64_t r = 0; r < W && i + r < n; ++r) {
+        Row<kPadded>{length}.each([&](auto at) { sums[r] += at.first(f(i + r, at)); });
+      }
+      ::store(out + i, sum_each<C>(sums));
+    }
   }
   template <class F>
   __forceinline__ void rows(int64_t n, int64_t length, F f) const {
@@ -133,19 +157,26 @@ struct CpuBlock {
   }
 
   // out[i][j] += sum_q g[i][q] x[j][q] for i < m, j < n; reads x and writes out up to padded(n).
+  //
+  // A few columns of x at a time are transposed, so that a vector holds neighbouring j and no lanes are left
+  // to be summed.
   void outer(int64_t m, int64_t n, int64_t Q, const C* g, int64_t ldg, const C* x, int64_t ldx, C* out,
              int64_t ldo) const {
-    for (int64_t j = 0; j < n; j += W) {
-      const C* xj = x + j * ldx;
-      for (int64_t i = 0; i < m; ++i) {
-        V acc[W] = {};
-        for (int64_t q = 0; q < Q; q += W) {
-          V gv = ::load(g + i * ldg + q);
-#pragma GCC unroll 16
-          for (int64_t l = 0; l < W; ++l) acc[l] += gv * ::load(xj + l * ldx + q);
+    alignas(64) C columns[W * kOuterVectors * W];
+    for (int64_t j = 0; j < n; j += kOuterVectors * W) {
+      const int64_t vectors = (n - j + W - 1) / W < kOuterVectors ? (n - j + W - 1) / W : kOuterVectors;
+      for (int64_t q = 0; q < Q; q += W) {
+        for (int64_t v = 0; v < vectors; ++v) {
+          transpose_square<C>(x + (j + v * W) * ldx + q, ldx, columns + v * W, kOuterVectors * W);
         }
-        C* to = out + i * ldo + j;
-        ::store(to, ::load(to) + sum_each<C>(acc));
+        const int64_t count = Q - q < W ? Q - q : W;
+        const Strip strip{m, count, g + q, ldg, columns, out + j, ldo};
+        if (vectors == kOuterVectors)
+          outer_strip<kOuterVectors>(strip);
+        else if (kOuterVectors > 2 && vectors == 2)
+          outer_strip<2>(strip);
+        else
+          outer_strip<1>(strip);
       }
     }
   }
@@ -260,6 +291,41 @@ struct CpuBlock {
           for (int64_t l = W - count; l < W; ++l) to[v * W + l] = acc[r][v][l];
         }
       }
+    }
+  }
+
+  struct Strip {
+    int64_t m, count;
+    const C* g;
+    int64_t ldg;
+    const C* columns;
+    C* out;
+    int64_t ldo;
+  };
+
+  template <int NV>
+  static __attribute__((noinline)) void outer_strip(const Strip& t) {
+    int64_t i = 0;
+    for (; i + kOuterRows <= t.m; i += kOuterRows) outer_tile<kOuterRows, NV>(t, i);
+    for (; i < t.m; ++i) outer_tile<1, NV>(t, i);
+  }
+
+  template <int R, int NV>
+  static __forceinline__ void outer_tile(const Strip& t, int64_t i) {
+    V acc[R][NV];
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < NV; ++v) acc[r][v] = ::load(t.out + (i + r) * t.ldo + v * W);
+    }
+    for (int64_t q = 0; q < t.count; ++q) {
+      V xv[NV];
+      for (int v = 0; v < NV; ++v) xv[v] = ::load(t.columns + (q * kOuterVectors + v) * W);
+      for (int r = 0; r < R; ++r) {
+        const V weight = V{} + t.g[(i + r) * t.ldg + q];
+        for (int v = 0; v < NV; ++v) acc[r][v] += weight * xv[v];
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int v = 0; v < NV; ++v) ::store(t.out + (i + r) * t.ldo + v * W, acc[r][v]);
     }
   }
 

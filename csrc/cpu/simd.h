@@ -115,4 +115,34 @@ __forceinline__ C sum_lanes(typename Simd<C>::V v) {
   return v[0];
 }
 
+// The lanes of a and b by turns: of their low halves or of their high ones.
+template <bool high, class V, int... I>
+__forceinline__ V interleave(V a, V b, Indices<I...>) {
+  constexpr int n = int(sizeof...(I));
+  return __builtin_shufflevector(a, b, (I % 2 * n + I / 2 + (high ? n / 2 : 0))...);
+}
+
+// to[j][i] = from[i][j], a vector's width both ways: log2(width) rounds in which rows i and i + width / 2
+// become, interleaved, rows 2 i and 2 i + 1.
+template <class C>
+__forceinline__ void transpose_square(const C* from, int64_t ld_from, C* to, int64_t ld_to) {
+  constexpr int W = kLanes<C>;
+  using Lanes = typename MakeIndices<W>::type;
+  typename Simd<C>::V v[W], next[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) v[i] = load(from + i * ld_from);
+#pragma GCC unroll 4
+  for (int round = 1; round < W; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = interleave<false>(v[i], v[i + W / 2], Lanes{});
+      next[2 * i + 1] = interleave<true>(v[i], v[i + W / 2], Lanes{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) v[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) store(to + i * ld_to, v[i]);
+}
+
 }  // namespace

@@ -24,14 +24,16 @@ FoldedMlp<C> fold(const MlpArrays<const C>& p, const C* running, const Sizes& s,
     for (int64_t i = 0; i < outputs; ++i) {
       const C* row = weight + i * H;
       C* to = to_weight + i * H;
-      double sums[4] = {double(bias[i]), 0, 0, 0};  // four chains of additions instead of one long one
+      double sums[8] = {double(bias[i])};  // eight chains of additions instead of one long one
       int64_t j = 0;
-      for (; j + 4 <= H; j += 4) {
-        for (int64_t l = 0; l < 4; ++l) sums[l] += double(row[j + l]) * shift[j + l];
+      for (; j + 8 <= H; j += 8) {
+        for (int64_t l = 0; l < 8; ++l) sums[l] += double(row[j + l]) * double(shift[j + l]);
       }
-      for (; j < H; ++j) sums[0] += double(row[j]) * shift[j];
+      for (; j < H; ++j) sums[0] += double(row[j]) * double(shift[j]);
+#pragma GCC ivdep
       for (j = 0; j < H; ++j) to[j] = row[j] * gain[j];
-      to_bias[i] = C((sums[0] + sums[1]) + (sums[2] + sums[3]));
+      to_bias[i] =
+          C(((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])));
     }
   };
   C* w2 = arena.take(H * H);
@@ -69,6 +71,7 @@ void unfold(const MlpArrays<const C>& p, const FoldedMlpGrad<C>& folded, const S
                               const C* gb, C* grad_weight, C* grad_bias, C* grad_gain, C* grad_shift) {
     for (int64_t j = 0; j < H; ++j) grad_gain[j] = grad_shift[j] = 0;
     for (int64_t i = 0; i < outputs; ++i) {
+#pragma GCC ivdep
       for (int64_t j = 0; j < H; ++j) {
         grad_weight[i * H + j] = gw[i * ld + j] * gain[j] + gb[i] * shift[j];
         grad_gain[j] += gw[i * ld + j] * weight[i * H + j];

@@ -52,8 +52,9 @@ struct Mlp {
 
   // What the backward pass needs of the forward pass. The arrays that `outer` reads are padded in units too.
   struct Activations {
-    C *a1, *n1, *a2, *n2;  // [padded(H)][ld]: after the linear layer; after ReLU and normalisation
-    C *istd1, *istd2;      // [H]
+    C *a1, *n1, *a2, *n2;    // [padded(H)][ld]: after the linear layer; after ReLU and normalisation
+    C *istd1, *istd2;        // [H]
+    C *mean, *along, *kept;  // [H] each, scratch
 
     __host__ __device__ __forceinline__ Activations(Arena<C>& arena, const Sizes& s)
         : a1(arena.take(s.H * s.ld())),
@@ -61,7 +62,10 @@ struct Mlp {
           a2(arena.take(s.H * s.ld())),
           n2(arena.take(padded(s.H) * s.ld())),
           istd1(arena.take(s.H)),
-          istd2(arena.take(s.H)) {}
+          istd2(arena.take(s.H)),
+          mean(arena.take(s.H)),
+          along(arena.take(s.H)),
+          kept(arena.take(s.H)) {}
   };
 
   B& block;
@@ -96,10 +100,10 @@ struct Mlp {
       row.one([&] { grad.b3[n] += sum; });
     });
     block.outer(N, H, s.Q, gg, ld, act.n2, ld, grad.w3, ldh);
-    through_norm(act.a2, act.n2, act.istd2, g2, grad.b2, w.mean2 != nullptr);
+    through_norm(act.a2, act.n2, act.istd2, w.istd2, g2, grad.b2);
     block.mm(H, H, s.Q, {w.w2, 1, H}, g2, ld, g1, ld, nullptr);
     block.outer(H, H, s.Q, g2, ld, act.n1, ld, grad.w2, ldh);
-    through_norm(act.a1, act.n1, act.istd1, g1, grad.b1, w.mean1 != nullptr);
+    through_norm(act.a1, act.n1, act.istd1, w.istd1, g1, grad.b1);
     block.mm(N, H, s.Q, {w.w1, 1, N}, g1, ld, gz, ld, nullptr);
     block.outer(N, H, s.Q, z, ld, g1, ld, grad.w1t, ldh);
   }
@@ -113,54 +117,53 @@ struct Mlp {
   // n = (relu(a) - mean) / std per unit, over the rows of this task or with the statistics given.
   __host__ __device__ __forceinline__ void normalise(const C* a, C* n, C* istd, const C* fixed_mean,
                                                      const C* fixed_istd, C* stats) {
-    const int64_t Q = s.Q, ld = s.ld();
-    block.rows(s.H, Q, [&](int64_t h, auto row) {
-      const C* ah = a + h * ld;
-      C mean, scale;
-      if (fixed_mean) {
-        mean = fixed_mean[h];
-        scale = fixed_istd[h];
-      } else {
-        // Mean and scale in double, whose rounding every row of the unit would share.
-        mean = C(double(row.sum([&](auto q) { return B::relu(q.load(ah)); })) / double(Q));
-        const C squares = row.sum([&](auto q) {
-          const auto d = B::relu(q.load(ah)) - mean;
-          return d * d;
+    const int64_t H = s.H, Q = s.Q, ld = s.ld();
+    if (!fixed_mean) {
+      // Mean and scale in double, whose rounding every row of the unit would share.
+      C* own_mean = act.mean;
+      block.row_sums(H, Q, own_mean, [&](int64_t h, auto q) { return B::relu(q.load(a + h * ld)); });
+      block.each_item(H, [=](int64_t h) { own_mean[h] = C(double(own_mean[h]) / double(Q)); });
+      block.row_sums(H, Q, istd, [&](int64_t h, auto q) {
+        const auto d = B::relu(q.load(a + h * ld)) - own_mean[h];
+        return d * d;
+      });
+      if (stats) {
+        block.each_item(H, [=](int64_t h) {
+          stats[h] = own_mean[h];
+          stats[H + h] = istd[h] / C(Q > 1 ? Q - 1 : 1);
         });
-        scale = C(1 / ::sqrt(double(squares) / double(Q) + kNormEps));
-        if (stats) {
-          row.one([&] {
-            stats[h] = mean;
-            stats[s.H + h] = squares / C(Q > 1 ? Q - 1 : 1);
-          });
-        }
       }
-      row.one([&] { istd[h] = scale; });
-      row.each([&](auto q) { q.store(n + h * ld, (B::relu(q.load(ah)) - mean) * scale); });
+      block.each_item(H, [=](int64_t h) { istd[h] = C(1 / ::sqrt(double(istd[h]) / double(Q) + kNormEps)); });
+    }
+    const C *mean = fixed_mean ? fixed_mean : act.mean, *scale = fixed_mean ? fixed_istd : istd;
+    block.rows(H, Q, [&](int64_t h, auto row) {
+      row.each([&](auto q) { q.store(n + h * ld, (B::relu(q.load(a + h * ld)) - mean[h]) * scale[h]); });
     });
   }
 
   // In place on g: through the normalisation and the ReLU; adds the sum over rows to the bias' gradient.
-  __host__ __device__ __forceinline__ void through_norm(const C* a, const C* n, const C* istd, C* g, C* gb,
-                                                        bool fixed) {
-    const int64_t Q = s.Q, ld = s.ld();
-    block.rows(s.H, Q, [&](int64_t h, auto row) {
-      const C *ah = a + h * ld, *nh = n + h * ld;
-      C* gh = g + h * ld;
-      C along_one = 0, along_n = 0;
-      if (!fixed) {
-        along_one = row.sum([&](auto q) { return q.load(gh); }) / C(Q);
-        along_n = row.sum([&](auto q) { return q.load(gh) * q.load(nh); }) / C(Q);
-      }
-      const C scale = istd[h];
-      const C sum = row.sum([&](auto q) {
-        const auto value = (q.load(gh) - along_one - q.load(nh) * along_n) * scale;
-        const auto kept = B::where_positive(q.load(ah), value);
-        q.store(gh, kept);
-        return kept;
+  __host__ __device__ __forceinline__ void through_norm(const C* a, const C* n, const C* istd,
+                                                        const C* fixed_istd, C* g, C* gb) {
+    const int64_t H = s.H, Q = s.Q, ld = s.ld();
+    C *mean = act.mean, *along = act.along, *kept = act.kept;  // per unit: mean of g, of g n; what passes
+    if (fixed_istd) {
+      block.each_item(H, [=](int64_t h) { mean[h] = along[h] = 0; });
+    } else {
+      block.row_sums(H, Q, mean, [&](int64_t h, auto q) { return q.load(g + h * ld); });
+      block.row_sums(H, Q, along, [&](int64_t h, auto q) { return q.load(g + h * ld) * q.load(n + h * ld); });
+      block.each_item(H, [=](int64_t h) {
+        mean[h] /= C(Q);
+        along[h] /= C(Q);
       });
-      row.one([&] { gb[h] += sum; });
+    }
+    const C* scale = fixed_istd ? fixed_istd : istd;
+    block.row_sums(H, Q, kept, [&](int64_t h, auto q) {
+      const auto value = (q.load(g + h * ld) - mean[h] - q.load(n + h * ld) * along[h]) * scale[h];
+      const auto passed = B::where_positive(q.load(a + h * ld), value);
+      q.store(g + h * ld, passed);
+      return passed;
     });
+    block.each_item(H, [=](int64_t h) { gb[h] += kept[h]; });
   }
 };
 

@@ -113,12 +113,12 @@ def step_size(steps: int, inner_lr: float, reduction: str, rows: int) -> float:
     raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
 
 
-def precisions(all_tensors: Sequence[Tensor]) -> tuple[torch.dtype, torch.dtype] | None:
-    """The dtypes to compute in and to return, or None where every tensor has the one dtype that is both."""
-    dtypes = {t.dtype for t in all_tensors}
+def precisions(all_tensors: Sequence[Tensor | None]) -> tuple[torch.dtype, torch.dtype] | None:
+    """The dtypes to compute in and to return, or None where every tensor (or None) has the one dtype that is both."""
+    dtypes = {t.dtype for t in all_tensors if t is not None}
     if len(dtypes) == 1 and dtypes <= _COMPUTED_IN:
         return None
     result = functools.reduce(torch.promote_types, dtypes)
-    if torch.is_autocast_enabled(all_tensors[0].device.type):
+    if torch.is_autocast_enabled(next(t.device.type for t in all_tensors if t is not None)):
         result = torch.promote_types(result, torch.float32)
     return (torch.float64 if result is torch.float64 else torch.float32), result

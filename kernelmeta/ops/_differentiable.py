@@ -32,7 +32,7 @@ class DifferentiableOp:
 
     Args:
         name: name of the op in ``torch.ops.kernelmeta``; the backward op is ``<name>_backward``.
-        schema, backward_schema: arguments and returns, without the name.
+        schema, backward_schema: arguments and returns, without the name; tensors come before other arguments.
         fake, fake_backward: shapes of the results, for tracing.
         fallback, fallback_backward: the same in plain PyTorch, for devices without a compiled kernel.
         differentiable: positions of the arguments that get gradients, in the order in which the backward op
@@ -71,6 +71,7 @@ class DifferentiableOp:
         self.differentiable = tuple(differentiable)
         self.n_outputs = n_outputs
         self.n_private = n_private
+        self.n_tensors = schema.partition("->")[0].count("Tensor")
         self.backward_args = backward_args
         self.save = save
         self.fallback = fallback
@@ -98,8 +99,11 @@ class DifferentiableOp:
             return self.fallback(*args) if functional else self.raw(*self.save(args))
         if torch._C._are_functorch_transforms_active():
             return self._functional.apply(*self.save(args))
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            return self._eager.apply(*self.save(args))
+        if torch.is_grad_enabled():
+            for tensor in args[: self.n_tensors]:
+                if tensor is not None and tensor.requires_grad:
+                    args = self.save(args)
+                    return self._eager(args[self.n_tensors :], *args[: self.n_tensors])
         with torch._C._AutoDispatchBelowAutograd():
             return self.raw(*args)
 
@@ -142,8 +146,8 @@ class DifferentiableOp:
         torch.library.register_autograd(f"kernelmeta::{self.name}_backward", refuse, lib=LIBRARY)
 
 
-def _functions(op: DifferentiableOp) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
-    """The two autograd Functions around an op: for eager code, and for torch.func."""
+def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], type[torch.autograd.Function]]:
+    """The two autograd Functions around an op: what applies the one for eager code, and the one for torch.func."""
 
     class Backward(torch.autograd.Function):
         @staticmethod
@@ -164,23 +168,28 @@ def _functions(op: DifferentiableOp) -> tuple[type[torch.autograd.Function], typ
 
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
+        def forward(ctx: Any, constants: Args, *tensors: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                results = op.raw(*args)
-            _remember(ctx, op, args, _as_tuple(results))
+                results = op.raw(*tensors, *constants)
+            residuals = _as_tuple(results)[op.n_outputs :]
+            ctx.mark_non_differentiable(*residuals)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*tensors, *residuals)
+            ctx.constants = constants
             return results[: -op.n_private] if op.n_private else results
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            args, residuals = _recall(ctx)
-            needs = ctx.needs_input_grad
-            call = op.backward_args(args, residuals, grads[: op.n_outputs], needs)
+            saved = ctx.saved_tensors
+            args = (*saved[: op.n_tensors], *ctx.constants)
+            needs = ctx.needs_input_grad[1:]
+            call = op.backward_args(args, saved[op.n_tensors :], grads[: op.n_outputs], needs)
             if torch.is_grad_enabled():  # create_graph=True
                 results = Backward.apply(*call)
             else:
                 with torch._C._AutoDispatchBelowAutograd():
                     results = op.raw_backward(*call)
-            return tuple(op.gradients(results, args, needs))
+            return (None, *op.gradients(results, args, needs)[: op.n_tensors])
 
     class Functional(torch.autograd.Function):
         @staticmethod
@@ -201,7 +210,8 @@ def _functions(op: DifferentiableOp) -> tuple[type[torch.autograd.Function], typ
         def vmap(info: Any, in_dims: Args, *args: Any) -> Any:
             return _one_by_one(Functional, info.batch_size, in_dims, args)
 
-    return Eager, Functional
+    # Function.apply looks after torch.func's transforms first; none is active where the eager one is called.
+    return super(torch.autograd.Function, Eager).apply, Functional
 
 
 def _one_by_one(function: Any, batch_size: int, in_dims: Args, args: Args) -> tuple[Any, Any]:

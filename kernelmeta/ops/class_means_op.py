@@ -12,17 +12,17 @@ from kernelmeta.backends import select
 from kernelmeta.ops import _checks
 from kernelmeta.ops._differentiable import Args, DifferentiableOp
 
-_SUPPORT, _WEIGHT = 0, 3
-_ARGUMENTS = "Tensor support, Tensor support_labels, int n_way, Tensor? weight"
+_SUPPORT, _WEIGHT = 0, 2
+_ARGUMENTS = "Tensor support, Tensor support_labels, Tensor? weight, int n_way"
 
 
-def _fake(support: Tensor, labels: Tensor, n_way: int, weight: Tensor | None) -> Tensor:
+def _fake(support: Tensor, labels: Tensor, weight: Tensor | None, n_way: int) -> Tensor:
     dtype = torch.float64 if support.dtype is torch.float64 else torch.float32
     return support.new_empty((support.shape[0], n_way, support.shape[2]), dtype=dtype)
 
 
 def _fake_backward(
-    grad: Tensor, support: Tensor, labels: Tensor, n_way: int, weight: Tensor | None, need_support: bool
+    grad: Tensor, support: Tensor, labels: Tensor, weight: Tensor | None, n_way: int, need_support: bool
 ) -> tuple[Tensor, Tensor]:
     return (
         grad.new_empty(support.shape if need_support else 0),
@@ -30,19 +30,19 @@ def _fake_backward(
     )
 
 
-def _fallback(support: Tensor, labels: Tensor, n_way: int, weight: Tensor | None) -> Tensor:
+def _fallback(support: Tensor, labels: Tensor, weight: Tensor | None, n_way: int) -> Tensor:
     dtype = torch.float64 if support.dtype is torch.float64 else torch.float32
     return reference.class_means(support.to(dtype), labels, n_way, weight)
 
 
 def _fallback_backward(
-    grad: Tensor, support: Tensor, labels: Tensor, n_way: int, weight: Tensor | None, need_support: bool
+    grad: Tensor, support: Tensor, labels: Tensor, weight: Tensor | None, n_way: int, need_support: bool
 ) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         rows = support.to(grad.dtype).detach().requires_grad_()
         scale = None if weight is None else weight.detach().requires_grad_()
         wanted = [rows] if scale is None else [rows, scale]
-        found = torch.autograd.grad(_fallback(rows, labels, n_way, scale), wanted, grad)
+        found = torch.autograd.grad(_fallback(rows, labels, scale, n_way), wanted, grad)
     none = grad.new_empty(0)
     return found[0].contiguous() if need_support else none, none.clone() if scale is None else found[1].contiguous()
 
@@ -101,7 +101,7 @@ def class_means(support: Tensor, support_labels: Tensor, n_way: int, weight: Ten
             support = support.to(precision[0])
     backend = select(support.device.type)
     if backend == "reference":
-        theta0 = _fallback(support, support_labels, n_way, weight)
+        theta0 = _fallback(support, support_labels, weight, n_way)
     else:
-        theta0 = OP.on(backend)(support, support_labels, n_way, weight)
+        theta0 = OP.on(backend)(support, support_labels, weight, n_way)
     return theta0 if precision is None else theta0.to(precision[1])

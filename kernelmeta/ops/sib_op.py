@@ -322,7 +322,7 @@ def _run(
         running_stats = None
 
     parameters: Any = (weight, scale, bias, *mlp)
-    precision = _checks.precisions((query, start, *(p for p in parameters if p is not None)))
+    precision = _checks.precisions((query, start, *parameters))
     if precision is not None:
         compute = precision[0]
         parameters = [None if p is None else p.to(compute) for p in parameters]

@@ -1,12 +1,13 @@
 """The ops as Triton kernels: ``torch.ops.kernelmeta.triton_sib`` and so on, chosen where the backend is "triton".
 
-One program owns a task: its state, MLP and activations are tiles padded to powers of two. The kernels take float32
-(features float32, bfloat16 or float16; sums in float32), norm_stats "task" and "running", up to 128 query rows,
-and activations and weights [H, H] of up to 128 x 64; what is larger, and float64, runs in plain PyTorch on the same
-device. Unlike the other backends they do not look at the labels: a class without a support row gives NaN.
+One program owns a task: its state is tiles padded to powers of two, its activations wait in a workspace in global
+memory (`tiles`). The kernels take float32 (features float32, bfloat16 or float16; sums in float32), norm_stats "task"
+and "running", up to 128 query rows, and activations and weights [H, H] of up to 128 x 64; what is larger, and float64,
+runs in plain PyTorch on the same device. Unlike the other backends they do not raise for bad labels, which would wait
+for the device: a class without a support row, or a label out of range, gives that task NaN.
 
-Compiled for sm_80 at 75 query rows and 40 units (tiles 128 x 64, no GPU at hand) the loop spills registers, 1.6 KB a
-thread forward and 10.8 KB backward; at 32 x 32 none forward and 0.9 KB backward. None of it has run on a GPU.
+None of it has run on a GPU. At 75 query rows and 40 units (tiles 128 x 64) the loop still spills registers: compiled
+for sm_80, 0.2 KB a thread forward and 1.3 KB backward (tests/triton_kernels/test_compiled.py holds the figures).
 
 Triton is imported by the first call, and no decorator asks for a driver. There is nothing to tune at run time: tiles
 and warps follow from the sizes (`mlp_kernels.tiles`), so that capture in a CUDA graph never measures anything; Triton

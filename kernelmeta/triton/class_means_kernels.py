@@ -11,13 +11,18 @@ from kernelmeta.triton.products import combine, inverse_norms, without_radial_pa
 def _coefficients(
     support: Tensor, index: Tensor | None, labels: Tensor, n_way: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """[T, N, S], NaN where a class has no row (raising would wait for the device); 1 / |row|, [T, S]."""
+    """[T, N, S]; 1 / |row|, [T, S].
+
+    NaN where a class has no row and all over a task with a label outside 0..n_way-1: raising would wait for the device.
+    """
     inverse = inverse_norms(support, index, dtype)
     member = labels.unsqueeze(1) == torch.arange(n_way, device=labels.device).unsqueeze(-1)
-    return member * inverse.unsqueeze(1) / member.sum(-1, keepdim=True), inverse
+    count = member.sum(-1, keepdim=True).to(dtype)
+    count = count.masked_fill(~member.any(1).all(-1).view(-1, 1, 1), float("nan"))
+    return member * inverse.unsqueeze(1) / count, inverse
 
 
-def forward(support: Tensor, labels: Tensor, n_way: int, weight: Tensor | None, index: Tensor | None = None) -> Tensor:
+def forward(support: Tensor, labels: Tensor, weight: Tensor | None, n_way: int, index: Tensor | None = None) -> Tensor:
     """theta0 [T, N, D]. ``index`` [T, S]: the support is a bank [n, D]."""
     dtype = torch.float64 if support.dtype is torch.float64 else torch.float32
     support = support.contiguous()
@@ -30,8 +35,8 @@ def backward(
     grad: Tensor,
     support: Tensor,
     labels: Tensor,
-    n_way: int,
     weight: Tensor | None,
+    n_way: int,
     need_support: bool,
     index: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -13,34 +13,21 @@ import triton
 import triton.language as tl
 
 from kernelmeta.triton.mlp_kernels import mlp_backward, mlp_forward
-
-_COLUMNS = tl.constexpr(16)
+from kernelmeta.triton.tiles import product, store_matrix
 
 
 @triton.jit
-def _times_gram(
-    gram, inverse, value, scratch, q, n, Q, ld,
-    QP: tl.constexpr, NP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``value`` goes through ``scratch`` [QP, NP] in memory, so that the product takes a few of the Q columns a turn:
-    the whole Gram matrix does not fit beside the MLP in the shared memory of every card.
-    """
+def _times_gram(gram, inverse, value, work, q, n, Q, N, ld, NP: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """A ``value``, by way of a tile [Q, NP] at ``work``."""
     tl.debug_barrier()  # nobody still reads what the last call left
-    tl.store(scratch + q[:, None] * NP + n[None, :], value * inverse[:, None])
+    store_matrix(work, NP, q, n, Q, N, value * inverse[:, None])
     tl.debug_barrier()
-    sums = tl.zeros([QP, NP], C)
-    for start in range(0, Q, _COLUMNS):
-        k = start + tl.arange(0, _COLUMNS)
-        inside = (q < Q)[:, None] & (k < Q)[None, :]
-        raw = tl.load(gram + q[:, None] * ld + k[None, :], mask=inside, other=0.0)
-        part = tl.load(scratch + k[:, None] * NP + n[None, :], mask=(k < Q)[:, None], other=0.0)
-        sums += tl.dot(raw, part, input_precision=PRECISION, out_dtype=C)
-    return sums * inverse[:, None]
+    return product(gram, ld, 1, work, NP, 1, q, n, Q, N, Q, C, PRECISION) * inverse[:, None]
 
 
 @triton.jit
 def loop_forward_kernel(
-    trace, gram, scratch, p, fixed, logits, stats, Q, N, H, K, lr,
+    trace, gram, work, p, fixed, logits, stats, Q, N, H, K, lr, work_size,
     size, ld, gram_stride, inverse_at, r2_at, u_at, ag_at, a_at, p_at,
     QP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr, STATS: tl.constexpr,
     WEIGHTS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
@@ -49,7 +36,8 @@ def loop_forward_kernel(
     t = tl.program_id(0).to(tl.int64)
     trace += t * size
     gram += t * gram_stride
-    scratch += t * QP * NP
+    work += t * work_size
+    product_work = work + 5 * QP * HP + 2 * QP * NP
     q, n, h = tl.arange(0, QP), tl.arange(0, NP), tl.arange(0, HP)
     inside = (q < Q)[:, None] & (n < N)[None, :]
     tile = n[None, :] * ld + q[:, None]
@@ -69,8 +57,8 @@ def loop_forward_kernel(
         tl.store(trace + p_at + tile, combination, mask=inside)
     for k in range(0, K):
         z = tl.where(inside, scale * (u + bias), 0.0)
-        g, _, _, _, _, _, _, mean1, variance1, mean2, variance2 = mlp_forward(
-            z, p + 2, fixed, q, n, h, Q, N, H, FIXED, C, PRECISION
+        g, mean1, variance1, mean2, variance2 = mlp_forward(
+            z, p + 2, fixed, work, q, n, h, Q, N, H, QP, HP, FIXED, C, PRECISION
         )
         if STATS:
             rows = tl.maximum(Q - 1, 1)
@@ -79,7 +67,7 @@ def loop_forward_kernel(
             tl.store(to + H, variance1 * Q / rows, mask=h < H)
             tl.store(to + 2 * H, mean2, mask=h < H)
             tl.store(to + 3 * H, variance2 * Q / rows, mask=h < H)
-        ag = _times_gram(gram, inverse, g, scratch, q, n, Q, ld, QP, NP, C, PRECISION)
+        ag = _times_gram(gram, inverse, g, product_work, q, n, Q, N, ld, NP, C, PRECISION)
         dot = tl.sum(u * g, 0)
         quad = tl.sum(g * ag, 0)
         c = e * dot / r2
@@ -100,8 +88,8 @@ def loop_forward_kernel(
 
 @triton.jit
 def loop_backward_kernel(
-    trace, gram, scratch, p, fixed, grad_logits, gp_last, ga_last, partial, gc_out, gn0_out, gs, gag_out,
-    Q, N, H, K, P, lr, size, ld, gram_stride, inverse_at, r2_at, u_at, ag_at, a_at, p_at,
+    trace, gram, work, p, fixed, grad_logits, gp_last, ga_last, partial, gc_out, gn0_out, gs, gag_out,
+    Q, N, H, K, P, lr, work_size, size, ld, gram_stride, inverse_at, r2_at, u_at, ag_at, a_at, p_at,
     QP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr,
     WEIGHTS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -112,7 +100,8 @@ def loop_backward_kernel(
     t = tl.program_id(0).to(tl.int64)
     trace += t * size
     gram += t * gram_stride
-    scratch += t * QP * NP
+    work += t * work_size
+    product_work = work + 5 * QP * HP + 2 * QP * NP
     partial += t * P
     q, n, h = tl.arange(0, QP), tl.arange(0, NP), tl.arange(0, HP)
     inside = (q < Q)[:, None] & (n < N)[None, :]
@@ -140,8 +129,8 @@ def loop_backward_kernel(
         u = tl.load(trace + u_at + k * N * ld + tile, mask=inside, other=0.0)
         ag = tl.load(trace + ag_at + k * N * ld + tile, mask=inside, other=0.0)
         z = tl.where(inside, scale * (u + bias), 0.0)
-        g, a1, n1, istd1, a2, n2, istd2, _, _, _, _ = mlp_forward(
-            z, p + 2, fixed, q, n, h, Q, N, H, FIXED, C, PRECISION
+        g, mean1, variance1, mean2, variance2 = mlp_forward(
+            z, p + 2, fixed, work, q, n, h, Q, N, H, QP, HP, FIXED, C, PRECISION
         )
         dot = tl.sum(u * g, 0)
         quad = tl.sum(g * ag, 0)
@@ -173,15 +162,16 @@ def loop_backward_kernel(
         ge += gc * dot / r2 + 2 * ggrown * e * growth
         gag = gquad[None, :] * g - beta[None, :] * gu
         gg += gdot[None, :] * u + gquad[None, :] * ag
-        gg += _times_gram(gram, inverse, gag, scratch, q, n, Q, ld, QP, NP, C, PRECISION)
+        gg += _times_gram(gram, inverse, gag, product_work, q, n, Q, N, ld, NP, C, PRECISION)
         gu = gdot[None, :] * g + alpha[None, :] * gu
         gscale += lr * ge
         if ROWS:
             tl.store(gs + (t * K + k) * N * Q + dense, g, mask=inside)
             tl.store(gag_out + (t * K + k) * N * Q + dense, gag, mask=inside)
         gz = mlp_backward(
-            z, gg, p + 2, partial + 2, a1, n1, istd1, a2, n2, istd2, q, n, h, Q, N, H, FIXED, C, PRECISION
-        )
+            z, gg, p + 2, partial + 2, work, mean1, variance1, mean2, variance2, q, n, h, Q, N, H,
+            QP, NP, HP, FIXED, C, PRECISION,
+        )  # fmt: skip
         gz = tl.where(inside, gz, 0.0)
         per_class = tl.sum(gz, 0)
         gscale += tl.sum(gz * u, 0) + bias * per_class

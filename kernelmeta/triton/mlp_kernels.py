@@ -1,7 +1,8 @@
 """The synthetic-gradient MLP on the rows of one task, and its adjoint; one task a program.
 
-The ten parameters lie packed in one array, in the order of ``MLPParameters``. Activations are tiles
-[QP, HP], rows and units padded to powers of two: padded rows are kept at zero.
+The ten parameters lie packed in one array, in the order of ``MLPParameters``. An activation is one tile [QP, HP], rows
+and units padded to powers of two. Of each task's workspace the first five such tiles are both layers' results and
+what their ReLU kept, and a gradient; behind them lie three tiles [QP, NP].
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -16,151 +17,143 @@ import triton.language as tl
 from torch import Tensor
 
 from kernelmeta.triton.launch import cover, interpreted, launch, precision
+from kernelmeta.triton.tiles import add_matrix, add_vector, load_matrix, load_vector, product, store_matrix
 
 _LARGEST_TILE = 128 * 64  # elements of an activation, and of weight2: what the registers of one program hold
 
 
 @triton.jit
-def _load_matrix(at, rows, columns, R, S, C: tl.constexpr):
-    """The [R, S] row-major matrix at ``at`` as [rows, columns], zeros around it (either may run along dim 0)."""
-    inside = (rows < R) & (columns < S)
-    return tl.load(at + rows * S + columns, mask=inside, other=0.0).to(C)
-
-
-@triton.jit
-def _normalise(a, valid, Q, fixed, h, H, FIXED: tl.constexpr, C: tl.constexpr):
-    """ReLU (NaN stays NaN), then (x - mean) / std per unit, of these rows or as given: [2, H] at ``fixed``."""
-    kept = tl.where(valid & ~(a <= 0), a, 0.0)
+def _statistics(kept, valid, Q, fixed, h, H, FIXED: tl.constexpr, C: tl.constexpr):
+    """Mean and variance of every unit: of these rows, or as given, [2, H] at ``fixed``."""
     if FIXED:
-        mean = tl.load(fixed + h, mask=h < H, other=0.0).to(C)
-        variance = tl.load(fixed + H + h, mask=h < H, other=1.0).to(C)
+        mean = load_vector(fixed, h, H, C)
+        variance = load_vector(fixed + H, h, H, C)
     else:
         mean = tl.sum(kept, 0) / Q
         centred = tl.where(valid, kept - mean[None, :], 0.0)
         variance = tl.sum(centred * centred, 0) / Q
-    istd = 1.0 / tl.sqrt(variance + 1e-5)
-    n = tl.where(valid, (kept - mean[None, :]) * istd[None, :], 0.0)
-    return n, istd, mean, variance
+    return mean, variance
 
 
 @triton.jit
-def mlp_forward(z, p, fixed, q, n, h, Q, N, H, FIXED: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    """z [QP, NP] -> g [QP, NP], then what `mlp_backward` and the statistics need."""
+def _layer(a, at, kept_at, gain_at, fixed, q, h, Q, H, HP: tl.constexpr, FIXED: tl.constexpr, C: tl.constexpr):
+    """ReLU (NaN stays NaN), BatchNorm. The result goes to ``at``, what ReLU kept to ``kept_at``, both [Q, HP]."""
     valid = (q < Q)[:, None]
-    inside = h < H
+    kept = tl.where(valid & ~(a <= 0), a, 0.0)
+    mean, variance = _statistics(kept, valid, Q, fixed, h, H, FIXED, C)
+    n = (kept - mean[None, :]) / tl.sqrt(variance + 1e-5)[None, :]
+    gain, shift = load_vector(gain_at, h, H, C), load_vector(gain_at + H, h, H, C)
+    tl.debug_barrier()  # nobody still reads what was there
+    store_matrix(at, HP, q, h, Q, H, n * gain[None, :] + shift[None, :])
+    store_matrix(kept_at, HP, q, h, Q, H, kept)
+    tl.debug_barrier()
+    return mean, variance
+
+
+@triton.jit
+def mlp_forward(
+    z, p, fixed, work, q, n, h, Q, N, H,
+    QP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """z [QP, NP] -> g [QP, NP] and each layer's mean and variance; leaves in ``work`` what `mlp_backward` needs."""
     second = p + H * N + 3 * H
     third = second + H * H + 3 * H
-    k = h
-    w1 = _load_matrix(p, h[None, :], n[:, None], H, N, C)
-    b1 = tl.load(p + H * N + h, mask=inside, other=0.0)
-    a1 = tl.dot(z, w1, input_precision=PRECISION, out_dtype=C) + b1[None, :]
-    n1, istd1, mean1, variance1 = _normalise(a1, valid, Q, fixed, h, H, FIXED, C)
-    gain1 = tl.load(p + H * N + H + h, mask=inside, other=0.0)
-    shift1 = tl.load(p + H * N + 2 * H + h, mask=inside, other=0.0)
-    x1 = tl.where(valid, n1 * gain1[None, :] + shift1[None, :], 0.0)
-    w2 = _load_matrix(second, h[None, :], k[:, None], H, H, C)
-    b2 = tl.load(second + H * H + h, mask=inside, other=0.0)
-    a2 = tl.dot(x1, w2, input_precision=PRECISION, out_dtype=C) + b2[None, :]
-    n2, istd2, mean2, variance2 = _normalise(a2, valid, Q, fixed + 2 * H, h, H, FIXED, C)
-    gain2 = tl.load(second + H * H + H + h, mask=inside, other=0.0)
-    shift2 = tl.load(second + H * H + 2 * H + h, mask=inside, other=0.0)
-    x2 = tl.where(valid, n2 * gain2[None, :] + shift2[None, :], 0.0)
-    w3 = _load_matrix(third, n[None, :], h[:, None], N, H, C)
-    b3 = tl.load(third + N * H + n, mask=n < N, other=0.0)
-    g = tl.dot(x2, w3, input_precision=PRECISION, out_dtype=C) + b3[None, :]
-    g = tl.where(valid, g, 0.0)
-    return g, a1, n1, istd1, a2, n2, istd2, mean1, variance1, mean2, variance2
+    x1, kept1, x2, kept2 = work, work + QP * HP, work + 2 * QP * HP, work + 3 * QP * HP
+    w1 = tl.load(p + h[None, :] * N + n[:, None], mask=(h < H)[None, :] & (n < N)[:, None], other=0.0).to(C)
+    a = tl.dot(z, w1, input_precision=PRECISION, out_dtype=C) + load_vector(p + H * N, h, H, C)[None, :]
+    mean1, variance1 = _layer(a, x1, kept1, p + H * N + H, fixed, q, h, Q, H, HP, FIXED, C)
+    a = product(x1, HP, 1, second, 1, H, q, h, Q, H, H, C, PRECISION) + load_vector(second + H * H, h, H, C)[None, :]
+    mean2, variance2 = _layer(a, x2, kept2, second + H * H + H, fixed + 2 * H, q, h, Q, H, HP, FIXED, C)
+    g = product(x2, HP, 1, third, 1, H, q, n, Q, N, H, C, PRECISION) + load_vector(third + N * H, n, N, C)[None, :]
+    return tl.where((q < Q)[:, None], g, 0.0), mean1, variance1, mean2, variance2
 
 
 @triton.jit
-def _through_norm(g, a, n, istd, valid, Q, FIXED: tl.constexpr):
+def _layer_backward(
+    g, at, kept_at, gain_at, ggain_at, mean, variance, q, h, Q, H,
+    HP: tl.constexpr, FIXED: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a layer's result -> that of the linear layer before it, also at ``at`` [Q, HP]."""
+    istd = 1.0 / tl.sqrt(variance + 1e-5)
+    kept = load_matrix(kept_at, HP, q, h, Q, H, C)
+    n = tl.where((q < Q)[:, None], (kept - mean[None, :]) * istd[None, :], 0.0)
+    add_vector(ggain_at, h, H, tl.sum(g * n, 0))
+    add_vector(ggain_at + H, h, H, tl.sum(g, 0))
+    g = g * load_vector(gain_at, h, H, C)[None, :]
     if not FIXED:
         g = g - (tl.sum(g, 0) / Q)[None, :] - n * (tl.sum(g * n, 0) / Q)[None, :]
-    return tl.where(valid & (a > 0), g * istd[None, :], 0.0)
+    g = tl.where((kept > 0) & (q < Q)[:, None], g * istd[None, :], 0.0)
+    tl.debug_barrier()
+    store_matrix(at, HP, q, h, Q, H, g)
+    tl.debug_barrier()
+    return g
 
 
 @triton.jit
 def mlp_backward(
-    z, gg, p, gp, a1, n1, istd1, a2, n2, istd2, q, n, h, Q, N, H,
-    FIXED: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    z, gg, p, gp, work, mean1, variance1, mean2, variance2, q, n, h, Q, N, H,
+    QP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr, C: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """gg [QP, NP] -> gz [QP, NP]; adds to this task's own gradients of the parameters, packed alike, at ``gp``."""
-    valid = (q < Q)[:, None]
-    inside = h < H
     second, gsecond = p + H * N + 3 * H, gp + H * N + 3 * H
     third, gthird = second + H * H + 3 * H, gsecond + H * H + 3 * H
+    x1, kept1, x2, kept2 = work, work + QP * HP, work + 2 * QP * HP, work + 3 * QP * HP
+    gh = work + 4 * QP * HP
+    rows, grads = work + 5 * QP * HP, work + 5 * QP * HP + QP * NP
+    store_matrix(rows, NP, q, n, Q, N, z)
+    store_matrix(grads, NP, q, n, Q, N, gg)
+    tl.debug_barrier()
     k = h
 
-    gain2 = tl.load(second + H * H + H + h, mask=inside, other=0.0)
-    shift2 = tl.load(second + H * H + 2 * H + h, mask=inside, other=0.0)
-    x2 = tl.where(valid, n2 * gain2[None, :] + shift2[None, :], 0.0)
-    w3 = _load_matrix(third, n[:, None], h[None, :], N, H, C)
-    _add_matrix(gthird, n, h, N, H, tl.dot(tl.trans(gg), x2, input_precision=PRECISION, out_dtype=C))
-    _add_vector(gthird + N * H, n, N, tl.sum(gg, 0))
+    add_matrix(gthird, H, n, h, N, H, product(grads, 1, NP, x2, HP, 1, n, h, N, H, Q, C, PRECISION))
+    add_vector(gthird + N * H, n, N, tl.sum(gg, 0))
+    w3 = load_matrix(third, H, n, h, N, H, C)
     g = tl.dot(gg, w3, input_precision=PRECISION, out_dtype=C)
-    _add_vector(gsecond + H * H + H, h, H, tl.sum(g * n2, 0))
-    _add_vector(gsecond + H * H + 2 * H, h, H, tl.sum(g, 0))
-    g = _through_norm(g * gain2[None, :], a2, n2, istd2, valid, Q, FIXED)
-
-    gain1 = tl.load(p + H * N + H + h, mask=inside, other=0.0)
-    shift1 = tl.load(p + H * N + 2 * H + h, mask=inside, other=0.0)
-    x1 = tl.where(valid, n1 * gain1[None, :] + shift1[None, :], 0.0)
-    w2 = _load_matrix(second, h[:, None], k[None, :], H, H, C)
-    _add_matrix(gsecond, h, k, H, H, tl.dot(tl.trans(g), x1, input_precision=PRECISION, out_dtype=C))
-    _add_vector(gsecond + H * H, h, H, tl.sum(g, 0))
-    g = tl.dot(g, w2, input_precision=PRECISION, out_dtype=C)
-    _add_vector(gp + H * N + H, h, H, tl.sum(g * n1, 0))
-    _add_vector(gp + H * N + 2 * H, h, H, tl.sum(g, 0))
-    g = _through_norm(g * gain1[None, :], a1, n1, istd1, valid, Q, FIXED)
-
-    w1 = _load_matrix(p, h[:, None], n[None, :], H, N, C)
-    _add_matrix(gp, h, n, H, N, tl.dot(tl.trans(g), z, input_precision=PRECISION, out_dtype=C))
-    _add_vector(gp + H * N, h, H, tl.sum(g, 0))
-    return tl.dot(g, w1, input_precision=PRECISION, out_dtype=C)
-
-
-@triton.jit
-def _add_matrix(at, rows, columns, R, S, value):
-    inside = (rows < R)[:, None] & (columns < S)[None, :]
-    at = at + rows[:, None] * S + columns[None, :]
-    tl.store(at, tl.load(at, mask=inside, other=0.0) + value, mask=inside)
-
-
-@triton.jit
-def _add_vector(at, i, R, value):
-    tl.store(at + i, tl.load(at + i, mask=i < R, other=0.0) + value, mask=i < R)
+    g = _layer_backward(
+        g, gh, kept2, second + H * H + H, gsecond + H * H + H, mean2, variance2, q, h, Q, H, HP, FIXED, C
+    )
+    add_vector(gsecond + H * H, h, H, tl.sum(g, 0))
+    add_matrix(gsecond, H, h, k, H, H, product(gh, 1, HP, x1, HP, 1, h, k, H, H, Q, C, PRECISION))
+    g = product(gh, HP, 1, second, H, 1, q, h, Q, H, H, C, PRECISION)
+    g = _layer_backward(g, gh, kept1, p + H * N + H, gp + H * N + H, mean1, variance1, q, h, Q, H, HP, FIXED, C)
+    add_vector(gp + H * N, h, H, tl.sum(g, 0))
+    add_matrix(gp, N, h, n, H, N, product(gh, 1, HP, rows, NP, 1, h, n, H, N, Q, C, PRECISION))
+    return product(gh, HP, 1, p, N, 1, q, n, Q, N, H, C, PRECISION)
 
 
 @triton.jit
 def mlp_forward_kernel(
-    logits, p, fixed, out, Q, N, H,
-    QP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr,
-    C: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * Q * N
-    q, n, h = tl.arange(0, QP), tl.arange(0, NP), tl.arange(0, HP)
-    at, inside = start + q[:, None] * N + n[None, :], (q < Q)[:, None] & (n < N)[None, :]
-    z = tl.load(logits + at, mask=inside, other=0.0)
-    result = mlp_forward(z, p, fixed, q, n, h, Q, N, H, FIXED, C, PRECISION)
-    tl.store(out + at, result[0], mask=inside)
-
-
-@triton.jit
-def mlp_backward_kernel(
-    logits, grad, p, fixed, gz_out, gp, Q, N, H, P,
+    logits, p, fixed, work, out, Q, N, H, size,
     QP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr,
     C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     q, n, h = tl.arange(0, QP), tl.arange(0, NP), tl.arange(0, HP)
-    at, inside = t * Q * N + q[:, None] * N + n[None, :], (q < Q)[:, None] & (n < N)[None, :]
-    z = tl.load(logits + at, mask=inside, other=0.0)
-    gg = tl.load(grad + at, mask=inside, other=0.0)
-    _, a1, n1, istd1, a2, n2, istd2, _, _, _, _ = mlp_forward(z, p, fixed, q, n, h, Q, N, H, FIXED, C, PRECISION)
+    z = load_matrix(logits + t * Q * N, N, q, n, Q, N, C)
+    g, _, _, _, _ = mlp_forward(z, p, fixed, work + t * size, q, n, h, Q, N, H, QP, HP, FIXED, C, PRECISION)
+    store_matrix(out + t * Q * N, N, q, n, Q, N, g)
+
+
+@triton.jit
+def mlp_backward_kernel(
+    logits, grad, p, fixed, work, gz_out, gp, Q, N, H, P, size,
+    QP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)
+    work += t * size
+    q, n, h = tl.arange(0, QP), tl.arange(0, NP), tl.arange(0, HP)
+    z = load_matrix(logits + t * Q * N, N, q, n, Q, N, C)
+    gg = load_matrix(grad + t * Q * N, N, q, n, Q, N, C)
+    _, mean1, variance1, mean2, variance2 = mlp_forward(
+        z, p, fixed, work, q, n, h, Q, N, H, QP, HP, FIXED, C, PRECISION
+    )
     gz = mlp_backward(
-        z, gg, p, gp + t * P, a1, n1, istd1, a2, n2, istd2, q, n, h, Q, N, H, FIXED, C, PRECISION
+        z, gg, p, gp + t * P, work, mean1, variance1, mean2, variance2, q, n, h, Q, N, H, QP, NP, HP, FIXED, C,
+        PRECISION,
     )  # fmt: skip
-    tl.store(gz_out + at, gz, mask=inside)
+    store_matrix(gz_out + t * Q * N, N, q, n, Q, N, gz)
 
 
 def tiles(Q: int, N: int, H: int) -> dict[str, int]:
@@ -175,6 +168,12 @@ def fits(Q: int, N: int, H: int, dtype: torch.dtype) -> bool:
     largest = max(t["QP"] * t["HP"], t["HP"] * t["HP"], t["QP"] * t["NP"], t["HP"] * t["NP"])
     known = dtype is torch.float32 or (dtype is torch.float64 and interpreted())
     return known and largest <= _LARGEST_TILE and t["QP"] <= 128
+
+
+def workspace(like: Tensor, T: int, tiles: dict[str, int]) -> Tensor:
+    """[T, size]: what the programs keep in memory while they run."""
+    QP, NP, HP = tiles["QP"], tiles["NP"], tiles["HP"]
+    return like.new_empty(T, 5 * QP * HP + 3 * QP * NP)
 
 
 def pack(parameters: Any) -> Tensor:
@@ -198,9 +197,11 @@ def forward(logits: Tensor, mlp: Any, running_stats: Tensor | None) -> Tensor:
     if T:
         packed = pack(mlp)
         fixed = packed if running_stats is None else running_stats.contiguous()
+        size = tiles(Q, N, H)
+        work = workspace(out, T, size)
         launch(
-            mlp_forward_kernel, T, logits, packed, fixed, out, Q, N, H, FIXED=running_stats is not None,
-            **tiles(Q, N, H), **precision(out),
+            mlp_forward_kernel, T, logits, packed, fixed, work, out, Q, N, H, work.stride(0),
+            FIXED=running_stats is not None, **size, **precision(out),
         )  # fmt: skip
     return out
 
@@ -214,8 +215,10 @@ def backward(grad: Tensor, logits: Tensor, mlp: Any, running_stats: Tensor | Non
     partial = packed.new_zeros(T, packed.numel())
     if T:
         fixed = packed if running_stats is None else running_stats.contiguous()
+        size = tiles(Q, N, H)
+        work = workspace(gz, T, size)
         launch(
-            mlp_backward_kernel, T, logits, grad, packed, fixed, gz, partial, Q, N, H, packed.numel(),
-            FIXED=running_stats is not None, **tiles(Q, N, H), **precision(gz),
+            mlp_backward_kernel, T, logits, grad, packed, fixed, work, gz, partial, Q, N, H, packed.numel(),
+            work.stride(0), FIXED=running_stats is not None, **size, **precision(gz),
         )  # fmt: skip
     return gz, *unpack(partial, mlp)

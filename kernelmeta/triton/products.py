@@ -104,7 +104,7 @@ def dots(x: Tensor, y: Tensor, out: Tensor, x_index: Tensor | None = None, y_ind
     launch(
         rows_dots_kernel, grid, x, x_index, y, y_index, out, I, J, D, *_strides(x), *_strides(y), *out.stride(),
         BI=BI, BJ=BJ, BD=BD, X_INDEXED=x_index is not None, Y_INDEXED=y_index is not None,
-        **precision(out),
+        num_warps=8, **precision(out),
     )  # fmt: skip
 
 
@@ -118,7 +118,7 @@ def combine(coefficients: Tensor, rows: Tensor, index: Tensor | None = None) -> 
         grid = T * triton.cdiv(I, BI) * triton.cdiv(D, BD)
         launch(
             rows_combine_kernel, grid, coefficients, rows, index, out, I, J, D, *coefficients.stride(),
-            BI=BI, BJ=BJ, BD=BD, INDEXED=index is not None, **precision(out),
+            BI=BI, BJ=BJ, BD=BD, INDEXED=index is not None, num_warps=8, **precision(out),
         )  # fmt: skip
     return out
 

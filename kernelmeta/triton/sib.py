@@ -71,10 +71,6 @@ def _has_gram(N: int, Q: int, K: int) -> bool:
     return K > 0 and 8 * K * N >= Q
 
 
-def _scratch(scale: Tensor, T: int, tiles: dict[str, int]) -> Tensor:
-    return scale.new_empty(T, tiles["QP"], tiles["NP"])
-
-
 def forward(*args: Any) -> tuple[Tensor, ...]:
     """The raw op ``sib``. What one program cannot hold (`mlp_kernels.fits`) runs in plain PyTorch, without trace."""
     query, query_index, start, start_index, labels, weight, scale, bias, *mlp = args[:18]
@@ -91,7 +87,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     if labels is None:
         trace.theta0.copy_(start if start_index is None else start[start_index])
     else:
-        trace.theta0.copy_(class_means_kernels.forward(start, labels, N, weight, start_index))
+        trace.theta0.copy_(class_means_kernels.forward(start, labels, weight, N, start_index))
     dots(trace.theta0, query, trace.u[:, 0, :, :Q], None, query_index)
     squared_norms(trace.theta0.contiguous(), None, trace.r2[:, 0])
     if K:
@@ -102,12 +98,13 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     logits = scale.new_empty(T, Q, N)
     stats = scale.new_empty((T, K, 2, 2, H) if return_stats else 0)
     tiles = mlp_kernels.tiles(Q, N, H)
+    work = mlp_kernels.workspace(scale, T, tiles)
     launch(
         loop_forward_kernel, T, trace_data, trace_data if trace.gram is None else trace.gram,
-        _scratch(scale, T, tiles), mlp_kernels.pack((scale, bias, *mlp)),
+        work, mlp_kernels.pack((scale, bias, *mlp)),
         trace_data if running_stats is None else running_stats.contiguous(),
-        logits, stats, Q, N, H, K, lr, *trace.arguments(), FIXED=running_stats is not None, STATS=return_stats,
-        WEIGHTS=return_weights, **tiles, **precision(logits),
+        logits, stats, Q, N, H, K, lr, work.stride(0), *trace.arguments(),
+        FIXED=running_stats is not None, STATS=return_stats, WEIGHTS=return_weights, **tiles, **precision(logits),
     )  # fmt: skip
     weights = scale.new_empty(0)
     if return_weights:
@@ -147,11 +144,12 @@ def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tenso
     gc, gn0 = new_empty(T, N, Q), new_empty(T, N)
     gs, gag = (new_empty((T, K * N, Q) if need_query else 0) for _ in range(2))
     tiles = mlp_kernels.tiles(Q, N, H)
+    work = mlp_kernels.workspace(scale, T, tiles)
     launch(
-        loop_backward_kernel, T, trace_data, trace_data if trace.gram is None else trace.gram,
-        _scratch(scale, T, tiles), packed,
+        loop_backward_kernel, T, trace_data, trace_data if trace.gram is None else trace.gram, work, packed,
         trace_data if running_stats is None else running_stats.contiguous(), grad_logits.contiguous(), gp, ga,
-        partial, gc, gn0, gs, gag, Q, N, H, K, packed.numel(), lr, *trace.arguments(),
+        partial, gc, gn0, gs, gag, Q, N, H, K, packed.numel(), lr, work.stride(0),
+        *trace.arguments(),
         FIXED=running_stats is not None, WEIGHTS=grad_weights is not None, ROWS=need_query,
         **tiles, **precision(packed),
     )  # fmt: skip
@@ -161,7 +159,7 @@ def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tenso
         gtheta0.addcmul_(grad_weights, trace.a[:, K].unsqueeze(-1))
     gstart, gweight = new_empty(0), new_empty(0 if weight is None else D)
     if labels is not None:
-        gstart, gw = class_means_kernels.backward(gtheta0, start, labels, N, weight, need_start, start_index)
+        gstart, gw = class_means_kernels.backward(gtheta0, start, labels, weight, N, need_start, start_index)
         gweight = gw if weight is not None else gweight
     elif need_start:
         gstart = gtheta0

@@ -67,7 +67,7 @@ def cases() -> dict[str, Case]:
         "synthetic_gradient_mlp": Case(
             mlp, (logits, *parameters), raw.synthetic_gradient_mlp.default, (logits, *parameters, None)
         ),
-        "class_means": Case(class_means, (support, weight), raw.class_means.default, (support, LABELS, 3, weight)),
+        "class_means": Case(class_means, (support, weight), raw.class_means.default, (support, LABELS, weight, 3)),
     }
 
 

@@ -96,6 +96,15 @@ def test_class_means(sizes: dict[str, int], weighted: bool) -> None:
 
 
 @interpreted
+def test_bad_labels_give_nan() -> None:
+    e = draw(T=3, N=2, S=4)
+    labels = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0], [0, 1, 2, 1]])
+    with km.use_backend("triton"):
+        means = km.ops.class_means(e.support, labels, 2)
+    assert means[0].isfinite().all() and means[1, 1].isnan().all() and means[2].isnan().all()
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_features_in_other_precisions(dtype: torch.dtype) -> None:
     episode = draw().fresh(torch.float32)
