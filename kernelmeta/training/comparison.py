@@ -169,6 +169,7 @@ class Comparison:
                 self._soft_kmeans(candidate)
             else:
                 config = self._train_config(learner, shot, balance, candidate, self.config.episodes)
+                config.make_sampler(self.bank, "train")
                 with torch.device("meta"):
                     LEARNERS[learner].build(config, Rows(self.bank.n_features, self.bank.image_shape))
         except (TypeError, ValueError) as error:
@@ -184,6 +185,9 @@ class Comparison:
             "query_balance": balance, "learner": learner, "seed": c.seed, "validate_every": 0,
             "episodes": episodes, **{name: value for name, value in candidate.items() if name != "untrained"},
         }  # fmt: skip
+        fixed = sorted({"data", "weights", "backbone", "way", "learner", "episodes"} & set(candidate))
+        if fixed:
+            raise ValueError(f"{fixed[0]}: the same for all")
         unknown = sorted(set(settings) - set(TrainConfig.__dataclass_fields__))
         if unknown:
             raise ValueError(f"{unknown[0]}: no such setting")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.episodes import parse_balance
 from kernelmeta.training.learners import LEARNERS, SETTINGS, Rows, with_defaults
 
@@ -104,6 +105,18 @@ class TrainConfig:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return LEARNERS[self.learner].build(self, Rows(n_features, image_shape))
+
+    def make_sampler(self, bank: FeatureBank, split: str) -> EpisodeSampler:
+        """The episodes of a split. Raises ValueError if the bank has not enough for them."""
+        return EpisodeSampler(
+            bank,
+            split,
+            way=self.way,
+            shot=self.shot,
+            query=self.query,
+            balance=self.query_balance,
+            seed=self.seed,
+        )
 
     def make_optimizer(self, parameters: Iterable[Tensor]) -> Optimizer:
         """Any optimizer of torch.optim; SGD is Nesterov's. Fused where there is such a kernel."""

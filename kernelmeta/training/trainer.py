@@ -93,8 +93,7 @@ class Trainer:
         return self.step * self.config.tasks_per_step
 
     def make_sampler(self, bank: FeatureBank, split: str) -> EpisodeSampler:
-        c = self.config
-        return EpisodeSampler(bank, split, way=c.way, shot=c.shot, query=c.query, balance=c.query_balance, seed=c.seed)
+        return self.config.make_sampler(bank, split)
 
     def checkpoint(self) -> Checkpoint:
         """All that the run needs to go on."""

@@ -195,6 +195,8 @@ def test_what_cannot_be_compared_is_refused_by_name(bank, tmp_path, change, mess
     ("candidates", "message"),
     [
         ({"sib": []}, "candidates: none for the learner 'sib'"),
+        ({"sib": [{"way": 4}]}, "candidates: sib way 4: way: the same for all"),
+        ({"sib": [{"shot": 17}]}, "candidates: sib shot 17: class 'class 0' of the train split has 20 samples; 21 are"),
         ({"sib": [{"step": 3}]}, "candidates: sib step 3: step: no such setting"),
         ({"sib": [{"channels": 3}]}, "candidates: sib channels 3: channels: the learner 'sib' takes no such setting"),
         ({"sib": [{"norm_stats": "x"}]}, "candidates: sib norm_stats x: norm_stats: expected one of"),
