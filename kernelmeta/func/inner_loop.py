@@ -87,7 +87,8 @@ def maml(
         raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
     wanted = None if adapt is None else tuple(adapt)
     _check_layers(network)
-    _check_rates(inner_lr, steps, _adapted(network, wanted))
+    names = _adapted(network, wanted)
+    _check_rates(inner_lr, steps, {name: p for name, p in network.named_parameters() if name in names})
 
     def adapted_outputs(support: Tensor, support_labels: Tensor, query: Tensor, return_parameters: bool = False) -> Any:
         _check_rows(support, support_labels, query)
@@ -171,23 +172,29 @@ def _check_eval(network: nn.Module) -> None:
             )
 
 
-def _check_rates(inner_lr: Any, steps: int, names: set[str]) -> None:
+def _check_rates(inner_lr: Any, steps: int, adapted: Mapping[str, Tensor]) -> None:
     per_step = isinstance(inner_lr, Tensor) and inner_lr.dim() == 1
     if per_step or (isinstance(inner_lr, Sequence) and not isinstance(inner_lr, str)):
         if len(inner_lr) != steps:
             raise ValueError(f"inner_lr: expected one rate for each of {steps} steps, got {len(inner_lr)}")
         if not per_step:
             for rate in inner_lr:
-                _check_rate(rate, names)
+                _check_rate(rate, adapted)
         return
-    _check_rate(inner_lr, names)
+    _check_rate(inner_lr, adapted)
 
 
-def _check_rate(rate: Any, names: set[str]) -> None:
+def _check_rate(rate: Any, adapted: Mapping[str, Tensor]) -> None:
     if isinstance(rate, Mapping):
-        missing = sorted(names - rate.keys())
+        missing = sorted(adapted.keys() - rate.keys())
         if missing:
             raise ValueError(f"inner_lr: no rate for the adapted parameter {missing[0]!r}")
+        for name, parameter in adapted.items():
+            own = rate[name]
+            if isinstance(own, Tensor) and own.dim() > 0 and own.shape != parameter.shape:
+                raise ValueError(
+                    f"inner_lr: expected a scalar or {list(parameter.shape)} for {name!r}, got {list(own.shape)}"
+                )
     elif isinstance(rate, Tensor):
         if rate.dim() > 0:
             raise ValueError(

@@ -316,6 +316,11 @@ def test_a_fused_op_inside_the_network_says_that_it_has_no_second_derivative():
         ({"inner_lr": torch.ones(3)}, ValueError, "inner_lr: expected one rate for each of 2 steps, got 3"),
         ({"inner_lr": torch.ones(2, 2)}, ValueError, r"inner_lr: expected a scalar or .* shape \[2, 2\]"),
         ({"inner_lr": {"0.weight": 0.1}}, ValueError, "no rate for the adapted parameter '0.bias'"),
+        (
+            {"inner_lr": {n: torch.ones(p.shape[-1:]) for n, p in mlp(4, 3, 2).named_parameters()}},
+            ValueError,
+            r"inner_lr: expected a scalar or \[3, 4\] for '0.weight', got \[4\]",
+        ),
         ({"norm_stats": "batch"}, ValueError, "norm_stats: expected one of task, running, got 'batch'"),
         ({"chunk_size": 0}, ValueError, "chunk_size: expected at least 1"),
         ({"adapt": ["head"]}, ValueError, "adapt: 'head' names no parameter"),
