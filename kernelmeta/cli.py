@@ -38,7 +38,10 @@ from kernelmeta.training.trainer import CHECKPOINT, Trainer
 from kernelmeta.version import __version__
 
 _BACKBONE = ", ".join(BACKBONES)
-_DATA = "glyphs (their pixels, or features if --weights are given), a bank, or a folder of images with --weights"
+_DATA = (
+    "glyphs (their pixels, or features if --weights are given), a bank, or a folder of images with --weights (maml:"
+    " pixels, without)"
+)
 _HELP = {
     "data": _DATA,
     "backbone": f"of --weights, where the file does not tell: {_BACKBONE}",
@@ -94,7 +97,7 @@ def _settings(parser: argparse.ArgumentParser, config: type[TrainConfig] | type[
         if field.name == "data" and config is PretrainConfig:
             continue
         option, type_name = f"--{field.name.replace('_', '-')}", str(field.type).split(" ")[0]
-        text = _HELP[field.name] + (f" (default: {field.default})" if field.default else _defaults(field.name))
+        text = _HELP[field.name] + (_defaults(field.name) if field.default is None else f" (default: {field.default})")
         if type_name == "bool":
             parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
@@ -105,7 +108,7 @@ def _settings(parser: argparse.ArgumentParser, config: type[TrainConfig] | type[
 
 
 def _defaults(setting: str) -> str:
-    """What a setting is by default for the learners that take it."""
+    """What a setting without a default of its own is by default, for the learners that take it."""
     found: dict[str, list[str]] = {}
     for learner in LEARNERS:
         value = getattr(TrainConfig(learner=learner), setting, None)
@@ -113,7 +116,9 @@ def _defaults(setting: str) -> str:
             found.setdefault(str(value), []).append(learner)
     if not found:
         return ""
-    return " (default: " + "; ".join(f"{value} for {', '.join(names)}" for value, names in found.items()) + ")"
+    values = [f"{value} for {', '.join(names)}" for value, names in found.items()]
+    same_for_all = len(found) == 1 and next(iter(found.values())) == list(LEARNERS)
+    return f" (default: {next(iter(found)) if same_for_all else '; '.join(values)})"
 
 
 def _machine(parser: argparse.ArgumentParser) -> None:
@@ -212,7 +217,7 @@ def _compare_settings(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--candidates", type=Path, metavar="FILE", help="JSON: learner -> list of settings of 'train' to choose from"
     )
-    command.add_argument("--quick", action="store_true", help="minutes instead of an hour: shorter, fewer candidates")
+    command.add_argument("--quick", action="store_true", help="seconds instead of minutes: shorter, fewer candidates")
     command.add_argument("--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")
     command.add_argument("--resume", action="store_true", help="go on with the comparison in --out")
 
