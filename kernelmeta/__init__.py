@@ -1,14 +1,14 @@
 """Fused few-shot inner loops for PyTorch. ``import kernelmeta as km``; see README.md.
 
 - `km.ops`: the fused operators; `km.reference`: the same in plain PyTorch, the specification
-- `km.nn`: modules; `km.data`: episodes and feature banks
+- `km.nn`: modules; `km.func`: inner loops over whole networks; `km.data`: episodes and feature banks
 - `km.backends()`, `km.use_backend()`: what this installation can run, and what to run
 """
 
 from __future__ import annotations
 
-from kernelmeta import data, nn, ops, reference, triton
+from kernelmeta import data, func, nn, ops, reference, triton
 from kernelmeta.backends import backends, use_backend
 from kernelmeta.version import __version__
 
-__all__ = ["__version__", "backends", "data", "nn", "ops", "reference", "triton", "use_backend"]
+__all__ = ["__version__", "backends", "data", "func", "nn", "ops", "reference", "triton", "use_backend"]

@@ -1,4 +1,4 @@
-"""The command ``kernelmeta``: pretrain, extract, train, evaluate, info.
+"""The command ``kernelmeta``: pretrain, extract, train, evaluate, compare, info.
 
 Every command ends with 0, or with 2 and one line on stderr that says what was wrong with its input, or with
 130 after Ctrl-C.
@@ -18,23 +18,30 @@ import torch
 
 from kernelmeta.backends import select
 from kernelmeta.data import EpisodeSampler, FeatureBank
-from kernelmeta.data.files import write_json
+from kernelmeta.data.files import read_json, write_json, write_text
 from kernelmeta.training import runs
 from kernelmeta.training.backbones import BACKBONES, load_backbone, make_backbone
+from kernelmeta.training.candidates import read_candidates
 from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.comparison import CONFIG, CONTESTANTS, PLOT, RESULTS, TABLE, CompareConfig, Comparison
+from kernelmeta.training.comparison_table import cell_title, markdown
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.distributed import ranks
-from kernelmeta.training.evaluation import evaluate, table
+from kernelmeta.training.evaluation import evaluate, table, title
 from kernelmeta.training.extraction import extract
-from kernelmeta.training.learners import load_learner
-from kernelmeta.training.plots import steps_plot, training_plot
+from kernelmeta.training.learners import LEARNERS
+from kernelmeta.training.loading import load_learner
+from kernelmeta.training.plots import comparison_plot, steps_plot, training_plot
 from kernelmeta.training.pretraining import PretrainConfig, Pretrainer
 from kernelmeta.training.sources import open_bank, open_images
 from kernelmeta.training.trainer import CHECKPOINT, Trainer
 from kernelmeta.version import __version__
 
 _BACKBONE = ", ".join(BACKBONES)
-_DATA = "glyphs (their pixels, or features if --weights are given), a bank, or a folder of images with --weights"
+_DATA = (
+    "glyphs (their pixels, or features if --weights are given), a bank, or a folder of images with --weights (maml:"
+    " pixels, without)"
+)
 _HELP = {
     "data": _DATA,
     "backbone": f"of --weights, where the file does not tell: {_BACKBONE}",
@@ -43,10 +50,13 @@ _HELP = {
     "shot": "support rows a class",
     "query": "query rows a class",
     "query_balance": "even, or dirichlet:ALPHA: how the classes share the query rows",
-    "learner": "what to train",
+    "learner": f"what to train: {', '.join(LEARNERS)}",
     "steps": "inner steps K",
     "inner_lr": "inner learning rate",
-    "hidden": "hidden units of the synthetic-gradient MLP, by default 8 a way",
+    "hidden": "hidden units of the synthetic-gradient MLP (default: 8 a way), or of maml's network for features",
+    "first_order": "take the inner gradients for constants",
+    "learn_rates": "learn a rate for every inner step",
+    "channels": "of maml's Conv-4, if the data are pixels",
     "norm_stats": "whose statistics its BatchNorm uses: task, batch or running",
     "episodes": "episodes to train on",
     "tasks_per_step": "episodes a step of the optimizer",
@@ -61,6 +71,15 @@ _HELP = {
     "warmup_epochs": "epochs in which the rate rises",
     "milestone": "epoch after which the rate is a tenth",
     "batch_size": "images a step",
+}
+# What `compare --quick` means.
+_QUICK: dict[str, Any] = {
+    "episodes": 4000,
+    "trial_episodes": 1000,
+    "finalists": 1,
+    "validation_episodes": 200,
+    "eval_episodes": 500,
+    "most_candidates": 2,
 }
 # The published settings are for 600 images a class; the glyphs have 24, and on the validation classes longer
 # training is worse.
@@ -77,13 +96,29 @@ def _settings(parser: argparse.ArgumentParser, config: type[TrainConfig] | type[
     for field in fields(config):
         if field.name == "data" and config is PretrainConfig:
             continue
-        kind = {"int": int, "float": float}.get(str(field.type).split(" ")[0], str)
-        text = _HELP[field.name] + ("" if field.default is None else f" (default: {field.default})")
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS, metavar="X", help=text
-        )
+        option, type_name = f"--{field.name.replace('_', '-')}", str(field.type).split(" ")[0]
+        text = _HELP[field.name] + (_defaults(field.name) if field.default is None else f" (default: {field.default})")
+        if type_name == "bool":
+            parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
+        kind = {"int": int, "float": float}.get(type_name, str)
+        parser.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar="X", help=text)
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one below runs/)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, bit for bit")
+
+
+def _defaults(setting: str) -> str:
+    """What a setting without a default of its own is by default, for the learners that take it."""
+    found: dict[str, list[str]] = {}
+    for learner in LEARNERS:
+        value = getattr(TrainConfig(learner=learner), setting, None)
+        if value is not None and value is not False:
+            found.setdefault(str(value), []).append(learner)
+    if not found:
+        return ""
+    values = [f"{value} for {', '.join(names)}" for value, names in found.items()]
+    same_for_all = len(found) == 1 and next(iter(found.values())) == list(LEARNERS)
+    return f" (default: {next(iter(found)) if same_for_all else '; '.join(values)})"
 
 
 def _machine(parser: argparse.ArgumentParser) -> None:
@@ -142,8 +177,61 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--weights", metavar="FILE", help=_HELP["weights"])
     _machine(command)
 
+    command = add("compare", _compare, "Train and evaluate learners on the same bank and the same test episodes.")
+    _compare_settings(command)
+    _machine(command)
+
     add("info", _info, "What is built, what runs, versions.")
     return parser
+
+
+def _compare_settings(command: argparse.ArgumentParser) -> None:
+    """The options of ``compare``; only those given end up in the namespace."""
+    default = CompareConfig()
+    everybody = ", ".join(CONTESTANTS)
+
+    def add(name: str, kind: Callable[[str], Any], text: str, shown: object) -> None:
+        command.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            metavar="X",
+            help=f"{text} (default: {shown})",
+        )
+
+    add("data", str, _DATA, default.data)
+    command.add_argument("--weights", metavar="FILE", default=argparse.SUPPRESS, help=_HELP["weights"])
+    command.add_argument("--backbone", default=argparse.SUPPRESS, help=_HELP["backbone"])
+    add("learners", _learners, f"all, or some of {everybody}", ",".join(default.learners))
+    add("way", int, _HELP["way"], default.way)
+    add("query", int, _HELP["query"], default.query)
+    add("shots", _numbers, "support rows a class, one or more", "1,5")
+    add("balances", _words, "how the classes share the query rows, one or more", "even,dirichlet:2")
+    add("episodes", int, "on which the best settings of a learner are trained", default.episodes)
+    add("trial_episodes", int, "on which all settings are trained before", default.trial_episodes)
+    add("finalists", int, "how many settings are the best", default.finalists)
+    add("validation_episodes", int, "of the validation classes, to choose on", default.validation_episodes)
+    add("eval_episodes", int, "of the test classes", default.eval_episodes)
+    add("most_candidates", int, "settings to choose from, the first so many of a learner", "all")
+    add("seed", int, _HELP["seed"], default.seed)
+    command.add_argument(
+        "--candidates", type=Path, metavar="FILE", help="JSON: learner -> list of settings of 'train' to choose from"
+    )
+    command.add_argument("--quick", action="store_true", help="seconds instead of minutes: shorter, fewer candidates")
+    command.add_argument("--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")
+    command.add_argument("--resume", action="store_true", help="go on with the comparison in --out")
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in _words(text))
+
+
+def _learners(text: str) -> tuple[str, ...]:
+    return CONTESTANTS if text == "all" else _words(text)
 
 
 def _given(args: argparse.Namespace, config: type[TrainConfig] | type[PretrainConfig]) -> dict[str, Any]:
@@ -199,11 +287,12 @@ def _extract(args: argparse.Namespace) -> None:
     print(f"{args.out}: {len(bank.labels)} x {bank.n_features} features; classes: {splits}")
 
 
-def _bank(args: argparse.Namespace, data: str, weights: str | None, backbone: str | None) -> FeatureBank:
+def _bank(args: argparse.Namespace, data: str, weights: str | None, backbone: str | None, learner: str) -> FeatureBank:
     return open_bank(
         data,
         weights=weights,
         backbone=backbone,
+        pixels=LEARNERS[learner].whole_network,
         device=args.device,
         workers=args.workers,
         progress=not args.quiet,
@@ -215,11 +304,11 @@ def _train(args: argparse.Namespace) -> None:
     if args.eval_episodes < 0 or args.eval_episodes == 1:
         raise ValueError(f"--eval-episodes: expected 0 or at least 2, got {args.eval_episodes}")
     with ranks(args.device) as processes:
-        out = _run_folder(args, f"sib-{given.get('way', 5)}way-{given.get('shot', 1)}shot")
+        out = _run_folder(args, f"{given.get('learner', 'sib')}-{given.get('way', 5)}way-{given.get('shot', 1)}shot")
         settings, begun = runs.prepare(out, "train", given, args.resume)
         config = TrainConfig.from_dict(settings)
         checkpoint = Checkpoint.load(out / CHECKPOINT, "train") if begun else None
-        bank = _bank(args, config.data, config.weights, config.backbone)
+        bank = _bank(args, config.data, config.weights, config.backbone, config.learner)
         trainer = Trainer(config, bank, device=args.device, ranks=processes)
         test = None
         if args.eval_episodes and len(bank.classes("test")):
@@ -249,11 +338,18 @@ def _finish(args: argparse.Namespace, out: Path, trainer: Trainer, test: Episode
         print(f"{out}: not evaluated" + ("" if args.eval_episodes == 0 else "; the bank has no test classes"))
         return
     trainer.head.eval()
-    results = evaluate(trainer.head, trainer.features, test, args.eval_episodes, progress=not args.quiet)
+    results = evaluate(
+        trainer.head,
+        trainer.features,
+        test,
+        args.eval_episodes,
+        learner=trainer.config.learner,
+        progress=not args.quiet,
+    )
     results |= {"query_balance": trainer.config.query_balance, "seed": trainer.config.seed, "split": "test"}
     results |= {"data": trainer.config.data, "trained_episodes": trainer.seen}
     write_json(out / runs.RESULTS, results)
-    steps_plot(out / "accuracy_over_steps.png", results)
+    steps_plot(out / "accuracy_over_steps.png", results, title(results))
     print(table(results))
     print(f"{out / runs.RESULTS}")
 
@@ -269,6 +365,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         data,
         trained.get("weights") if same else args.weights,
         trained.get("backbone") if same else args.backbone,
+        trained["learner"],
     )
     if bank.n_features != head.n_features:
         raise ValueError(f"--data: the learner takes {head.n_features} features, {data} has {bank.n_features}")
@@ -283,14 +380,60 @@ def _evaluate(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     results = evaluate(
-        head.to(args.device), bank.features.to(args.device), sampler, args.episodes, progress=not args.quiet
+        head.to(args.device),
+        bank.features.to(args.device),
+        sampler,
+        args.episodes,
+        learner=trained["learner"],
+        progress=not args.quiet,
     )
     results |= {"query_balance": balance, "seed": args.seed, "split": args.split, "data": data}
     if args.json is not None:
         write_json(args.json, results)
     if args.plot is not None:
-        steps_plot(args.plot, results)
+        steps_plot(args.plot, results, title(results))
     print(table(results))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    settings = {field.name: getattr(args, field.name) for field in fields(CompareConfig) if hasattr(args, field.name)}
+    config = CompareConfig(**{**(_QUICK if args.quick else {}), **settings})
+    candidates = None if args.candidates is None else read_candidates(args.candidates)
+    out = _run_folder(args, "compare")
+    _prepare_comparison(out, config.to_dict() | {"candidates": candidates}, args.resume)
+    bank = _bank(args, config.data, config.weights, config.backbone, "sib")
+    comparison = Comparison(
+        config,
+        bank,
+        out,
+        candidates=candidates,
+        device=args.device,
+        say=lambda line: None if args.quiet else print(line, file=sys.stderr, flush=True),
+        progress=not args.quiet,
+    )
+    write_json(out / CONFIG, {"command": "compare", **config.to_dict(), "candidates": candidates})
+    try:
+        results = comparison.run()
+    except KeyboardInterrupt:
+        print(f"stopped; to go on, the same command with --out {out} --resume", file=sys.stderr)
+        raise
+    write_json(out / RESULTS, results)
+    write_text(out / TABLE, markdown(results))
+    comparison_plot(out / PLOT, results, [cell_title(cell) for cell in results["cells"]])
+    print(markdown(results), end="")
+    print(f"{out / RESULTS}")
+
+
+def _prepare_comparison(out: Path, settings: dict[str, Any], resume: bool) -> None:
+    """Raises ValueError if ``out`` holds another comparison, or one that was not to be gone on with."""
+    if not (out / CONFIG).exists():
+        return
+    if not resume:
+        raise ValueError(f"out: {out} already holds a comparison; give --resume to go on, or another folder")
+    saved = read_json(out / CONFIG)
+    for name, value in settings.items():
+        if saved.get(name) != value:
+            raise ValueError(f"{name}: the comparison in {out} has {saved.get(name)!r}, got {value!r}")
 
 
 def _info(args: argparse.Namespace) -> None:

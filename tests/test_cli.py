@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kernelmeta.cli import main
 from kernelmeta.data import FeatureBank
+from kernelmeta.training.learners import LEARNERS
 
 TRAIN = ("train", "--way", "3", "--query", "4", "--episodes", "300", "--inner-lr", "0.01", "--quiet")
 
@@ -199,15 +200,20 @@ def metadata(path) -> str:
         return file.metadata()["kernelmeta"]
 
 
-def test_a_folder_of_images_from_pixels_to_accuracy(tmp_path, capsys):
+def draw_images(root):
+    """Three classes a split, six images of 32 x 32 each: noise around a colour."""
     random = np.random.default_rng(0)
     for split in ("train", "val", "test"):
         for name in ("a", "b", "c"):
-            (tmp_path / "images" / split / name).mkdir(parents=True)
+            (root / split / name).mkdir(parents=True)
             tint = random.integers(0, 200, 3)
             for i in range(6):
                 pixels = (tint + random.integers(0, 50, (32, 32, 3))).astype(np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.png")
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+
+
+def test_a_folder_of_images_from_pixels_to_accuracy(tmp_path, capsys):
+    draw_images(tmp_path / "images")
     images, backbone, bank = (str(tmp_path / name) for name in ("images", "backbone", "bank.safetensors"))
     pretrain = ("--epochs", "2", "--warmup-epochs", "1", "--batch-size", "6", "--quiet", "--out", backbone)
     assert main(["pretrain", images, *pretrain]) == 0
@@ -235,6 +241,89 @@ def test_an_untrained_backbone_is_said_to_be_one(tmp_path):
     out = tmp_path / "bank.safetensors"
     assert main(["extract", str(tmp_path / "images"), "--out", str(out), "--quiet"]) == 0
     assert "untrained" in FeatureBank.load(out).source
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_every_learner_is_trained_resumed_and_evaluated(bank_file, tmp_path, capsys, learner):
+    out, results = tmp_path / "run", tmp_path / "r.json"
+    small = ("--way", "3", "--query", "4", "--quiet", "--learner", learner, "--data", bank_file, "--out", str(out))
+    assert main(["train", *small, "--episodes", "64", "--eval-episodes", "0"]) == 0
+    assert main(["train", *small, "--episodes", "128", "--eval-episodes", "20", "--resume"]) == 0
+    trained = json.loads((out / "results.json").read_text())
+    assert main(["evaluate", str(out), "--episodes", "20", "--quiet", "--json", str(results)]) == 0
+    evaluated = json.loads(results.read_text())
+    assert trained["learner"] == learner
+    assert 100 / 3 < trained["accuracy"] == evaluated["accuracy"]
+    assert trained["accuracy_over_steps"][-1] == {name: trained[name] for name in ("steps", "accuracy", "ci95")}
+    assert LEARNERS[learner].title in capsys.readouterr().out
+
+
+def test_a_whole_network_is_trained_on_pixels(tmp_path, capsys):
+    draw_images(tmp_path / "images")
+    small = ("--way", "3", "--query", "2", "--learner", "maml", "--channels", "4", "--steps", "2", "--quiet")
+    few = ("--episodes", "8", "--eval-episodes", "4")
+    for data in ("glyphs", str(tmp_path / "images")):
+        out = tmp_path / Path(data).name.replace("images", "folder")
+        assert main(["train", *small, *few, "--data", data, "--out", str(out)]) == 0
+        trained = json.loads((out / "results.json").read_text())
+        assert (trained["learner"], trained["steps"]) == ("maml", 2)
+        assert main(["evaluate", str(out), "--episodes", "4", "--quiet", "--json", str(tmp_path / "r.json")]) == 0
+        assert json.loads((tmp_path / "r.json").read_text())["accuracy"] == trained["accuracy"]
+    assert "takes no such setting" in refused(capsys, "train", *small, "--norm-stats", "task")
+    assert "takes no such setting" in refused(capsys, "train", "--learner", "sib", "--first-order")
+
+
+COMPARE = (
+    "compare",
+    "--way",
+    "3",
+    "--query",
+    "4",
+    "--shots",
+    "1",
+    "--learners",
+    "prototypes,soft_kmeans,sib",
+    "--quick",
+)
+LITTLE = ("--episodes", "64", "--trial-episodes", "32", "--validation-episodes", "20", "--eval-episodes", "30")
+
+
+def test_compare_leaves_a_table_and_a_plot_and_goes_on(bank_file, tmp_path, capsys):
+    out = tmp_path / "compare"
+    args = (*COMPARE, *LITTLE, "--data", bank_file, "--quiet", "--out", str(out))
+    assert main(args) == 0
+    printed = capsys.readouterr().out
+    table = (out / "comparison.md").read_text()
+    assert table in printed
+    results = json.loads((out / "comparison.json").read_text())
+    assert [cell["query_balance"] for cell in results["cells"]] == ["even", "dirichlet:2"]
+    assert all(set(cell["learners"]) == {"prototypes", "soft_kmeans", "sib"} for cell in results["cells"])
+    assert (
+        len(results["cells"][0]["learners"]["sib"]["tried"]) == 3
+    )  # two candidates, of more, and one of them longer: --quick
+    assert Image.open(out / "comparison.png").size[0] > 600
+    assert "already holds a comparison" in refused(capsys, *args)
+    assert "seed: the comparison in" in refused(capsys, *args, "--resume", "--seed", 1)
+    assert main([*args, "--resume"]) == 0
+    assert json.loads((out / "comparison.json").read_text())["cells"] == results["cells"]
+    # What a comparison has trained is a run like any other.
+    run = next((out / "1-shot-even" / "sib").glob("*/*-episodes"))
+    assert main(["evaluate", str(run), "--data", bank_file, "--episodes", "10", "--quiet"]) == 0
+
+
+def test_compare_refuses_what_cannot_be(bank_file, tmp_path, capsys):
+    (tmp_path / "c.json").write_text('{"sib": [{"inner_lr": -1}]}')
+    for more, message in (
+        (("--learners", "svm"), "learners: expected some of"),
+        (("--shots", "one"), "invalid"),
+        (("--balances", "odd"), "query_balance: expected"),
+        (("--candidates", tmp_path / "c.json"), "inner_lr: expected a number of at least 0"),
+        (("--candidates", tmp_path / "none.json"), "none.json: No such file"),
+        (("--resume",), "give --out DIR"),
+    ):
+        out = () if "--resume" in more else ("--out", tmp_path / "x")
+        assert message in refused(capsys, *COMPARE, "--data", bank_file, "--quiet", *out, *more)
+    assert not (tmp_path / "x").exists()
 
 
 def test_info_says_what_runs(capsys):

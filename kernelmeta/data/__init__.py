@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from kernelmeta.data.bank import FeatureBank
 from kernelmeta.data.episodes import Episodes, EpisodeSampler
+from kernelmeta.data.ragged_episodes import RaggedEpisodes, RaggedEpisodeSampler
 
-__all__ = ["EpisodeSampler", "Episodes", "FeatureBank"]
+__all__ = ["EpisodeSampler", "Episodes", "FeatureBank", "RaggedEpisodeSampler", "RaggedEpisodes"]

@@ -2,12 +2,14 @@
 
 Format "kernelmeta-bank-1": tensors ``features`` [n, D] (float32, float16 or bfloat16), ``labels`` [n] int64
 in 0..C-1, ``class_split`` [C] uint8 (see `SPLITS`: classes are split, not samples); string metadata
-``format``, ``class_names`` (JSON list of C strings), ``source`` (free text).
+``format``, ``class_names`` (JSON list of C strings), ``source`` (free text) and, if the rows are images,
+``image_shape`` (JSON list: channels, height, width).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ class FeatureBank:
         class_split: [C] uint8: 0 meta-train, 1 meta-validation, 2 meta-test.
         class_names: C names.
         source: where the features come from, free text.
+        image_shape: (channels, height, width) if the features are an image's pixels, flattened.
 
     Raises:
         ValueError, TypeError: anything of this does not hold.
@@ -42,6 +45,7 @@ class FeatureBank:
     class_split: Tensor
     class_names: tuple[str, ...]
     source: str = ""
+    image_shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_tensor("features", self.features, 2, FEATURE_DTYPES)
@@ -51,6 +55,8 @@ class FeatureBank:
         C = len(self.class_split)
         if n == 0 or D == 0 or C == 0:
             raise ValueError(f"features: expected at least one sample, feature and class, got {n}, {D} and {C}")
+        if self.image_shape is not None and (len(self.image_shape) != 3 or math.prod(self.image_shape) != D):
+            raise ValueError(f"image_shape: expected (channels, height, width) of {D} pixels, got {self.image_shape}")
         if len(self.labels) != n:
             raise ValueError(f"labels: expected one for each of the {n} rows of features, got {len(self.labels)}")
         if len(self.class_names) != C:
@@ -85,12 +91,18 @@ class FeatureBank:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{path}: metadata class_names is not a JSON list of strings")
         try:
+            shape = json.loads(metadata.get("image_shape", "null"))
+            image_shape = None if shape is None else tuple(int(side) for side in shape)
+        except (TypeError, ValueError):
+            raise ValueError(f"{path}: metadata image_shape is not a JSON list of numbers") from None
+        try:
             return cls(
                 tensors["features"],
                 tensors["labels"],
                 tensors["class_split"],
                 tuple(names),
                 metadata.get("source", ""),
+                image_shape,
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
@@ -103,6 +115,8 @@ class FeatureBank:
             "class_names": json.dumps(list(self.class_names), ensure_ascii=False),
             "source": self.source,
         }
+        if self.image_shape is not None:
+            metadata["image_shape"] = json.dumps(self.image_shape)
         write_tensors(Path(path), tensors, metadata)
 
     @property

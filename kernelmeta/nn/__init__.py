@@ -3,6 +3,7 @@
 from kernelmeta.nn.anil import ANIL
 from kernelmeta.nn.backbones import Conv4, WideResNet
 from kernelmeta.nn.cosine_classifier import CosineClassifier
+from kernelmeta.nn.maml import MAML
 from kernelmeta.nn.prototypes import Prototypes
 from kernelmeta.nn.ridge_head import RidgeHead
 from kernelmeta.nn.sib import SIB
@@ -11,6 +12,7 @@ from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
 
 __all__ = [
     "ANIL",
+    "MAML",
     "SIB",
     "Conv4",
     "CosineClassifier",

@@ -76,11 +76,8 @@ class ANIL(nn.Module):
         return logits
 
     def _adapt(self, support: Tensor, support_labels: Tensor, query: Tensor, **options: Any) -> Any:
-        weight = self.weight
-        if self.rates is None:
-            rates = weight.new_full((self.steps,), self.inner_lr)
-        else:
-            rates = self.rates[: self.steps]
+        weight, learned = self.weight, self.rates
+        rates = weight.new_full((self.steps,), self.inner_lr) if learned is None else learned[: self.steps]
         return ops.linear_head(
             support, support_labels, query, weight, self.bias, rates, oracle=self.oracle,
             first_order=self.first_order, **options,

@@ -39,5 +39,10 @@ class Prototypes(nn.Module):
         logits = cosine_classifier(theta, query.to(theta.dtype), self.scale, self.bias)
         return (logits, theta) if return_weights else logits
 
+    def from_bank(self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor) -> Tensor:
+        """The logits [T, Q, N] for rows of a feature bank [n, D]: [T, S] and [T, Q] int64."""
+        logits: Tensor = self(bank[support_index], support_labels, bank[query_index])
+        return logits
+
     def extra_repr(self) -> str:
         return f"n_way={self.n_way}, n_features={self.n_features}"

@@ -50,5 +50,10 @@ class SoftKMeans(nn.Module):
     def _logits(self, theta: Tensor, rows: Tensor) -> Tensor:
         return self.scale * (rows @ normalize(theta, dim=-1, eps=1e-12).transpose(-1, -2))
 
+    def from_bank(self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor) -> Tensor:
+        """The logits [T, Q, N] for rows of a feature bank [n, D]: [T, S] and [T, Q] int64."""
+        logits: Tensor = self(bank[support_index], support_labels, bank[query_index])
+        return logits
+
     def extra_repr(self) -> str:
         return f"n_way={self.n_way}, n_features={self.n_features}, steps={self.steps}, scale={self.scale}"

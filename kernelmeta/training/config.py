@@ -11,18 +11,28 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kernelmeta import nn
+from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.episodes import parse_balance
+from kernelmeta.training.learners import LEARNERS, SETTINGS, Rows, with_defaults
 
-LEARNERS = ("sib",)
+# Where a setting is None and the learner has no default of its own.
+_DEFAULTS: dict[str, Any] = {"tasks_per_step": 1, "optimizer": "SGD", "lr": 1e-3}
+_FILLED_IN: Any = None
+_LEAST = {
+    "way": 2, "shot": 1, "query": 1, "steps": 0, "tasks_per_step": 1, "episodes": 1, "seed": 0, "hidden": 1,
+    "channels": 1, "validate_every": 0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of `kernelmeta train`; the defaults are the published ones (one task a step).
+    """Settings of `kernelmeta train`; the defaults are the published ones (of SIB: one task a step).
+
+    Where the default is None, it is the learner's own (see `LEARNERS`), and filled in; it stays None where the learner
+    takes no such setting.
 
     Raises:
-        ValueError: a setting out of its range, named.
+        ValueError: a setting out of its range, named, or one that the learner does not take.
     """
 
     data: str = "glyphs"
@@ -33,33 +43,35 @@ class TrainConfig:
     query: int = 15
     query_balance: str = "even"
     learner: str = "sib"
-    steps: int = 3
-    inner_lr: float = 1e-3
+    steps: int | None = None
+    inner_lr: float | None = None
     hidden: int | None = None
-    norm_stats: str = "task"
+    norm_stats: str | None = None
+    first_order: bool | None = None
+    learn_rates: bool | None = None
+    channels: int | None = None
     episodes: int = 50_000
-    tasks_per_step: int = 1
-    optimizer: str = "SGD"
-    lr: float = 1e-3
+    tasks_per_step: int = _FILLED_IN
+    optimizer: str = _FILLED_IN
+    lr: float = _FILLED_IN
     momentum: float = 0.9
     weight_decay: float = 5e-4
     validate_every: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"way": 2, "shot": 1, "query": 1, "steps": 0, "tasks_per_step": 1, "episodes": 1, "seed": 0}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
-        for name in ("inner_lr", "lr", "momentum", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
-        for name in ("hidden", "validate_every"):
+        filled = with_defaults(self.learner, {name: getattr(self, name) for name in (*SETTINGS, *_DEFAULTS)})
+        for name, value in filled.items():
+            # The dataclass is frozen for its users; its own defaults are not known before the learner is.
+            object.__setattr__(self, name, _DEFAULTS.get(name) if value is None else value)
+        for name, low in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < (1 if name == "hidden" else 0):
-                raise ValueError(f"{name}: expected at least {1 if name == 'hidden' else 0}, got {value}")
-        if self.learner not in LEARNERS:
-            raise ValueError(f"learner: expected one of {', '.join(LEARNERS)}, got {self.learner!r}")
+            if value is not None and value < low:
+                raise ValueError(f"{name}: expected at least {low}, got {value}")
+        for name in ("inner_lr", "lr", "momentum", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name}: expected a number of at least 0, got {value}")
         parse_balance(self.query_balance)
         _optimizer_class(self.optimizer)
 
@@ -81,18 +93,30 @@ class TrainConfig:
         """Outer steps: the episodes over the tasks per step, rounded up."""
         return -(-self.episodes // self.tasks_per_step)
 
-    def make_learner(self, n_features: int) -> nn.SIB:
-        """The learner as it is before training; a function of the seed."""
+    def make_learner(self, n_features: int, image_shape: tuple[int, ...] | None = None) -> Any:
+        """The learner as it is before training; a function of the seed.
+
+        Args:
+            n_features, image_shape: of the bank.
+
+        Raises:
+            ValueError: the learner cannot take such rows.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return nn.SIB(
-                n_way=self.way,
-                n_features=n_features,
-                steps=self.steps,
-                inner_lr=self.inner_lr,
-                hidden=self.hidden,
-                norm_stats=self.norm_stats,
-            )
+            return LEARNERS[self.learner].build(self, Rows(n_features, image_shape))
+
+    def make_sampler(self, bank: FeatureBank, split: str) -> EpisodeSampler:
+        """The episodes of a split. Raises ValueError if the bank has not enough for them."""
+        return EpisodeSampler(
+            bank,
+            split,
+            way=self.way,
+            shot=self.shot,
+            query=self.query,
+            balance=self.query_balance,
+            seed=self.seed,
+        )
 
     def make_optimizer(self, parameters: Iterable[Tensor]) -> Optimizer:
         """Any optimizer of torch.optim; SGD is Nesterov's. Fused where there is such a kernel."""

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from kernelmeta import nn
 from kernelmeta.backends import select
 from kernelmeta.data.episodes import EpisodeSampler
+from kernelmeta.training.learners import LEARNERS
 
 Learner = Callable[[Tensor, Tensor, Tensor], Tensor]
 TASKS_PER_CALL = 64
@@ -59,15 +60,27 @@ def interval(values: Tensor) -> tuple[float, float]:
 
 
 def evaluate(
-    head: nn.SIB, features: Tensor, sampler: EpisodeSampler, episodes: int, *, progress: bool = False
+    head: Any,
+    features: Tensor,
+    sampler: EpisodeSampler,
+    episodes: int,
+    *,
+    learner: str = "sib",
+    progress: bool = False,
 ) -> dict[str, Any]:
     """A trained learner beside prototypes and soft k-means, and its accuracy after every number of steps up
-    to K.
+    to K, where that is quick to tell.
+
+    Args:
+        head: the trained learner.
+        features: [n, D], those of the sampler's bank.
+        learner: its name in `LEARNERS`.
 
     Returns:
         In percent: ``accuracy, ci95``; ``baselines: {prototypes, soft_kmeans: {accuracy, ci95, difference,
         difference_ci95}}`` (learner minus baseline, paired by episode); ``accuracy_over_steps``, a list of
-        ``{steps, accuracy, ci95}``; also ``episodes, way, shot, query, steps, seconds, backend``.
+        ``{steps, accuracy, ci95}``; also ``learner, episodes, way, shot, query,
+        steps, seconds, backend``. ``steps`` is 0 for a learner without any.
 
     Raises:
         ValueError: fewer than two episodes: there is no interval.
@@ -80,11 +93,13 @@ def evaluate(
         "prototypes": nn.Prototypes(sampler.way, D).to(features.device),
         "soft_kmeans": nn.SoftKMeans(sampler.way, D),
     }
-    for steps in range(head.steps + 1):
-        learners[f"steps {steps}"] = _after(head, steps)
+    last = int(getattr(head, "steps", 0))
+    counts = range(last + 1) if LEARNERS[learner].over_steps else (last,)
+    for steps in counts:
+        learners[f"steps {steps}"] = head if steps == last else _after(head, steps)
     values = episode_accuracies(learners, features, sampler, episodes, progress=progress)
 
-    own = values[f"steps {head.steps}"]
+    own = values[f"steps {last}"]
     accuracy, ci95 = interval(own)
     baselines = {}
     for name in ("prototypes", "soft_kmeans"):
@@ -98,13 +113,14 @@ def evaluate(
             "difference": difference,
             "difference_ci95": difference_ci95,
         }
-    curve = [(steps, *interval(values[f"steps {steps}"])) for steps in range(head.steps + 1)]
+    curve = [(steps, *interval(values[f"steps {steps}"])) for steps in counts]
     return {
+        "learner": learner,
         "episodes": episodes,
         "way": sampler.way,
         "shot": sampler.shot,
         "query": sampler.query,
-        "steps": head.steps,
+        "steps": last,
         "accuracy": accuracy,
         "ci95": ci95,
         "baselines": baselines,
@@ -114,7 +130,7 @@ def evaluate(
     }
 
 
-def _after(head: nn.SIB, steps: int) -> Learner:
+def _after(head: Any, steps: int) -> Learner:
     def run(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
         trained, head.steps = head.steps, steps
         try:
@@ -126,13 +142,21 @@ def _after(head: nn.SIB, steps: int) -> Learner:
     return run
 
 
+def title(results: dict[str, Any]) -> str:
+    """The learner, as a table or a plot calls it."""
+    steps = f", K = {results['steps']}" if results["steps"] else ""
+    return LEARNERS[results["learner"]].title + steps
+
+
 def table(results: dict[str, Any]) -> str:
     """Three lines to read: the learner and its two baselines."""
-    rows = [f"{'SIB, K = ' + str(results['steps']):<14}{results['accuracy']:7.2f} ± {results['ci95']:.2f} %"]
-    for name, title in (("prototypes", "prototypes"), ("soft_kmeans", "soft k-means")):
+    own = title(results)
+    width = max(14, len(own) + 2)
+    rows = []
+    for name, text in (("prototypes", "prototypes"), ("soft_kmeans", "soft k-means")):
         row = results["baselines"][name]
         rows.append(
-            f"{title:<14}{row['accuracy']:7.2f} ± {row['ci95']:.2f} %"
-            f"   SIB is {row['difference']:+.2f} ± {row['difference_ci95']:.2f} points ahead"
+            f"{text:<{width}}{row['accuracy']:7.2f} ± {row['ci95']:.2f} %"
+            f"   {own.partition(',')[0]} is {row['difference']:+.2f} ± {row['difference_ci95']:.2f} points ahead"
         )
-    return "\n".join([*rows[1:], rows[0]])
+    return "\n".join([*rows, f"{own:<{width}}{results['accuracy']:7.2f} ± {results['ci95']:.2f} %"])

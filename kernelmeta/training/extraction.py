@@ -16,6 +16,7 @@ def extract(
     source: str,
     *,
     device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
     batch_size: int = 128,
     workers: int = 0,
     progress: bool = False,
@@ -25,6 +26,7 @@ def extract(
     Args:
         backbone: [B, channels, H, H] -> [B, D]; set to eval mode.
         source: the bank's free text.
+        dtype: of the features kept.
 
     Raises:
         ValueError: an image cannot be read, or no class is left.
@@ -38,7 +40,7 @@ def extract(
     features, labels = [], []
     bar = tqdm(total=len(rows), desc="extract", unit="image", disable=not progress)
     for pixels, batch_labels in batches(images, rows, batch_size, workers=workers):
-        features.append(backbone(pixels.to(device)).float().cpu())
+        features.append(backbone(pixels.to(device)).to(dtype).cpu())
         labels.append(new_label[batch_labels])
         bar.update(len(batch_labels))
     bar.close()

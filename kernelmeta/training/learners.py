@@ -1,57 +1,165 @@
-"""Trained learners from files."""
+"""The learners that can be trained: what each is called, which settings it takes, how it is built.
+
+To add one: an entry in `LEARNERS`.
+"""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kernelmeta import nn
-from kernelmeta.data.files import one_line, read_weights
-from kernelmeta.training.checkpoint import Checkpoint
-from kernelmeta.training.config import TrainConfig
-from kernelmeta.training.trainer import CHECKPOINT
+from torch import nn
+
+from kernelmeta import nn as km_nn
+
+if TYPE_CHECKING:
+    from kernelmeta.training.config import TrainConfig
+
+# Settings of a run that only some learners take.
+SETTINGS = ("steps", "inner_lr", "hidden", "norm_stats", "first_order", "learn_rates", "channels")
 
 
-def load_learner(path: str | os.PathLike[str]) -> tuple[nn.SIB, dict[str, Any]]:
-    """A trained learner, and the settings of its training as far as the file tells them.
+class Rows(NamedTuple):
+    """What the rows of a bank are."""
+
+    n_features: int
+    image_shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class LearnerKind:
+    """One kind of learner.
 
     Args:
-        path: a run folder, its checkpoint, or a published checkpoint (a dict with keys netFeat, SIB, lr,
-            nbStep).
+        title: as tables print it.
+        build: makes the module, untrained, for a configuration and the rows of a bank.
+        defaults: the `SETTINGS` that it takes, and what they are if not given.
+        training: defaults of settings that all learners have (the optimizer's, say) where they differ.
+        over_steps: after training, K may be lowered (``module.steps``) to see the accuracy after fewer steps.
+        whole_network: each task takes long, on several threads, instead of microseconds on one.
+    """
+
+    title: str
+    build: Callable[[TrainConfig, Rows], Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    over_steps: bool = False
+    whole_network: bool = False
+
+
+def _prototypes(config: TrainConfig, rows: Rows) -> nn.Module:
+    return km_nn.Prototypes(config.way, rows.n_features)
+
+
+def _sib(config: TrainConfig, rows: Rows) -> nn.Module:
+    assert config.steps is not None and config.inner_lr is not None and config.norm_stats is not None
+    return km_nn.SIB(
+        n_way=config.way,
+        n_features=rows.n_features,
+        steps=config.steps,
+        inner_lr=config.inner_lr,
+        hidden=config.hidden,
+        norm_stats=config.norm_stats,
+    )
+
+
+def _anil(config: TrainConfig, rows: Rows) -> nn.Module:
+    assert config.steps is not None and config.inner_lr is not None
+    return km_nn.ANIL(
+        config.way,
+        rows.n_features,
+        config.steps,
+        config.inner_lr,
+        first_order=bool(config.first_order),
+        learn_rates=bool(config.learn_rates),
+    )
+
+
+def _ridge(config: TrainConfig, rows: Rows) -> nn.Module:
+    return km_nn.RidgeHead(config.way, rows.n_features)
+
+
+def _maml(config: TrainConfig, rows: Rows) -> nn.Module:
+    assert config.steps is not None and config.inner_lr is not None
+    # Eight tasks of 80 images at a time take about 100 MB a layer.
+    return km_nn.MAML(
+        _network(config, rows),
+        config.way,
+        config.steps,
+        config.inner_lr,
+        first_order=bool(config.first_order),
+        learn_rates=bool(config.learn_rates),
+        chunk_size=8,
+        n_features=rows.n_features,
+    )
+
+
+def _network(config: TrainConfig, rows: Rows) -> nn.Module:
+    """Conv-4 and a linear layer for images; one hidden layer for features."""
+    assert config.channels is not None and config.hidden is not None
+    if rows.image_shape is None:
+        return nn.Sequential(
+            nn.LayerNorm(rows.n_features, elementwise_affine=False),
+            nn.Linear(rows.n_features, config.hidden),
+            nn.ReLU(),
+            nn.Linear(config.hidden, config.way),
+        )
+    in_channels, height, width = rows.image_shape
+    if min(height, width) < 16:
+        raise ValueError(f"learner: maml needs images of at least 16 x 16 pixels, got {height} x {width}")
+    backbone = km_nn.Conv4(config.channels, in_channels)
+    head = nn.Linear(backbone.n_features(height, width), config.way)
+    return nn.Sequential(nn.Unflatten(1, rows.image_shape), backbone, head)
+
+
+_ADAM = {"optimizer": "Adam", "tasks_per_step": 4}
+LEARNERS: dict[str, LearnerKind] = {
+    "prototypes": LearnerKind("prototypes", _prototypes),
+    "anil": LearnerKind(
+        "ANIL",
+        _anil,
+        {"steps": 5, "inner_lr": 0.1, "first_order": False, "learn_rates": False},
+        over_steps=True,
+    ),
+    "maml": LearnerKind(
+        "MAML",
+        _maml,
+        {
+            "steps": 5,
+            "inner_lr": 0.1,
+            "first_order": False,
+            "learn_rates": False,
+            "channels": 32,
+            "hidden": 64,
+        },
+        _ADAM,
+        whole_network=True,
+    ),
+    "ridge": LearnerKind("ridge", _ridge),
+    "sib": LearnerKind(
+        "SIB",
+        _sib,
+        {"steps": 3, "inner_lr": 1e-3, "hidden": None, "norm_stats": "task"},
+        over_steps=True,
+    ),
+}
+
+
+def with_defaults(learner: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the learner's defaults in the place of None.
 
     Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: truncated, foreign, or a pickle that would run code.
+        ValueError: there is no such learner, or a setting that it does not take is not None.
     """
-    file = Path(path)
-    if file.is_dir():
-        file = file / CHECKPOINT
-        if not file.exists():
-            raise ValueError(f"{path}: no run of 'kernelmeta train': it holds no {CHECKPOINT}")
-    if file.suffix == ".safetensors":
-        checkpoint = Checkpoint.load(file, "train")
-        config = TrainConfig.from_dict(checkpoint.state.get("config", {}))
-        try:
-            head = config.make_learner(int(checkpoint.state["bank"]["features"]))
-            head.load_state_dict(checkpoint.tensors["model"])
-        except (KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(f"{file}: the weights do not fit the configuration ({one_line(error)})") from None
-        return head.eval(), config.to_dict()
-    return _published(file)
-
-
-def _published(file: Path) -> tuple[nn.SIB, dict[str, Any]]:
-    content = read_weights(file)
-    missing = sorted({"SIB", "lr", "nbStep"} - content.keys())
-    if missing:
-        raise ValueError(f"{file}: no checkpoint of kernelmeta, and no published one: it has no {missing[0]!r}")
-    try:
-        state = nn.SIB.from_xfer(content["SIB"])
-        way, D, hidden = state["mlp.weight1"].shape[1], len(state["weight"]), state["mlp.weight1"].shape[0]
-        steps, inner_lr = int(content["nbStep"]), float(content["lr"])
-        head = nn.SIB(n_way=way, n_features=D, steps=steps, inner_lr=inner_lr, hidden=hidden)
-        head.load_state_dict(state)
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{file}: no published checkpoint ({one_line(error)})") from None
-    return head.eval(), {"way": way, "steps": steps, "inner_lr": inner_lr, "hidden": hidden}
+    if learner not in LEARNERS:
+        raise ValueError(f"learner: expected one of {', '.join(LEARNERS)}, got {learner!r}")
+    kind = LEARNERS[learner]
+    filled = dict(settings)
+    for name, default in {**kind.defaults, **kind.training}.items():
+        if filled[name] is None:
+            filled[name] = default
+    for name in SETTINGS:
+        if name not in kind.defaults and filled[name] is not None:
+            raise ValueError(f"{name}: the learner {learner!r} takes no such setting, got {filled[name]}")
+    return filled

@@ -43,9 +43,12 @@ def training_plot(
     _save(figure, path)
 
 
-def steps_plot(path: str | os.PathLike[str], results: dict[str, Any]) -> None:
+def steps_plot(path: str | os.PathLike[str], results: dict[str, Any], label: str) -> None:
     """Accuracy over the number of inner steps, beside the baselines; from what `evaluate` returns. Raises
     OSError.
+
+    Args:
+        label: of the curve.
     """
     figure, (axes,) = _axes(1)
     curve = results["accuracy_over_steps"]
@@ -55,10 +58,30 @@ def steps_plot(path: str | os.PathLike[str], results: dict[str, Any]) -> None:
         yerr=[row["ci95"] for row in curve],
         marker="o",
         capsize=3,
-        label="SIB",
+        label=label,
     )
     for style, (name, row) in zip(("--", ":"), results["baselines"].items(), strict=True):
         axes.axhline(row["accuracy"], linestyle=style, color="grey", label=name.replace("_", " "))
     axes.set(xlabel="inner steps K", ylabel="accuracy, %", xticks=[row["steps"] for row in curve])
     axes.legend()
+    _save(figure, path)
+
+
+def comparison_plot(path: str | os.PathLike[str], results: dict[str, Any], titles: Sequence[str]) -> None:
+    """Accuracy of every learner with its interval, a panel for every cell; from what `Comparison.run` returns. Raises
+    OSError.
+
+    Args:
+        titles: of the panels.
+    """
+    cells, learners = results["cells"], results["titles"]
+    figure, panels = _axes(len(cells))
+    for axes, cell, title in zip(panels, cells, titles, strict=True):
+        rows = [cell["learners"][name] for name in learners]
+        heights = range(len(rows) - 1, -1, -1)
+        for row, height in zip(rows, heights, strict=True):
+            axes.errorbar(row["accuracy"], height, xerr=row["ci95"], marker="o", capsize=3)
+        axes.set(title=title, xlabel="accuracy, %", yticks=list(heights), yticklabels=list(learners.values()))
+        axes.margins(y=0.1)
+        axes.grid(axis="x", linewidth=0.3)
     _save(figure, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ def open_bank(
     *,
     weights: str | None = None,
     backbone: str | None = None,
+    pixels: bool = False,
     style: str | None = None,
     device: str = "cpu",
     workers: int = 0,
@@ -39,7 +41,8 @@ def open_bank(
 ) -> FeatureBank:
     """The bank that ``data`` names; with ``weights``, images go through that backbone.
 
-    Glyphs without ``weights`` are their pixels: 784 features, ink 1, paper 0.
+    Glyphs without ``weights`` are their pixels: 784 features, ink 1, paper 0. With ``pixels``, so are other images:
+    normalised, as a backbone sees them, in float16.
 
     Raises:
         OSError: there is no such file or folder, or it cannot be read.
@@ -50,18 +53,20 @@ def open_bank(
             raise ValueError(f"weights: {data} is not a folder of images; a bank's features are used as they are")
         return FeatureBank.load(data)
     if weights is None:
+        if data != "glyphs" and pixels:
+            return _pixels_of(open_images(data, style), workers, progress)
         if data != "glyphs":
             raise ValueError(
                 f"{data} is a folder of images: give the --weights of a backbone ('kernelmeta pretrain'"
                 " trains one), or a bank that 'kernelmeta extract' wrote"
             )
-        return _pixels()
+        return _glyph_pixels()
     images = open_images(data, style)
     network, name = load_backbone(weights, backbone, images.channels, images.size)
     return extract(images, network, f"{images.source}, {name}", device=device, workers=workers, progress=progress)
 
 
-def _pixels() -> FeatureBank:
+def _glyph_pixels() -> FeatureBank:
     images = open_images("glyphs")
     assert isinstance(images, ArrayImages)
     kept = (images.class_split != BACKBONE_SPLIT).nonzero().flatten()
@@ -74,4 +79,12 @@ def _pixels() -> FeatureBank:
         images.class_split[kept],
         tuple(images.class_names[c] for c in kept.tolist()),
         "glyphs, pixels",
+        (1, images.size, images.size),
     )
+
+
+def _pixels_of(images: LabelledImages, workers: int, progress: bool) -> FeatureBank:
+    bank = extract(
+        images, torch.nn.Flatten(), f"{images.source}, pixels", dtype=torch.float16, workers=workers, progress=progress
+    )
+    return replace(bank, image_shape=(images.channels, images.size, images.size))

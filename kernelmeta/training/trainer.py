@@ -21,11 +21,14 @@ from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.distributed import Ranks
 from kernelmeta.training.evaluation import episode_accuracies, interval
 from kernelmeta.training.interruptions import interruptions
+from kernelmeta.training.learners import LEARNERS
 
 CHECKPOINT = "checkpoint.safetensors"
 # Steps are run in blocks: drawn at once, looked at once. A function of the configuration alone, so that a
 # resumed run cuts its blocks where an uninterrupted one does.
 BLOCK_STEPS, BLOCK_EPISODES = 128, 1024
+# Where a task takes a tenth of a second.
+BLOCK_EPISODES_WHOLE_NETWORK = 64
 CHECKPOINT_SECONDS = 5.0
 VALIDATION_EPISODES = 400
 # Validation episodes come from the far end of their sequence, apart from any evaluation on the same classes.
@@ -72,11 +75,14 @@ class Trainer:
             self.validation = self.make_sampler(bank, "val")
         self.fingerprint = fingerprint(bank)
         self.features = bank.features.to(device)
-        self.head = config.make_learner(bank.n_features).to(device)
+        self.image_shape = bank.image_shape
+        self.head = config.make_learner(bank.n_features, bank.image_shape).to(device)
         self.head.train()
         self.parameters = [p for p in self.head.parameters() if p.requires_grad]
         self.optimizer = config.make_optimizer(self.parameters)
-        self.block_steps = max(1, min(BLOCK_STEPS, BLOCK_EPISODES // config.tasks_per_step))
+        self.kind = LEARNERS[config.learner]
+        block = BLOCK_EPISODES_WHOLE_NETWORK if self.kind.whole_network else BLOCK_EPISODES
+        self.block_steps = max(1, min(BLOCK_STEPS, block // config.tasks_per_step))
         self.step = 0
         self.history: list[tuple[int, float, float]] = []  # episodes, loss, accuracy in percent
         self.validations: list[tuple[int, float, float]] = []  # episodes, accuracy in percent, ci95
@@ -87,8 +93,7 @@ class Trainer:
         return self.step * self.config.tasks_per_step
 
     def make_sampler(self, bank: FeatureBank, split: str) -> EpisodeSampler:
-        c = self.config
-        return EpisodeSampler(bank, split, way=c.way, shot=c.shot, query=c.query, balance=c.query_balance, seed=c.seed)
+        return self.config.make_sampler(bank, split)
 
     def checkpoint(self) -> Checkpoint:
         """All that the run needs to go on."""
@@ -100,6 +105,7 @@ class Trainer:
                 "seed": self.config.seed,
                 "config": self.config.to_dict(),
                 "bank": self.fingerprint,
+                "image_shape": self.image_shape,
                 "history": self.history,
                 "validations": self.validations,
             },
@@ -123,9 +129,13 @@ class Trainer:
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"the checkpoint does not fit the run ({one_line(error)})") from None
 
-    def run(self, out: Path, *, report: Report | None = None, progress: bool = False) -> bool:
+    def run(self, out: Path, *, report: Report | None = None, progress: bool = False, keep_bar: bool = True) -> bool:
         """Train from where it stands to the end, with checkpoints in ``out`` every few seconds and at the
         end.
+
+        Args:
+            report: takes losses and accuracies.
+            progress: show a bar, and with ``keep_bar`` leave it on the screen.
 
         Returns:
             False if Ctrl-C or SIGTERM ended it early; the checkpoint holds where.
@@ -141,9 +151,10 @@ class Trainer:
             desc="train",
             unit="episode",
             disable=not (progress and self.ranks.first),
+            leave=keep_bar,
         )
-        # One task runs on one core; other threads would only wait, and be in the way.
-        alone = self.tasks == 1 and self.features.device.type == "cpu"
+        # One task of a kernel runs on one core; other threads would only wait, and be in the way.
+        alone = self.tasks == 1 and self.features.device.type == "cpu" and not self.kind.whole_network
         with _threads(1 if alone else torch.get_num_threads()), interruptions() as interrupted:
             while self.step < total:
                 n = min(self.block_steps - self.step % self.block_steps, total - self.step)
@@ -230,10 +241,10 @@ class Trainer:
             return 0.0, 0.0  # only the first process writes a history
         self.head.eval()
         values = episode_accuracies(
-            {"sib": self.head}, self.features, self.validation, VALIDATION_EPISODES, first=VALIDATION_FIRST
+            {"own": self.head}, self.features, self.validation, VALIDATION_EPISODES, first=VALIDATION_FIRST
         )
         self.head.train()
-        return interval(values["sib"])
+        return interval(values["own"])
 
 
 @contextmanager

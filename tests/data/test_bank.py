@@ -38,6 +38,14 @@ def test_a_bank_comes_back_as_it_was(tmp_path, dtype):
     assert read.classes("test").tolist() == [3]
 
 
+def test_rows_that_are_images_say_so(tmp_path):
+    bank = FeatureBank(**parts(), class_names=tuple("abcd"), image_shape=(3, 1, 1))
+    bank.save(tmp_path / "bank.safetensors")
+    assert FeatureBank.load(tmp_path / "bank.safetensors").image_shape == (3, 1, 1)
+    with pytest.raises(ValueError, match=r"image_shape: expected .* of 3 pixels, got \(1, 2, 2\)"):
+        FeatureBank(**parts(), class_names=tuple("abcd"), image_shape=(1, 2, 2))
+
+
 def test_a_bank_written_by_another_tool_is_read(tmp_path):
     save_file({**parts(), "more": torch.zeros(2)}, tmp_path / "bank.safetensors", {**METADATA, "more": "yes"})
     assert FeatureBank.load(tmp_path / "bank.safetensors").class_names == ("a", "β", "c", "d")
@@ -85,7 +93,17 @@ def test_what_breaks_the_format_is_refused(tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("change", [{"format": "other-1"}, {"class_names": "a, b"}, {"class_names": "[1, 2, 3, 4]"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "other-1"},
+        {"class_names": "a, b"},
+        {"class_names": "[1, 2, 3, 4]"},
+        {"image_shape": "3x1"},
+        {"image_shape": "3"},
+        {"image_shape": "[1, 2, 2]"},
+    ],
+)
 def test_foreign_metadata_is_refused(tmp_path, change):
     save_file(parts(), tmp_path / "bank.safetensors", {**METADATA, **change})
     with pytest.raises(ValueError, match=next(iter(change))):

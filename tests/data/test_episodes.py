@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernelmeta.data import EpisodeSampler, FeatureBank
-from kernelmeta.data.episodes import apportion, parse_balance
+from kernelmeta.data.class_draws import apportion
+from kernelmeta.data.episodes import parse_balance
 
 
 def make_bank(counts: list[int], split: list[int] | None = None) -> FeatureBank:
@@ -62,7 +63,7 @@ def test_any_range_can_be_drawn_alone(first, skip, n, balance):
 def test_cutting_a_draw_by_memory_changes_nothing(monkeypatch):
     bank = make_bank([40] * 9)
     whole = EpisodeSampler(bank, "train", way=3, query=6).draw(5, 50)
-    monkeypatch.setattr("kernelmeta.data.episodes._SCRATCH", 40 * 3 * 7)
+    monkeypatch.setattr("kernelmeta.data.class_draws._SCRATCH", 40 * 3 * 7)
     cut = EpisodeSampler(bank, "train", way=3, query=6).draw(5, 50)
     assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
 

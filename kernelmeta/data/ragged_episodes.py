@@ -1,0 +1,139 @@
+"""Episodes of unequal sizes: ways, shots and query counts differ from task to task, and from class to class.
+
+The rows of T tasks lie one after the other, with offsets, in the manner of variable-length attention. As with even
+episodes, episode number e of a seed and split is a pure function of (seed, split, e).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernelmeta.data import counter
+from kernelmeta.data.bank import FeatureBank
+from kernelmeta.data.class_draws import QUERIES, SHOTS, WAYS, ClassDraws, Ints, apportion, shares
+from kernelmeta.data.episodes import Episodes, parse_balance
+
+Range = tuple[int, int]
+
+
+class RaggedEpisodes(NamedTuple):
+    """T episodes; all int64. Indices point into the rows of the bank; rows are sorted by task, then by class.
+
+    Task t's support rows are ``support_offsets[t] .. support_offsets[t + 1] - 1``, likewise its query rows.
+    """
+
+    support_index: Tensor  # [sum S]
+    support_labels: Tensor  # [sum S] in 0..n_ways[t]-1
+    support_offsets: Tensor  # [T+1], from 0 to sum S
+    query_index: Tensor  # [sum Q]
+    query_labels: Tensor  # [sum Q] in 0..n_ways[t]-1
+    query_offsets: Tensor  # [T+1], from 0 to sum Q
+    n_ways: Tensor  # [T]
+
+    def task(self, t: int) -> Episodes:
+        """Task t as an even batch of one: [1, S], [1, S], [1, Q], [1, Q]."""
+        support = slice(int(self.support_offsets[t]), int(self.support_offsets[t + 1]))
+        query = slice(int(self.query_offsets[t]), int(self.query_offsets[t + 1]))
+        return Episodes(
+            self.support_index[None, support],
+            self.support_labels[None, support],
+            self.query_index[None, query],
+            self.query_labels[None, query],
+        )
+
+
+class RaggedEpisodeSampler:
+    """Draws episodes of unequal sizes from the classes of one split of a bank.
+
+    Args:
+        bank: the bank.
+        split: "train", "val" or "test".
+        ways: least and most classes an episode; every number between is equally likely.
+        shots: least and most support rows a class, drawn for every class of every episode.
+        queries: least and most query rows a class, drawn likewise.
+        balance: "even": every class has the query rows drawn for it. "dirichlet:ALPHA": an episode has as many query
+            rows in all, but the classes' shares of them are drawn from Dirichlet(ALPHA), rounded, and cut where a
+            class has not that many samples left; what is cut goes to the other classes. A class may have no query row.
+        seed: chooses the sequence of episodes.
+
+    Raises:
+        ValueError: a range that is none; the split has too few classes, or one of its classes (named) too few samples
+            for the most that may be drawn.
+    """
+
+    def __init__(
+        self,
+        bank: FeatureBank,
+        split: str,
+        *,
+        ways: Range = (5, 50),
+        shots: Range = (1, 10),
+        queries: Range = (1, 15),
+        balance: str = "even",
+        seed: int = 0,
+    ) -> None:
+        for name, value, least in (("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1)):
+            if len(value) != 2 or not least <= value[0] <= value[1]:
+                raise ValueError(f"{name}: expected (least, most) with {least} <= least <= most, got {value}")
+        self.ways, self.shots, self.queries = ways, shots, queries
+        self.alpha = parse_balance(balance)
+        self._draws = ClassDraws(bank, split, ways[1], seed)
+        self._draws.check_samples(shots[1], queries[1] if self.alpha is None else 0)
+        self._draws.check_left(ways[1], shots[1], queries[1])
+
+    def draw(self, first: int, n: int) -> RaggedEpisodes:
+        """Episodes first .. first+n-1; the same however a range is cut into calls."""
+        per_call = self._draws.per_call
+        parts = [self._draw(e, min(per_call, first + n - e)) for e in range(first, first + n, per_call)]
+        if not parts:
+            none, zero = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+            return RaggedEpisodes(none, none, zero, none, none, zero, none)
+        joined = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
+        support_index, support_labels, support_counts, query_index, query_labels, query_counts, n_ways = joined
+        return RaggedEpisodes(
+            support_index,
+            support_labels,
+            _offsets(support_counts),
+            query_index,
+            query_labels,
+            _offsets(query_counts),
+            n_ways,
+        )
+
+    def _draw(self, first: int, n: int) -> tuple[Ints, ...]:
+        """Indices and labels of the rows, and how many an episode has, for support and query; and the ways."""
+        W, draws = self.ways[1], self._draws
+        keys = draws.keys(first, n)
+        n_ways = _between(counter.words(keys, WAYS), self.ways)
+        used = np.arange(W) < n_ways[:, None]  # [n, W]
+        chosen = draws.choose_classes(keys)
+        available = draws.count[chosen]
+        shots = used * _between(counter.words(keys[:, None], SHOTS, np.arange(W)), self.shots)
+        queries = used * _between(counter.words(keys[:, None], QUERIES, np.arange(W)), self.queries)
+        if self.alpha is not None:
+            parts = used * shares(keys, W, self.alpha)
+            parts /= np.maximum(parts.sum(1, keepdims=True), np.finfo(float).tiny)
+            queries = apportion(parts, used * (available - shots), queries.sum(1))
+        picked = draws.choose_samples(keys, available, int((shots + queries).max(initial=0)))  # [n, W, draws]
+        rows = draws.rows[picked + draws.first[chosen][:, :, None]]
+        place = np.arange(picked.shape[2])
+        label = np.broadcast_to(np.arange(W)[None, :, None], picked.shape)
+        in_support = place < shots[:, :, None]
+        in_query = (place < (shots + queries)[:, :, None]) & ~in_support
+        return (
+            rows[in_support], label[in_support], shots.sum(1),
+            rows[in_query], label[in_query], queries.sum(1), n_ways,
+        )  # fmt: skip
+
+
+def _between(random: counter.Words, bounds: Range) -> Ints:
+    """Words -> integers from the least to the most, both included."""
+    return bounds[0] + counter.below(random, bounds[1] - bounds[0] + 1)
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))

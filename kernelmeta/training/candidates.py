@@ -1,0 +1,46 @@
+"""The settings from which a comparison chooses, on the validation classes, for every learner and cell.
+
+Steps and rates of the inner loop spread over what the authors of each method used and what features of other scales
+need; the first candidates of a learner are its most usual ones, for quick runs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from typing import Any
+
+from kernelmeta.data.files import read_json
+
+SOFT_KMEANS = "soft_kmeans"
+
+
+def _grid(**choices: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
+    return tuple(dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))
+
+
+_ADAM = {"optimizer": ("Adam",), "lr": (1e-3,), "tasks_per_step": (4,)}
+_SGD = {"tasks_per_step": (4,), "lr": (2e-3,)}
+
+CANDIDATES: dict[str, tuple[dict[str, Any], ...]] = {
+    "prototypes": ({"untrained": True}, *_grid(tasks_per_step=(4,), lr=(1e-3, 1e-2))),
+    SOFT_KMEANS: _grid(scale=(10.0, 20.0, 5.0, 40.0), steps=(10, 3, 1, 30)),
+    "anil": _grid(inner_lr=(1.0, 0.1, 10.0, 0.01), steps=(5,), learn_rates=(True,), **_ADAM),
+    "maml": _grid(inner_lr=(0.1, 0.03, 0.3), **_ADAM),
+    "ridge": _grid(optimizer=("Adam",), lr=(1e-2, 1e-3), tasks_per_step=(4,)),
+    "sib": _grid(steps=(3, 10), inner_lr=(1e-2, 1e-3, 1e-1), **_SGD),
+}
+
+
+def read_candidates(path: str | os.PathLike[str]) -> dict[str, list[dict[str, Any]]]:
+    """Candidates from a JSON file: an object, learner -> list of objects of settings.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it holds something else.
+    """
+    content = read_json(path)
+    for learner, candidates in content.items():
+        if not isinstance(candidates, list) or not all(isinstance(candidate, dict) for candidate in candidates):
+            raise ValueError(f"{path}: expected a list of settings for {learner!r}")
+    return content

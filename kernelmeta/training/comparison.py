@@ -1,0 +1,363 @@
+"""All learners on the same bank and the same test episodes: what `kernelmeta compare` runs.
+
+A *cell* is a number of shots and a balance of the query rows. In every cell, every learner is trained with each of its
+candidate settings on the training classes for a while; the best of them on the validation classes are trained to the
+end; of all these, the best on the validation classes is chosen. What counts is its accuracy on the episodes of the test
+classes, which are the same for all learners.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernelmeta import nn
+from kernelmeta.backends import select
+from kernelmeta.data import EpisodeSampler, FeatureBank
+from kernelmeta.data.episodes import parse_balance
+from kernelmeta.data.files import read_json, read_tensors, write_json, write_tensors
+from kernelmeta.training.candidates import CANDIDATES, SOFT_KMEANS
+from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.config import TrainConfig
+from kernelmeta.training.evaluation import Learner, episode_accuracies, interval
+from kernelmeta.training.learners import LEARNERS, Rows
+from kernelmeta.training.trainer import CHECKPOINT, Trainer, fingerprint
+
+CONFIG, RESULTS, TABLE, PLOT = "compare.json", "comparison.json", "comparison.md", "comparison.png"
+CONTESTANTS = ("prototypes", SOFT_KMEANS, *(name for name in LEARNERS if name != "prototypes"))
+TITLES = {SOFT_KMEANS: "soft k-means", **{name: kind.title for name, kind in LEARNERS.items()}}
+
+Say = Callable[[str], None]
+Candidate = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Settings of a comparison.
+
+    Args:
+        data, weights, backbone: the bank, as of `kernelmeta train`.
+        learners: names of `CONTESTANTS`.
+        way, query: N, and query rows a class.
+        shots, balances: the cells are all pairs of these.
+        episodes: on which the best candidates of a learner are trained.
+        trial_episodes: on which every candidate is trained before.
+        finalists: how many are the best.
+        validation_episodes: on which they are compared.
+        eval_episodes: of the test classes.
+        most_candidates: of a learner, the first so many; all if None.
+        seed: of everything random.
+
+    Raises:
+        ValueError: a setting out of its range, named.
+    """
+
+    data: str = "glyphs"
+    weights: str | None = None
+    backbone: str | None = None
+    learners: tuple[str, ...] = tuple(name for name in CONTESTANTS if name != "maml")
+    way: int = 5
+    query: int = 15
+    shots: tuple[int, ...] = (1, 5)
+    balances: tuple[str, ...] = ("even", "dirichlet:2")
+    episodes: int = 40_000
+    trial_episodes: int = 8_000
+    finalists: int = 2
+    validation_episodes: int = 1_000
+    eval_episodes: int = 2_000
+    most_candidates: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("learners", "shots", "balances"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name}: expected some, each once, got {', '.join(map(str, values)) or 'none'}")
+        for learner in self.learners:
+            if learner not in CONTESTANTS:
+                raise ValueError(f"learners: expected some of {', '.join(CONTESTANTS)}, got {learner!r}")
+        for balance in self.balances:
+            parse_balance(balance)
+        least = {"way": 2, "query": 1, "episodes": 1, "trial_episodes": 1, "finalists": 1, "seed": 0}
+        least |= {"validation_episodes": 2, "eval_episodes": 2, "most_candidates": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name}: expected at least {low}, got {value}")
+        if min(self.shots) < 1:
+            raise ValueError(f"shots: expected at least 1, got {min(self.shots)}")
+        if self.trial_episodes > self.episodes:
+            raise ValueError(
+                f"trial_episodes: expected at most the {self.episodes} episodes of the whole training,"
+                f" got {self.trial_episodes}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, as JSON takes them."""
+        settings: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return settings
+
+
+class Comparison:
+    """Runs the cells of a configuration, and goes on where an earlier run of the same stopped.
+
+    Args:
+        config: the settings.
+        bank: where the episodes come from.
+        out: folder for checkpoints and results; what is there of the same configuration is not done again.
+        candidates: learner -> settings to choose from, in the place of `CANDIDATES`.
+        device: where the features lie and the steps run.
+        say: takes a line at a time about what was done.
+        progress: show a bar for every training.
+
+    Raises:
+        ValueError: the bank does not suit the configuration; a candidate cannot be.
+    """
+
+    def __init__(
+        self,
+        config: CompareConfig,
+        bank: FeatureBank,
+        out: Path,
+        *,
+        candidates: Mapping[str, Sequence[Candidate]] | None = None,
+        device: str = "cpu",
+        say: Say = lambda line: None,
+        progress: bool = False,
+    ) -> None:
+        self.config, self.bank, self.out, self.device = config, bank, out, device
+        self.say, self.progress = say, progress
+        self.features = bank.features.to(device)
+        self.candidates: dict[str, list[Candidate]] = {}
+        for learner in config.learners:
+            own = (candidates or {}).get(learner, CANDIDATES.get(learner, ({},)))
+            self.candidates[learner] = list(own)[: config.most_candidates]
+            if not self.candidates[learner]:
+                raise ValueError(f"candidates: none for the learner {learner!r}")
+        # Before anything runs: every sampler and every learner is made once.
+        for shot, balance in self.cells():
+            for split in ("train", "val", "test"):
+                self._sampler(split, shot, balance)
+            for learner, candidate in self._all_candidates():
+                self._check(learner, shot, balance, candidate)
+
+    def cells(self) -> list[tuple[int, str]]:
+        """(shots, balance of the query rows)."""
+        return list(itertools.product(self.config.shots, self.config.balances))
+
+    def _all_candidates(self) -> Iterator[tuple[str, Candidate]]:
+        for learner, some in self.candidates.items():
+            for candidate in some:
+                yield learner, candidate
+
+    def _sampler(self, split: str, shot: int, balance: str) -> EpisodeSampler:
+        c = self.config
+        return EpisodeSampler(self.bank, split, way=c.way, shot=shot, query=c.query, balance=balance, seed=c.seed)
+
+    def _check(self, learner: str, shot: int, balance: str, candidate: Candidate) -> None:
+        try:
+            if learner == SOFT_KMEANS:
+                self._soft_kmeans(candidate)
+            else:
+                config = self._train_config(learner, shot, balance, candidate, self.config.episodes)
+                config.make_sampler(self.bank, "train")
+                with torch.device("meta"):
+                    LEARNERS[learner].build(config, Rows(self.bank.n_features, self.bank.image_shape))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"candidates: {learner} {describe(candidate)}: {error}") from None
+
+    def _soft_kmeans(self, candidate: Candidate) -> Learner:
+        return nn.SoftKMeans(self.config.way, self.bank.n_features, **candidate)
+
+    def _train_config(self, learner: str, shot: int, balance: str, candidate: Candidate, episodes: int) -> TrainConfig:
+        c = self.config
+        settings = {
+            "data": c.data, "weights": c.weights, "backbone": c.backbone, "way": c.way, "shot": shot, "query": c.query,
+            "query_balance": balance, "learner": learner, "seed": c.seed, "validate_every": 0,
+            "episodes": episodes, **{name: value for name, value in candidate.items() if name != "untrained"},
+        }  # fmt: skip
+        fixed = sorted({"data", "weights", "backbone", "way", "learner", "episodes"} & set(candidate))
+        if fixed:
+            raise ValueError(f"{fixed[0]}: the same for all")
+        unknown = sorted(set(settings) - set(TrainConfig.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"{unknown[0]}: no such setting")
+        return TrainConfig(**settings)
+
+    def run(self) -> dict[str, Any]:
+        """Trains and evaluates what is not done yet.
+
+        Returns:
+            What `comparison.json` holds: settings, and for every cell ``{shot, query_balance, learners, pairs}``:
+            ``learners[name]`` is ``{accuracy, ci95, chosen, episodes_trained, validation_accuracy, tried}``,
+            ``pairs[a][b]`` is ``{difference, difference_ci95}``, a minus b, paired by episode. In percent.
+
+        Raises:
+            KeyboardInterrupt: stopped; run again to go on.
+        """
+        began = time.perf_counter()
+        cells = [self._cell(shot, balance) for shot, balance in self.cells()]
+        return {
+            **self.config.to_dict(),
+            "titles": {name: TITLES[name] for name in self.config.learners},
+            "features": fingerprint(self.bank),
+            "source": self.bank.source,
+            "cells": cells,
+            "seconds": time.perf_counter() - began,
+            "backend": select(self.features.device.type),
+        }
+
+    def _cell(self, shot: int, balance: str) -> dict[str, Any]:
+        name = f"{shot}-shot-{balance.replace(':', '-')}"
+        self.say(f"{shot} shot{'s' if shot > 1 else ''}, {balance} queries")
+        chosen = {learner: self._choose(self.out / name, learner, shot, balance) for learner in self.config.learners}
+        file = self.out / name / "accuracies.safetensors"
+        sampler = self._sampler("test", shot, balance)
+        values = self._known(file, chosen)
+        missing = {learner: entry.pop("module") for learner, entry in chosen.items()}
+        missing = {learner: module for learner, module in missing.items() if learner not in values}
+        if missing:
+            values |= episode_accuracies(
+                missing, self.features, sampler, self.config.eval_episodes, progress=self.progress
+            )
+            keys = {learner: json.dumps(entry["chosen"], sort_keys=True) for learner, entry in chosen.items()}
+            write_tensors(file, values, {"chosen": json.dumps(keys)})
+        values = {learner: values[learner] for learner in self.config.learners}
+        summary = summarise(values)
+        for learner, entry in chosen.items():
+            row = summary["learners"][learner]
+            row |= entry
+            self.say(f"  {TITLES[learner]:<14}{row['accuracy']:7.2f} ± {row['ci95']:.2f} %")
+        return {"shot": shot, "query_balance": balance, **summary}
+
+    def _known(self, file: Path, chosen: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Test accuracies that an earlier run left, of learners that are still the same."""
+        if not file.exists():
+            return {}
+        values, metadata = read_tensors(file)
+        keys = json.loads(metadata.get("chosen", "{}"))
+        return {
+            learner: values[learner].clone()
+            for learner, entry in chosen.items()
+            if learner in values and keys.get(learner) == json.dumps(entry["chosen"], sort_keys=True)
+        }
+
+    def _choose(self, folder: Path, learner: str, shot: int, balance: str) -> dict[str, Any]:
+        """The learner with its best candidate, trained to the end, and the record of how it was chosen."""
+
+        def attempt(candidate: Candidate, episodes: int) -> tuple[dict[str, Any], Learner]:
+            return self._attempt(folder, learner, shot, balance, candidate, episodes)
+
+        def accuracy(found: tuple[dict[str, Any], Learner]) -> float:
+            return float(found[0]["validation_accuracy"])
+
+        attempts = [attempt(candidate, self.config.trial_episodes) for candidate in self.candidates[learner]]
+        finalists = sorted(attempts, key=accuracy, reverse=True)[: self.config.finalists]
+        attempts += [attempt(r["settings"], self.config.episodes) for r, _ in finalists if r["episodes"]]
+        # Longer training may be worse on the validation classes.
+        record, module = max(attempts, key=accuracy)
+        chosen = dict(record["settings"])
+        if record["episodes"]:
+            chosen["episodes"] = record["episodes"]
+        return {
+            "chosen": chosen,
+            "validation_accuracy": record["validation_accuracy"],
+            "tried": [tried for tried, _ in attempts],
+            "module": module,
+        }
+
+    def _attempt(
+        self, folder: Path, learner: str, shot: int, balance: str, candidate: Candidate, episodes: int
+    ) -> tuple[dict[str, Any], Learner]:
+        """One candidate trained on so many episodes: its accuracy on the validation classes, and itself."""
+        if learner == SOFT_KMEANS:
+            return self._validated(None, learner, shot, balance, candidate, 0, self._soft_kmeans(candidate))
+        if candidate.get("untrained"):
+            episodes = 0
+        config = self._train_config(learner, shot, balance, candidate, max(1, episodes))
+        out = folder / learner / f"{_key(config.to_dict() | {'episodes': 0}):08x}"
+        trainer = Trainer(config, self.bank, device=self.device)
+        if episodes:
+            finished = out / f"{episodes}-episodes"
+            self._train(trainer, out, finished, episodes)
+            out = finished
+        head = trainer.head.eval()
+        return self._validated(out, learner, shot, balance, candidate, episodes, head)
+
+    def _train(self, trainer: Trainer, out: Path, finished: Path, episodes: int) -> None:
+        """Trains to so many episodes, from the furthest checkpoint that is not beyond."""
+        steps = trainer.config.n_steps
+        saved = [finished / CHECKPOINT, *(path / CHECKPOINT for path in out.glob("*-episodes"))]
+        states = [Checkpoint.load(path, "train") for path in saved if path.exists()]
+        states = [state for state in states if state.state["step"] <= steps]
+        if states:
+            trainer.restore(max(states, key=lambda state: state.state["step"]))
+        if trainer.step < steps or not (finished / CHECKPOINT).exists():
+            write_json(finished / "config.json", {"command": "train", **trainer.config.to_dict()})
+            if not trainer.run(finished, progress=self.progress, keep_bar=False):
+                raise KeyboardInterrupt
+
+    def _validated(
+        self,
+        out: Path | None,
+        learner: str,
+        shot: int,
+        balance: str,
+        candidate: Candidate,
+        episodes: int,
+        head: Learner,
+    ) -> tuple[dict[str, Any], Learner]:
+        file = None if out is None else out / "validation.json"
+        E = self.config.validation_episodes
+        if file is not None and file.exists():
+            record = read_json(file)
+            if record.get("validation_episodes") == E:
+                return record, head
+        sampler = self._sampler("val", shot, balance)
+        values = episode_accuracies({learner: head}, self.features, sampler, E)[learner]
+        accuracy, ci95 = interval(values)
+        record = {
+            "settings": dict(candidate), "episodes": episodes, "validation_episodes": E,
+            "validation_accuracy": accuracy, "validation_ci95": ci95,
+        }  # fmt: skip
+        trained = f"{episodes} episodes" if episodes else "not trained"
+        self.say(
+            f"  {TITLES[learner]:<14}{accuracy:7.2f} ± {ci95:.2f} % on the validation classes:"
+            f" {describe(candidate)}, {trained}"
+        )
+        if file is not None:
+            write_json(file, record)
+        return record, head
+
+
+def summarise(values: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Accuracies [E] of learners on the same episodes -> ``learners`` and ``pairs`` as `Comparison.run` has them."""
+    learners = {name: dict(zip(("accuracy", "ci95"), interval(own), strict=True)) for name, own in values.items()}
+    pairs = {
+        a: {
+            b: dict(zip(("difference", "difference_ci95"), interval(values[a] - values[b]), strict=True))
+            for b in values
+            if b != a
+        }
+        for a in values
+    }
+    return {"learners": learners, "pairs": pairs}
+
+
+def describe(candidate: Candidate) -> str:
+    """Settings, to read."""
+    words = [name if value is True else f"{name} {value}" for name, value in candidate.items()]
+    return ", ".join(words) or "as by default"
+
+
+def _key(settings: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(settings, sort_keys=True).encode())

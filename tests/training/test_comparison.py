@@ -1,0 +1,223 @@
+"""Comparisons: the same episodes for all, settings chosen on the validation classes, runs that are gone on with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from runs import make_bank
+
+from kernelmeta import nn
+from kernelmeta.data import EpisodeSampler
+from kernelmeta.data.files import read_tensors
+from kernelmeta.training.candidates import CANDIDATES, read_candidates
+from kernelmeta.training.comparison import CONTESTANTS, CompareConfig, Comparison, summarise
+from kernelmeta.training.comparison_table import markdown
+from kernelmeta.training.config import TrainConfig
+from kernelmeta.training.evaluation import episode_accuracies, interval
+from kernelmeta.training.trainer import Trainer
+
+SMALL = CompareConfig(
+    data="a test",
+    learners=("prototypes", "soft_kmeans", "sib"),
+    way=3,
+    query=4,
+    shots=(1, 2),
+    balances=("even", "dirichlet:2"),
+    episodes=256,
+    trial_episodes=64,
+    validation_episodes=60,
+    eval_episodes=80,
+    seed=5,
+)
+FEW = {
+    "prototypes": [{"untrained": True}],
+    "soft_kmeans": [{"steps": 1}, {"steps": 10}],
+    "sib": [{"inner_lr": 1e-2, "tasks_per_step": 4}, {"inner_lr": 10.0, "tasks_per_step": 4}],
+}
+
+
+@pytest.fixture(scope="module")
+def compared(bank, tmp_path_factory):
+    out = tmp_path_factory.mktemp("compare")
+    lines = []
+    results = Comparison(SMALL, bank, out, candidates=FEW, say=lines.append).run()
+    return results, out, lines
+
+
+def test_every_cell_has_all_learners_on_the_same_episodes(bank, compared):
+    results, out, _ = compared
+    assert [(cell["shot"], cell["query_balance"]) for cell in results["cells"]] == [
+        (1, "even"), (1, "dirichlet:2"), (2, "even"), (2, "dirichlet:2"),
+    ]  # fmt: skip
+    cell = results["cells"][1]
+    values, _ = read_tensors(out / "1-shot-dirichlet-2" / "accuracies.safetensors")
+    assert set(values) == set(SMALL.learners)
+    sampler = EpisodeSampler(bank, "test", way=3, shot=1, query=4, balance="dirichlet:2", seed=5)
+    steps = cell["learners"]["soft_kmeans"]["chosen"]["steps"]
+    alone = {"prototypes": nn.Prototypes(3, bank.n_features), "soft_kmeans": nn.SoftKMeans(3, steps=steps)}
+    for name, head in alone.items():
+        expected = episode_accuracies({name: head}, bank.features, sampler, 80)[name]
+        assert torch.equal(values[name], expected)
+        assert cell["learners"][name]["accuracy"] == interval(expected)[0]
+    pair = cell["pairs"]["sib"]["soft_kmeans"]
+    assert (pair["difference"], pair["difference_ci95"]) == interval(values["sib"] - values["soft_kmeans"])
+    assert cell["pairs"]["soft_kmeans"]["sib"]["difference"] == pytest.approx(-pair["difference"])
+
+
+def test_settings_are_chosen_on_the_validation_classes(bank, compared):
+    results, _, _ = compared
+    for cell in results["cells"]:
+        for name in ("soft_kmeans", "sib"):
+            entry = cell["learners"][name]
+            tried = [record["validation_accuracy"] for record in entry["tried"]]
+            assert entry["validation_accuracy"] == max(tried)
+            best = entry["tried"][tried.index(max(tried))]
+            assert {**best["settings"], "episodes": best["episodes"]} == {"episodes": 0, **entry["chosen"]}
+        assert len(cell["learners"]["soft_kmeans"]["tried"]) == 2
+        assert [record["episodes"] for record in cell["learners"]["sib"]["tried"]] == [64, 64, 256, 256]
+    sampler = EpisodeSampler(bank, "val", way=3, shot=1, query=4, seed=5)
+    for record in results["cells"][0]["learners"]["soft_kmeans"]["tried"]:
+        head = nn.SoftKMeans(3, **record["settings"])
+        expected = interval(episode_accuracies({"own": head}, bank.features, sampler, 60)["own"])
+        assert (record["validation_accuracy"], record["validation_ci95"]) == expected
+
+
+def test_a_learner_is_what_training_alone_gives(bank, compared, tmp_path):
+    results, out, _ = compared
+    entry = results["cells"][2]["learners"]["sib"]
+    config = TrainConfig(
+        way=3, shot=2, query=4, seed=5, validate_every=0, data="a test",
+        **{"tasks_per_step": 1, **entry["chosen"]},
+    )  # fmt: skip
+    trainer = Trainer(config, bank)
+    trainer.run(tmp_path)
+    sampler = EpisodeSampler(bank, "test", way=3, shot=2, query=4, seed=5)
+    found = episode_accuracies({"own": trainer.head.eval()}, bank.features, sampler, 80)["own"]
+    values, _ = read_tensors(out / "2-shot-even" / "accuracies.safetensors")
+    assert torch.equal(found, values["sib"])
+
+
+def test_what_is_done_is_not_done_again(bank, compared, monkeypatch):
+    results, out, _ = compared
+
+    def no_training(*args, **more):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(Trainer, "_run_block", no_training)
+    monkeypatch.setattr("kernelmeta.training.comparison.episode_accuracies", no_training)
+    # Soft k-means has no file of its own for its validation accuracy: cheap enough to be told again.
+    config = replace(SMALL, learners=("prototypes", "sib"))
+    again = Comparison(config, bank, out, candidates=FEW).run()
+    for cell, before in zip(again["cells"], results["cells"], strict=True):
+        for name in config.learners:
+            assert cell["learners"][name] == before["learners"][name]
+
+
+def test_an_interrupted_comparison_goes_on_to_the_same_end(bank, compared, tmp_path, monkeypatch):
+    results, _, _ = compared
+    blocks = []
+    run_block = Trainer._run_block
+
+    def stop_after_five(self, n):
+        blocks.append(n)
+        if len(blocks) == 5:
+            raise KeyboardInterrupt
+        return run_block(self, n)
+
+    monkeypatch.setattr(Trainer, "_run_block", stop_after_five)
+    with pytest.raises(KeyboardInterrupt):
+        Comparison(SMALL, bank, tmp_path, candidates=FEW).run()
+    again = Comparison(SMALL, bank, tmp_path, candidates=FEW).run()
+    assert again["cells"] == results["cells"]
+
+
+def test_the_table_has_every_number(compared):
+    results, _, lines = compared
+    text = markdown(json.loads(json.dumps(results)))
+    for cell in results["cells"]:
+        for entry in cell["learners"].values():
+            assert f"{entry['accuracy']:.2f} ± {entry['ci95']:.2f}" in text
+        for row in cell["pairs"].values():
+            for pair in row.values():
+                shown = f"{pair['difference']:+.2f} ± {pair['difference_ci95']:.2f}"
+                bold = abs(pair["difference"]) > pair["difference_ci95"]
+                assert (f"**{shown}**" if bold else f" {shown} ") in text
+    widths = {line.count("|") for line in text.splitlines() if line.startswith("| ")}
+    assert widths == {6, 5}  # four cells; three learners
+    assert any("on the validation classes: inner_lr 0.01" in line for line in lines)
+
+
+def test_pairs_are_of_the_differences():
+    values = {
+        "a": torch.tensor([1.0, 0.5, 0.5], dtype=torch.float64),
+        "b": torch.tensor([0.9, 0.4, 0.4], dtype=torch.float64),
+    }
+    summary = summarise(values)
+    assert summary["pairs"]["a"]["b"]["difference"] == pytest.approx(10)
+    assert summary["pairs"]["a"]["b"]["difference_ci95"] == pytest.approx(0, abs=1e-10)
+    assert summary["learners"]["a"]["ci95"] > 30
+
+
+@pytest.mark.parametrize("learner", CONTESTANTS)
+def test_every_candidate_of_every_learner_can_be(bank, tmp_path, learner):
+    # Comparison makes each once before anything runs.
+    Comparison(replace(SMALL, learners=(learner,)), bank, tmp_path)
+    assert CANDIDATES[learner]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learners": ("sib", "svm")}, "learners: expected some of prototypes, .*, got 'svm'"),
+        ({"learners": ()}, "learners: expected some, each once, got none"),
+        ({"shots": (1, 1)}, "shots: expected some, each once, got 1, 1"),
+        ({"shots": (0,)}, "shots: expected at least 1, got 0"),
+        ({"balances": ("uneven",)}, "query_balance: expected"),
+        ({"way": 1}, "way: expected at least 2"),
+        ({"trial_episodes": 257}, "trial_episodes: expected at most the 256 episodes"),
+        ({"eval_episodes": 1}, "eval_episodes: expected at least 2"),
+        ({"finalists": 0}, "finalists: expected at least 1"),
+        ({"most_candidates": 0}, "most_candidates: expected at least 1"),
+        ({"way": 7}, "way: 7 classes asked for, the val split has 6"),
+        ({"shots": (1, 20)}, "class 'class 0' of the train split has 20 samples; 24 are needed"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_by_name(bank, tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        Comparison(replace(SMALL, **change), bank, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "message"),
+    [
+        ({"sib": []}, "candidates: none for the learner 'sib'"),
+        ({"sib": [{"way": 4}]}, "candidates: sib way 4: way: the same for all"),
+        ({"sib": [{"shot": 17}]}, "candidates: sib shot 17: class 'class 0' of the train split has 20 samples; 21 are"),
+        ({"sib": [{"step": 3}]}, "candidates: sib step 3: step: no such setting"),
+        ({"sib": [{"channels": 3}]}, "candidates: sib channels 3: channels: the learner 'sib' takes no such setting"),
+        ({"sib": [{"norm_stats": "x"}]}, "candidates: sib norm_stats x: norm_stats: expected one of"),
+        ({"soft_kmeans": [{"step": 3}]}, "candidates: soft_kmeans step 3: .*unexpected keyword"),
+        ({"soft_kmeans": [{"steps": -1}]}, "candidates: soft_kmeans steps -1: n_way and steps"),
+    ],
+)
+def test_candidates_that_cannot_be_are_refused_before_anything_runs(bank, tmp_path, candidates, message):
+    with pytest.raises(ValueError, match=message):
+        Comparison(SMALL, bank, tmp_path, candidates=candidates)
+    assert not list(tmp_path.iterdir())
+
+
+def test_candidates_come_from_a_file(tmp_path):
+    (tmp_path / "c.json").write_text('{"sib": [{"steps": 2}]}')
+    assert read_candidates(tmp_path / "c.json") == {"sib": [{"steps": 2}]}
+    (tmp_path / "c.json").write_text('{"sib": {"steps": 2}}')
+    with pytest.raises(ValueError, match=r"c\.json: expected a list of settings for 'sib'"):
+        read_candidates(tmp_path / "c.json")
+
+
+def test_a_bank_without_validation_classes_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="the val split has 0"):
+        Comparison(SMALL, make_bank((12, 0, 6)), tmp_path)
