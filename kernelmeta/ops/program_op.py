@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from kernelmeta import reference
 from kernelmeta.backends import select
 from kernelmeta.ops import _checks
 from kernelmeta.ops._differentiable import Args, DifferentiableOp
 from kernelmeta.ops.class_means_op import class_means
 from kernelmeta.reference import MLPParameters, Phase
 from kernelmeta.reference.phases import ORACLES, total_steps
-from kernelmeta.reference.program import Adapted, adapt
+from kernelmeta.reference.program import adapt
 
 STARTS = ("class_means", "learned", "zero")
 CLASSIFIERS = ("cosine", "linear")
@@ -95,11 +94,10 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
     n_way, phases, cosine, start, _, coefficients, save_trace = args[_N_TENSORS:]
     support, query, T = _rows(args)
     new_empty = args[_RATES].new_empty
-    if not save_trace:
-        size = 0
-    elif args[5] is None:
+    size: Any = 0
+    if save_trace and args[5] is None:
         size = T * trace_size(support[1], query[1], n_way, args[_QUERY].shape[-1], phases, cosine, start, coefficients)
-    else:  # it depends on the offsets
+    elif save_trace:  # it depends on the offsets
         size = torch.library.get_ctx().new_dynamic_size()
     return (
         new_empty((*query, n_way)),
@@ -155,7 +153,7 @@ def _fallback_backward(
 ) -> tuple[Tensor, ...]:
     need_query, need_support = args[-2:]
     inputs = list(args[:_N_TENSORS])
-    needs = {i: True for i in _DIFFERENTIABLE} | {_QUERY: need_query, _SUPPORT: need_support}
+    needs = dict.fromkeys(_DIFFERENTIABLE, True) | {_QUERY: need_query, _SUPPORT: need_support}
     with torch.enable_grad():
         for i in (_QUERY, _SUPPORT):  # gradients are those of the gathered rows
             if inputs[i + 1] is not None:

@@ -6,8 +6,8 @@ and G [rows, N] what its oracle gives for their logits Z, a step of rate lr is
     linear   Z = X W^T + b            W' = W - lr G^T X,   b' = b - lr sum(G)
     cosine   Z = s (b + Xhat that^T)  theta' = theta - lr s (G^T Xhat - that * sum(G cos)) / |theta|
 
-with Xhat the normalised rows and that the normalised theta. Each gradient is written out, so that the functions here can
-be differentiated any number of times, compiled, and used under torch.func.
+with Xhat the normalised rows and that the normalised theta. Each gradient is written out, so that the functions here
+can be differentiated any number of times, compiled, and used under torch.func.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def oracle_gradient(
 ) -> Tensor:
     """G = d loss / d logits: [T, rows, N] -> [T, rows, N], from one-hot labels of that shape where needed."""
     if oracle == "cross_entropy":
+        assert labels is not None
         G = logits.softmax(-1) - labels
     elif oracle == "squared_error":
         assert labels is not None
@@ -101,7 +102,7 @@ def run_phases(
     P = {"support": torch.zeros_like(y), "query": theta0.new_zeros(T, query.shape[-2], N)}
 
     def classify(rows: Tensor) -> Tensor:
-        if cosine:
+        if scale is not None and cosine:
             return scale * (shift + rows @ normalize(theta, dim=-1, eps=_FLOOR).transpose(-1, -2))
         return rows @ theta.transpose(-1, -2) + b.unsqueeze(-2)
 
@@ -254,5 +255,5 @@ def _joined(tasks: Sequence[Adapted], support: Tensor, query: Tensor, n_way: int
         rows = support.new_zeros(0, n_way)
         return Adapted(rows, support.new_zeros(0, n_way, support.shape[-1]), *[rows.clone() for _ in range(4)])
     logits, weights, bias, of_support, of_query, a = zip(*tasks, strict=True)
-    coefficients = [torch.cat([p[0] for p in rows]) for rows in (of_support, of_query)]
-    return Adapted(torch.cat(logits), torch.cat(weights), torch.cat(bias), *coefficients, torch.cat(a))
+    P, Pq = (torch.cat([p[0] for p in rows]) for rows in (of_support, of_query))
+    return Adapted(torch.cat(logits), torch.cat(weights), torch.cat(bias), P, Pq, torch.cat(a))

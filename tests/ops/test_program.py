@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
 import kernelmeta as km
-from kernelmeta.ops.program_op import encode, trace_size
 from kernelmeta.reference import MLPParameters, Phase
 
 CPU = km.backends()["cpu"]
@@ -164,7 +163,7 @@ class Problem:
                     stats,
                     cosine=self.cosine,
                     **options,
-                )  # fmt: skip
+                )
             )
         results = [torch.stack(r) for r in zip(*tasks, strict=True)]
         return results[:2] if self.cosine else results
@@ -190,8 +189,8 @@ COSINE = {
     "both": [Phase("cross_entropy", 2, 0.1), Phase("synthetic_gradient", 2, 0.1)],
     "assignment, then synthetic": [Phase("soft_assignment", 2, 1.0), Phase("synthetic_gradient", 2, 0.1)],
     "four phases": [
-        Phase("hinge", 1, 0.1), Phase("soft_assignment", 2, 1.0), Phase("cross_entropy", 0, 0.1), Phase("entropy", 1, 0.1),
-        Phase("soft_assignment", 1, 0.5),
+        Phase("hinge", 1, 0.1), Phase("soft_assignment", 2, 1.0), Phase("cross_entropy", 0, 0.1),
+        Phase("entropy", 1, 0.1), Phase("soft_assignment", 1, 0.5),
     ],
     "nothing": [],
 }  # fmt: skip
