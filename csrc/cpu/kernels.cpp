@@ -40,6 +40,10 @@ __forceinline__ float widen(Float16 x) {
 __forceinline__ float widen(float x) { return x; }
 __forceinline__ double widen(double x) { return x; }
 
+int64_t storage_bytes(Storage storage) {
+  return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
+}
+
 template <class F, class C>
 void widen_rows(const Features& f, int64_t task, int64_t D, C* to) {
   const F* data = static_cast<const F*>(f.data);
@@ -332,11 +336,13 @@ struct HeadWorkspace {
   Arena<C> nowhere;  // the trace is the caller's
   CpuBlock<C> block;
   C *support_buffer, *query_buffer;
+  C* y;
   HeadTrace<C> trace;
 
   HeadWorkspace(Arena<C>& arena, const HeadProblem<C>& p, bool own_trace)
       : support_buffer(widening_buffer(arena, p.support, p.s.D)),
         query_buffer(widening_buffer(arena, p.query, p.s.D)),
+        y(arena.take(p.s.N * padded(p.s.S))),
         trace(own_trace ? arena : nowhere, p.s) {}
 
   LinearHead<CpuBlock<C>> head(const HeadProblem<C>& p, int64_t t, const HeadTrace<C>& of) {
@@ -350,6 +356,7 @@ struct HeadWorkspace {
             task_rows(p.support, t, p.s.D, support_buffer),
             task_rows(p.query, t, p.s.D, query_buffer),
             p.labels + t * p.s.S,
+            y,
             of};
   }
 };
@@ -410,10 +417,13 @@ constexpr Kernels<C> kKernels = {trace_size<C>,           sib_forward<C>,     si
 
 }  // namespace
 
+#include "cpu/program_kernels.h"
+
 namespace kernelmeta {
 
 extern const KernelTable KERNELMETA_JOIN(kernels_, KERNELMETA_ISA);
-const KernelTable KERNELMETA_JOIN(kernels_, KERNELMETA_ISA) = {KERNELMETA_STRING(KERNELMETA_ISA),
-                                                               kKernels<float>, kKernels<double>};
+const KernelTable KERNELMETA_JOIN(kernels_, KERNELMETA_ISA) = {
+    KERNELMETA_STRING(KERNELMETA_ISA), kKernels<float>, kKernels<double>, kProgramKernels<float>,
+    kProgramKernels<double>};
 
 }  // namespace kernelmeta

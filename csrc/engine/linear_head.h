@@ -43,6 +43,7 @@ struct LinearHead {
   const C* rates;          // [K]
   Rows<C> support, query;
   const int64_t* labels;  // [S]
+  C* y;                   // [N][ld], scratch: the labels, one-hot
   const HeadTrace<C>& trace;
 
   struct Scratch {
@@ -57,6 +58,7 @@ struct LinearHead {
   // -> logits [Q][N], head [N][D + 1] or null: the weights and the bias of every class.
   __host__ __device__ __forceinline__ void forward(const Scratch& t, C* logits, C* head) {
     const int64_t N = s.N, S = s.S, K = s.K, ld = padded(S);
+    one_hot();
     if (K > 0) block.self_dots(S, support, s.D, trace.gram, ld);
     if (K > 0) block.dots(N, Rows<C>{weight, s.D, nullptr}, S, support, s.D, t.z0, ld);
     block.rows(S, S, [&](int64_t i, auto row) {
@@ -124,6 +126,7 @@ struct LinearHead {
                                                     const C* grad_head, C* gsupport, C* gquery, C* gweight,
                                                     C* gbias, C* grates) {
     const int64_t N = s.N, S = s.S, Q = s.Q, D = s.D, K = s.K, ld = padded(S);
+    one_hot();
     block.features(N, D, [&](int64_t n, auto row) {
       row.each(
           [&](auto d) { d.store(t.gtheta + n * D, grad_head ? d.load(grad_head + n * (D + 1)) : d.zero()); });
@@ -172,21 +175,23 @@ struct LinearHead {
   }
 
  private:
+  __host__ __device__ __forceinline__ void one_hot() {
+    const int64_t ld = padded(s.S);
+    block.each_item(s.N * ld,
+                    [&](int64_t i) { y[i] = i % ld < s.S && labels[i % ld] == i / ld ? C(1) : C(0); });
+  }
+
   template <class Row>
   __host__ __device__ __forceinline__ static void zero_row(Row row, C* to) {
     row.each([&](auto j) { j.store(to, j.zero()); });
   }
 
-  __host__ __device__ __forceinline__ RowTarget<C> target(int64_t i) const {
-    return {labels[i], C(1) / C(s.S)};
+  __host__ __device__ __forceinline__ OracleRows<B> rows() const {
+    return {block, s.N, s.S, padded(s.S), y, C(1) / C(s.S), C(s.S), C(1)};
   }
 
   __host__ __device__ __forceinline__ void ask(const C* z, C* g) {
-    with_oracle(oracle, [&](auto one) {
-      block.each_item(s.S, [&](int64_t i) {
-        decltype(one)::template gradient<B>(z + i, padded(s.S), s.N, target(i), g + i);
-      });
-    });
+    with_oracle(oracle, [&](auto one) { decltype(one)::template forward<B>(rows(), z, g); });
   }
 
   // gp: gradient of P_{k+1} -> gradient of P_k; adds to gz0, to the gradient of A and to that of the rate.
@@ -202,11 +207,7 @@ struct LinearHead {
       grates[k] += sum;
     });
     if (first_order) return;  // G is a constant there
-    with_oracle(oracle, [&](auto one) {
-      block.each_item(S, [&](int64_t i) {
-        decltype(one)::template backward<B>(z + i, t.g + i, t.gp + i, ld, N, target(i), t.gz + i);
-      });
-    });
+    with_oracle(oracle, [&](auto one) { decltype(one)::template backward<B>(rows(), z, t.g, t.gp, t.gz); });
     const C rate = rates[k];
     block.rows(N, S, [&](int64_t n, auto row) {
       row.each([&](auto i) {

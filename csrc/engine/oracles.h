@@ -1,90 +1,210 @@
-// Oracles: where a step's gradient with respect to the logits comes from. One struct each: `gradient` turns
-// the logits of one row into G, `backward` is its derivative. Row entries lie `ld` apart, one for each of N
-// classes.
+// Oracles: where a step's G = d loss / d Z comes from, and how a gradient of G finds its way back to Z.
 //
-// To add one: a struct with these two functions, an entry in `Oracle` and in `with_oracle`, its name and
-// formula in kernelmeta/reference/oracles.py.
+// One struct an oracle, `forward` and its derivative `backward` beside it, in Block's words, used by all
+// backends; docs/programs.md says how to add one. Rows are innermost: z, g, gg and gz are [N][ld] of the
+// phase's rows. `columns(rows, f)` calls f(at) for every row (or vector of rows), which walks over the N
+// classes by itself. The synthetic-gradient MLP, which has parameters, stands in mlp.h.
 #pragma once
 
-#include "engine/sizes.h"
+#include "engine/arena.h"
 
 namespace kernelmeta {
 
-enum class Oracle : int64_t { kCrossEntropy, kSquaredError, kHinge };
-
-// What an oracle knows about a row besides its logits.
-template <class C>
-struct RowTarget {
-  int64_t label;
-  C share;  // 1 / number of rows: losses are means over the rows
+// The numbers are those of kernelmeta/reference/phases.py.
+enum class Oracle : int64_t {
+  kCrossEntropy = 0,
+  kSquaredError = 1,
+  kHinge = 2,
+  kEntropy = 3,
+  kSoftAssignment = 4,
+  kSyntheticGradient = 5,
 };
 
-// loss = -log softmax(z)[label];  g = softmax(z) - one_hot(label)
+// What an oracle may look at besides Z.
+template <class B>
+struct OracleRows {
+  using C = typename B::Scalar;
+
+  B& block;
+  int64_t N, rows, ld;
+  const C* y;      // [N][ld] one-hot labels, zeros in the padding; null where the rows have none
+  C share, count;  // the loss is share = 1 / count times the sum over rows
+  C target;        // of squared error: what a row's own class should get
+};
+
+// p = softmax(z) of one row; returns log sum exp(z).
+template <class B, class At>
+__host__ __device__ __forceinline__ auto softmax(At at, int64_t N, int64_t ld, const typename B::Scalar* z,
+                                                 typename B::Scalar* p) {
+  auto top = at.load(z);
+  for (int64_t n = 1; n < N; ++n) top = B::max(top, at.load(z + n * ld));
+  auto sum = at.zero();
+  for (int64_t n = 0; n < N; ++n) {
+    const auto e = B::exp(at.load(z + n * ld) - top);
+    at.store(p + n * ld, e);
+    sum = sum + e;
+  }
+  const auto inverse = typename B::Scalar(1) / sum;
+  for (int64_t n = 0; n < N; ++n) at.store(p + n * ld, at.load(p + n * ld) * inverse);
+  return top + B::log(sum);
+}
+
+// gz = (d softmax / dz)^T gp = p (gp - <p, gp>), times `share`; p and gz may be one array.
+template <class B, class At>
+__host__ __device__ __forceinline__ void softmax_backward(At at, int64_t N, int64_t ld,
+                                                          const typename B::Scalar* p,
+                                                          const typename B::Scalar* gp,
+                                                          typename B::Scalar share, typename B::Scalar* gz) {
+  auto along = at.zero();
+  for (int64_t n = 0; n < N; ++n) along = along + at.load(p + n * ld) * at.load(gp + n * ld);
+  for (int64_t n = 0; n < N; ++n) {
+    at.store(gz + n * ld, at.load(p + n * ld) * (at.load(gp + n * ld) - along) * share);
+  }
+}
+
+// -log softmax(z)[y].  G = (softmax(z) - y) share.
 struct CrossEntropy {
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void gradient(const C* z, int64_t ld, int64_t N, RowTarget<C> t,
-                                                           C* g) {
-    C most = z[0], sum = 0;
-    for (int64_t n = 1; n < N; ++n) most = B::max(most, z[n * ld]);
-    for (int64_t n = 0; n < N; ++n) sum += g[n * ld] = B::exp(z[n * ld] - most);
-    for (int64_t n = 0; n < N; ++n) g[n * ld] = (g[n * ld] / sum - C(n == t.label)) * t.share;
+  __host__ __device__ __forceinline__ static void forward(const OracleRows<B>& r, const C* z, C* g) {
+    r.block.columns(r.rows, [&](auto at) {
+      softmax<B>(at, r.N, r.ld, z, g);
+      for (int64_t n = 0; n < r.N; ++n) {
+        at.store(g + n * r.ld, (at.load(g + n * r.ld) - at.load(r.y + n * r.ld)) * r.share);
+      }
+    });
   }
+
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void backward(const C*, const C* g, const C* gg, int64_t ld,
-                                                           int64_t N, RowTarget<C> t, C* gz) {
-    C along = 0;
-    for (int64_t n = 0; n < N; ++n) along += (g[n * ld] / t.share + C(n == t.label)) * gg[n * ld];
-    for (int64_t n = 0; n < N; ++n) {
-      const C p = g[n * ld] / t.share + C(n == t.label);
-      gz[n * ld] = p * (gg[n * ld] - along) * t.share;
-    }
+  __host__ __device__ __forceinline__ static void backward(const OracleRows<B>& r, const C*, const C* g,
+                                                           const C* gg, C* gz) {
+    r.block.columns(r.rows, [&](auto at) {
+      for (int64_t n = 0; n < r.N; ++n) {
+        at.store(gz + n * r.ld, at.load(g + n * r.ld) * r.count + at.load(r.y + n * r.ld));  // softmax(z)
+      }
+      softmax_backward<B>(at, r.N, r.ld, gz, gg, r.share, gz);
+    });
   }
 };
 
-// loss = |z - one_hot(label)|^2 / 2;  g = z - one_hot(label)
+// |z - target y|^2 / 2.  G = (z - target y) share.
 struct SquaredError {
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void gradient(const C* z, int64_t ld, int64_t N, RowTarget<C> t,
-                                                           C* g) {
-    for (int64_t n = 0; n < N; ++n) g[n * ld] = (z[n * ld] - C(n == t.label)) * t.share;
+  __host__ __device__ __forceinline__ static void forward(const OracleRows<B>& r, const C* z, C* g) {
+    r.block.columns(r.rows, [&](auto at) {
+      for (int64_t i = 0; i < r.N * r.ld; i += r.ld) {
+        at.store(g + i, (at.load(z + i) - at.load(r.y + i) * r.target) * r.share);
+      }
+    });
   }
+
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void backward(const C*, const C*, const C* gg, int64_t ld,
-                                                           int64_t N, RowTarget<C> t, C* gz) {
-    for (int64_t n = 0; n < N; ++n) gz[n * ld] = gg[n * ld] * t.share;
+  __host__ __device__ __forceinline__ static void backward(const OracleRows<B>& r, const C*, const C*,
+                                                           const C* gg, C* gz) {
+    r.block.columns(r.rows, [&](auto at) {
+      for (int64_t i = 0; i < r.N * r.ld; i += r.ld) at.store(gz + i, at.load(gg + i) * r.share);
+    });
   }
 };
 
-// loss = sum over the other classes of max(0, 1 + z[n] - z[label]) (Weston & Watkins 1999)
+// sum over n other than y of max(0, 1 + z[n] - z[y]) (Weston & Watkins 1998). Its G is constant between
+// kinks: the derivative is zero.
 struct Hinge {
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void gradient(const C* z, int64_t ld, int64_t N, RowTarget<C> t,
-                                                           C* g) {
-    C violated = 0;
-    for (int64_t n = 0; n < N; ++n) {
-      const C margin = C(1) + z[n * ld] - z[t.label * ld];
-      const C one = n == t.label ? C(0) : margin > 0 ? C(1) : margin <= 0 ? C(0) : margin;  // NaN stays NaN
-      g[n * ld] = one * t.share;
-      violated += one;
-    }
-    g[t.label * ld] = -violated * t.share;
+  __host__ __device__ __forceinline__ static void forward(const OracleRows<B>& r, const C* z, C* g) {
+    r.block.columns(r.rows, [&](auto at) {
+      auto own = at.zero(), violations = at.zero();
+      for (int64_t i = 0; i < r.N * r.ld; i += r.ld) own = own + at.load(z + i) * at.load(r.y + i);
+      for (int64_t i = 0; i < r.N * r.ld; i += r.ld) {
+        const auto margin = at.load(z + i) - own + C(1);
+        const auto violated = B::where_positive(margin, at.zero() + (C(1) - at.load(r.y + i)));
+        at.store(g + i, violated);
+        violations = violations + violated;
+      }
+      for (int64_t i = 0; i < r.N * r.ld; i += r.ld) {
+        at.store(g + i, (at.load(g + i) - at.load(r.y + i) * violations) * r.share);
+      }
+    });
   }
+
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void backward(const C*, const C*, const C*, int64_t ld,
-                                                           int64_t N, RowTarget<C>, C* gz) {
-    for (int64_t n = 0; n < N; ++n) gz[n * ld] = 0;
+  __host__ __device__ __forceinline__ static void backward(const OracleRows<B>& r, const C*, const C*,
+                                                           const C*, C* gz) {
+    r.block.columns(r.rows, [&](auto at) {
+      for (int64_t i = 0; i < r.N * r.ld; i += r.ld) at.store(gz + i, at.zero());
+    });
   }
 };
 
-// f(oracle) with the struct of that name.
+// The entropy of p = softmax(z).  With h = log p + entropy(p), G = -p h share.
+struct Entropy {
+  template <class B, class C>
+  __host__ __device__ __forceinline__ static void forward(const OracleRows<B>& r, const C* z, C* g) {
+    r.block.columns(r.rows, [&](auto at) {
+      const auto log_sum = softmax<B>(at, r.N, r.ld, z, g);
+      auto entropy = at.zero();
+      for (int64_t i = 0; i < r.N * r.ld; i += r.ld) {
+        entropy = entropy - at.load(g + i) * (at.load(z + i) - log_sum);
+      }
+      for (int64_t i = 0; i < r.N * r.ld; i += r.ld) {
+        at.store(g + i, at.load(g + i) * (log_sum - at.load(z + i) - entropy) * r.share);
+      }
+    });
+  }
+
+  // gz = -p ((gg - <p, gg>) (h + 1) - <gg, p h>) share
+  template <class B, class C>
+  __host__ __device__ __forceinline__ static void backward(const OracleRows<B>& r, const C* z, const C*,
+                                                           const C* gg, C* gz) {
+    r.block.columns(r.rows, [&](auto at) {
+      const auto log_sum = softmax<B>(at, r.N, r.ld, z, gz);
+      auto entropy = at.zero(), mean = at.zero(), along = at.zero();
+      for (int64_t i = 0; i < r.N * r.ld; i += r.ld) {
+        entropy = entropy - at.load(gz + i) * (at.load(z + i) - log_sum);
+      }
+      for (int64_t i = 0; i < r.N * r.ld; i += r.ld) {
+        const auto weighted = at.load(gz + i) * at.load(gg + i);
+        mean = mean + weighted;
+        along = along + weighted * (at.load(z + i) - log_sum + entropy);
+      }
+      for (int64_t i = 0; i < r.N * r.ld; i += r.ld) {
+        const auto h = at.load(z + i) - log_sum + entropy;
+        at.store(gz + i, at.load(gz + i) * (along - (at.load(gg + i) - mean) * (h + C(1))) * r.share);
+      }
+    });
+  }
+};
+
+// p = softmax(z) itself: not a gradient, but what soft k-means moves its centres with (program.h).
+struct SoftAssignment {
+  template <class B, class C>
+  __host__ __device__ __forceinline__ static void forward(const OracleRows<B>& r, const C* z, C* p) {
+    r.block.columns(r.rows, [&](auto at) { softmax<B>(at, r.N, r.ld, z, p); });
+  }
+
+  template <class B, class C>
+  __host__ __device__ __forceinline__ static void backward(const OracleRows<B>& r, const C*, const C* p,
+                                                           const C* gp, C* gz) {
+    r.block.columns(r.rows, [&](auto at) { softmax_backward<B>(at, r.N, r.ld, p, gp, C(1), gz); });
+  }
+};
+
+// Calls f with the struct of an oracle that has no parameters of its own.
 template <class F>
-__host__ __device__ __forceinline__ void with_oracle(Oracle name, F f) {
-  if (name == Oracle::kCrossEntropy)
-    f(CrossEntropy{});
-  else if (name == Oracle::kSquaredError)
-    f(SquaredError{});
-  else
-    f(Hinge{});
+__host__ __device__ __forceinline__ void with_oracle(Oracle oracle, F f) {
+  switch (oracle) {
+    case Oracle::kCrossEntropy:
+      return f(CrossEntropy{});
+    case Oracle::kSquaredError:
+      return f(SquaredError{});
+    case Oracle::kHinge:
+      return f(Hinge{});
+    case Oracle::kEntropy:
+      return f(Entropy{});
+    case Oracle::kSoftAssignment:
+      return f(SoftAssignment{});
+    case Oracle::kSyntheticGradient:
+      return;
+  }
 }
 
 }  // namespace kernelmeta

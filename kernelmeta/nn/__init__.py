@@ -4,11 +4,13 @@ from kernelmeta.nn.anil import ANIL
 from kernelmeta.nn.backbones import Conv4, WideResNet
 from kernelmeta.nn.cosine_classifier import CosineClassifier
 from kernelmeta.nn.maml import MAML
+from kernelmeta.nn.program import Program
 from kernelmeta.nn.prototypes import Prototypes
 from kernelmeta.nn.ridge_head import RidgeHead
 from kernelmeta.nn.sib import SIB
 from kernelmeta.nn.soft_kmeans import SoftKMeans
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
+from kernelmeta.reference.phases import Phase
 
 __all__ = [
     "ANIL",
@@ -16,6 +18,8 @@ __all__ = [
     "SIB",
     "Conv4",
     "CosineClassifier",
+    "Phase",
+    "Program",
     "Prototypes",
     "RidgeHead",
     "SoftKMeans",

@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from kernelmeta import reference
 from kernelmeta.backends import select
 from kernelmeta.ops import _checks
 from kernelmeta.ops._differentiable import Args, DifferentiableOp, is_traced
-from kernelmeta.reference.oracles import ORACLES
-
-# As csrc/engine/oracles.h numbers them.
-_NAMES = ("cross_entropy", "squared_error", "hinge")
+from kernelmeta.reference.phases import LABELLED
+from kernelmeta.reference.program import oracle_gradient
 
 # Positions of the raw op's arguments.
 _SUPPORT, _QUERY, _WEIGHT, _BIAS, _RATES = 0, 3, 5, 6, 7
@@ -81,11 +80,12 @@ def _fallback(*args: Any) -> tuple[Tensor, ...]:
     support, support_index, labels, query, query_index, weight, bias, rates, oracle, first_order = args[:10]
     return_weights, _ = args[_RETURN_WEIGHTS:]
     support, query = (_rows(*pair).to(weight.dtype) for pair in ((support, support_index), (query, query_index)))
+    targets = one_hot(labels, weight.shape[0]).to(weight.dtype)
     start = support @ weight.t() + bias
     gram = support @ support.transpose(-1, -2) + 1
     pull = torch.zeros_like(start)
     for rate in rates.unbind():
-        G = ORACLES[_NAMES[oracle]].gradient(start - gram @ pull, labels) / labels.shape[-1]
+        G = oracle_gradient(LABELLED[oracle], start - gram @ pull, targets, mean=True)
         pull = pull + rate * (G.detach() if first_order else G)
     theta = weight - pull.transpose(-1, -2) @ (support.detach() if first_order else support)
     b = bias - pull.sum(-2)
@@ -192,8 +192,8 @@ def linear_head(
     _checks.shape("bias", bias, (N,), "[N]")
     _checks.dimensions("rates", rates, "[K]")
     _checks.labels("support_labels", support_labels, (T, S), support)
-    if oracle not in _NAMES:
-        raise ValueError(f"oracle: expected one of {', '.join(_NAMES)}, got {oracle!r}")
+    if oracle not in LABELLED:
+        raise ValueError(f"oracle: expected one of {', '.join(LABELLED)}, got {oracle!r}")
     if support_index is not None and (support.requires_grad or query.requires_grad):
         support, query = _rows(support, support_index), _rows(query, query_index)
         support_index = query_index = None
@@ -212,8 +212,8 @@ def linear_head(
         )
     else:
         logits, heads = OP.on(backend)(
-            support, support_index, support_labels, query, query_index, *parameters, _NAMES.index(oracle), first_order,
-            return_weights, False,
+            support, support_index, support_labels, query, query_index, *parameters, LABELLED.index(oracle),
+            first_order, return_weights, False,
         )[:2]  # fmt: skip
     if precision is not None:
         logits, heads = logits.to(precision[1]), heads.to(precision[1])
@@ -225,5 +225,5 @@ def _traceable(
     first_order: bool, return_weights: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The reference without autograd inside."""
-    arguments = (support, None, labels, query, None, weight, bias, rates, _NAMES.index(oracle), first_order)
+    arguments = (support, None, labels, query, None, weight, bias, rates, LABELLED.index(oracle), first_order)
     return _fallback(*arguments, return_weights, False)[:2]

@@ -61,7 +61,7 @@ def unrolled(module: km.nn.ANIL, support: Tensor, labels: Tensor, query: Tensor)
     for x, y, q in zip(support, labels, query, strict=True):
         weight, bias = module.weight, module.bias
         for k in range(module.steps):
-            rate = module.inner_lr if module.rates is None else module.rates[k]
+            rate = module.step_rates()[k]
             steps = torch.autograd.grad(
                 cross_entropy(linear(x, weight, bias), y), (weight, bias), create_graph=not module.first_order
             )
