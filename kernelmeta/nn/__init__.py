@@ -5,6 +5,7 @@ from kernelmeta.nn.backbones import Conv4, WideResNet
 from kernelmeta.nn.cosine_classifier import CosineClassifier
 from kernelmeta.nn.program import Program
 from kernelmeta.nn.prototypes import Prototypes
+from kernelmeta.nn.ridge_head import RidgeHead
 from kernelmeta.nn.sib import SIB
 from kernelmeta.nn.soft_kmeans import SoftKMeans
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
@@ -18,6 +19,7 @@ __all__ = [
     "Phase",
     "Program",
     "Prototypes",
+    "RidgeHead",
     "SoftKMeans",
     "SyntheticGradientMLP",
     "WideResNet",
