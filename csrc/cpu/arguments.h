@@ -36,7 +36,7 @@ std::string shape_text(const Tensor& t) {
   return text + "]";
 }
 
-void require_shape(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) {
+void require_shape(const Tensor& t, const std::vector<int64_t>& shape, const char* name) {
   bool same = t.is_cpu() && t.dim() == int64_t(shape.size());
   int64_t i = 0;
   for (const int64_t size : shape) same = same && t.size(i++) == size;
@@ -78,8 +78,11 @@ C* data(const Tensor& t) {
 template <class C>
 class Parameter {
  public:
-  Parameter(const Tensor& t, std::initializer_list<int64_t> shape, const char* name) : tensor_(dense(t)) {
+  Parameter(const Tensor& t, const std::vector<int64_t>& shape, const char* name) : Parameter(t, name) {
     require_shape(t, shape, name);
+  }
+  Parameter(const Tensor& t, const char* name) : tensor_(dense(t)) {
+    if (!t.is_cpu()) refuse(std::string(name) + " must be a CPU tensor");
     require(t.scalar_type() == kType<C>, "all parameters must have the same dtype, float32 or float64");
   }
   const C* get() const { return static_cast<const C*>(tensor_.const_data_ptr()); }

@@ -2,7 +2,9 @@
 //
 // The engine (csrc/engine) says what to compute in these words:
 //   each_item(n, f)        f(i) for every i
-//   rows(n, Q, f)          f(i, row) for every row of a padded array; row.each, row.sum, row.one
+//   rows(n, Q, f)          f(i, row) for every row of a padded array; row.each, row.sum, row.one; row.part(n)
+//                          is the same for n entries, and sees what row stored before
+//   columns(Q, f)          f(at) for every entry of a row: at walks over the rows of padded arrays by itself
 //   row_sums(n, Q, out, f) out[i] = the sum of f(i, at) over row i, for many rows at once; f may store
 //   features(n, D, f)      the same for rows of plain, unpadded memory
 //   mm, mm_add             small matrix times padded rows
@@ -47,6 +49,13 @@ struct CpuBlock {
 
   static __forceinline__ C sqrt(C x) { return __builtin_sqrt(x); }
   static __forceinline__ C max(C a, C b) { return a < b ? b : a; }
+  static __forceinline__ V max(V a, V b) { return a < b ? b : a; }
+  static __forceinline__ V exp(V v) { return exp_lanes<C>(v); }
+  static __forceinline__ V log(V v) {
+    for (int64_t i = 0; i < W; ++i)
+      v[i] = sizeof(C) == 4 ? C(__builtin_logf(float(v[i]))) : C(__builtin_log(v[i]));
+    return v;
+  }
   static __forceinline__ V relu(V v) { return v < V{} ? V{} : v; }  // keeps NaN
   static __forceinline__ V where_positive(V test, V v) { return test <= V{} ? V{} : v; }
 
@@ -85,6 +94,7 @@ struct CpuBlock {
   struct Row {
     int64_t length;
 
+    __forceinline__ Row part(int64_t count) const { return {count}; }
     template <class F>
     __forceinline__ void each(F f) const {
       int64_t at = 0;
@@ -112,6 +122,10 @@ struct CpuBlock {
   __forceinline__ void each_item(int64_t n, F f) const {
 #pragma GCC ivdep
     for (int64_t i = 0; i < n; ++i) f(i);
+  }
+  template <class F>
+  __forceinline__ void columns(int64_t length, F f) const {
+    Row<kPadded>{length}.each(f);
   }
   // Writes `out` up to padded(n). The lanes of W rows are summed in one tree.
   template <class F>

@@ -97,10 +97,18 @@ struct Kernels {
                                C* grad_weight, int64_t begin, int64_t end);
 };
 
+}  // namespace kernelmeta
+
+#include "cpu/program_table.h"
+
+namespace kernelmeta {
+
 struct KernelTable {
   const char* isa;
   Kernels<float> f32;
   Kernels<double> f64;
+  ProgramKernels<float> program_f32;
+  ProgramKernels<double> program_f64;
 };
 
 // The table for this machine, or for the instruction set that KERNELMETA_ISA names; throws

@@ -40,6 +40,10 @@ __forceinline__ float widen(Float16 x) {
 __forceinline__ float widen(float x) { return x; }
 __forceinline__ double widen(double x) { return x; }
 
+int64_t storage_bytes(Storage storage) {
+  return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
+}
+
 template <class F, class C>
 void widen_rows(const Features& f, int64_t task, int64_t D, C* to) {
   const F* data = static_cast<const F*>(f.data);
@@ -327,10 +331,13 @@ constexpr Kernels<C> kKernels = {trace_size<C>,          sib_forward<C>,  sib_ba
 
 }  // namespace
 
+#include "cpu/program_kernels.h"
+
 namespace kernelmeta {
 
 extern const KernelTable KERNELMETA_JOIN(kernels_, KERNELMETA_ISA);
-const KernelTable KERNELMETA_JOIN(kernels_, KERNELMETA_ISA) = {KERNELMETA_STRING(KERNELMETA_ISA),
-                                                               kKernels<float>, kKernels<double>};
+const KernelTable KERNELMETA_JOIN(kernels_, KERNELMETA_ISA) = {
+    KERNELMETA_STRING(KERNELMETA_ISA), kKernels<float>, kKernels<double>, kProgramKernels<float>,
+    kProgramKernels<double>};
 
 }  // namespace kernelmeta

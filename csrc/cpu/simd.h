@@ -145,4 +145,42 @@ __forceinline__ void transpose_square(const C* from, int64_t ld_from, C* to, int
   for (int i = 0; i < W; ++i) store(to + i * ld_to, v[i]);
 }
 
+// e^x to one or two units in the last place; NaN stays NaN, what would overflow or underflow is clamped.
+template <class C>
+__forceinline__ typename Simd<C>::V exp_lanes(typename Simd<C>::V x) {
+  using V = typename Simd<C>::V;
+  constexpr bool single = sizeof(C) == 4;
+  constexpr C kLowest = single ? C(-87) : C(-708), kHighest = single ? C(88) : C(709);
+  // Adding and subtracting it rounds to an integer, which is left in the low bits.
+  constexpr C kRound = single ? C(0x1.8p23) : C(0x1.8p52);
+  constexpr C kLn2High = single ? C(0x1.62e4p-1) : C(0x1.62e42feep-1);
+  constexpr C kLn2Low = single ? C(0x1.7f7d1cf7p-20) : C(0x1.a39ef35793c76p-33);
+  x = x < kLowest ? V{} + kLowest : x > kHighest ? V{} + kHighest : x;
+  const V shifted = x * C(1.4426950408889634074) + kRound;
+  const V n = shifted - kRound;
+  const V r = (x - n * kLn2High) - n * kLn2Low;  // |r| <= ln(2) / 2
+  // The Taylor series: its next term is below the rounding of 1.
+  V sum = V{} + (single ? C(1.0 / 5040) : C(1.0 / 6227020800.0));
+  if constexpr (!single) {
+    sum = sum * r + C(1.0 / 479001600);
+    sum = sum * r + C(1.0 / 39916800);
+    sum = sum * r + C(1.0 / 3628800);
+    sum = sum * r + C(1.0 / 362880);
+    sum = sum * r + C(1.0 / 40320);
+    sum = sum * r + C(1.0 / 5040);
+  }
+  sum = sum * r + C(1.0 / 720);
+  sum = sum * r + C(1.0 / 120);
+  sum = sum * r + C(1.0 / 24);
+  sum = sum * r + C(1.0 / 6);
+  sum = sum * r + C(0.5);
+  sum = sum * r + C(1);
+  sum = sum * r + C(1);
+  using Bits = typename Simd<C>::Mask;
+  constexpr int kMantissa = single ? 23 : 52, kExponentBias = single ? 127 : 1023;
+  const Bits exponent =
+      reinterpret_cast<Bits>(shifted) - reinterpret_cast<Bits>(V{} + kRound) + kExponentBias;
+  return sum * reinterpret_cast<V>(exponent << kMantissa);
+}
+
 }  // namespace

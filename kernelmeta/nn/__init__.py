@@ -1,11 +1,26 @@
 """Modules: learners, called alike (support, support_labels, query), and the networks around them."""
 
+from kernelmeta.nn.anil import ANIL
 from kernelmeta.nn.backbones import Conv4, WideResNet
 from kernelmeta.nn.cosine_classifier import CosineClassifier
 from kernelmeta.nn.maml import MAML
+from kernelmeta.nn.program import Program
 from kernelmeta.nn.prototypes import Prototypes
 from kernelmeta.nn.sib import SIB
 from kernelmeta.nn.soft_kmeans import SoftKMeans
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
+from kernelmeta.reference.phases import Phase
 
-__all__ = ["MAML", "SIB", "Conv4", "CosineClassifier", "Prototypes", "SoftKMeans", "SyntheticGradientMLP", "WideResNet"]
+__all__ = [
+    "ANIL",
+    "MAML",
+    "SIB",
+    "Conv4",
+    "CosineClassifier",
+    "Phase",
+    "Program",
+    "Prototypes",
+    "SoftKMeans",
+    "SyntheticGradientMLP",
+    "WideResNet",
+]

@@ -1,7 +1,8 @@
 """The ops: functions of tensors, batched over tasks, differentiable; each runs on the best backend there is."""
 
 from kernelmeta.ops.class_means_op import class_means
+from kernelmeta.ops.program_op import program
 from kernelmeta.ops.sib_op import sib, sib_inner_loop
 from kernelmeta.ops.synthetic_gradient_mlp_op import synthetic_gradient_mlp
 
-__all__ = ["class_means", "sib", "sib_inner_loop", "synthetic_gradient_mlp"]
+__all__ = ["class_means", "program", "sib", "sib_inner_loop", "synthetic_gradient_mlp"]

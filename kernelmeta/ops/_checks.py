@@ -71,6 +71,16 @@ def index(name: str, tensor: Tensor, bank: Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}, but the bank is on {bank.device}")
 
 
+def integers(name: str, tensor: Tensor, features: Tensor) -> None:
+    """An int64 tensor on the features' device."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype is not torch.int64:
+        raise TypeError(f"{name}: expected int64, got {str(tensor.dtype).removeprefix('torch.')}")
+    if tensor.device != features.device:
+        raise ValueError(f"{name} is on {tensor.device}, but the features are on {features.device}")
+
+
 def mlp(parameters: MLPParameters) -> tuple[int, int]:
     """N and H of an MLP whose ten tensors fit each other."""
     if len(parameters) != 10:

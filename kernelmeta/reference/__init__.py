@@ -5,7 +5,18 @@ The functions have the names, arguments and results of those in :mod:`kernelmeta
 
 from kernelmeta.reference import dual
 from kernelmeta.reference.class_means import class_means
+from kernelmeta.reference.phases import Phase
+from kernelmeta.reference.program import program
 from kernelmeta.reference.sib import sib, sib_inner_loop
 from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, synthetic_gradient_mlp
 
-__all__ = ["MLPParameters", "class_means", "dual", "sib", "sib_inner_loop", "synthetic_gradient_mlp"]
+__all__ = [
+    "MLPParameters",
+    "Phase",
+    "class_means",
+    "dual",
+    "program",
+    "sib",
+    "sib_inner_loop",
+    "synthetic_gradient_mlp",
+]

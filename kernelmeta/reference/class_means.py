@@ -13,7 +13,7 @@ from kernelmeta.reference.precision import promoted, without_autocast
 def class_means(support: Tensor, support_labels: Tensor, n_way: int, weight: Tensor | None = None) -> Tensor:
     """Weighted means of the normalised support rows of every class. See :func:`kernelmeta.ops.class_means`."""
     if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-        _check_labels(support_labels, n_way)
+        check_labels(support_labels, n_way)
     if weight is not None:
         support, weight = promoted(support, weight)
     members = one_hot(support_labels, n_way).to(support.dtype)  # [T, S, N]
@@ -22,7 +22,8 @@ def class_means(support: Tensor, support_labels: Tensor, n_way: int, weight: Ten
     return means if weight is None else means * weight
 
 
-def _check_labels(labels: Tensor, n_way: int) -> None:
+def check_labels(labels: Tensor, n_way: int) -> None:
+    """Labels [T, S] in range, and every class with a row."""
     outside = (labels < 0) | (labels >= n_way)
     if outside.any():
         task, row = outside.nonzero()[0].tolist()

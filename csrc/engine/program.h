@@ -1,0 +1,677 @@
+// A program: phases of steps that refine one task's classifier, in the space of its rows, and the adjoint.
+//
+// The live rows are the query rows and, where a phase uses them, the support rows. The classifier theta moves
+// in the span of its start and of the normalised rows (cosine) or of the rows (linear), so its state is what
+// it says about the live rows. With A the Gram matrix and G what the phase's oracle gives for the phase's
+// rows, a step of rate lr is
+//
+//   linear   Z  = X W^T + b              Z' = Z - lr (A + 1) G             W = W0 + P^T X, b = b0 + sum(P)
+//                                        P' = P - lr G
+//   cosine   as in inner_loop.h: the state is U and r2, with e = lr * scale; theta = a theta0 + Xhat^T P
+//
+// (the + 1 is the bias' part). Soft assignment is not a gradient step: with p = softmax(Z), theta_a the
+// classifier at the start of the phase and c its weight, the support rows of each class, it moves by lr to
+//
+//   (c theta_a + Xhat^T p) / m,   m = c + sum(p)          (soft k-means, Ren et al. 2018, where lr = 1)
+//
+// The adjoint of a step needs G again; it is computed from the state, which the trace holds for every step.
+#pragma once
+
+#include "engine/inner_loop.h"
+#include "engine/oracles.h"
+
+namespace kernelmeta {
+
+struct Phase {
+  Oracle oracle;
+  bool query;  // uses the query rows; else the support rows
+  bool mean;   // the loss is the mean over the rows; else their sum
+  int64_t steps;
+};
+
+// Rows of one kind: where they stand among the live rows. `first` is a multiple of kAlign, so that every part
+// of an array can be read in vectors; between the parts, and in all padding, arrays of live rows hold zeros.
+struct RowPart {
+  int64_t first, count;
+
+  __host__ __device__ __forceinline__ int64_t ld() const { return padded(count); }
+};
+
+// One task's sizes, and the program.
+struct ProgramShape {
+  int64_t S, Q, N, D, H;
+  const Phase* phases;
+  int64_t n_phases;
+  int64_t K;  // steps of all phases
+  bool cosine;
+  bool uses_support, uses_query;  // some phase does
+  bool coefficients;              // P and a are wanted
+
+  __host__ __device__ __forceinline__ RowPart support() const { return {0, uses_support ? S : 0}; }
+  __host__ __device__ __forceinline__ RowPart query() const { return {support().ld(), Q}; }
+  __host__ __device__ __forceinline__ RowPart part(bool of_query) const {
+    return of_query ? query() : support();
+  }
+  __host__ __device__ __forceinline__ int64_t ld() const { return query().first + query().ld(); }
+  __host__ __device__ __forceinline__ int64_t widest() const {
+    return support().ld() > query().ld() ? support().ld() : query().ld();
+  }
+  // Where the G of phase i's first step stands among those of all steps, [N][its part's ld] each.
+  __host__ __device__ __forceinline__ int64_t packed(int64_t i) const {
+    int64_t elements = 0;
+    for (int64_t j = 0; j < i; ++j) elements += phases[j].steps * N * part(phases[j].query).ld();
+    return elements;
+  }
+  // The synthetic gradient's, on rows of one kind.
+  __host__ __device__ __forceinline__ Sizes mlp(int64_t rows) const { return {1, S, rows, N, D, H, K}; }
+};
+
+// What the forward pass leaves for the backward pass, one task; see trace_size in
+// kernelmeta/ops/program_op.py. It starts as zeros.
+template <class C>
+struct ProgramTrace {
+  C* theta0;                     // [N][D]        where the start is the class means
+  C* inverse;                    // [ld]          1 / |x|; cosine only, like r2, a and mass
+  C* r2;                         // [K+1][N]
+  C* u;                          // [K+1][N][ld]  U, or Z
+  C* ag;                         // [K][N][ld]    A G
+  C *gram_support, *gram_query;  // [S][ld], [Q][ld]: rows of A (+ 1 if linear), for the parts in use
+  C* anchor;                     // [K+1][N]      <theta, theta_a>; soft assignment
+  C *a, *p;                      // [K+1][N], [K+1][N][ld]: with coefficients only
+
+  __host__ __device__ __forceinline__ ProgramTrace(Arena<C>& arena, const ProgramShape& s, bool class_means)
+      : theta0(class_means ? arena.take(s.N * s.D) : nullptr),
+        inverse(s.cosine ? arena.take(s.ld()) : nullptr),
+        r2(s.cosine ? arena.take((s.K + 1) * s.N) : nullptr),
+        u(arena.take((s.K + 1) * s.N * s.ld())),
+        ag(arena.take(s.K * s.N * s.ld())),
+        gram_support(s.uses_support ? arena.take(s.S * s.ld()) : nullptr),
+        gram_query(s.uses_query ? arena.take(s.Q * s.ld()) : nullptr),
+        anchor(s.cosine ? arena.take((s.K + 1) * s.N) : nullptr),
+        a(s.coefficients && s.cosine ? arena.take((s.K + 1) * s.N) : nullptr),
+        p(s.coefficients ? arena.take((s.K + 1) * s.N * s.ld()) : nullptr) {}
+
+  __host__ __device__ __forceinline__ C* gram(bool of_query) const {
+    return of_query ? gram_query : gram_support;
+  }
+};
+
+// What the phases read besides the state; pointers may be null where no phase needs them.
+template <class C>
+struct ProgramParameters {
+  C scale, bias;   // cosine: Z = scale (U + bias); linear: 1 and 0
+  C target;        // of squared error
+  const C* rates;  // [K]
+  const FoldedMlp<C>* mlp;
+  const C* y;            // [N][padded(S)] one-hot support labels
+  const C* class_sizes;  // [N] support rows of each class
+  bool first_order;      // steps are constants (linear only)
+};
+
+// Gradients of the parameters, added to; null where there is no such parameter.
+template <class C>
+struct ProgramLoopGrad {
+  C *scale, *bias, *target;  // [1] each
+  C* rates;                  // [K]
+  const FoldedMlpGrad<C>* mlp;
+};
+
+template <class B>
+struct ProgramLoop {
+  using C = typename B::Scalar;
+
+  B& block;
+  const ProgramShape& s;
+  const ProgramParameters<C>& with;
+  C *z, *g;  // [N][widest]
+  C* mlp_memory;
+
+  __host__ __device__ __forceinline__ ProgramLoop(B& block, const ProgramShape& s,
+                                                  const ProgramParameters<C>& with, Arena<C>& arena)
+      : block(block),
+        s(s),
+        with(with),
+        z(arena.take(s.N * s.widest())),
+        g(arena.take(s.N * s.widest())),
+        mlp_memory(s.H ? arena.take(mlp_size(s)) : nullptr) {}
+
+  // From trace.u[0] (rows times theta0, plus the bias if linear) and r2[0] on: fills the trace.
+  __host__ __device__ __forceinline__ void forward(const ProgramTrace<C>& trace) {
+    const int64_t N = s.N, ld = s.ld();
+    if (s.cosine) {
+      block.rows(N, ld, [&](int64_t n, auto row) {
+        C* u = trace.u + n * ld;
+        const C r2 = B::max(trace.r2[n], C(kNormFloor) * C(kNormFloor));
+        const C inverse = C(1) / B::sqrt(r2);
+        row.each([&](auto q) { q.store(u, q.load(u) * inverse); });
+        row.one([&] {
+          trace.r2[n] = r2;
+          if (trace.a) trace.a[n] = C(1);
+        });
+      });
+    }
+    int64_t k = 0;
+    for (int64_t i = 0; i < s.n_phases; ++i) {
+      const Phase& phase = s.phases[i];
+      const int64_t start = k;
+      for (const int64_t end = k + phase.steps; k < end; ++k) {
+        const C* u = trace.u + k * N * ld;
+        const RowPart part = s.part(phase.query);
+        classify(u, part);
+        ask(phase, part, g);
+        C* ag = trace.ag + k * N * ld;
+        block.mm(N, part.count, ld, {g, part.ld(), 1}, trace.gram(phase.query), ld, ag, ld, nullptr);
+        if (phase.oracle == Oracle::kSoftAssignment)
+          assignment_step(trace, part, start, k);
+        else if (s.cosine)
+          cosine_step(trace, part, k);
+        else
+          linear_step(trace, part, k);
+      }
+    }
+  }
+
+  // The query rows' Z after the last step, [Q][ways], minus infinity beyond the task's own N.
+  __host__ __device__ __forceinline__ void logits(const ProgramTrace<C>& trace, int64_t ways, C* out) const {
+    const int64_t N = s.N, ld = s.ld();
+    const C* u = trace.u + s.K * N * ld + s.query().first;
+    const C scale = with.scale, bias = with.bias;
+    block.each_item(s.Q * ways, [&](int64_t i) {
+      const int64_t n = i % ways;
+      out[i] = n < N ? scale * (u[n * ld + i / ways] + bias) : -C(__builtin_inff());
+    });
+  }
+
+  // Scratch of the backward pass.
+  struct Adjoint {
+    C* gu;       // [N][ld]     gradient of U or Z, in the end: of the start's
+    C* gr2;      // [N]         cosine only, like ga and what belongs to the anchor
+    C *gp, *ga;  // [N][ld], [N]: of P and a, with coefficients only
+    C *gg, *gz;  // [N][widest]
+    C* gag;      // [K][N][ld]  gradient of A G; all steps are kept for the Gram matrix' gradient
+    C* gs;       // G of every step, likewise; see ProgramShape::packed
+    C* gh;       // MLP scratch
+    C *ganchor, *gra, *gna, *gpa, *gaa;   // <theta, theta_a>; R, r2, P and a of the anchor
+    C *gscale, *gbias, *gtarget, *grate;  // [N]: one sum per class, added up in order
+
+    __host__ __device__ __forceinline__ Adjoint(Arena<C>& arena, const ProgramShape& s)
+        : gu(arena.take(s.N * s.ld())),
+          gr2(arena.take(s.N)),
+          gp(s.coefficients ? arena.take(s.N * s.ld()) : nullptr),
+          ga(s.coefficients ? arena.take(s.N) : nullptr),
+          gg(arena.take(s.N * s.widest())),
+          gz(arena.take(s.N * s.widest())),
+          gag(arena.take(s.K * s.N * s.ld())),
+          gs(arena.take(s.packed(s.n_phases))),
+          gh(s.H ? arena.take(Mlp<B>::backward_scratch(s.mlp(s.widest()))) : nullptr),
+          ganchor(arena.take(s.N)),
+          gra(s.cosine ? arena.take(s.N * s.ld()) : nullptr),
+          gna(arena.take(s.N)),
+          gpa(s.cosine && s.coefficients ? arena.take(s.N * s.ld()) : nullptr),
+          gaa(arena.take(s.N)),
+          gscale(arena.take(s.N)),
+          gbias(arena.take(s.N)),
+          gtarget(arena.take(s.N)),
+          grate(arena.take(s.N)) {}
+  };
+
+  // grad_logits [Q][ways] -> adj.gu, gr2 of the start; gradients of parameters are added to `grad`.
+  // gp and ga must hold the gradients of P_K and a_K where the trace has them.
+  __host__ __device__ __forceinline__ void backward(const ProgramTrace<C>& trace, const C* grad_logits,
+                                                    int64_t ways, const Adjoint& adj,
+                                                    const ProgramLoopGrad<C>& grad) {
+    const int64_t N = s.N, ld = s.ld();
+    const RowPart query = s.query();
+    block.rows(N, ld, [&](int64_t n, auto row) {
+      row.one([&] { adj.gr2[n] = adj.gscale[n] = adj.gbias[n] = adj.gtarget[n] = 0; });
+      row.each([&](auto q) { q.store(adj.gu + n * ld, q.zero()); });
+    });
+    block.rows(N, query.ld(), [&](int64_t n, auto row) {
+      row.each([&](auto q) { q.store(adj.gz + n * query.ld(), q.zero()); });
+    });
+    block.each_item(N * s.Q, [&](int64_t i) {
+      adj.gz[i / s.Q * query.ld() + i % s.Q] = grad_logits[i % s.Q * ways + i / s.Q];
+    });
+    through_classifier(trace.u + s.K * N * ld, query, adj);
+    int64_t k = s.K;
+    for (int64_t i = s.n_phases - 1; i >= 0; --i) {
+      const Phase& phase = s.phases[i];
+      const bool assigns = phase.oracle == Oracle::kSoftAssignment;
+      const int64_t start = k - phase.steps;
+      if (assigns) clear_anchor(adj);
+      while (k-- > start) {
+        const C* u = trace.u + k * N * ld;
+        const RowPart part = s.part(phase.query);
+        C* gs = adj.gs + s.packed(i) + (k - start) * N * part.ld();
+        const C* gag = adj.gag + k * N * ld;
+        classify(u, part);
+        ask(phase, part, gs);
+        if (assigns)
+          assignment_backward(trace, part, start, k, adj, gs);
+        else if (s.cosine)
+          cosine_backward(trace, part, k, adj, gs);
+        else
+          linear_backward(trace, part, k, adj, gs);
+        block.each_item(1, [&](int64_t) {
+          for (int64_t n = 0; n < N; ++n) grad.rates[k] += adj.grate[n];
+        });
+        if (with.first_order) continue;
+        // gg += A gag, of the phase's rows.
+        block.dots(N, Rows<C>{gag, ld, nullptr}, part.count, Rows<C>{trace.gram(phase.query), ld, nullptr},
+                   ld, g, part.ld());
+        block.rows(N, part.count, [&](int64_t n, auto row) {
+          C* gg = adj.gg + n * part.ld();
+          row.each([&](auto q) { q.store(gg, q.load(gg) + q.load(g + n * part.ld())); });
+        });
+        ask_backward(phase, part, gs, adj, grad);
+        through_classifier(u, part, adj);
+      }
+      k = start;
+      if (assigns) through_anchor(trace, start, adj);
+    }
+    block.each_item(1, [&](int64_t) {
+      for (int64_t n = 0; n < N; ++n) {
+        if (grad.scale) *grad.scale += adj.gscale[n];
+        if (grad.bias) *grad.bias += adj.gbias[n];
+        if (grad.target) *grad.target += adj.gtarget[n];
+      }
+    });
+  }
+
+ private:
+  __host__ __device__ __forceinline__ static int64_t mlp_size(const ProgramShape& s) {
+    const Sizes sizes = s.mlp(s.widest());
+    Arena<C> count;
+    typename Mlp<B>::Activations unused(count, sizes);
+    return count.used();
+  }
+
+  // z = scale (U + bias) of one part.
+  __host__ __device__ __forceinline__ void classify(const C* u, RowPart part) {
+    const int64_t ld = s.ld();
+    block.rows(s.N, part.count, [&](int64_t n, auto row) {
+      const C* from = u + n * ld + part.first;
+      row.each([&](auto q) { q.store(z + n * part.ld(), (q.load(from) + with.bias) * with.scale); });
+    });
+  }
+
+  __host__ __device__ __forceinline__ OracleRows<B> oracle_rows(const Phase& phase, RowPart part) const {
+    const C count = phase.mean ? C(part.count) : C(1);
+    return {block,        s.N,   part.count, part.ld(), phase.query ? nullptr : with.y,
+            C(1) / count, count, with.target};
+  }
+
+  // to = G of z
+  __host__ __device__ __forceinline__ void ask(const Phase& phase, RowPart part, C* to) {
+    if (phase.oracle == Oracle::kSyntheticGradient) {
+      const Sizes sizes = s.mlp(part.count);
+      Arena<C> memory(mlp_memory);
+      Mlp<B>(block, sizes, *with.mlp, memory).forward(z, to, nullptr);
+      if (phase.mean) scale_rows(to, part, C(1) / C(part.count));
+      return;
+    }
+    const OracleRows<B> rows = oracle_rows(phase, part);
+    with_oracle(phase.oracle, [&](auto oracle) { oracle.forward(rows, z, to); });
+  }
+
+  // adj.gz = (dG/dz)^T adj.gg; after ask(phase, part, gs).
+  __host__ __device__ __forceinline__ void ask_backward(const Phase& phase, RowPart part, const C* gs,
+                                                        const Adjoint& adj, const ProgramLoopGrad<C>& grad) {
+    if (phase.oracle == Oracle::kSyntheticGradient) {
+      const Sizes sizes = s.mlp(part.count);
+      Arena<C> memory(mlp_memory);
+      if (phase.mean) scale_rows(adj.gg, part, C(1) / C(part.count));
+      Mlp<B>(block, sizes, *with.mlp, memory).backward(z, adj.gg, adj.gz, adj.gh, *grad.mlp);
+      return;
+    }
+    const OracleRows<B> rows = oracle_rows(phase, part);
+    if (phase.oracle == Oracle::kSquaredError) {
+      block.rows(s.N, part.count, [&](int64_t n, auto row) {
+        const int64_t i = n * part.ld();
+        const C along = row.sum([&](auto q) { return q.load(rows.y + i) * q.load(adj.gg + i); });
+        row.one([&] { adj.gtarget[n] -= along * rows.share; });
+      });
+    }
+    with_oracle(phase.oracle, [&](auto oracle) { oracle.backward(rows, z, gs, adj.gg, adj.gz); });
+  }
+
+  __host__ __device__ __forceinline__ void scale_rows(C* array, RowPart part, C factor) {
+    block.rows(s.N, part.count, [&](int64_t n, auto row) {
+      C* a = array + n * part.ld();
+      row.each([&](auto q) { q.store(a, q.load(a) * factor); });
+    });
+  }
+
+  // adj.gz, the gradient of a part's z = scale (U + bias), goes into gu, gscale and gbias.
+  __host__ __device__ __forceinline__ void through_classifier(const C* u, RowPart part, const Adjoint& adj) {
+    const int64_t ld = s.ld();
+    block.rows(s.N, part.count, [&](int64_t n, auto row) {
+      const C *gz = adj.gz + n * part.ld(), *un = u + n * ld + part.first;
+      C* gu = adj.gu + n * ld + part.first;
+      if (s.cosine) {
+        const C sum = row.sum([&](auto q) { return q.load(gz); });
+        const C along = row.sum([&](auto q) { return q.load(gz) * q.load(un); });
+        row.one([&] {
+          adj.gscale[n] += along + with.bias * sum;
+          adj.gbias[n] += with.scale * sum;
+        });
+      }
+      row.each([&](auto q) { q.store(gu, q.load(gu) + q.load(gz) * with.scale); });
+    });
+  }
+
+  // ---- linear
+
+  __host__ __device__ __forceinline__ void linear_step(const ProgramTrace<C>& trace, RowPart part,
+                                                       int64_t k) {
+    const int64_t N = s.N, ld = s.ld();
+    const C rate = with.rates[k];
+    block.rows(N, ld, [&](int64_t n, auto row) {
+      const int64_t at = (k * N + n) * ld;
+      const C *u = trace.u + at, *ag = trace.ag + at;
+      row.each([&](auto q) { q.store(trace.u + at + N * ld, q.load(u) - q.load(ag) * rate); });
+      if (trace.p) move_coefficients(trace, row, part, k, n, C(1), rate);
+    });
+  }
+
+  __host__ __device__ __forceinline__ void linear_backward(const ProgramTrace<C>& trace, RowPart part,
+                                                           int64_t k, const Adjoint& adj, const C* gs) {
+    const int64_t N = s.N, ld = s.ld();
+    const C rate = with.rates[k];
+    block.rows(N, ld, [&](int64_t n, auto row) {
+      const C *ag = trace.ag + (k * N + n) * ld, *gu = adj.gu + n * ld;
+      C grate = -row.sum([&](auto q) { return q.load(gu) * q.load(ag); });
+      row.each([&](auto q) { q.store(adj.gag + (k * N + n) * ld, q.load(gu) * -rate); });
+      const auto of_part = row.part(part.count);
+      C* gg = adj.gg + n * part.ld();
+      if (adj.gp) {
+        const C *gp = adj.gp + n * ld + part.first, *gn = gs + n * part.ld();
+        grate -= of_part.sum([&](auto q) { return q.load(gp) * q.load(gn); });
+        of_part.each([&](auto q) { q.store(gg, q.load(gp) * -rate); });
+      } else {
+        of_part.each([&](auto q) { q.store(gg, q.zero()); });
+      }
+      row.one([&] { adj.grate[n] = grate; });
+    });
+  }
+
+  // P' = grown P - moved G
+  template <class Row>
+  __host__ __device__ __forceinline__ void move_coefficients(const ProgramTrace<C>& trace, Row row,
+                                                             RowPart part, int64_t k, int64_t n, C grown,
+                                                             C moved) const {
+    const C* p = trace.p + (k * s.N + n) * s.ld();
+    C* next = trace.p + ((k + 1) * s.N + n) * s.ld();
+    const C* gn = g + n * part.ld();
+    row.each([&](auto q) { q.store(next, q.load(p) * grown); });
+    row.part(part.count).each([&](auto q) {
+      q.store(next + part.first, q.load(next + part.first) - q.load(gn) * moved);
+    });
+  }
+
+  // ---- cosine: inner_loop.h, with G on a part of the live rows
+
+  __host__ __device__ __forceinline__ void cosine_step(const ProgramTrace<C>& trace, RowPart part,
+                                                       int64_t k) {
+    const int64_t N = s.N, ld = s.ld();
+    const C e = with.rates[k] * with.scale;
+    block.rows(N, ld, [&](int64_t n, auto row) {
+      const int64_t at = (k * N + n) * ld;
+      const C *u = trace.u + at, *ag = trace.ag + at, *gn = g + n * part.ld();
+      const auto of_part = row.part(part.count);
+      const C dot = of_part.sum([&](auto q) { return q.load(u + part.first) * q.load(gn); });
+      const C quad = of_part.sum([&](auto q) { return q.load(gn) * q.load(ag + part.first); });
+      const StepScalars<B> v(e, trace.r2[k * N + n], dot, quad);
+      row.each([&](auto q) { q.store(trace.u + at + N * ld, q.load(u) * v.alpha - q.load(ag) * v.beta); });
+      row.one([&] {
+        trace.r2[(k + 1) * N + n] = v.grown;
+        if (trace.a) trace.a[(k + 1) * N + n] = (C(1) + v.c) * trace.a[k * N + n];
+      });
+      if (trace.p) move_coefficients(trace, row, part, k, n, C(1) + v.c, e / v.r);
+    });
+  }
+
+  __host__ __device__ __forceinline__ void cosine_backward(const ProgramTrace<C>& trace, RowPart part,
+                                                           int64_t k, const Adjoint& adj, const C* gs) {
+    const int64_t N = s.N, ld = s.ld();
+    const C e = with.rates[k] * with.scale;
+    block.rows(N, ld, [&](int64_t n, auto row) {
+      const int64_t at = (k * N + n) * ld;
+      const C *u = trace.u + at, *ag = trace.ag + at, *gn = gs + n * part.ld();
+      const C *u_part = u + part.first, *ag_part = ag + part.first;
+      C *gu = adj.gu + n * ld, *gg = adj.gg + n * part.ld(), *gag = adj.gag + at;
+      const auto of_part = row.part(part.count);
+      const C r2 = trace.r2[k * N + n];
+      const C dot = of_part.sum([&](auto q) { return q.load(u_part) * q.load(gn); });
+      const C quad = of_part.sum([&](auto q) { return q.load(gn) * q.load(ag_part); });
+      const StepScalars<B> v(e, r2, dot, quad);
+      const C galpha = row.sum([&](auto q) { return q.load(gu) * q.load(u); });
+      const C gbeta = -row.sum([&](auto q) { return q.load(gu) * q.load(ag); });
+      C gc = galpha * v.r / v.r_next;
+      C gr2 = (galpha * v.alpha - gbeta * v.beta) / (2 * r2);
+      const C ggrown = adj.gr2[n] - (galpha * v.alpha + gbeta * v.beta) / (2 * v.grown);
+      C ge = 0;
+      if (adj.gp) {
+        const C *gp = adj.gp + n * ld, *p = trace.p + at;
+        gc += row.sum([&](auto q) { return q.load(gp) * q.load(p); }) + adj.ga[n] * trace.a[k * N + n];
+        const C gp_g = of_part.sum([&](auto q) { return q.load(gp + part.first) * q.load(gn); });
+        gr2 += gp_g * e / (2 * v.r * r2);
+        ge -= gp_g / v.r;
+      }
+      const C growth = (quad - dot * dot) / r2;  // r2' = r2 + e^2 growth
+      const C gq = ggrown * e * e / r2;
+      const C gdot = gc * e / r2 - 2 * gq * dot;
+      gr2 += ggrown * (C(1) - e * e * growth / r2) - gc * v.c / r2;
+      ge += gbeta / (v.r * v.r_next) + gc * dot / r2 + 2 * ggrown * e * growth;
+      row.each([&](auto q) {
+        const auto gu_next = q.load(gu);
+        q.store(gag, gu_next * -v.beta);
+        q.store(gu, gu_next * v.alpha);
+      });
+      of_part.each([&](auto q) {
+        q.store(gg, q.load(u_part) * gdot + q.load(ag_part) * gq);
+        q.store(gag + part.first, q.load(gag + part.first) + q.load(gn) * gq);
+        q.store(gu + part.first, q.load(gu + part.first) + q.load(gn) * gdot);
+      });
+      if (adj.gp) {
+        C* gp = adj.gp + n * ld;
+        of_part.each([&](auto q) { q.store(gg, q.load(gg) - q.load(gp + part.first) * (e / v.r)); });
+        row.each([&](auto q) { q.store(gp, q.load(gp) * (C(1) + v.c)); });
+        row.one([&] { adj.ga[n] *= C(1) + v.c; });
+      }
+      row.one([&] {
+        adj.gr2[n] = gr2;
+        adj.gscale[n] += with.rates[k] * ge;
+        adj.grate[n] = with.scale * ge;
+      });
+    });
+  }
+
+  // ---- soft assignment
+
+  // Scalars of one step and one class. `a` marks the classifier at the start of the phase.
+  struct Assignment {
+    C c, m, r, ra, na;  // weight of the anchor, total weight, |theta|, |theta_a|, |theta_a|^2
+    C anchored;         // <theta_a, Xhat^T p>
+    C along;            // <theta, new>
+    C norm2;            // |new|^2
+    C with_anchor;      // <new, theta_a>
+    C next_r2;
+
+    template <class Row>
+    __host__ __device__ __forceinline__ Assignment(const ProgramTrace<C>& t, const ProgramShape& s, C weight,
+                                                   C rate, Row of_part, RowPart part, int64_t start,
+                                                   int64_t k, int64_t n, const C* p)
+        : c(weight) {
+      const int64_t N = s.N, ld = s.ld();
+      const C* u = t.u + (k * N + n) * ld + part.first;
+      const C* ua = t.u + (start * N + n) * ld + part.first;
+      const C* ap = t.ag + (k * N + n) * ld + part.first;
+      const C r2 = t.r2[k * N + n];
+      na = t.r2[start * N + n];
+      r = B::sqrt(r2);
+      ra = B::sqrt(na);
+      m = c + of_part.sum([&](auto q) { return q.load(p); });
+      anchored = ra * of_part.sum([&](auto q) { return q.load(p) * q.load(ua); });
+      const C pu = r * of_part.sum([&](auto q) { return q.load(p) * q.load(u); });
+      const C pap = of_part.sum([&](auto q) { return q.load(p) * q.load(ap); });
+      const C anchor = k == start ? na : t.anchor[k * N + n];
+      along = (c * anchor + pu) / m;
+      norm2 = (c * c * na + 2 * c * anchored + pap) / (m * m);
+      with_anchor = (c * na + anchored) / m;
+      const C kept = C(1) - rate;
+      next_r2 = kept * kept * r2 + 2 * rate * kept * along + rate * rate * norm2;
+    }
+  };
+
+  __host__ __device__ __forceinline__ void assignment_step(const ProgramTrace<C>& trace, RowPart part,
+                                                           int64_t start, int64_t k) {
+    const int64_t N = s.N, ld = s.ld();
+    const C rate = with.rates[k], kept = C(1) - rate;
+    block.rows(N, ld, [&](int64_t n, auto row) {
+      const int64_t at = (k * N + n) * ld, at_a = (start * N + n) * ld, next = at + N * ld;
+      const C* p = g + n * part.ld();
+      const auto of_part = row.part(part.count);
+      const Assignment v(trace, s, with.class_sizes[n], rate, of_part, part, start, k, n, p);
+      const C next_r2 = B::max(v.next_r2, C(kNormFloor) * C(kNormFloor));
+      const C inverse = C(1) / B::sqrt(next_r2);
+      const C of_u = kept * v.r * inverse, of_a = rate * v.c * v.ra / v.m * inverse,
+              of_ap = rate / v.m * inverse;
+      row.each([&](auto q) {
+        q.store(trace.u + next,
+                q.load(trace.u + at) * of_u + q.load(trace.u + at_a) * of_a + q.load(trace.ag + at) * of_ap);
+      });
+      row.one([&] {
+        const C anchor = k == start ? v.na : trace.anchor[k * N + n];
+        trace.r2[(k + 1) * N + n] = next_r2;
+        trace.anchor[(k + 1) * N + n] = kept * anchor + rate * v.with_anchor;
+        if (trace.a) {
+          trace.a[(k + 1) * N + n] = kept * trace.a[k * N + n] + rate * v.c * trace.a[start * N + n] / v.m;
+        }
+      });
+      if (trace.p) {
+        row.each([&](auto q) {
+          q.store(trace.p + next, q.load(trace.p + at) * kept + q.load(trace.p + at_a) * (rate * v.c / v.m));
+        });
+        C* moved = trace.p + next + part.first;
+        of_part.each([&](auto q) { q.store(moved, q.load(moved) + q.load(p) * (rate / v.m)); });
+      }
+    });
+  }
+
+  __host__ __device__ __forceinline__ void assignment_backward(const ProgramTrace<C>& trace, RowPart part,
+                                                               int64_t start, int64_t k, const Adjoint& adj,
+                                                               const C* gs) {
+    const int64_t N = s.N, ld = s.ld();
+    const C rate = with.rates[k], kept = C(1) - rate;
+    block.rows(N, ld, [&](int64_t n, auto row) {
+      const int64_t at = (k * N + n) * ld, at_a = (start * N + n) * ld;
+      const C *p = gs + n * part.ld(), *u = trace.u + at, *ua = trace.u + at_a, *ap = trace.ag + at;
+      C *gu = adj.gu + n * ld, *gra = adj.gra + n * ld, *gap = adj.gag + at, *gg = adj.gg + n * part.ld();
+      const auto of_part = row.part(part.count);
+      const Assignment v(trace, s, with.class_sizes[n], rate, of_part, part, start, k, n, p);
+      const C floor2 = C(kNormFloor) * C(kNormFloor);
+      const bool floored = !(v.next_r2 > floor2);
+      const C next_r2 = floored ? floor2 : v.next_r2;
+      const C anchor = k == start ? v.na : trace.anchor[k * N + n];
+      const C r2 = trace.r2[k * N + n], share = v.c / v.m;
+      const C inverse = C(1) / B::sqrt(next_r2);
+      // gR' = gU' / r'; with T = (c R_a + A p) / m the state is R' = kept R + rate T.
+      const C gu_u = row.sum([&](auto q) { return q.load(gu) * q.load(u); }) * inverse;
+      const C gu_ua = row.sum([&](auto q) { return q.load(gu) * q.load(ua); }) * inverse;
+      const C gu_ap = row.sum([&](auto q) { return q.load(gu) * q.load(ap); }) * inverse;
+      const C gt_t = (v.c * v.ra * gu_ua + gu_ap) / v.m;  // <gR', T>
+      const C gu_next = kept * v.r * gu_u + rate * gt_t;  // <gR', R'>
+      const C gnext = floored ? C(0) : adj.gr2[n] - gu_next / (2 * next_r2);
+      const C ganchor = adj.ganchor[n];
+      C grate = gt_t - v.r * gu_u + ganchor * (v.with_anchor - anchor) +
+                gnext * (2 * (C(1) - 2 * rate) * v.along - 2 * kept * r2 + 2 * rate * v.norm2);
+      const C galong = 2 * rate * kept * gnext, gnorm2 = rate * rate * gnext, gwith = rate * ganchor;
+      C gm = -(rate * gt_t + 2 * gnorm2 * v.norm2 + galong * v.along + gwith * v.with_anchor) / v.m;
+      const C ganchored = (2 * gnorm2 * share + gwith) / v.m;
+      const C gpap = gnorm2 / (v.m * v.m);
+      if (adj.gp) {
+        const C *gp = adj.gp + n * ld, *pa = trace.p + at_a, *pk = trace.p + at;
+        const C gp_p = of_part.sum([&](auto q) { return q.load(gp + part.first) * q.load(p); });
+        const C gp_pa = row.sum([&](auto q) { return q.load(gp) * q.load(pa); });
+        const C gp_pk = row.sum([&](auto q) { return q.load(gp) * q.load(pk); });
+        const C moved = (v.c * gp_pa + gp_p) / v.m;
+        const C a_moved = share * trace.a[start * N + n] * adj.ga[n];
+        grate += moved - gp_pk + a_moved - trace.a[k * N + n] * adj.ga[n];
+        gm -= rate * (moved + a_moved) / v.m;
+      }
+      of_part.each([&](auto q) {
+        const int64_t o = part.first;
+        auto value = q.load(ua + o) * (ganchored * v.ra) + q.load(ap + o) * gpap +
+                     q.load(u + o) * (galong * v.r / v.m) + gm;
+        if (adj.gp) value = value + q.load(adj.gp + n * ld + o) * (rate / v.m);
+        q.store(gg, value);
+      });
+      row.each([&](auto q) {
+        const auto gr = q.load(gu) * inverse;
+        q.store(gap, gr * (rate / v.m));
+        q.store(gra, q.load(gra) + gr * (rate * share));
+        q.store(gu, gr * kept);  // of R
+      });
+      of_part.each([&](auto q) {
+        const int64_t o = part.first;
+        q.store(gap + o, q.load(gap + o) + q.load(p) * gpap);
+        q.store(gra + o, q.load(gra + o) + q.load(p) * ganchored);
+        q.store(gu + o, q.load(gu + o) + q.load(p) * (galong / v.m));
+      });
+      if (adj.gp) {
+        C *gp = adj.gp + n * ld, *gpa = adj.gpa + n * ld;
+        row.each([&](auto q) {
+          q.store(gpa, q.load(gpa) + q.load(gp) * (rate * share));
+          q.store(gp, q.load(gp) * kept);
+        });
+        row.one([&] {
+          adj.gaa[n] += rate * share * adj.ga[n];
+          adj.ga[n] *= kept;
+        });
+      }
+      const C gr_u = row.sum([&](auto q) { return q.load(gu) * q.load(u); });
+      row.each([&](auto q) { q.store(gu, q.load(gu) * v.r); });
+      row.one([&] {
+        adj.gna[n] += gnorm2 * share * share + gwith * share;
+        adj.ganchor[n] = kept * ganchor + galong * share;
+        adj.gr2[n] = kept * kept * gnext + gr_u / (2 * v.r);
+        adj.grate[n] = grate;
+      });
+    });
+  }
+
+  __host__ __device__ __forceinline__ void clear_anchor(const Adjoint& adj) {
+    const int64_t ld = s.ld();
+    block.rows(s.N, ld, [&](int64_t n, auto row) {
+      row.one([&] { adj.ganchor[n] = adj.gna[n] = adj.gaa[n] = 0; });
+      row.each([&](auto q) {
+        q.store(adj.gra + n * ld, q.zero());
+        if (adj.gpa) q.store(adj.gpa + n * ld, q.zero());
+      });
+    });
+  }
+
+  // What the steps of a phase asked of its anchor, which is the state at its start.
+  __host__ __device__ __forceinline__ void through_anchor(const ProgramTrace<C>& trace, int64_t start,
+                                                          const Adjoint& adj) {
+    const int64_t N = s.N, ld = s.ld();
+    block.rows(N, ld, [&](int64_t n, auto row) {
+      const C *u = trace.u + (start * N + n) * ld, *gra = adj.gra + n * ld;
+      C* gu = adj.gu + n * ld;
+      const C r = B::sqrt(trace.r2[start * N + n]);
+      const C along = row.sum([&](auto q) { return q.load(gra) * q.load(u); });
+      row.each([&](auto q) { q.store(gu, q.load(gu) + q.load(gra) * r); });
+      row.one([&] {
+        adj.gr2[n] += adj.ganchor[n] + adj.gna[n] + along / (2 * r);
+        if (adj.ga) adj.ga[n] += adj.gaa[n];
+      });
+      if (adj.gp) {
+        row.each(
+            [&](auto q) { q.store(adj.gp + n * ld, q.load(adj.gp + n * ld) + q.load(adj.gpa + n * ld)); });
+      }
+    });
+  }
+};
+
+}  // namespace kernelmeta

@@ -1,0 +1,249 @@
+// Where a program meets the D-dimensional features: the Gram matrix, the start, and the way back.
+#pragma once
+
+#include "engine/features.h"
+#include "engine/program.h"
+
+namespace kernelmeta {
+
+template <class B>
+struct ProgramFeatures {
+  using C = typename B::Scalar;
+
+  B& block;
+  const ProgramShape& s;
+  Rows<C> support_rows, query_rows;
+  const ProgramTrace<C>& trace;
+  const C* theta0;      // [N][D]; null: zero
+  const C* start_bias;  // [N], linear; null: zero
+  bool first_order;
+
+  // -> trace.inverse, grams, u[0] = rows times theta0 (plus bias), r2[0] = |theta0|^2.
+  __host__ __device__ __forceinline__ void forward() {
+    const int64_t N = s.N, D = s.D, ld = s.ld();
+    form_gram();
+    each_part([&](RowPart part, Rows<C> rows) {
+      if (theta0) block.dots(N, Rows<C>{theta0, D, nullptr}, part.count, rows, D, trace.u + part.first, ld);
+    });
+    if (s.cosine) {
+      normalise();
+      block.features(N, D, [&](int64_t n, auto row) {
+        const C* t = theta0 + n * D;
+        const C squares = row.sum([&](auto d) { return d.load(t) * d.load(t); });
+        row.one([&] { trace.r2[n] = squares; });
+      });
+    } else if (start_bias) {
+      each_part([&](RowPart part, Rows<C>) {
+        block.rows(N, part.count, [&](int64_t n, auto row) {
+          C* u = trace.u + n * ld + part.first;
+          row.each([&](auto q) { q.store(u, q.load(u) + start_bias[n]); });
+        });
+      });
+    }
+  }
+
+  // Scratch of the backward pass.
+  struct Scratch {
+    C *gc, *scaled;  // [N][ld]: gradient of rows times theta0; that over |x|
+    C* gn0;          // [N]: gradient of |theta0|^2
+    C* w;            // [widest count][ld]: gradient of a part of A; where the rows get a gradient
+
+    __host__ __device__ __forceinline__ Scratch(Arena<C>& arena, const ProgramShape& s, bool row_gradients)
+        : gc(arena.take(s.N * s.ld())),
+          scaled(arena.take(s.N * s.ld())),
+          gn0(arena.take(s.N)),
+          w(row_gradients ? arena.take((s.S > s.Q ? s.S : s.Q) * s.ld()) : nullptr) {}
+  };
+
+  // adj.gu, adj.gr2 of the start: added to gtheta0 [N][D] (or null) and gstart_bias [N] (or null).
+  __host__ __device__ __forceinline__ void start_backward(const typename ProgramLoop<B>::Adjoint& adj,
+                                                          const Scratch& t, C* gtheta0, C* gstart_bias) {
+    const int64_t N = s.N, D = s.D, ld = s.ld();
+    block.rows(N, ld, [&](int64_t n, auto row) {
+      const C* gu = adj.gu + n * ld;
+      C *gc = t.gc + n * ld, *scaled = t.scaled + n * ld;
+      if (s.cosine) {
+        const C r2 = trace.r2[n];
+        const C inverse = C(1) / B::sqrt(r2);
+        const C along = row.sum([&](auto q) { return q.load(gu) * q.load(trace.u + n * ld); });
+        const bool floored = !(r2 > C(kNormFloor) * C(kNormFloor));
+        row.each([&](auto q) {
+          const auto value = q.load(gu) * inverse;
+          q.store(gc, value);
+          q.store(scaled, value * q.load(trace.inverse));
+        });
+        row.one([&] { t.gn0[n] = floored ? C(0) : adj.gr2[n] - along / (2 * r2); });
+      } else {
+        const C sum = row.sum([&](auto q) { return q.load(gu); });
+        row.each([&](auto q) {
+          q.store(gc, q.load(gu));
+          q.store(scaled, q.load(gu));
+        });
+        row.one([&] {
+          if (gstart_bias) gstart_bias[n] += sum;
+        });
+      }
+    });
+    if (!gtheta0) return;
+    if (s.cosine) {
+      block.features(N, D, [&](int64_t n, auto row) {
+        C* to = gtheta0 + n * D;
+        row.each([&](auto d) { d.store(to, d.load(to) + d.load(theta0 + n * D) * (2 * t.gn0[n])); });
+      });
+    }
+    each_part([&](RowPart part, Rows<C> rows) {
+      block.features_mm_add(N, part.count, D, {t.scaled + part.first, ld, 1}, rows, gtheta0);
+    });
+  }
+
+  // After start_backward: added to gsupport [S][D] and gquery [Q][D] (or null). Where the classifier is a
+  // cosine, what is there already must be orthogonal to its row.
+  __host__ __device__ __forceinline__ void rows_backward(const typename ProgramLoop<B>::Adjoint& adj,
+                                                         const Scratch& t, C* gsupport, C* gquery) {
+    const int64_t N = s.N, D = s.D, ld = s.ld();
+    // The gradient of the normalised rows, divided by |x|: from A, whose gradient is the sum over the steps
+    // of G (gradient of A G)^T ...
+    for (int of_query = 0; of_query < 2; ++of_query) {
+      const RowPart from = s.part(of_query);
+      if (!gram_gradient(adj, of_query, t.w)) continue;
+      C* gfrom = of_query ? gquery : gsupport;
+      each_part([&](RowPart to, Rows<C> rows) {
+        C* gto = to.first == s.query().first ? gquery : gsupport;
+        const C* w = t.w + to.first;
+        if (gfrom && !first_order) block.features_mm_add(from.count, to.count, D, {w, ld, 1}, rows, gfrom);
+        if (gto) block.features_mm_add(to.count, from.count, D, {w, 1, ld}, rows_of(of_query), gto);
+      });
+    }
+    // ... and from the rows times theta0.
+    each_part([&](RowPart part, Rows<C>) {
+      C* to = part.first == s.query().first ? gquery : gsupport;
+      if (!to || !theta0) return;
+      block.features_mm_add(part.count, N, D, {t.scaled + part.first, 1, ld}, Rows<C>{theta0, D, nullptr},
+                            to);
+    });
+    if (!s.cosine) return;
+    // Without its component along the row.
+    each_part([&](RowPart part, Rows<C> rows) {
+      C* to = part.first == s.query().first ? gquery : gsupport;
+      if (!to) return;
+      block.features(part.count, D, [&](int64_t i, auto row) {
+        const C inverse = trace.inverse[part.first + i];
+        if (!(inverse < C(1 / kNormFloor))) return;
+        const C* x = rows(i);
+        C* g = to + i * D;
+        const C along = row.sum([&](auto d) { return d.load(x) * d.load(g); }) * inverse * inverse;
+        row.each([&](auto d) { d.store(g, d.load(g) - d.load(x) * along); });
+      });
+    });
+  }
+
+ private:
+  __host__ __device__ __forceinline__ Rows<C> rows_of(bool of_query) const {
+    return of_query ? query_rows : support_rows;
+  }
+
+  // f(part, rows) for every part of the live rows.
+  template <class F>
+  __host__ __device__ __forceinline__ void each_part(F f) const {
+    if (s.uses_support) f(s.support(), support_rows);
+    f(s.query(), query_rows);
+  }
+
+  // A's rows of the parts in use, against all live rows: of raw features, plus 1 where the classifier is
+  // linear.
+  __host__ __device__ __forceinline__ void form_gram() {
+    const int64_t ld = s.ld();
+    for (int of_query = 0; of_query < 2; ++of_query) {
+      C* gram = trace.gram(of_query);
+      if (!gram) continue;
+      const RowPart part = s.part(of_query);
+      block.self_dots(part.count, rows_of(of_query), s.D, gram + part.first, ld);
+    }
+    if (s.uses_support) {
+      const RowPart query = s.query();
+      block.dots(s.S, support_rows, s.Q, query_rows, s.D, trace.gram_support + query.first, ld);
+      if (s.uses_query) {
+        block.each_item(s.Q * s.S, [&](int64_t i) {
+          trace.gram_query[i / s.S * ld + i % s.S] = trace.gram_support[i % s.S * ld + query.first + i / s.S];
+        });
+      }
+    }
+    if (s.cosine) return;
+    for (int of_query = 0; of_query < 2; ++of_query) {
+      C* gram = trace.gram(of_query);
+      if (!gram) continue;
+      each_part([&](RowPart to, Rows<C>) {
+        block.rows(s.part(of_query).count, to.count, [&](int64_t i, auto row) {
+          C* a = gram + i * ld + to.first;
+          row.each([&](auto q) { q.store(a, q.load(a) + C(1)); });
+        });
+      });
+    }
+  }
+
+  // trace.inverse; A and u[0] become those of the normalised rows.
+  __host__ __device__ __forceinline__ void normalise() {
+    const int64_t ld = s.ld();
+    for (int of_query = 0; of_query < 2; ++of_query) {
+      const RowPart part = s.part(of_query);
+      C* inverse = trace.inverse + part.first;
+      const C* gram = trace.gram(of_query);
+      if (gram) {
+        block.each_item(part.count, [&](int64_t i) {
+          inverse[i] = C(1) / B::max(B::sqrt(gram[i * ld + part.first + i]), C(kNormFloor));
+        });
+      } else if (of_query) {
+        block.features(part.count, s.D, [&](int64_t i, auto row) {
+          const C* x = query_rows(i);
+          const C squares = row.sum([&](auto d) { return d.load(x) * d.load(x); });
+          row.one([&] { inverse[i] = C(1) / B::max(B::sqrt(squares), C(kNormFloor)); });
+        });
+      }
+    }
+    for (int of_query = 0; of_query < 2; ++of_query) {
+      C* gram = trace.gram(of_query);
+      if (!gram) continue;
+      scale_gram(of_query, gram);
+    }
+    block.rows(s.N, ld, [&](int64_t n, auto row) {
+      C* u = trace.u + n * ld;
+      row.each([&](auto q) { q.store(u, q.load(u) * q.load(trace.inverse)); });
+    });
+  }
+
+  // a[i][j] times 1 / |x_i| and 1 / |x_j|
+  __host__ __device__ __forceinline__ void scale_gram(bool of_query, C* gram) {
+    const int64_t ld = s.ld();
+    const RowPart part = s.part(of_query);
+    block.rows(part.count, ld, [&](int64_t i, auto row) {
+      C* a = gram + i * ld;
+      const C scale = trace.inverse[part.first + i];
+      row.each([&](auto q) { q.store(a, q.load(a) * q.load(trace.inverse) * scale); });
+    });
+  }
+
+  // w [count][ld] = the gradient of A's rows of one part; false where no phase used them.
+  __host__ __device__ __forceinline__ bool gram_gradient(const typename ProgramLoop<B>::Adjoint& adj,
+                                                         bool of_query, C* w) {
+    const int64_t N = s.N, ld = s.ld();
+    const RowPart part = s.part(of_query);
+    bool used = false;
+    int64_t k = 0;
+    for (int64_t i = 0; i < s.n_phases; ++i) {
+      const Phase& phase = s.phases[i];
+      if (phase.query == of_query && phase.steps > 0) {
+        const C *gs = adj.gs + s.packed(i), *gag = adj.gag + k * N * ld;
+        if (used)
+          block.mm_add(part.count, phase.steps * N, ld, {gs, 1, part.ld()}, gag, ld, w, ld);
+        else
+          block.mm(part.count, phase.steps * N, ld, {gs, 1, part.ld()}, gag, ld, w, ld, nullptr);
+        used = true;
+      }
+      k += phase.steps;
+    }
+    if (used && s.cosine) scale_gram(of_query, w);
+    return used;
+  }
+};
+
+}  // namespace kernelmeta

@@ -1,0 +1,159 @@
+"""Learners as programs: a start, and phases of steps that refine it for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernelmeta import ops
+from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
+from kernelmeta.ops.program_op import check_combination
+from kernelmeta.reference.phases import Phase
+
+
+class Program(nn.Module):
+    """A classifier that starts alike for all tasks, or from their class means, and is refined by phases of steps.
+
+    Args:
+        n_way: N, the classes of a task; of the one that has most, where they differ.
+        n_features: D.
+        phases: what is done, in this order.
+        classifier: "cosine", ``Z = scale (bias + cos(x, theta))``, or "linear", ``Z = x theta^T + bias``, whose bias
+            is adapted too.
+        start: "class_means" (means of the normalised support rows, weighted), "learned" (one start for all tasks) or
+            "zero" (linear only).
+        norm_stats: whose statistics the synthetic-gradient MLP's BatchNorm uses: "task" (each task its own) or
+            "running" (those in ``mlp.running_stats``, e.g. of a trained :class:`SIB`; a program does not update them).
+        hidden: hidden units of that MLP; 8 N if None.
+        reduction: "mean" or "sum" of the losses over a phase's rows; the mean of losses, and the sum of synthetic
+            gradients, as published, if None.
+
+    Parameters, as far as the phases need them: ``weight`` ([D] for class means, [N, D] for a learned start),
+    ``scale`` [1] and ``bias`` [1] (cosine) or ``bias`` [N] (linear), ``target_scale`` [1] (squared error), those of
+    ``mlp`` (synthetic gradient), and ``rates``, a list of one [steps] for each phase with ``learn_rates``.
+
+    Raises:
+        ValueError, TypeError: an argument that is not as above, or phases that cannot be combined, named.
+    """
+
+    weight: nn.Parameter | None
+    scale: nn.Parameter | None
+    target_scale: nn.Parameter | None
+    _fixed_rates: Tensor
+
+    def __init__(
+        self,
+        n_way: int,
+        n_features: int,
+        phases: Sequence[Phase],
+        classifier: str = "cosine",
+        start: str = "class_means",
+        norm_stats: str = "task",
+        hidden: int | None = None,
+        reduction: str | None = None,
+    ) -> None:
+        super().__init__()
+        if n_way < 1 or n_features < 1:
+            raise ValueError(f"n_way and n_features: expected at least 1, got {n_way} and {n_features}")
+        for phase in phases:
+            if not isinstance(phase, Phase):
+                raise TypeError(f"phases: expected kernelmeta.nn.Phase, got {type(phase).__name__}")
+        check_combination(phases, classifier, start, False)
+        if norm_stats not in ("task", "running"):
+            raise ValueError(f"norm_stats: expected one of task, running, got {norm_stats!r}")
+        if reduction not in ("mean", "sum", None):
+            raise ValueError(f"reduction: expected one of mean, sum, None, got {reduction!r}")
+        self.n_way, self.n_features, self.phases = n_way, n_features, tuple(phases)
+        self.classifier, self.start, self.norm_stats, self.reduction = classifier, start, norm_stats, reduction
+        self.first_order = False
+        oracles = {p.oracle for p in self.phases if p.steps}
+        weight: Tensor | None = None
+        if start == "class_means":
+            weight = torch.ones(n_features)
+        elif start == "learned":
+            weight = nn.Linear(n_features, n_way).weight.detach().clone()
+        scale = torch.full((1,), 10.0) if classifier == "cosine" else None
+        target = torch.ones(1) if "squared_error" in oracles else None
+        for name, value in (("weight", weight), ("scale", scale), ("target_scale", target)):
+            self.register_parameter(name, None if value is None else nn.Parameter(value))
+        self.bias = nn.Parameter(torch.zeros(1 if classifier == "cosine" else n_way))
+        self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats) if "synthetic_gradient" in oracles else None
+        self.rates = nn.ParameterList(torch.full((p.steps,), float(p.lr)) for p in self.phases if p.learn_rates)
+        fixed = [p.lr for p in self.phases for _ in range(p.steps)]
+        self.register_buffer("_fixed_rates", torch.tensor(fixed, dtype=torch.float64), persistent=False)
+
+    def step_rates(self) -> Tensor:
+        """The learning rate of each step of all phases, [K]."""
+        if not len(self.rates):
+            return self._fixed_rates.to(self.bias.dtype)
+        if len(self.phases) == 1:
+            learned: Tensor = self.rates[0]
+            return learned
+        parts, learned_rates = [], iter(self.rates)
+        for part, phase in zip(self._fixed_rates.split([p.steps for p in self.phases]), self.phases, strict=True):
+            parts.append(next(learned_rates) if phase.learn_rates else part.to(self.bias.dtype))
+        return torch.cat(parts)
+
+    def forward(
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        return_weights: bool = False,
+        *,
+        support_offsets: Tensor | None = None,
+        query_offsets: Tensor | None = None,
+        n_ways: Tensor | None = None,
+    ) -> Any:
+        """Classify the query rows of T tasks.
+
+        Args:
+            support: [T, S, D]; every class needs at least one row, counts may differ.
+            support_labels: [T, S] int64 in 0..N-1.
+            query: [T, Q, D].
+            return_weights: return the refined classifiers too.
+            support_offsets, query_offsets, n_ways: tasks of unequal size; see :func:`kernelmeta.ops.program`.
+
+        Returns:
+            Logits [T, Q, N]; with ``return_weights`` a pair of them and theta [T, N, D], or (theta, bias [T, N]) of a
+            linear classifier.
+
+        Raises:
+            ValueError, TypeError: as :func:`kernelmeta.ops.program`.
+        """
+        return self._adapt(
+            support, support_labels, query, return_weights=return_weights, support_offsets=support_offsets,
+            query_offsets=query_offsets, n_ways=n_ways,
+        )  # fmt: skip
+
+    def from_bank(
+        self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor, **ragged: Tensor | None
+    ) -> Tensor:
+        """The logits [T, Q, N] for rows of a feature bank [n, D], read where they lie: [T, S] and [T, Q] int64.
+
+        With ``support_offsets``, ``query_offsets`` (and ``n_ways``) the indices are [sum S] and [sum Q].
+        """
+        logits: Tensor = self._adapt(
+            bank, support_labels, bank, support_index=support_index, query_index=query_index, **ragged
+        )
+        return logits
+
+    def _adapt(self, support: Tensor, support_labels: Tensor, query: Tensor, **options: Any) -> Any:
+        mlp = self.mlp
+        return ops.program(
+            support, support_labels, query, self.phases, n_way=self.n_way, rates=self.step_rates(),
+            classifier=self.classifier, start=self.start if self.weight is None or self.start != "learned" else self.weight,
+            weight=self.weight if self.start == "class_means" else None, scale=self.scale, bias=self.bias,
+            target_scale=self.target_scale, mlp=None if mlp is None else mlp.tensors(),
+            running_stats=mlp.running_stats if mlp is not None and self.norm_stats == "running" else None,
+            reduction=self.reduction, first_order=self.first_order, **options,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return (
+            f"n_way={self.n_way}, n_features={self.n_features}, classifier={self.classifier!r}, start={self.start!r}, "
+            f"phases={list(self.phases)}"
+        )

@@ -1,0 +1,80 @@
+"""Phases of a program: which rows drive the classifier, by which oracle, for how many steps, at which rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# In the order of enum Oracle in csrc/engine/oracles.h, each with the rows it uses unless told otherwise.
+ORACLES = {
+    "cross_entropy": "support",
+    "squared_error": "support",
+    "hinge": "support",
+    "entropy": "query",
+    "soft_assignment": "query",
+    "synthetic_gradient": "query",
+}
+LABELLED = ("cross_entropy", "squared_error", "hinge")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Some steps of one kind.
+
+    Args:
+        oracle: what supplies the gradient of the logits:
+            "cross_entropy", "squared_error" (with the one-hot labels times a scale as targets), "hinge" (Weston &
+            Watkins 1998, margin 1): losses of labelled rows, the support rows;
+            "entropy": of the predictions, a loss that needs no labels;
+            "soft_assignment": no gradient; the classifier moves by ``lr`` towards the mean of its start (weighing as
+            much as the class's support rows) and of the query rows, each shared out among the classes by softmax.
+            With ``lr=1`` this is soft k-means (Ren et al. 2018). Cosine classifiers only;
+            "synthetic_gradient": an MLP guesses the gradient from the logits (Hu et al. 2020).
+        steps: 0 or more.
+        lr: the learning rate, the first value of the rates where they are learned.
+        rows: "support" or "query"; the oracle's own if None.
+        learn_rates: a module that runs the phase learns one rate for each step (Li et al. 2017, Meta-SGD).
+
+    Raises:
+        ValueError, TypeError: an argument that is not as above, named.
+    """
+
+    oracle: str
+    steps: int
+    lr: float
+    rows: str | None = None
+    learn_rates: bool = False
+
+    def __post_init__(self) -> None:
+        if self.oracle not in ORACLES:
+            raise ValueError(f"oracle: expected one of {', '.join(ORACLES)}, got {self.oracle!r}")
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool):
+            raise TypeError(f"steps: expected an int, got {type(self.steps).__name__}")
+        if self.steps < 0:
+            raise ValueError(f"steps: expected 0 or more, got {self.steps}")
+        if not isinstance(self.lr, (int, float)) or isinstance(self.lr, bool):
+            raise TypeError(f"lr: expected a float, got {type(self.lr).__name__}")
+        if not math.isfinite(self.lr):
+            raise ValueError(f"lr: expected a finite number, got {self.lr}")
+        if self.rows is None:
+            object.__setattr__(self, "rows", ORACLES[self.oracle])
+        if self.rows not in ("support", "query"):
+            raise ValueError(f"rows: expected support, query or None, got {self.rows!r}")
+        if self.rows == "query" and self.oracle in LABELLED:
+            raise ValueError(f"rows: {self.oracle} needs labels, and the query rows have none; use support")
+        if self.rows == "support" and self.oracle == "soft_assignment":
+            raise ValueError("rows: soft_assignment is for query rows, got support")
+
+    def means(self, reduction: str | None) -> bool:
+        """Whether the loss is the mean over the rows, rather than the sum.
+
+        Without a ``reduction``: the mean of a loss, and the sum of synthetic gradients, as published.
+        """
+        if reduction is None:
+            return self.oracle != "synthetic_gradient"
+        return reduction == "mean"
+
+
+def total_steps(phases: Sequence[Phase]) -> int:
+    return sum(phase.steps for phase in phases)

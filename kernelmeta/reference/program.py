@@ -1,0 +1,259 @@
+"""Programs in D dimensions, step by step: the specification of the engine's inner loops.
+
+A program refines a classifier theta by phases of steps (DESIGN: one engine, many learners). With X the rows of a phase
+and G [rows, N] what its oracle gives for their logits Z, a step of rate lr is
+
+    linear   Z = X W^T + b            W' = W - lr G^T X,   b' = b - lr sum(G)
+    cosine   Z = s (b + Xhat that^T)  theta' = theta - lr s (G^T Xhat - that * sum(G cos)) / |theta|
+
+with Xhat the normalised rows and that the normalised theta. Each gradient is written out, so that the functions here
+can be differentiated any number of times, compiled, and used under torch.func.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize, one_hot, pad
+
+from kernelmeta.reference.class_means import check_labels, class_means
+from kernelmeta.reference.phases import Phase
+from kernelmeta.reference.precision import promoted, without_autocast
+from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, synthetic_gradient_mlp
+
+_FLOOR = 1e-12  # of a norm, as F.normalize
+
+
+class Adapted(NamedTuple):
+    """What a program leaves: theta = a theta0 + P^T X over the rows it used (normalised for a cosine classifier)."""
+
+    logits: Tensor  # [T, Q, N]
+    weights: Tensor  # [T, N, D]
+    bias: Tensor  # [T, N], linear
+    support_coefficients: Tensor  # P, [T, S, N]
+    query_coefficients: Tensor  # P, [T, Q, N]
+    start_coefficients: Tensor  # a, [T, N]
+
+
+def oracle_gradient(
+    oracle: str,
+    logits: Tensor,
+    labels: Tensor | None,
+    *,
+    mean: bool,
+    target_scale: Tensor | float = 1.0,
+    mlp: MLPParameters | None = None,
+    running_stats: Tensor | None = None,
+) -> Tensor:
+    """G = d loss / d logits: [T, rows, N] -> [T, rows, N], from one-hot labels of that shape where needed."""
+    if oracle == "cross_entropy":
+        assert labels is not None
+        G = logits.softmax(-1) - labels
+    elif oracle == "squared_error":
+        assert labels is not None
+        G = logits - target_scale * labels
+    elif oracle == "hinge":
+        assert labels is not None
+        own = (logits * labels).sum(-1, keepdim=True)
+        violated = ((1 + logits - own) > 0).to(logits.dtype) * (1 - labels)
+        G = violated - labels * violated.sum(-1, keepdim=True)
+    elif oracle == "entropy":
+        log_p = logits.log_softmax(-1)
+        p = log_p.exp()
+        G = -p * (log_p - (p * log_p).sum(-1, keepdim=True))
+    else:
+        assert mlp is not None
+        norm_stats = "task" if running_stats is None else "running"
+        G = synthetic_gradient_mlp(logits, mlp, norm_stats=norm_stats, running_stats=running_stats)
+    return G / logits.shape[-2] if mean else G
+
+
+def run_phases(
+    support: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    theta0: Tensor,
+    phases: Sequence[Phase],
+    rates: Tensor,
+    *,
+    classifier: str,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    target_scale: Tensor | None,
+    mlp: MLPParameters | None,
+    running_stats: Tensor | None,
+    reduction: str | None,
+    first_order: bool,
+) -> Adapted:
+    """The phases on T tasks of equal size; ``theta0`` is [T, N, D], the rest as in :func:`kernelmeta.ops.program`."""
+    T, N, _ = theta0.shape
+    y = one_hot(labels, N).to(theta0.dtype)
+    cosine = classifier == "cosine"
+    if cosine:
+        support, query = normalize(support, dim=-1, eps=_FLOOR), normalize(query, dim=-1, eps=_FLOOR)
+        assert scale is not None
+    theta = theta0
+    a = theta0.new_ones(T, N)
+    b = theta0.new_zeros(T, N) if cosine or bias is None else bias.expand(T, N)
+    shift: Tensor | float = bias if cosine and bias is not None else 0.0
+    P = {"support": torch.zeros_like(y), "query": theta0.new_zeros(T, query.shape[-2], N)}
+
+    def classify(rows: Tensor) -> Tensor:
+        if scale is not None and cosine:
+            return scale * (shift + rows @ normalize(theta, dim=-1, eps=_FLOOR).transpose(-1, -2))
+        return rows @ theta.transpose(-1, -2) + b.unsqueeze(-2)
+
+    k = 0
+    for phase in phases:
+        assert phase.rows is not None
+        rows = support if phase.rows == "support" else query
+        start = (theta, a, dict(P))
+        for _ in range(phase.steps):
+            lr, logits = rates[k], classify(rows)
+            k += 1
+            if phase.oracle == "soft_assignment":
+                p, counts = logits.softmax(-1), y.sum(-2)  # [T, Q, N], [T, N]
+                mass = counts + p.sum(-2)
+                mean = (counts.unsqueeze(-1) * start[0] + p.transpose(-1, -2) @ rows) / mass.unsqueeze(-1)
+                theta = (1 - lr) * theta + lr * mean
+                a = (1 - lr) * a + lr * counts * start[1] / mass
+                for part in P:
+                    moved = counts.unsqueeze(-2) * start[2][part] + (p if part == "query" else 0)
+                    P[part] = (1 - lr) * P[part] + lr * moved / mass.unsqueeze(-2)
+                continue
+            G = oracle_gradient(
+                phase.oracle, logits, y if phase.rows == "support" else None, mean=phase.means(reduction),
+                target_scale=1.0 if target_scale is None else target_scale, mlp=mlp, running_stats=running_stats,
+            )  # fmt: skip
+            if first_order:
+                G, rows = G.detach(), rows.detach()
+            step = G.transpose(-1, -2) @ rows
+            if cosine:
+                assert scale is not None
+                r = theta.norm(dim=-1, keepdim=True).clamp_min(_FLOOR)
+                along = (theta / r * step).sum(-1, keepdim=True)  # sum of G times the cosines
+                theta = theta - lr * scale * (step - theta / r * along) / r
+                grown = (1 + lr * scale * along / r.square()).squeeze(-1)
+                a = a * grown
+                P = {part: value * grown.unsqueeze(-2) for part, value in P.items()}
+                P[phase.rows] = P[phase.rows] - lr * scale * G / r.transpose(-1, -2)
+            else:
+                theta = theta - lr * step
+                b = b - lr * G.sum(-2)
+                P[phase.rows] = P[phase.rows] - lr * G
+    return Adapted(classify(query), theta, b, P["support"], P["query"], a)
+
+
+@without_autocast
+def adapt(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    phases: Sequence[Phase],
+    *,
+    n_way: int,
+    rates: Tensor | None = None,
+    classifier: str = "cosine",
+    start: str | Tensor = "class_means",
+    weight: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    target_scale: Tensor | None = None,
+    mlp: MLPParameters | None = None,
+    running_stats: Tensor | None = None,
+    reduction: str | None = None,
+    first_order: bool = False,
+    support_index: Tensor | None = None,
+    query_index: Tensor | None = None,
+    support_offsets: Tensor | None = None,
+    query_offsets: Tensor | None = None,
+    n_ways: Tensor | None = None,
+) -> Adapted:
+    """Everything that a program leaves; arguments as :func:`kernelmeta.ops.program`."""
+    if support_index is not None:
+        support = support[support_index]
+    if query_index is not None:
+        query = query[query_index]
+    if rates is None:
+        values = [phase.lr for phase in phases for _ in range(phase.steps)]
+        rates = support.new_tensor(values, dtype=torch.float64 if support.dtype is torch.float64 else torch.float32)
+    learned = start if isinstance(start, Tensor) else None
+    names = ["learned", "weight", "scale", "bias", "target_scale"]
+    given = [learned, weight, scale, bias, target_scale, *(mlp or ())]
+    support, query, rates, *rest = promoted(support, query, rates, *(t for t in given if t is not None))
+    values_of = iter(rest)
+    tensors = {name: None if t is None else next(values_of) for name, t in zip(names, given, strict=False)}
+    mlp = None if mlp is None else MLPParameters(*values_of)
+
+    def one_batch(support: Tensor, labels: Tensor, query: Tensor, ways: int) -> Adapted:
+        if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+            check_labels(labels, ways)
+        theta0 = tensors["learned"]
+        if theta0 is not None:
+            theta0 = theta0[:ways].expand(support.shape[0], -1, -1)
+        elif start == "zero":
+            theta0 = support.new_zeros(support.shape[0], ways, support.shape[-1])
+        else:
+            theta0 = class_means(support, labels, ways, tensors["weight"])
+        own_bias = tensors["bias"]
+        if own_bias is not None and classifier == "linear":
+            own_bias = own_bias[:ways]
+        own_mlp = mlp
+        if mlp is not None:
+            own_mlp = mlp._replace(weight1=mlp.weight1[:, :ways], weight3=mlp.weight3[:ways], bias3=mlp.bias3[:ways])
+        return run_phases(
+            support, labels, query, theta0, phases, rates, classifier=classifier, scale=tensors["scale"],
+            bias=own_bias, target_scale=tensors["target_scale"], mlp=own_mlp, running_stats=running_stats,
+            reduction=reduction, first_order=first_order,
+        )  # fmt: skip
+
+    if support_offsets is None or query_offsets is None:
+        return one_batch(support, support_labels, query, n_way)
+    of_support, of_query = support_offsets.tolist(), query_offsets.tolist()
+    ways = [n_way] * (len(of_support) - 1) if n_ways is None else n_ways.tolist()
+    tasks = []
+    for t, own in enumerate(ways):
+        s, q = slice(*of_support[t : t + 2]), slice(*of_query[t : t + 2])
+        tasks.append(_widened(one_batch(support[None, s], support_labels[None, s], query[None, q], own), n_way))
+    return _joined(tasks, support, query, n_way)
+
+
+def program(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    phases: Sequence[Phase],
+    *,
+    return_weights: bool = False,
+    **options: Any,
+) -> Any:
+    """Refine a classifier by a program. See :func:`kernelmeta.ops.program`."""
+    adapted = adapt(support, support_labels, query, phases, **options)
+    if not return_weights:
+        return adapted.logits
+    cosine = options.get("classifier", "cosine") == "cosine"
+    return adapted.logits, adapted.weights if cosine else (adapted.weights, adapted.bias)
+
+
+def _widened(task: Adapted, n_way: int) -> Adapted:
+    """The results of one task with room for ``n_way`` classes: minus infinity in the logits, zeros elsewhere."""
+    more = n_way - task.logits.shape[-1]
+    logits, weights, *rest = task
+    return Adapted(
+        pad(logits, (0, more), value=float("-inf"))[0],
+        pad(weights, (0, 0, 0, more)),
+        *(pad(r, (0, more)) for r in rest),
+    )
+
+
+def _joined(tasks: Sequence[Adapted], support: Tensor, query: Tensor, n_way: int) -> Adapted:
+    """Ragged results: rows of all tasks one after the other."""
+    if not tasks:
+        rows = support.new_zeros(0, n_way)
+        return Adapted(rows, support.new_zeros(0, n_way, support.shape[-1]), *[rows.clone() for _ in range(4)])
+    logits, weights, bias, of_support, of_query, a = zip(*tasks, strict=True)
+    P, Pq = (torch.cat([p[0] for p in rows]) for rows in (of_support, of_query))
+    return Adapted(torch.cat(logits), torch.cat(weights), torch.cat(bias), P, Pq, torch.cat(a))

@@ -1,0 +1,279 @@
+"""torch.ops.kernelmeta.program against loops in D dimensions whose steps are gradients that autograd takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from episodes import assert_close, draw_labels, draw_mlp, running_stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize, one_hot
+
+import kernelmeta as km
+from kernelmeta.reference import MLPParameters, Phase
+
+CPU = km.backends()["cpu"]
+needs_kernel = pytest.mark.skipif(not CPU.available, reason=f"no CPU kernels: {CPU.reason}")
+
+
+# ---- the unrolled loop, one task at a time
+
+
+def loss_of(phase: Phase, logits: Tensor, labels: Tensor, target: Tensor, mlp: MLPParameters | None, mean: bool) -> Any:
+    """A scalar whose gradient drives the step (for a synthetic gradient: logits times the constant guess)."""
+    rows = logits.shape[0] if mean else 1
+    if phase.oracle == "cross_entropy":
+        return cross_entropy(logits, labels, reduction="sum") / rows
+    if phase.oracle == "squared_error":
+        return (logits - target * one_hot(labels, logits.shape[1])).square().sum() / 2 / rows
+    if phase.oracle == "hinge":
+        margins = (1 + logits - logits.gather(1, labels[:, None])).clamp_min(0)
+        return (margins.sum() - len(labels)) / rows
+    if phase.oracle == "entropy":
+        return -(logits.softmax(1) * logits.log_softmax(1)).sum() / rows
+    raise AssertionError(phase.oracle)
+
+
+def unrolled(
+    support: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    phases: list[Phase],
+    rates: Tensor,
+    theta: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    target: Tensor,
+    mlp: MLPParameters | None,
+    stats: Tensor | None,
+    *,
+    cosine: bool,
+    reduction: str | None = None,
+    first_order: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, theta and bias of one task; theta [N, D], and bias [N] if linear, else [1]."""
+    counts = one_hot(labels, theta.shape[0]).sum(0)
+
+    def classify(theta: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
+        if cosine:
+            return scale * (bias + normalize(rows, dim=1, eps=1e-12) @ normalize(theta, dim=1, eps=1e-12).T)
+        return rows @ theta.T + bias
+
+    k = 0
+    for phase in phases:
+        anchor = theta
+        for _ in range(phase.steps):
+            rows = support if phase.rows == "support" else query
+            logits = classify(theta, bias, rows)
+            if phase.oracle == "soft_assignment":
+                shares = logits.softmax(1)
+                centre = (counts[:, None] * anchor + shares.T @ normalize(rows, dim=1)) / (counts + shares.sum(0))[
+                    :, None
+                ]
+                theta = (1 - rates[k]) * theta + rates[k] * centre
+                k += 1
+                continue
+            mean = phase.means(reduction)
+            wanted = [theta] if cosine else [theta, bias]
+            if phase.oracle == "synthetic_gradient":
+                guess = km.reference.synthetic_gradient_mlp(
+                    logits, mlp, norm_stats="task" if stats is None else "running", running_stats=stats
+                )
+                guess = guess / (len(rows) if mean else 1)
+                steps = torch.autograd.grad(logits, wanted, guess, create_graph=not first_order)
+            else:
+                loss = loss_of(phase, logits, labels, target, mlp, mean)
+                steps = torch.autograd.grad(loss, wanted, create_graph=not first_order, retain_graph=True)
+            theta = theta - rates[k] * steps[0]
+            if not cosine:
+                bias = bias - rates[k] * steps[1]
+            k += 1
+    return classify(theta, bias, query), theta, bias
+
+
+class Problem:
+    """Everything that a program may read, drawn at random; all of it learned."""
+
+    def __init__(
+        self, phases: list[Phase], cosine: bool, start: str, *, T: int = 2, S: int = 7, Q: int = 9, N: int = 3,
+        D: int = 12, H: int = 6, seed: int = 0,
+    ) -> None:  # fmt: skip
+        g = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(*shape, dtype=torch.float64, generator=g)
+
+        self.phases, self.cosine, self.start, self.N = phases, cosine, start, N
+        K = sum(p.steps for p in phases)
+        size = 1.0 if cosine else D**-0.5
+        self.support, self.query, self.labels = size * normal(T, S, D), size * normal(T, Q, D), draw_labels(T, S, N, g)
+        self.rates = torch.rand(K, dtype=torch.float64, generator=g) * (0.3 if cosine else 0.6) + 0.05
+        self.theta0, self.weight = normal(N, D), torch.rand(D, dtype=torch.float64, generator=g) + 0.5
+        self.scale, self.target = torch.tensor([3.3]).double(), torch.tensor([1.7]).double()
+        self.bias = normal(1) if cosine else normal(N)
+        self.mlp = draw_mlp(N, H, torch.float64, g)
+
+    def leaves(self) -> list[Tensor]:
+        own = [self.support, self.query, self.rates, self.theta0, self.weight, self.scale, self.target, self.bias]
+        return [*own, *self.mlp]
+
+    def fresh(self) -> Problem:
+        for name in ("support", "query", "rates", "theta0", "weight", "scale", "target", "bias"):
+            setattr(self, name, getattr(self, name).detach().clone().requires_grad_())
+        self.mlp = MLPParameters(*(p.detach().clone().requires_grad_() for p in self.mlp))
+        return self
+
+    def options(self) -> dict[str, Any]:
+        start = self.theta0 if self.start == "learned" else self.start
+        return {
+            "n_way": self.N, "rates": self.rates, "classifier": "cosine" if self.cosine else "linear", "start": start,
+            "weight": self.weight, "scale": self.scale, "bias": self.bias, "target_scale": self.target,
+            "mlp": self.mlp,
+        }  # fmt: skip
+
+    def run(self, program: Any, **options: Any) -> list[Tensor]:
+        z, weights = program(
+            self.support, self.labels, self.query, self.phases, return_weights=True, **self.options(), **options
+        )
+        return [z, weights] if self.cosine else [z, *weights]
+
+    def unrolled(self, stats: Tensor | None = None, **options: Any) -> list[Tensor]:
+        tasks = []
+        for x, y, q in zip(self.support, self.labels, self.query, strict=True):
+            theta = self.theta0
+            if self.start == "class_means":
+                theta = torch.stack([normalize(x[y == n], dim=1).mean(0) for n in range(self.N)]) * self.weight
+            elif self.start == "zero":
+                theta = torch.zeros_like(theta, requires_grad=True)
+            tasks.append(
+                unrolled(
+                    x,
+                    y,
+                    q,
+                    self.phases,
+                    self.rates,
+                    theta,
+                    self.bias,
+                    self.scale,
+                    self.target,
+                    self.mlp,
+                    stats,
+                    cosine=self.cosine,
+                    **options,
+                )
+            )
+        results = [torch.stack(r) for r in zip(*tasks, strict=True)]
+        return results[:2] if self.cosine else results
+
+
+def with_gradients(problem: Problem, results: list[Tensor]) -> list[Tensor]:
+    """Results and all gradients of a random linear function of them."""
+    g = torch.Generator().manual_seed(3)
+    loss = sum((r * torch.randn(r.shape, dtype=r.dtype, generator=g)).sum() for r in results)
+    grads = torch.autograd.grad(loss, problem.leaves(), allow_unused=True)
+    return results + [torch.zeros_like(p) if d is None else d for d, p in zip(grads, problem.leaves(), strict=True)]
+
+
+COSINE = {
+    "cross_entropy": [Phase("cross_entropy", 3, 0.1)],
+    "squared_error": [Phase("squared_error", 2, 0.1)],
+    "hinge": [Phase("hinge", 2, 0.1)],
+    "entropy": [Phase("entropy", 3, 0.1)],
+    "entropy of the support rows": [Phase("entropy", 2, 0.1, rows="support")],
+    "soft_assignment": [Phase("soft_assignment", 3, 1.0)],
+    "synthetic_gradient": [Phase("synthetic_gradient", 2, 0.1)],
+    "synthetic_gradient of the support rows": [Phase("synthetic_gradient", 2, 0.1, rows="support")],
+    "both": [Phase("cross_entropy", 2, 0.1), Phase("synthetic_gradient", 2, 0.1)],
+    "assignment, then synthetic": [Phase("soft_assignment", 2, 1.0), Phase("synthetic_gradient", 2, 0.1)],
+    "four phases": [
+        Phase("hinge", 1, 0.1), Phase("soft_assignment", 2, 1.0), Phase("cross_entropy", 0, 0.1),
+        Phase("entropy", 1, 0.1), Phase("soft_assignment", 1, 0.5),
+    ],
+    "nothing": [],
+}  # fmt: skip
+LINEAR = {name: p for name, p in COSINE.items() if all(phase.oracle != "soft_assignment" for phase in p)}
+CASES = [
+    *((True, name, start) for name in COSINE for start in ("class_means", "learned")),
+    *((False, name, start) for name in LINEAR for start in ("class_means", "learned")),
+    # All rows alike have no variance that BatchNorm could divide by: not for synthetic gradients at the start.
+    *((False, name, "zero") for name, p in LINEAR.items() if not p or p[0].oracle != "synthetic_gradient"),
+]
+
+
+@pytest.mark.parametrize(("cosine", "name", "start"), CASES)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_equals_the_unrolled_loop(cosine: bool, name: str, start: str, backend: str) -> None:
+    problem = Problem((COSINE if cosine else LINEAR)[name], cosine, start).fresh()
+    want = with_gradients(problem, problem.unrolled())
+    with km.use_backend(backend if CPU.available else "reference"):
+        assert_close(with_gradients(problem, problem.run(km.ops.program)), want, 1e-9)
+
+
+@needs_kernel
+@settings(max_examples=60)
+@given(st.data())
+def test_shapes(data: Any) -> None:
+    cosine = data.draw(st.booleans())
+    name = data.draw(st.sampled_from(sorted(COSINE if cosine else LINEAR)))
+    N = data.draw(st.integers(2, 7))
+    problem = Problem(
+        (COSINE if cosine else LINEAR)[name], cosine, data.draw(st.sampled_from(["class_means", "learned"])),
+        T=data.draw(st.integers(1, 4)), S=data.draw(st.integers(N, 4 * N)), Q=data.draw(st.integers(2, 40)), N=N,
+        D=data.draw(st.integers(2, 70)), H=data.draw(st.integers(1, 24)), seed=data.draw(st.integers(0, 99)),
+    ).fresh()  # fmt: skip
+    reduction = data.draw(st.sampled_from([None, "mean"]))
+    want = with_gradients(problem, problem.unrolled(reduction=reduction))
+    got = with_gradients(problem, problem.run(km.ops.program, reduction=reduction))
+    assert_close(got, want, 1e-8)
+
+
+def test_stored_statistics() -> None:
+    stats = running_stats(6)
+    problem = Problem(COSINE["both"], True, "class_means").fresh()
+    want = with_gradients(problem, problem.unrolled(stats))
+    assert_close(with_gradients(problem, problem.run(km.ops.program, running_stats=stats)), want, 1e-10)
+
+
+# ---- first order
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_first_order_takes_steps_for_constants(backend: str) -> None:
+    problem = Problem([Phase("cross_entropy", 3, 0.1)], False, "learned").fresh()
+    want = with_gradients(problem, problem.unrolled(first_order=True))
+    with km.use_backend(backend if CPU.available else "reference"):
+        got = with_gradients(problem, problem.run(km.ops.program, first_order=True))
+        exact = with_gradients(problem, problem.run(km.ops.program))
+    assert_close(got, want, 1e-10)
+    assert_close(got[:3], exact[:3], 1e-14)  # the same results ...
+    difference = (got[6] - exact[6]).abs().max() / exact[6].abs().max()
+    assert difference > 1e-2  # ... and another gradient of the start
+
+
+def test_first_order_differs_by_the_loss_s_curvature() -> None:
+    """After one step W' = W - lr g(W): the gradients differ by lr H v, H the Hessian of the inner loss."""
+    problem = Problem([Phase("cross_entropy", 1, 0.1)], False, "learned", T=1).fresh()
+    with torch.no_grad():
+        problem.rates.fill_(0.1)
+
+    def outer(z: Tensor) -> Tensor:
+        return z.square().sum()
+
+    gradients = []
+    for first_order in (False, True):
+        options = {**problem.options(), "first_order": first_order}
+        z = km.ops.program(problem.support, problem.labels, problem.query, problem.phases, **options)
+        gradients.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(outer(z), [problem.theta0, problem.bias])])
+        )
+
+    def inner(parameters: Tensor) -> Tensor:
+        theta, bias = parameters[: problem.theta0.numel()].view_as(problem.theta0), parameters[problem.theta0.numel() :]
+        return cross_entropy(problem.support[0] @ theta.T + bias, problem.labels[0])
+
+    at = torch.cat([problem.theta0.flatten(), problem.bias]).detach()
+    hessian = torch.autograd.functional.hessian(inner, at)
+    assert_close([gradients[1] - gradients[0]], [0.1 * hessian @ gradients[1]], 1e-11)
