@@ -53,6 +53,7 @@ _HELP = {
     "learner": f"what to train: {', '.join(LEARNERS)}",
     "steps": "inner steps K",
     "inner_lr": "inner learning rate",
+    "phases": "inner loop of combined: ORACLE:STEPS:RATE, one or more with commas",
     "hidden": "hidden units of the synthetic-gradient MLP (default: 8 a way), or of maml's network for features",
     "first_order": "take the inner gradients for constants",
     "learn_rates": "learn a rate for every inner step",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kernelmeta.training.config import TrainConfig
 
 # Settings of a run that only some learners take.
-SETTINGS = ("steps", "inner_lr", "hidden", "norm_stats", "first_order", "learn_rates", "channels")
+SETTINGS = ("steps", "inner_lr", "phases", "hidden", "norm_stats", "first_order", "learn_rates", "channels")
 
 
 class Rows(NamedTuple):
@@ -50,6 +50,48 @@ class LearnerKind:
 
 def _prototypes(config: TrainConfig, rows: Rows) -> nn.Module:
     return km_nn.Prototypes(config.way, rows.n_features)
+
+
+def _anil(config: TrainConfig, rows: Rows) -> nn.Module:
+    assert config.steps is not None and config.inner_lr is not None
+    return km_nn.ANIL(
+        config.way,
+        rows.n_features,
+        config.steps,
+        config.inner_lr,
+        first_order=bool(config.first_order),
+        learn_rates=bool(config.learn_rates),
+    )
+
+
+def _ridge(config: TrainConfig, rows: Rows) -> nn.Module:
+    return km_nn.RidgeHead(config.way, rows.n_features)
+
+
+def parse_phases(text: str, learn_rates: bool = False) -> list[km_nn.Phase]:
+    """ "cross_entropy:5:0.1,synthetic_gradient:3:0.01" -> phases: oracle, steps, rate. Raises ValueError."""
+    phases = []
+    for part in text.split(","):
+        words = part.strip().split(":")
+        try:
+            oracle, steps, lr = words[0], int(words[1]), float(words[2])
+            if len(words) != 3:
+                raise ValueError
+        except (IndexError, ValueError):
+            raise ValueError(f"phases: expected ORACLE:STEPS:RATE, or several with commas, got {text!r}") from None
+        phases.append(km_nn.Phase(oracle, steps, lr, learn_rates=learn_rates))
+    return phases
+
+
+def _program(config: TrainConfig, rows: Rows) -> nn.Module:
+    assert config.phases is not None and config.norm_stats is not None
+    return km_nn.Program(
+        config.way,
+        rows.n_features,
+        parse_phases(config.phases, bool(config.learn_rates)),
+        hidden=config.hidden,
+        norm_stats=config.norm_stats,
+    )
 
 
 def _sib(config: TrainConfig, rows: Rows) -> nn.Module:
@@ -100,6 +142,12 @@ def _network(config: TrainConfig, rows: Rows) -> nn.Module:
 _ADAM = {"optimizer": "Adam", "tasks_per_step": 4}
 LEARNERS: dict[str, LearnerKind] = {
     "prototypes": LearnerKind("prototypes", _prototypes),
+    "anil": LearnerKind(
+        "ANIL",
+        _anil,
+        {"steps": 5, "inner_lr": 0.1, "first_order": False, "learn_rates": False},
+        _ADAM,
+    ),
     "maml": LearnerKind(
         "MAML",
         _maml,
@@ -114,11 +162,22 @@ LEARNERS: dict[str, LearnerKind] = {
         _ADAM,
         whole_network=True,
     ),
+    "ridge": LearnerKind("ridge", _ridge, {}, _ADAM),
     "sib": LearnerKind(
         "SIB",
         _sib,
         {"steps": 3, "inner_lr": 1e-3, "hidden": None, "norm_stats": "task"},
         over_steps=True,
+    ),
+    "combined": LearnerKind(
+        "combined",
+        _program,
+        {
+            "phases": "cross_entropy:5:0.1,synthetic_gradient:3:0.001",
+            "learn_rates": False,
+            "hidden": None,
+            "norm_stats": "task",
+        },
     ),
 }
 
