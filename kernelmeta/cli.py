@@ -54,6 +54,8 @@ _HELP = {
     "steps": "inner steps K",
     "inner_lr": "inner learning rate",
     "phases": "inner loop of combined: ORACLE:STEPS:RATE, one or more with commas",
+    "classifier": "of combined: cosine or linear",
+    "start": "of combined: class_means, learned or zero",
     "hidden": "hidden units of the synthetic-gradient MLP (default: 8 a way), or of maml's network for features",
     "first_order": "take the inner gradients for constants",
     "learn_rates": "learn a rate for every inner step",

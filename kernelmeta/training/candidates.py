@@ -26,7 +26,6 @@ CANDIDATES: dict[str, tuple[dict[str, Any], ...]] = {
     "prototypes": ({"untrained": True}, *_grid(tasks_per_step=(4,), lr=(1e-3, 1e-2))),
     SOFT_KMEANS: _grid(scale=(10.0, 20.0, 5.0, 40.0), steps=(10, 3, 1, 30)),
     "anil": _grid(inner_lr=(0.1, 1.0, 0.01), steps=(5, 20), **_ADAM),
-    "ridge": _grid(optimizer=("Adam",), lr=(1e-3, 1e-2), tasks_per_step=(4,)),
     "combined": _grid(
         phases=(
             "cross_entropy:5:0.1,synthetic_gradient:3:0.001",

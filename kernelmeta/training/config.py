@@ -46,6 +46,8 @@ class TrainConfig:
     steps: int | None = None
     inner_lr: float | None = None
     phases: str | None = None
+    classifier: str | None = None
+    start: str | None = None
     hidden: int | None = None
     norm_stats: str | None = None
     first_order: bool | None = None

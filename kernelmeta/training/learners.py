@@ -17,7 +17,18 @@ if TYPE_CHECKING:
     from kernelmeta.training.config import TrainConfig
 
 # Settings of a run that only some learners take.
-SETTINGS = ("steps", "inner_lr", "phases", "hidden", "norm_stats", "first_order", "learn_rates", "channels")
+SETTINGS = (
+    "steps",
+    "inner_lr",
+    "phases",
+    "classifier",
+    "start",
+    "hidden",
+    "norm_stats",
+    "first_order",
+    "learn_rates",
+    "channels",
+)
 
 
 class Rows(NamedTuple):
@@ -64,10 +75,6 @@ def _anil(config: TrainConfig, rows: Rows) -> nn.Module:
     )
 
 
-def _ridge(config: TrainConfig, rows: Rows) -> nn.Module:
-    return km_nn.RidgeHead(config.way, rows.n_features)
-
-
 def parse_phases(text: str, learn_rates: bool = False) -> list[km_nn.Phase]:
     """ "cross_entropy:5:0.1,synthetic_gradient:3:0.01" -> phases: oracle, steps, rate. Raises ValueError."""
     phases = []
@@ -85,10 +92,13 @@ def parse_phases(text: str, learn_rates: bool = False) -> list[km_nn.Phase]:
 
 def _program(config: TrainConfig, rows: Rows) -> nn.Module:
     assert config.phases is not None and config.norm_stats is not None
+    assert config.classifier is not None and config.start is not None
     return km_nn.Program(
         config.way,
         rows.n_features,
         parse_phases(config.phases, bool(config.learn_rates)),
+        classifier=config.classifier,
+        start=config.start,
         hidden=config.hidden,
         norm_stats=config.norm_stats,
     )
@@ -162,7 +172,6 @@ LEARNERS: dict[str, LearnerKind] = {
         _ADAM,
         whole_network=True,
     ),
-    "ridge": LearnerKind("ridge", _ridge, {}, _ADAM),
     "sib": LearnerKind(
         "SIB",
         _sib,
@@ -174,12 +183,21 @@ LEARNERS: dict[str, LearnerKind] = {
         _program,
         {
             "phases": "cross_entropy:5:0.1,synthetic_gradient:3:0.001",
+            "classifier": "cosine",
+            "start": "class_means",
             "learn_rates": False,
             "hidden": None,
             "norm_stats": "task",
         },
     ),
 }
+
+
+def inner_steps(head: Any) -> int:
+    """K of a learner, of all its phases together; 0 where it has none."""
+    if hasattr(head, "phases"):
+        return sum(phase.steps for phase in head.phases)
+    return int(getattr(head, "steps", 0))
 
 
 def with_defaults(learner: str, settings: Mapping[str, Any]) -> dict[str, Any]:
