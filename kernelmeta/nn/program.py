@@ -145,7 +145,8 @@ class Program(nn.Module):
         mlp = self.mlp
         return ops.program(
             support, support_labels, query, self.phases, n_way=self.n_way, rates=self.step_rates(),
-            classifier=self.classifier, start=self.start if self.weight is None or self.start != "learned" else self.weight,
+            classifier=self.classifier,
+            start=self.weight if self.weight is not None and self.start == "learned" else self.start,
             weight=self.weight if self.start == "class_means" else None, scale=self.scale, bias=self.bias,
             target_scale=self.target_scale, mlp=None if mlp is None else mlp.tensors(),
             running_stats=mlp.running_stats if mlp is not None and self.norm_stats == "running" else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -277,3 +277,149 @@ def test_first_order_differs_by_the_loss_s_curvature() -> None:
     at = torch.cat([problem.theta0.flatten(), problem.bias]).detach()
     hessian = torch.autograd.functional.hessian(inner, at)
     assert_close([gradients[1] - gradients[0]], [0.1 * hessian @ gradients[1]], 1e-11)
+
+
+# ---- ragged tasks
+
+
+class Ragged(NamedTuple):
+    """Tasks of unequal size as one call takes them, and one by one."""
+
+    support: Tensor
+    labels: Tensor
+    query: Tensor
+    options: dict[str, Tensor]
+    tasks: list[tuple[slice, slice, int]]
+
+
+def draw_ragged(sizes: list[tuple[int, int, int]], D: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ragged:
+    """Tasks of (ways, support rows, query rows)."""
+    g = torch.Generator().manual_seed(seed)
+    S, Q = [s for _, s, _ in sizes], [q for _, _, q in sizes]
+    offsets = [torch.tensor([0, *torch.tensor(rows, dtype=torch.int64).cumsum(0).tolist()]) for rows in (S, Q)]
+    labels = [draw_labels(1, s, n, g)[0] for n, s, _ in sizes]
+    return Ragged(
+        torch.randn(sum(S), D, generator=g, dtype=dtype) * 0.5,
+        torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64),
+        torch.randn(sum(Q), D, generator=g, dtype=dtype) * 0.5,
+        {
+            "support_offsets": offsets[0],
+            "query_offsets": offsets[1],
+            "n_ways": torch.tensor([n for n, _, _ in sizes], dtype=torch.int64),
+        },
+        [
+            (slice(*offsets[0][t : t + 2].tolist()), slice(*offsets[1][t : t + 2].tolist()), n)
+            for t, (n, _, _) in enumerate(sizes)
+        ],
+    )
+
+
+SIZES = [(3, 7, 9), (5, 5, 1), (2, 11, 20), (4, 30, 3), (5, 26, 17)]
+
+
+def narrowed(options: dict[str, Any], ways: int) -> dict[str, Any]:
+    """What is learned for all tasks, for one with fewer ways."""
+    mlp = options["mlp"]
+    start = options["start"]
+    return options | {
+        "n_way": ways,
+        "start": start[:ways] if isinstance(start, Tensor) else start,
+        "bias": options["bias"][:ways] if options["classifier"] == "linear" else options["bias"],
+        "mlp": mlp._replace(weight1=mlp.weight1[:, :ways], weight3=mlp.weight3[:ways], bias3=mlp.bias3[:ways]),
+    }
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("cosine", "name", "start"), [c for c in CASES if c[1] in ("both", "four phases", "hinge")])
+def test_a_ragged_batch_equals_its_tasks_one_by_one(cosine: bool, name: str, start: str, backend: str) -> None:
+    problem = Problem((COSINE if cosine else LINEAR)[name], cosine, start, N=5, D=14).fresh()
+    batch = draw_ragged(SIZES, 14)
+    problem.support, problem.query = batch.support.requires_grad_(), batch.query.requires_grad_()
+    options = problem.options()
+    with km.use_backend(backend if CPU.available else "reference"):
+        z, weights = km.ops.program(
+            batch.support, batch.labels, batch.query, problem.phases, return_weights=True, **options, **batch.options
+        )
+        theta = weights if cosine else weights[0]
+        loss = z.where(z.isfinite(), 0).square().sum() + theta.square().sum()
+        got = torch.autograd.grad(loss, problem.leaves(), allow_unused=True)
+        total: Any = 0
+        for t, (s, q, ways) in enumerate(batch.tasks):
+            one, one_weights = km.ops.program(
+                batch.support[None, s], batch.labels[None, s], batch.query[None, q], problem.phases,
+                return_weights=True, **narrowed(options, ways),
+            )  # fmt: skip
+            one_theta = one_weights if cosine else one_weights[0]
+            assert_close([z[q, :ways], theta[t, :ways]], [one[0], one_theta[0]], 1e-12)
+            assert (z[q, ways:] == -torch.inf).all() and (theta[t, ways:] == 0).all()
+            if not cosine:
+                assert_close([weights[1][t, :ways]], [one_weights[1][0]], 1e-12)
+            total = total + one.square().sum() + one_theta.square().sum()
+        want = torch.autograd.grad(total, problem.leaves(), allow_unused=True)
+    for a, b in zip(got, want, strict=True):
+        if b is not None:
+            assert_close([a], [b], 1e-12)
+
+
+@needs_kernel
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 30), st.integers(1, 40)), max_size=6))
+def test_ragged_shapes(sizes: list[tuple[int, int, int]]) -> None:
+    sizes = [(n, n + more, q) for n, more, q in sizes]
+    problem = Problem(COSINE["both"], True, "class_means", N=6, D=9)
+    batch = draw_ragged(sizes, 9)
+    z = km.ops.program(batch.support, batch.labels, batch.query, problem.phases, **problem.options(), **batch.options)
+    want = km.reference.program(
+        batch.support, batch.labels, batch.query, problem.phases, **problem.options(), **batch.options
+    )
+    assert z.shape == want.shape == (sum(q for _, _, q in sizes), 6)
+    assert torch.equal(z == -torch.inf, want == -torch.inf)
+    assert_close([z.where(z.isfinite(), 0)], [want.where(want.isfinite(), 0)], 1e-8)
+
+
+def test_a_ragged_batch_of_equal_tasks_is_an_even_one() -> None:
+    problem = Problem(COSINE["both"], True, "class_means", T=3)
+    options = problem.options()
+    even = km.ops.program(problem.support, problem.labels, problem.query, problem.phases, **options)
+    ragged = km.ops.program(
+        problem.support.flatten(0, 1), problem.labels.flatten(), problem.query.flatten(0, 1), problem.phases,
+        support_offsets=torch.arange(4) * 7, query_offsets=torch.arange(4) * 9, **options,
+    )  # fmt: skip
+    assert torch.equal(even.flatten(0, 1), ragged)
+
+
+def test_ragged_rows_of_a_bank() -> None:
+    problem = Problem(LINEAR["cross_entropy"], False, "learned", N=5, D=14)
+    batch = draw_ragged(SIZES, 14)
+    bank = torch.randn(40, 14).double()
+    index = [torch.randint(40, (rows.shape[0],)) for rows in (batch.support, batch.query)]
+    options = problem.options() | batch.options
+    want = km.ops.program(bank[index[0]], batch.labels, bank[index[1]], problem.phases, **options)
+    got = km.ops.program(
+        bank, batch.labels, bank, problem.phases, support_index=index[0], query_index=index[1], **options
+    )
+    assert torch.equal(got, want)
+
+
+BAD_RAGGED: list[tuple[dict[str, Any], str]] = [
+    ({"n_ways": torch.tensor([3, 6, 2, 4, 5])}, "task 1 has 6 ways; expected 1..5"),
+    ({"n_ways": torch.tensor([3, 0, 2, 4, 5])}, "task 1 has 0 ways"),
+    ({"n_ways": torch.tensor([5, 5, 2, 4])}, r"n_ways: expected shape \[T\]"),
+    ({"n_ways": None, "support_offsets": torch.tensor([0, 4, 12, 23, 53, 79])}, "task 0 has 5 ways and 4 support rows"),
+    ({"support_offsets": torch.tensor([0, 7, 12, 23, 53, 78])}, "support_offsets: expected numbers that rise"),
+    ({"query_offsets": torch.tensor([0, 10, 9, 30, 33, 50])}, "query_offsets: expected numbers that rise"),
+    ({"query_offsets": torch.tensor([0, 9, 10, 30, 33])}, r"expected T \+ 1 numbers in both"),
+    ({"query_offsets": None}, "given together"),
+    ({"support_offsets": None, "query_offsets": None}, "n_ways needs"),
+    ({"query_offsets": torch.tensor([0.0, 9, 10, 30, 33, 50])}, "query_offsets: expected int64"),
+]
+
+
+@needs_kernel
+@pytest.mark.parametrize(("change", "message"), BAD_RAGGED)
+def test_bad_ragged_arguments(change: dict[str, Any], message: str) -> None:
+    problem = Problem(LINEAR["cross_entropy"], False, "learned", N=5, D=14)
+    batch = draw_ragged(SIZES, 14)
+    with pytest.raises((ValueError, TypeError), match=message):
+        km.ops.program(
+            batch.support, batch.labels, batch.query, problem.phases, **(problem.options() | batch.options | change)
+        )
