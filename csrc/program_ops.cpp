@@ -43,8 +43,8 @@ struct ProgramArguments {
   std::optional<RaggedClassLists> classes;
   std::optional<Parameter<C>> theta0, weight, scale, bias, target, rates;
   std::optional<FoldedParameters<C>> mlp;
-  std::vector<int64_t> trace_offsets, chunks;
-  int64_t work = 0;  // multiplications of all tasks, roughly
+  std::vector<int64_t> trace_offsets;
+  TaskChunks chunks;
 
   ProgramArguments(const Tensor& query_rows, const Optional& query_index, const Tensor& support_rows,
                    const Optional& support_index, const Tensor& labels, const Optional& support_offsets,
@@ -61,12 +61,7 @@ struct ProgramArguments {
     require(start >= 0 && start <= 2, "start must be 0, 1 or 2");
     require(!cosine || start != 2, "a cosine classifier cannot start at zero");
     require(!first_order || !cosine, "first_order is for linear classifiers");
-    const Storage own = sizeof(C) == 4 ? Storage::kFloat32 : Storage::kFloat64;
-    for (const TaskRowTensor* f : {&query, &support}) {
-      const Storage storage = f->rows.features.storage;
-      require(storage == own || (sizeof(C) == 4 && storage != Storage::kFloat64),
-              "float64 features need float64 parameters, and float64 parameters float64 features");
-    }
+    require_storage<C>(support, query);
     for (int64_t t = 0; t < T; ++t) require(query.rows.count(t) >= 1, "every task needs a query row");
     classes.emplace(labels, support, n_ways, N);
 
@@ -128,25 +123,16 @@ struct ProgramArguments {
   ProgramArguments(const ProgramArguments&) = delete;
 
  private:
-  // Where each task's trace begins, and chunks of tasks of about the same work. Both depend on the sizes
-  // alone.
+  // Where each task's trace begins, and who works on it.
   void lay_out() {
-    const int64_t T = problem.T;
-    std::vector<int64_t> done{0};
+    std::vector<int64_t> work;
     trace_offsets.push_back(0);
-    for (int64_t t = 0; t < T; ++t) {
+    for (int64_t t = 0; t < problem.T; ++t) {
       trace_offsets.push_back(trace_offsets.back() + program_kernels<C>().trace_size(problem, t));
-      done.push_back(done.back() + task_work(problem.shape(t)));
+      work.push_back(task_work(problem.shape(t)));
     }
     problem.trace_offsets = trace_offsets.data();
-    work = done.back();
-    chunks.push_back(0);
-    const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(T, 32));
-    for (int64_t c = 1, t = 0; c < wanted; ++c) {
-      while (t < T && done[size_t(t)] * wanted < work * c) ++t;
-      chunks.push_back(t);
-    }
-    chunks.push_back(T);
+    chunks = TaskChunks(work);
   }
 
   int64_t task_work(const ProgramShape& s) const {
@@ -198,10 +184,8 @@ ProgramResults program(const Tensor& query, const Optional& query_index, const T
       run.query_coefficients = data<C>(of_query);
       run.start_coefficients = data<C>(of_start);
     }
-    const int64_t n = int64_t(a.chunks.size()) - 1;
-    torch::stable::parallel_for(0, n, grain(a.work / n), [&](int64_t begin, int64_t end) {
-      program_kernels<C>().forward(run, a.chunks[size_t(begin)], a.chunks[size_t(end)]);
-    });
+    over_chunks(a.chunks, 1,
+                [&](int64_t begin, int64_t end) { program_kernels<C>().forward(run, begin, end); });
     return ProgramResults{logits, of_support, of_query, of_start, trace};
   });
 }
@@ -253,7 +237,7 @@ ProgramGradients program_backward(const Tensor& grad_logits, const Optional& gra
                                  need_support ? data<C>(grad_support) : nullptr,
                                  need_query ? data<C>(grad_query) : nullptr};
     const auto sums = sum_over_chunks<C>(
-        a.chunks, 3 * a.work, size_of<C, ProgramGrad<C>>(p), [&](C* partial, int64_t begin, int64_t end) {
+        a.chunks, 3, size_of<C, ProgramGrad<C>>(p), [&](C* partial, int64_t begin, int64_t end) {
           Arena<C> arena(partial);
           program_kernels<C>().backward(run, ProgramGrad<C>(arena, p), begin, end);
         });

@@ -99,7 +99,7 @@ struct Kernels {
 
 }  // namespace kernelmeta
 
-#include "cpu/program_table.h"
+#include "cpu/ridge_table.h"
 
 namespace kernelmeta {
 
@@ -109,6 +109,8 @@ struct KernelTable {
   Kernels<double> f64;
   ProgramKernels<float> program_f32;
   ProgramKernels<double> program_f64;
+  RidgeKernels<float> ridge_f32;
+  RidgeKernels<double> ridge_f64;
 };
 
 // The table for this machine, or for the instruction set that KERNELMETA_ISA names; throws

@@ -331,13 +331,13 @@ constexpr Kernels<C> kKernels = {trace_size<C>,          sib_forward<C>,  sib_ba
 
 }  // namespace
 
-#include "cpu/program_kernels.h"
+#include "cpu/ridge_kernels.h"
 
 namespace kernelmeta {
 
 extern const KernelTable KERNELMETA_JOIN(kernels_, KERNELMETA_ISA);
 const KernelTable KERNELMETA_JOIN(kernels_, KERNELMETA_ISA) = {
-    KERNELMETA_STRING(KERNELMETA_ISA), kKernels<float>, kKernels<double>, kProgramKernels<float>,
-    kProgramKernels<double>};
+    KERNELMETA_STRING(KERNELMETA_ISA), kKernels<float>,      kKernels<double>,     kProgramKernels<float>,
+    kProgramKernels<double>,           kRidgeKernels<float>, kRidgeKernels<double>};
 
 }  // namespace kernelmeta

@@ -35,16 +35,47 @@ void over_tasks(int64_t T, int64_t work, F f) {
   torch::stable::parallel_for(0, T, grain(work), f);
 }
 
-// f(partial, begin, end) adds the sums over the tasks of a chunk, bounds[c] .. bounds[c + 1], to `partial`;
-// the totals are returned. Chunks are added in order: the bits do not depend on the number of threads.
+// Tasks split into chunks of about the same work: chunk c is bounds[c] .. bounds[c + 1]. They depend on the
+// tasks alone, so that sums over chunks, added in order, have the same bits for any number of threads.
+struct TaskChunks {
+  std::vector<int64_t> bounds{0};
+  int64_t work = 0;  // multiplications of all tasks, roughly
+
+  TaskChunks() = default;
+  explicit TaskChunks(const std::vector<int64_t>& work_of_each) {
+    const int64_t T = int64_t(work_of_each.size());
+    const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(T, 32));
+    for (const int64_t w : work_of_each) work += w;
+    int64_t t = 0, done = 0;
+    for (int64_t c = 1; c < chunks; ++c) {
+      for (; t < T && done * chunks < work * c; ++t) done += work_of_each[size_t(t)];
+      bounds.push_back(t);
+    }
+    bounds.push_back(T);
+  }
+  int64_t count() const { return int64_t(bounds.size()) - 1; }
+};
+
+// f(begin, end) over ranges of tasks; every task's work times `factor` is what a call costs.
+template <class F>
+void over_chunks(const TaskChunks& chunks, int64_t factor, F f) {
+  const auto& bounds = chunks.bounds;
+  torch::stable::parallel_for(
+      0, chunks.count(), grain(factor * chunks.work / chunks.count()),
+      [&](int64_t begin, int64_t end) { f(bounds[size_t(begin)], bounds[size_t(end)]); });
+}
+
+// f(partial, begin, end) adds the sums over the tasks of a chunk to `partial`; the totals are returned.
 template <class C, class F>
-std::unique_ptr<C[]> sum_over_chunks(const std::vector<int64_t>& bounds, int64_t work, int64_t size, F f) {
-  const int64_t chunks = int64_t(bounds.size()) - 1;
-  std::unique_ptr<C[]> sums(new C[size_t(size * chunks)]());
-  torch::stable::parallel_for(0, chunks, grain(work / chunks), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) f(sums.get() + c * size, bounds[size_t(c)], bounds[size_t(c + 1)]);
+std::unique_ptr<C[]> sum_over_chunks(const TaskChunks& chunks, int64_t factor, int64_t size, F f) {
+  const int64_t n = chunks.count();
+  std::unique_ptr<C[]> sums(new C[size_t(size * n)]());
+  torch::stable::parallel_for(0, n, grain(factor * chunks.work / n), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      f(sums.get() + c * size, chunks.bounds[size_t(c)], chunks.bounds[size_t(c + 1)]);
+    }
   });
-  for (int64_t c = 1; c < chunks; ++c) {
+  for (int64_t c = 1; c < n; ++c) {
     for (int64_t i = 0; i < size; ++i) sums[i] += sums[c * size + i];
   }
   return sums;
@@ -53,10 +84,7 @@ std::unique_ptr<C[]> sum_over_chunks(const std::vector<int64_t>& bounds, int64_t
 // The same for tasks of equal work.
 template <class C, class F>
 std::unique_ptr<C[]> sum_over_tasks(int64_t T, int64_t work, int64_t size, F f) {
-  const int64_t chunks = std::max<int64_t>(1, std::min<int64_t>(T, 32));
-  std::vector<int64_t> bounds;
-  for (int64_t c = 0; c <= chunks; ++c) bounds.push_back(c * T / chunks);
-  return sum_over_chunks<C>(bounds, work * T, size, f);
+  return sum_over_chunks<C>(TaskChunks(std::vector<int64_t>(size_t(T), work)), 1, size, f);
 }
 
 template <class C, class Layout, class... Args>

@@ -103,19 +103,19 @@ C* scratch_for_tasks(int64_t begin, int64_t end, const Args&... args) {
   return static_cast<C*>(scratch(most * int64_t(sizeof(C))));
 }
 
-// [count][ways] of one task, from or to [N][ld] of live rows; zeros where there is nothing.
+// [rows][ways] of one task, from [N][ld] of a part of its live rows; zeros where there is nothing.
 template <class C>
-void coefficients_out(const C* p, RowPart part, const ProgramShape& s, int64_t rows, int64_t ways, C* out) {
+void coefficients_out(const C* p, RowPart part, int64_t ld, int64_t N, int64_t rows, int64_t ways, C* out) {
   memset(out, 0, sizeof(C) * rows * ways);
   for (int64_t i = 0; i < part.count; ++i) {
-    for (int64_t n = 0; n < s.N; ++n) out[i * ways + n] = p[n * s.ld() + part.first + i];
+    for (int64_t n = 0; n < N; ++n) out[i * ways + n] = p[n * ld + part.first + i];
   }
 }
 
 template <class C>
-void coefficients_in(const C* from, RowPart part, const ProgramShape& s, int64_t ways, C* p) {
+void coefficients_in(const C* from, RowPart part, int64_t ld, int64_t N, int64_t ways, C* p) {
   for (int64_t i = 0; i < part.count; ++i) {
-    for (int64_t n = 0; n < s.N; ++n) p[n * s.ld() + part.first + i] = from[i * ways + n];
+    for (int64_t n = 0; n < N; ++n) p[n * ld + part.first + i] = from[i * ways + n];
   }
 }
 
@@ -154,8 +154,9 @@ void program_forward(const ProgramForward<C>& f, int64_t begin, int64_t end) {
     task.loop.logits(trace, p.N, f.logits + first * p.N);
     if (!p.coefficients) continue;
     const C* last = trace.p + s.K * s.N * s.ld();
-    coefficients_out(last, s.support(), s, s.S, p.N, f.support_coefficients + p.support.offsets[t] * p.N);
-    coefficients_out(last, s.query(), s, s.Q, p.N, f.query_coefficients + first * p.N);
+    coefficients_out(last, s.support(), s.ld(), s.N, s.S, p.N,
+                     f.support_coefficients + p.support.offsets[t] * p.N);
+    coefficients_out(last, s.query(), s.ld(), s.N, s.Q, p.N, f.query_coefficients + first * p.N);
     for (int64_t n = 0; n < p.N; ++n) {
       f.start_coefficients[t * p.N + n] = n >= s.N ? C(0) : trace.a ? trace.a[s.K * s.N + n] : C(1);
     }
@@ -197,8 +198,10 @@ void program_backward(const ProgramBackward<C>& f, const ProgramGrad<C>& grad, i
       memset(w.adjoint.ga, 0, sizeof(C) * s.N);
       if (f.grad_start_coefficients) {
         memcpy(w.adjoint.ga, f.grad_start_coefficients + t * p.N, sizeof(C) * s.N);
-        coefficients_in(f.grad_support_coefficients + support_first * p.N, s.support(), s, p.N, w.adjoint.gp);
-        coefficients_in(f.grad_query_coefficients + query_first * p.N, s.query(), s, p.N, w.adjoint.gp);
+        coefficients_in(f.grad_support_coefficients + support_first * p.N, s.support(), s.ld(), s.N, p.N,
+                        w.adjoint.gp);
+        coefficients_in(f.grad_query_coefficients + query_first * p.N, s.query(), s.ld(), s.N, p.N,
+                        w.adjoint.gp);
       }
     }
     const ProgramLoopGrad<C> loop_grad{grad.scale, grad.bias, grad.target, grad.rates, &grad.mlp};

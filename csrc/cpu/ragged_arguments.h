@@ -80,6 +80,15 @@ struct TaskRowTensor {
   }
 };
 
+// float64 features go with float64 parameters, anything narrower with float32.
+template <class C>
+void require_storage(const TaskRowTensor& support, const TaskRowTensor& query) {
+  for (const TaskRowTensor* f : {&query, &support}) {
+    require((f->rows.features.storage == Storage::kFloat64) == (sizeof(C) == 8),
+            "float64 features need float64 parameters, and float64 parameters float64 features");
+  }
+}
+
 // Support labels [T, S] or [all rows], and the ways of every task, checked, as lists of members of every
 // class.
 class RaggedClassLists {

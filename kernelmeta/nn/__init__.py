@@ -6,6 +6,7 @@ from kernelmeta.nn.cosine_classifier import CosineClassifier
 from kernelmeta.nn.maml import MAML
 from kernelmeta.nn.program import Program
 from kernelmeta.nn.prototypes import Prototypes
+from kernelmeta.nn.ridge_head import RidgeHead
 from kernelmeta.nn.sib import SIB
 from kernelmeta.nn.soft_kmeans import SoftKMeans
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
@@ -20,6 +21,7 @@ __all__ = [
     "Phase",
     "Program",
     "Prototypes",
+    "RidgeHead",
     "SoftKMeans",
     "SyntheticGradientMLP",
     "WideResNet",

@@ -2,7 +2,8 @@
 
 from kernelmeta.ops.class_means_op import class_means
 from kernelmeta.ops.program_op import program
+from kernelmeta.ops.ridge_op import ridge
 from kernelmeta.ops.sib_op import sib, sib_inner_loop
 from kernelmeta.ops.synthetic_gradient_mlp_op import synthetic_gradient_mlp
 
-__all__ = ["class_means", "program", "sib", "sib_inner_loop", "synthetic_gradient_mlp"]
+__all__ = ["class_means", "program", "ridge", "sib", "sib_inner_loop", "synthetic_gradient_mlp"]

@@ -81,6 +81,76 @@ def integers(name: str, tensor: Tensor, features: Tensor) -> None:
         raise ValueError(f"{name} is on {tensor.device}, but the features are on {features.device}")
 
 
+def ways(n_way: int) -> None:
+    if not isinstance(n_way, int) or isinstance(n_way, bool) or n_way < 1:
+        raise ValueError(f"n_way: expected an int of at least 1, got {n_way!r}")
+
+
+def row_shapes(
+    query: Tensor, query_index: Tensor | None, support: Tensor, support_index: Tensor | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Leading dimensions of support and query: [T, rows], or [all rows] of ragged tasks."""
+    return (
+        tuple(support.shape[:-1] if support_index is None else support_index.shape),
+        tuple(query.shape[:-1] if query_index is None else query_index.shape),
+    )
+
+
+def task_rows(
+    support: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    support_index: Tensor | None,
+    query_index: Tensor | None,
+    support_offsets: Tensor | None,
+    query_offsets: Tensor | None,
+    n_ways: Tensor | None,
+) -> None:
+    """Rows and labels of even or ragged tasks, given as features or as indices of a bank's rows, fit each other."""
+    for name, one, other in (
+        ("support_index and query_index", support_index, query_index),
+        ("support_offsets and query_offsets", support_offsets, query_offsets),
+    ):
+        if (one is None) != (other is None):
+            raise ValueError(f"{name} must be given together")
+    if n_ways is not None and support_offsets is None:
+        raise ValueError("n_ways needs support_offsets and query_offsets")
+    ragged = support_offsets is not None
+    rows = "rows" if ragged else "T, rows"
+    for name, features, rows_index in (("support", support, support_index), ("query", query, query_index)):
+        if rows_index is None:
+            dimensions(name, features, f"[{rows}, D]")
+        else:
+            dimensions(name, features, "[n, D]")
+            integers(f"{name}_index", rows_index, features)
+            dimensions(f"{name}_index", rows_index, f"[{rows}]")
+    of_support, of_query = row_shapes(query, query_index, support, support_index)
+    if support.shape[-1] != query.shape[-1]:
+        raise ValueError(f"support: expected {query.shape[-1]} features as in query, got {shape_text(support)}")
+    if query.shape[-1] == 0:
+        raise ValueError(f"query: expected at least one feature, got {shape_text(query)}")
+    integers("support_labels", labels, support)
+    shape("support_labels", labels, of_support, "[all support rows]" if ragged else "[T, S]")
+    if not ragged:
+        if of_support[0] != of_query[0]:
+            raise ValueError(f"support: expected {of_query[0]} tasks as in query, got {of_support[0]}")
+        if of_query[1] == 0:
+            raise ValueError(f"query: expected at least one row, got {shape_text(query)}")
+        return
+    assert support_offsets is not None and query_offsets is not None
+    for name, offsets in (("support_offsets", support_offsets), ("query_offsets", query_offsets)):
+        integers(name, offsets, support)
+        dimensions(name, offsets, "[T + 1]")
+    if support_offsets.shape != query_offsets.shape or support_offsets.numel() == 0:
+        raise ValueError(
+            f"support_offsets and query_offsets: expected T + 1 numbers in both, got {support_offsets.numel()} and "
+            f"{query_offsets.numel()}"
+        )
+    if n_ways is not None:
+        integers("n_ways", n_ways, support)
+        shape("n_ways", n_ways, (support_offsets.shape[0] - 1,), "[T]")
+
+
 def mlp(parameters: MLPParameters) -> tuple[int, int]:
     """N and H of an MLP whose ten tensors fit each other."""
     if len(parameters) != 10:

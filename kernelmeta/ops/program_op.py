@@ -84,10 +84,8 @@ def trace_size(
 
 def _rows(args: Args) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Leading dimensions of support and query, ([T, S] or [all rows]), and T."""
-    support = args[_SUPPORT].shape[:-1] if args[_SUPPORT + 1] is None else args[_SUPPORT + 1].shape
-    query = args[_QUERY].shape[:-1] if args[_QUERY + 1] is None else args[_QUERY + 1].shape
-    offsets = args[5]
-    return support, query, query[0] if offsets is None else offsets.shape[0] - 1
+    support, query = _checks.row_shapes(*args[:4])
+    return support, query, query[0] if args[5] is None else args[5].shape[0] - 1
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
@@ -292,7 +290,9 @@ def program(
                 "target_scale": target_scale}  # fmt: skip
     named |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     _checks.tensors(**named)
-    _check_rows(support, support_labels, query, support_index, query_index, support_offsets, query_offsets, n_ways)
+    _checks.task_rows(
+        support, support_labels, query, support_index, query_index, support_offsets, query_offsets, n_ways
+    )
     D = query.shape[-1]
     _check_program(phases, n_way, classifier, start, scale, mlp, reduction, first_order)
     if theta0 is not None:
@@ -345,61 +345,6 @@ def program(
     return logits, theta if classifier == "cosine" else (theta, shift)
 
 
-def _check_rows(
-    support: Tensor,
-    labels: Tensor,
-    query: Tensor,
-    support_index: Tensor | None,
-    query_index: Tensor | None,
-    support_offsets: Tensor | None,
-    query_offsets: Tensor | None,
-    n_ways: Tensor | None,
-) -> None:
-    for name, one, other in (
-        ("support_index and query_index", support_index, query_index),
-        ("support_offsets and query_offsets", support_offsets, query_offsets),
-    ):
-        if (one is None) != (other is None):
-            raise ValueError(f"{name} must be given together")
-    if n_ways is not None and support_offsets is None:
-        raise ValueError("n_ways needs support_offsets and query_offsets")
-    ragged = support_offsets is not None
-    rows = "rows" if ragged else "T, rows"
-    for name, features, index in (("support", support, support_index), ("query", query, query_index)):
-        if index is None:
-            _checks.dimensions(name, features, f"[{rows}, D]")
-        else:
-            _checks.dimensions(name, features, "[n, D]")
-            _checks.integers(f"{name}_index", index, features)
-            _checks.dimensions(f"{name}_index", index, f"[{rows}]")
-    of_support = support.shape[:-1] if support_index is None else support_index.shape
-    of_query = query.shape[:-1] if query_index is None else query_index.shape
-    if support.shape[-1] != query.shape[-1]:
-        raise ValueError(f"support: expected {query.shape[-1]} features as in query, got {_checks.shape_text(support)}")
-    if query.shape[-1] == 0:
-        raise ValueError(f"query: expected at least one feature, got {_checks.shape_text(query)}")
-    _checks.integers("support_labels", labels, support)
-    _checks.shape("support_labels", labels, tuple(of_support), "[all support rows]" if ragged else "[T, S]")
-    if not ragged:
-        if of_support[0] != of_query[0]:
-            raise ValueError(f"support: expected {of_query[0]} tasks as in query, got {of_support[0]}")
-        if of_query[1] == 0:
-            raise ValueError(f"query: expected at least one row, got {_checks.shape_text(query)}")
-        return
-    assert support_offsets is not None and query_offsets is not None
-    for name, offsets in (("support_offsets", support_offsets), ("query_offsets", query_offsets)):
-        _checks.integers(name, offsets, support)
-        _checks.dimensions(name, offsets, "[T + 1]")
-    if support_offsets.shape != query_offsets.shape or support_offsets.numel() == 0:
-        raise ValueError(
-            f"support_offsets and query_offsets: expected T + 1 numbers in both, got {support_offsets.numel()} and "
-            f"{query_offsets.numel()}"
-        )
-    if n_ways is not None:
-        _checks.integers("n_ways", n_ways, support)
-        _checks.shape("n_ways", n_ways, (support_offsets.shape[0] - 1,), "[T]")
-
-
 def _check_program(
     phases: Sequence[Phase],
     n_way: int,
@@ -410,8 +355,7 @@ def _check_program(
     reduction: str | None,
     first_order: bool,
 ) -> None:
-    if not isinstance(n_way, int) or isinstance(n_way, bool) or n_way < 1:
-        raise ValueError(f"n_way: expected an int of at least 1, got {n_way!r}")
+    _checks.ways(n_way)
     for phase in phases:
         if not isinstance(phase, Phase):
             raise TypeError(f"phases: expected kernelmeta.nn.Phase, got {type(phase).__name__}")

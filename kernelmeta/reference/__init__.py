@@ -7,6 +7,7 @@ from kernelmeta.reference import dual
 from kernelmeta.reference.class_means import class_means
 from kernelmeta.reference.phases import Phase
 from kernelmeta.reference.program import program
+from kernelmeta.reference.ridge import ridge
 from kernelmeta.reference.sib import sib, sib_inner_loop
 from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, synthetic_gradient_mlp
 
@@ -16,6 +17,7 @@ __all__ = [
     "class_means",
     "dual",
     "program",
+    "ridge",
     "sib",
     "sib_inner_loop",
     "synthetic_gradient_mlp",

@@ -1,0 +1,192 @@
+// Ridge regression of one-hot labels on the support rows of one task (R2-D2, Bertinetto et al. 2019), in the
+// space of the rows, and its adjoint:
+//
+//   (X X^T + lambda) alpha = Y,   W = X^T alpha,   Z = scale W^T x + bias
+//
+// One factorisation, U^T d U with ones on U's diagonal, serves the solution and the adjoint's.
+#pragma once
+
+#include "engine/gram.h"
+
+namespace kernelmeta {
+
+// What the forward pass leaves for the backward pass, one task; see trace_size in kernelmeta/ops/ridge_op.py.
+// It starts as zeros.
+template <class C>
+struct RidgeTrace {
+  C* u;      // [S][padded(S)]  above the diagonal; zeros elsewhere
+  C* d;      // [S]
+  C* alpha;  // [N][padded(S)]
+  C* cross;  // [S][padded(Q)]  support rows times query rows
+  C* fit;    // [N][padded(Q)]  Z before scale and bias
+
+  __host__ __device__ __forceinline__ RidgeTrace(Arena<C>& arena, const Sizes& s)
+      : u(arena.take(s.S * padded(s.S))),
+        d(arena.take(s.S)),
+        alpha(arena.take(s.N * padded(s.S))),
+        cross(arena.take(s.S * s.ld())),
+        fit(arena.take(s.N * s.ld())) {}
+};
+
+template <class B>
+struct Ridge {
+  using C = typename B::Scalar;
+
+  B& block;
+  const Sizes& s;
+  Rows<C> support, query;
+  const RidgeTrace<C>& trace;
+  C lambda, scale, bias;
+
+  // From trace.alpha = Y (one-hot labels) on. False, in *regular, where the matrix is singular.
+  __host__ __device__ __forceinline__ void forward(bool* regular) {
+    const int64_t S = s.S, ld = padded(S);
+    block.self_dots(S, support, s.D, trace.u, ld);
+    block.dots(S, support, s.Q, query, s.D, trace.cross, s.ld());
+    block.each_item(S, [&](int64_t i) { trace.u[i * ld + i] += lambda; });
+    factorise(regular);
+    solve(trace.alpha);
+    block.mm(s.N, S, s.Q, {trace.alpha, ld, 1}, trace.cross, s.ld(), trace.fit, s.ld(), nullptr);
+  }
+
+  // [Q][ways], minus infinity beyond the task's own N.
+  __host__ __device__ __forceinline__ void logits(int64_t ways, C* out) const {
+    block.each_item(s.Q * ways, [&](int64_t i) {
+      const int64_t n = i % ways;
+      out[i] = n < s.N ? scale * trace.fit[n * s.ld() + i / ways] + bias : -C(__builtin_inff());
+    });
+  }
+
+  struct Scratch {
+    C* gfit;                      // [N][padded(Q)]
+    C* v;                         // [N][padded(S)]  gradient of alpha, then the adjoint solution
+    C *negative_v, *along;        // [N][padded(S)], [N]
+    C *weights, *gweights;        // [N][D]; only where rows get a gradient
+    C *gscale, *gbias, *glambda;  // [N] each
+
+    __host__ __device__ __forceinline__ Scratch(Arena<C>& arena, const Sizes& s, bool row_gradients)
+        : gfit(arena.take(s.N * s.ld())),
+          v(arena.take(s.N * padded(s.S))),
+          negative_v(arena.take(s.N * padded(s.S))),
+          along(arena.take(s.N)),
+          weights(row_gradients ? arena.take(s.N * s.D) : nullptr),
+          gweights(row_gradients ? arena.take(s.N * s.D) : nullptr),
+          gscale(arena.take(s.N)),
+          gbias(arena.take(s.N)),
+          glambda(arena.take(s.N)) {}
+  };
+
+  // grad_logits [Q][ways], grad_alpha [S][ways] or null; adds to glambda, gscale, gbias [1]; gsupport [S][D]
+  // and gquery [Q][D], or null.
+  __host__ __device__ __forceinline__ void backward(const C* grad_logits, const C* grad_alpha, int64_t ways,
+                                                    const Scratch& t, C* glambda, C* gscale, C* gbias,
+                                                    C* gsupport, C* gquery) {
+    const int64_t S = s.S, Q = s.Q, N = s.N, D = s.D, ld = s.ld(), lds = padded(S);
+    block.rows(N, ld,
+               [&](int64_t n, auto row) { row.each([&](auto q) { q.store(t.gfit + n * ld, q.zero()); }); });
+    block.each_item(N * Q,
+                    [&](int64_t i) { t.gfit[i / Q * ld + i % Q] = grad_logits[i % Q * ways + i / Q]; });
+    block.rows(N, Q, [&](int64_t n, auto row) {
+      C* g = t.gfit + n * ld;
+      const C* fit = trace.fit + n * ld;
+      const C along = row.sum([&](auto q) { return q.load(g) * q.load(fit); });
+      const C sum = row.sum([&](auto q) { return q.load(g); });
+      row.one([&] {
+        t.gscale[n] = along;
+        t.gbias[n] = sum;
+      });
+      row.each([&](auto q) { q.store(g, q.load(g) * scale); });
+    });
+    block.rows(N, lds,
+               [&](int64_t n, auto row) { row.each([&](auto q) { q.store(t.v + n * lds, q.zero()); }); });
+    block.dots(N, Rows<C>{t.gfit, ld, nullptr}, S, Rows<C>{trace.cross, ld, nullptr}, Q, t.v, lds);
+    if (grad_alpha) {
+      block.each_item(N * S,
+                      [&](int64_t i) { t.v[i / S * lds + i % S] += grad_alpha[i % S * ways + i / S]; });
+    }
+    solve(t.v);
+    block.rows(N, S, [&](int64_t n, auto row) {
+      const C *v = t.v + n * lds, *alpha = trace.alpha + n * lds;
+      const C along = row.sum([&](auto q) { return q.load(v) * q.load(alpha); });
+      row.one([&] { t.glambda[n] = -along; });
+      row.each([&](auto q) { q.store(t.negative_v + n * lds, -q.load(v)); });
+    });
+    block.each_item(1, [&](int64_t) {
+      for (int64_t n = 0; n < N; ++n) {
+        *glambda += t.glambda[n];
+        *gscale += t.gscale[n];
+        *gbias += t.gbias[n];
+      }
+    });
+    if (!gsupport && !gquery) return;
+    // The gradient of X X^T is -v alpha^T, that of the cross products alpha gfit^T; N is small: through
+    // [N][D].
+    block.features_zero(N, D, t.weights);
+    block.features_mm_add(N, S, D, {trace.alpha, lds, 1}, support, t.weights);
+    const Rows<C> weights{t.weights, D, nullptr}, gweights{t.gweights, D, nullptr};
+    if (gquery) {
+      block.features_zero(Q, D, gquery);
+      block.features_mm_add(Q, N, D, {t.gfit, 1, ld}, weights, gquery);
+    }
+    if (!gsupport) return;
+    block.features_zero(N, D, t.gweights);
+    block.features_mm_add(N, Q, D, {t.gfit, ld, 1}, query, t.gweights);
+    block.features_mm_add(N, S, D, {t.negative_v, lds, 1}, support, t.gweights);
+    block.features_zero(S, D, gsupport);
+    block.features_mm_add(S, N, D, {trace.alpha, 1, lds}, gweights, gsupport);
+    block.features_mm_add(S, N, D, {t.negative_v, 1, lds}, weights, gsupport);
+  }
+
+ private:
+  // trace.u: the matrix -> its factor; row j is done when all rows above it have been taken out of it.
+  __host__ __device__ __forceinline__ void factorise(bool* regular) {
+    const int64_t S = s.S, ld = padded(S);
+    C* u = trace.u;
+    // Pivots that are nothing but rounding mean a singular matrix; a NaN is none of this function's business.
+    block.each_item(1, [&](int64_t) {
+      C largest = 0;
+      for (int64_t i = 0; i < S; ++i) largest = B::max(largest, u[i * ld + i]);
+      trace.fit[0] = largest;  // it is free until the end
+      *regular = true;
+    });
+    const C smallest = trace.fit[0] * C(S) * (sizeof(C) == 4 ? C(1.1920929e-7) : C(2.220446049250313e-16));
+    for (int64_t j = 0; j < S; ++j) {
+      block.each_item(1, [&](int64_t) {
+        trace.d[j] = u[j * ld + j];
+        if (trace.d[j] <= smallest) *regular = false;
+      });
+      const C inverse = C(1) / trace.d[j];
+      block.rows(S - j - 1, ld, [&](int64_t r, auto row) {
+        const C factor = u[j * ld + j + 1 + r] * inverse;
+        C* of_row = u + (j + 1 + r) * ld;
+        row.each([&](auto q) { q.store(of_row, q.load(of_row) - q.load(u + j * ld) * factor); });
+      });
+      block.each_item(ld,
+                      [&](int64_t k) { u[j * ld + k] = k <= j || k >= S ? C(0) : u[j * ld + k] * inverse; });
+    }
+  }
+
+  // x [N][padded(S)] <- the solution for these right-hand sides.
+  __host__ __device__ __forceinline__ void solve(C* x) const {
+    const int64_t S = s.S, ld = padded(S);
+    for (int64_t j = 0; j < S; ++j) {
+      block.rows(s.N, ld, [&](int64_t n, auto row) {
+        C* xn = x + n * ld;
+        const C known = xn[j];
+        row.each([&](auto q) { q.store(xn, q.load(xn) - q.load(trace.u + j * ld) * known); });
+      });
+    }
+    block.rows(s.N, S, [&](int64_t n, auto row) {
+      row.each([&](auto q) { q.store(x + n * ld, q.load(x + n * ld) / q.load(trace.d)); });
+    });
+    for (int64_t j = S - 2; j >= 0; --j) {
+      block.rows(s.N, ld, [&](int64_t n, auto row) {
+        C* xn = x + n * ld;
+        const C rest = row.sum([&](auto q) { return q.load(trace.u + j * ld) * q.load(xn); });
+        row.one([&] { xn[j] -= rest; });
+      });
+    }
+  }
+};
+
+}  // namespace kernelmeta

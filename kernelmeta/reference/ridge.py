@@ -1,0 +1,91 @@
+"""Ridge regression of one-hot labels on the support rows (R2-D2, Bertinetto et al. 2019, equation 6)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, pad
+
+from kernelmeta.reference.class_means import check_labels
+from kernelmeta.reference.precision import promoted, without_autocast
+
+
+def solve(
+    support: Tensor, labels: Tensor, query: Tensor, regularization: Tensor, scale: Tensor, bias: Tensor, n_way: int
+) -> tuple[Tensor, Tensor]:
+    """Logits [T, Q, N] and coefficients alpha [T, S, N] with W = alpha^T X, of T tasks of equal size."""
+    kernel = support @ support.transpose(-1, -2)
+    matrix = kernel + regularization * torch.eye(support.shape[-2], dtype=support.dtype, device=support.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        check_labels(labels, n_way)
+        _check_regular(matrix, factor, failed)
+    alpha = torch.cholesky_solve(one_hot(labels, n_way).to(support.dtype), factor)
+    return scale * (query @ (support.transpose(-1, -2) @ alpha)) + bias, alpha
+
+
+def _check_regular(matrix: Tensor, factor: Tensor, failed: Tensor) -> None:
+    """Pivots that are nothing but rounding mean a singular matrix."""
+    smallest = matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True) * matrix.shape[-1]
+    tiny = factor.diagonal(dim1=-2, dim2=-1).square() <= smallest * torch.finfo(matrix.dtype).eps
+    singular = ((failed != 0) & matrix.isfinite().all(-1).all(-1)) | tiny.any(-1)
+    if singular.any():
+        raise ValueError(
+            f"ridge: the system of task {int(singular.nonzero()[0])} is singular; a larger regularization, or fewer "
+            "support rows that repeat each other, would help"
+        )
+
+
+@without_autocast
+def ridge_with_coefficients(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    regularization: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    n_way: int,
+    support_index: Tensor | None = None,
+    query_index: Tensor | None = None,
+    support_offsets: Tensor | None = None,
+    query_offsets: Tensor | None = None,
+    n_ways: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits and the coefficients of W, [T, S, N] or [sum S, N]; arguments as :func:`kernelmeta.ops.ridge`."""
+    if support_index is not None:
+        support = support[support_index]
+    if query_index is not None:
+        query = query[query_index]
+    support, query, regularization, scale, bias = promoted(support, query, regularization, scale, bias)
+    if support_offsets is None or query_offsets is None:
+        return solve(support, support_labels, query, regularization, scale, bias, n_way)
+    of_support, of_query = support_offsets.tolist(), query_offsets.tolist()
+    ways = [n_way] * (len(of_support) - 1) if n_ways is None else n_ways.tolist()
+    logits, coefficients = [query.new_zeros(0, n_way)], [query.new_zeros(0, n_way)]
+    for t, own in enumerate(ways):
+        s, q = slice(*of_support[t : t + 2]), slice(*of_query[t : t + 2])
+        z, alpha = solve(support[None, s], support_labels[None, s], query[None, q], regularization, scale, bias, own)
+        logits.append(pad(z[0], (0, n_way - own), value=float("-inf")))
+        coefficients.append(pad(alpha[0], (0, n_way - own)))
+    return torch.cat(logits), torch.cat(coefficients)
+
+
+def ridge(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    regularization: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    return_coefficients: bool = False,
+    **options: Any,
+) -> Any:
+    """A ridge regression for each task. See :func:`kernelmeta.ops.ridge`."""
+    logits, coefficients = ridge_with_coefficients(
+        support, support_labels, query, regularization, scale, bias, **options
+    )
+    return (logits, coefficients) if return_coefficients else logits
