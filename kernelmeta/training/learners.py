@@ -75,6 +75,10 @@ def _anil(config: TrainConfig, rows: Rows) -> nn.Module:
     )
 
 
+def _ridge(config: TrainConfig, rows: Rows) -> nn.Module:
+    return km_nn.RidgeHead(config.way, rows.n_features)
+
+
 def parse_phases(text: str, learn_rates: bool = False) -> list[km_nn.Phase]:
     """ "cross_entropy:5:0.1,synthetic_gradient:3:0.01" -> phases: oracle, steps, rate. Raises ValueError."""
     phases = []
@@ -155,7 +159,7 @@ LEARNERS: dict[str, LearnerKind] = {
     "anil": LearnerKind(
         "ANIL",
         _anil,
-        {"steps": 5, "inner_lr": 0.1, "first_order": False, "learn_rates": False},
+        {"steps": 20, "inner_lr": 0.5, "first_order": False, "learn_rates": False},
         _ADAM,
     ),
     "maml": LearnerKind(
@@ -172,6 +176,7 @@ LEARNERS: dict[str, LearnerKind] = {
         _ADAM,
         whole_network=True,
     ),
+    "ridge": LearnerKind("ridge", _ridge, {}, _ADAM),
     "sib": LearnerKind(
         "SIB",
         _sib,
@@ -182,7 +187,7 @@ LEARNERS: dict[str, LearnerKind] = {
         "combined",
         _program,
         {
-            "phases": "cross_entropy:5:0.1,synthetic_gradient:3:0.001",
+            "phases": "cross_entropy:20:0.1,synthetic_gradient:3:0.001",
             "classifier": "cosine",
             "start": "class_means",
             "learn_rates": False,
