@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.episodes import parse_balance
-from kernelmeta.training.learners import LEARNERS, SETTINGS, Rows, with_defaults
+from kernelmeta.training.learners import LEARNERS, SETTINGS, Rows, parse_phases, with_defaults
 
 # Where a setting is None and the learner has no default of its own.
 _DEFAULTS: dict[str, Any] = {"tasks_per_step": 1, "optimizer": "SGD", "lr": 1e-3}
@@ -45,6 +45,9 @@ class TrainConfig:
     learner: str = "sib"
     steps: int | None = None
     inner_lr: float | None = None
+    phases: str | None = None
+    classifier: str | None = None
+    start: str | None = None
     hidden: int | None = None
     norm_stats: str | None = None
     first_order: bool | None = None
@@ -73,6 +76,8 @@ class TrainConfig:
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a number of at least 0, got {value}")
         parse_balance(self.query_balance)
+        if self.phases is not None:
+            parse_phases(self.phases)
         _optimizer_class(self.optimizer)
 
     @classmethod

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from kernelmeta import nn
 from kernelmeta.backends import select
 from kernelmeta.data.episodes import EpisodeSampler
-from kernelmeta.training.learners import LEARNERS
+from kernelmeta.training.learners import LEARNERS, inner_steps
 
 Learner = Callable[[Tensor, Tensor, Tensor], Tensor]
 TASKS_PER_CALL = 64
@@ -93,7 +93,7 @@ def evaluate(
         "prototypes": nn.Prototypes(sampler.way, D).to(features.device),
         "soft_kmeans": nn.SoftKMeans(sampler.way, D),
     }
-    last = int(getattr(head, "steps", 0))
+    last = inner_steps(head)
     counts = range(last + 1) if LEARNERS[learner].over_steps else (last,)
     for steps in counts:
         learners[f"steps {steps}"] = head if steps == last else _after(head, steps)

@@ -17,7 +17,18 @@ if TYPE_CHECKING:
     from kernelmeta.training.config import TrainConfig
 
 # Settings of a run that only some learners take.
-SETTINGS = ("steps", "inner_lr", "hidden", "norm_stats", "first_order", "learn_rates", "channels")
+SETTINGS = (
+    "steps",
+    "inner_lr",
+    "phases",
+    "classifier",
+    "start",
+    "hidden",
+    "norm_stats",
+    "first_order",
+    "learn_rates",
+    "channels",
+)
 
 
 class Rows(NamedTuple):
@@ -52,18 +63,6 @@ def _prototypes(config: TrainConfig, rows: Rows) -> nn.Module:
     return km_nn.Prototypes(config.way, rows.n_features)
 
 
-def _sib(config: TrainConfig, rows: Rows) -> nn.Module:
-    assert config.steps is not None and config.inner_lr is not None and config.norm_stats is not None
-    return km_nn.SIB(
-        n_way=config.way,
-        n_features=rows.n_features,
-        steps=config.steps,
-        inner_lr=config.inner_lr,
-        hidden=config.hidden,
-        norm_stats=config.norm_stats,
-    )
-
-
 def _anil(config: TrainConfig, rows: Rows) -> nn.Module:
     assert config.steps is not None and config.inner_lr is not None
     return km_nn.ANIL(
@@ -78,6 +77,47 @@ def _anil(config: TrainConfig, rows: Rows) -> nn.Module:
 
 def _ridge(config: TrainConfig, rows: Rows) -> nn.Module:
     return km_nn.RidgeHead(config.way, rows.n_features)
+
+
+def parse_phases(text: str, learn_rates: bool = False) -> list[km_nn.Phase]:
+    """ "cross_entropy:5:0.1,synthetic_gradient:3:0.01" -> phases: oracle, steps, rate. Raises ValueError."""
+    phases = []
+    for part in text.split(","):
+        words = part.strip().split(":")
+        try:
+            oracle, steps, lr = words[0], int(words[1]), float(words[2])
+            if len(words) != 3:
+                raise ValueError
+        except (IndexError, ValueError):
+            raise ValueError(f"phases: expected ORACLE:STEPS:RATE, or several with commas, got {text!r}") from None
+        phases.append(km_nn.Phase(oracle, steps, lr, learn_rates=learn_rates))
+    return phases
+
+
+def _program(config: TrainConfig, rows: Rows) -> nn.Module:
+    assert config.phases is not None and config.norm_stats is not None
+    assert config.classifier is not None and config.start is not None
+    return km_nn.Program(
+        config.way,
+        rows.n_features,
+        parse_phases(config.phases, bool(config.learn_rates)),
+        classifier=config.classifier,
+        start=config.start,
+        hidden=config.hidden,
+        norm_stats=config.norm_stats,
+    )
+
+
+def _sib(config: TrainConfig, rows: Rows) -> nn.Module:
+    assert config.steps is not None and config.inner_lr is not None and config.norm_stats is not None
+    return km_nn.SIB(
+        n_way=config.way,
+        n_features=rows.n_features,
+        steps=config.steps,
+        inner_lr=config.inner_lr,
+        hidden=config.hidden,
+        norm_stats=config.norm_stats,
+    )
 
 
 def _maml(config: TrainConfig, rows: Rows) -> nn.Module:
@@ -119,8 +159,8 @@ LEARNERS: dict[str, LearnerKind] = {
     "anil": LearnerKind(
         "ANIL",
         _anil,
-        {"steps": 5, "inner_lr": 0.1, "first_order": False, "learn_rates": False},
-        over_steps=True,
+        {"steps": 20, "inner_lr": 0.5, "first_order": False, "learn_rates": False},
+        _ADAM,
     ),
     "maml": LearnerKind(
         "MAML",
@@ -136,14 +176,33 @@ LEARNERS: dict[str, LearnerKind] = {
         _ADAM,
         whole_network=True,
     ),
-    "ridge": LearnerKind("ridge", _ridge),
+    "ridge": LearnerKind("ridge", _ridge, {}, _ADAM),
     "sib": LearnerKind(
         "SIB",
         _sib,
         {"steps": 3, "inner_lr": 1e-3, "hidden": None, "norm_stats": "task"},
         over_steps=True,
     ),
+    "combined": LearnerKind(
+        "combined",
+        _program,
+        {
+            "phases": "cross_entropy:20:0.1,synthetic_gradient:3:0.001",
+            "classifier": "cosine",
+            "start": "class_means",
+            "learn_rates": False,
+            "hidden": None,
+            "norm_stats": "task",
+        },
+    ),
 }
+
+
+def inner_steps(head: Any) -> int:
+    """K of a learner, of all its phases together; 0 where it has none."""
+    if hasattr(head, "phases"):
+        return sum(phase.steps for phase in head.phases)
+    return int(getattr(head, "steps", 0))
 
 
 def with_defaults(learner: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,6 +122,11 @@ def test_nan_in_one_class_leaves_training_running(bank, tmp_path):
         ({"channels": 8}, "channels: the learner 'sib' takes no such setting, got 8"),
         ({"query_balance": "dirichlet"}, "query_balance"),
         ({"norm_stats": "none"}, "norm_stats: expected one of"),
+        (
+            {"learner": "combined", "steps": None, "inner_lr": None, "phases": "cross_entropy:5"},
+            "phases: expected ORACLE:STEPS:RATE",
+        ),
+        ({"learner": "combined", "steps": None, "inner_lr": None, "phases": "hope:5:1"}, "oracle: expected one of"),
         ({"hidden": 0}, "hidden: expected at least 1"),
     ],
 )
