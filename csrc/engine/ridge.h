@@ -142,7 +142,8 @@ struct Ridge {
   __host__ __device__ __forceinline__ void factorise(bool* regular) {
     const int64_t S = s.S, ld = padded(S);
     C* u = trace.u;
-    // Pivots that are nothing but rounding mean a singular matrix; a NaN is none of this function's business.
+    // Pivots that are nothing but rounding mean a singular matrix. NaN and infinity do not: they come out as
+    // NaN.
     block.each_item(1, [&](int64_t) {
       C largest = 0;
       for (int64_t i = 0; i < S; ++i) largest = B::max(largest, u[i * ld + i]);
@@ -153,7 +154,7 @@ struct Ridge {
     for (int64_t j = 0; j < S; ++j) {
       block.each_item(1, [&](int64_t) {
         trace.d[j] = u[j * ld + j];
-        if (trace.d[j] <= smallest) *regular = false;
+        if (trace.d[j] <= smallest && smallest * 0 == 0) *regular = false;
       });
       const C inverse = C(1) / trace.d[j];
       block.rows(S - j - 1, ld, [&](int64_t r, auto row) {

@@ -216,8 +216,10 @@ def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], type[torch.aut
 
 def _one_by_one(function: Any, batch_size: int, in_dims: Args, args: Args) -> tuple[Any, Any]:
     """The vmap rule: one call for each entry of the batch. (Tasks are a batch already; vmap adds one around them.)"""
-    calls = [
-        _as_tuple(function.apply(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))))
+    calls = [  # (of a list of numbers, in_dims is a list of None)
+        _as_tuple(
+            function.apply(*(a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)))
+        )
         for i in range(batch_size)
     ]
     stacked = tuple(torch.stack(results) for results in zip(*calls, strict=True))

@@ -30,7 +30,7 @@ def _check_regular(matrix: Tensor, factor: Tensor, failed: Tensor) -> None:
     """Pivots that are nothing but rounding mean a singular matrix."""
     smallest = matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True) * matrix.shape[-1]
     tiny = factor.diagonal(dim1=-2, dim2=-1).square() <= smallest * torch.finfo(matrix.dtype).eps
-    singular = ((failed != 0) & matrix.isfinite().all(-1).all(-1)) | tiny.any(-1)
+    singular = ((failed != 0) | tiny.any(-1)) & matrix.isfinite().all(-1).all(-1)
     if singular.any():
         raise ValueError(
             f"ridge: the system of task {int(singular.nonzero()[0])} is singular; a larger regularization, or fewer "

@@ -11,6 +11,7 @@ from episodes import assert_close, draw, draw_mlp
 from torch import Tensor
 
 import kernelmeta as km
+from kernelmeta.ops.program_op import encode
 from kernelmeta.reference import MLPParameters
 
 LABELS = torch.tensor([[0, 1, 2, 0, 1, 2, 1], [2, 1, 0, 0, 0, 0, 2]])
@@ -46,10 +47,38 @@ def class_means(support: Tensor, weight: Tensor) -> Tensor:
     return km.ops.class_means(support, LABELS[: support.shape[0]], 3, weight)
 
 
+PHASES = [km.nn.Phase("cross_entropy", 2, 0.1), km.nn.Phase("synthetic_gradient", 1, 0.1)]
+CODES = encode(PHASES, None)
+
+
+def program(
+    support: Tensor, query: Tensor, rates: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *mlp: Tensor
+) -> Tensor:
+    z, theta = km.ops.program(
+        support, LABELS[: support.shape[0]], query, PHASES, n_way=3, rates=rates, weight=weight, scale=scale, bias=bias,
+        mlp=MLPParameters(*mlp), return_weights=True,
+    )  # fmt: skip
+    return z.square().sum((-1, -2)) + theta.square().sum((-1, -2))
+
+
+def linear_program(support: Tensor, query: Tensor, rates: Tensor, start: Tensor, bias: Tensor) -> Tensor:
+    return km.ops.program(
+        support, LABELS[: support.shape[0]], query, PHASES[:1], n_way=3, rates=rates, classifier="linear", start=start,
+        bias=bias,
+    )  # fmt: skip
+
+
+def ridge(support: Tensor, query: Tensor, regularization: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    return km.ops.ridge(support, LABELS[: support.shape[0]], query, regularization, scale, bias, n_way=3)
+
+
 def cases() -> dict[str, Case]:
     support, _, query, weight, scale, bias, parameters = EPISODE
     theta0 = torch.randn(2, 3, 10, dtype=torch.float64)
     logits = torch.randn(2, 9, 3, dtype=torch.float64)
+    start, shift = torch.randn(3, 10, dtype=torch.float64) * 0.3, torch.randn(3, dtype=torch.float64)
+    rates = torch.tensor([0.1, 0.2, 0.05], dtype=torch.float64)
+    regularization = torch.tensor([0.7], dtype=torch.float64)
     raw = torch.ops.kernelmeta
     return {
         "sib": Case(
@@ -67,11 +96,78 @@ def cases() -> dict[str, Case]:
         "synthetic_gradient_mlp": Case(
             mlp, (logits, *parameters), raw.synthetic_gradient_mlp.default, (logits, *parameters, None)
         ),
+        "program": Case(
+            program,
+            (support, query, rates, weight, scale, bias, *parameters),
+            raw.program.default,
+            (
+                query,
+                None,
+                support,
+                None,
+                LABELS,
+                None,
+                None,
+                None,
+                None,
+                weight,
+                scale,
+                bias,
+                None,
+                rates,
+                *parameters,
+                None,
+                3,
+                CODES,
+                True,
+                0,
+                False,
+                True,
+                True,
+            ),
+        ),
+        "linear_program": Case(
+            linear_program,
+            (support, query, rates[:2], start, shift),
+            raw.program.default,
+            (
+                query,
+                None,
+                support,
+                None,
+                LABELS,
+                None,
+                None,
+                None,
+                start,
+                None,
+                None,
+                shift,
+                None,
+                rates[:2],
+                *[None] * 11,
+                3,
+                CODES[:4],
+                False,
+                1,
+                False,
+                False,
+                True,
+            ),
+        ),
+        "ridge": Case(
+            ridge,
+            (support, query, regularization, scale, bias),
+            raw.ridge.default,
+            (query, None, support, None, LABELS, None, None, None, regularization, scale, bias, 3, True),
+        ),
         "class_means": Case(class_means, (support, weight), raw.class_means.default, (support, LABELS, weight, 3)),
     }
 
 
-@pytest.fixture(params=["sib", "sib_inner_loop", "synthetic_gradient_mlp", "class_means"])
+@pytest.fixture(
+    params=["sib", "sib_inner_loop", "synthetic_gradient_mlp", "program", "linear_program", "ridge", "class_means"]
+)
 def case(request: pytest.FixtureRequest) -> Case:
     torch.manual_seed(0)
     return cases()[request.param]
