@@ -50,9 +50,11 @@ class SoftKMeans(nn.Module):
             **ragged,  # type: ignore[arg-type]
         )  # fmt: skip
 
-    def from_bank(self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor) -> Tensor:
-        """The logits [T, Q, N] for rows of a feature bank [n, D]: [T, S] and [T, Q] int64."""
-        logits: Tensor = self(bank[support_index], support_labels, bank[query_index])
+    def from_bank(
+        self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor, **ragged: Tensor | None
+    ) -> Tensor:
+        """The logits [T, Q, N] for rows of a feature bank [n, D]: [T, S] and [T, Q] int64, or ragged, see `forward`."""
+        logits: Tensor = self(bank[support_index], support_labels, bank[query_index], **ragged)
         return logits
 
     def extra_repr(self) -> str:
