@@ -42,7 +42,6 @@ class Program(nn.Module):
     weight: nn.Parameter | None
     scale: nn.Parameter | None
     target_scale: nn.Parameter | None
-    _fixed_rates: Tensor
 
     def __init__(
         self,
@@ -82,20 +81,18 @@ class Program(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1 if classifier == "cosine" else n_way))
         self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats) if "synthetic_gradient" in oracles else None
         self.rates = nn.ParameterList(torch.full((p.steps,), float(p.lr)) for p in self.phases if p.learn_rates)
-        fixed = [p.lr for p in self.phases for _ in range(p.steps)]
-        self.register_buffer("_fixed_rates", torch.tensor(fixed, dtype=torch.float64), persistent=False)
 
-    def step_rates(self) -> Tensor:
-        """The learning rate of each step of all phases, [K]."""
+    def step_rates(self) -> Tensor | None:
+        """The learning rate of each step of all phases, [K]; None where none is learned."""
         if not len(self.rates):
-            return self._fixed_rates.to(self.bias.dtype)
+            return None
         if len(self.phases) == 1:
-            learned: Tensor = self.rates[0]
-            return learned
-        parts, learned_rates = [], iter(self.rates)
-        for part, phase in zip(self._fixed_rates.split([p.steps for p in self.phases]), self.phases, strict=True):
-            parts.append(next(learned_rates) if phase.learn_rates else part.to(self.bias.dtype))
-        return torch.cat(parts)
+            rates: Tensor = self.rates[0]
+            return rates
+        learned = iter(self.rates)
+        return torch.cat(
+            [next(learned) if p.learn_rates else self.bias.new_full((p.steps,), p.lr) for p in self.phases]
+        )
 
     def forward(
         self,

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, one_hot
 
 from kernelmeta import ops
-from kernelmeta.reference.precision import without_autocast
+from kernelmeta.reference.phases import Phase
 
 
 class SoftKMeans(nn.Module):
@@ -29,30 +28,33 @@ class SoftKMeans(nn.Module):
         if n_way < 1 or steps < 0:
             raise ValueError(f"n_way and steps: expected 1 and 0 or more, got {n_way} and {steps}")
         self.n_way, self.n_features, self.steps, self.scale = n_way, n_features, steps, scale
+        self.phases = (Phase("soft_assignment", steps, 1.0),)
 
-    @without_autocast
-    def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False) -> Any:
+    def forward(
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        return_weights: bool = False,
+        **ragged: Tensor | None,
+    ) -> Any:
         """[T, S, D], [T, S] int64, [T, Q, D] -> logits [T, Q, N] (with ``return_weights`` theta [T, N, D] too).
 
-        In float32 at least, whatever the features are stored in.
+        In float32 at least, whatever the features are stored in. For tasks of unequal size see
+        :func:`kernelmeta.ops.program`.
         """
         dtype = torch.promote_types(torch.promote_types(support.dtype, query.dtype), torch.float32)
-        theta = ops.class_means(support.to(dtype), support_labels, self.n_way)
-        rows = normalize(query.to(dtype), dim=-1, eps=1e-12)
-        counts = one_hot(support_labels, self.n_way).sum(-2).to(theta.dtype).unsqueeze(-1)  # [T, N, 1]
-        sums = theta * counts
-        for _ in range(self.steps):
-            shares = self._logits(theta, rows).softmax(-1).transpose(-1, -2)  # [T, N, Q]
-            theta = (sums + shares @ rows) / (counts + shares.sum(-1, keepdim=True))
-        logits = self._logits(theta, rows)
-        return (logits, theta) if return_weights else logits
+        scale = torch.full((1,), self.scale, dtype=dtype, device=support.device)
+        return ops.program(
+            support, support_labels, query, self.phases, n_way=self.n_way, scale=scale, return_weights=return_weights,
+            **ragged,  # type: ignore[arg-type]
+        )  # fmt: skip
 
-    def _logits(self, theta: Tensor, rows: Tensor) -> Tensor:
-        return self.scale * (rows @ normalize(theta, dim=-1, eps=1e-12).transpose(-1, -2))
-
-    def from_bank(self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor) -> Tensor:
-        """The logits [T, Q, N] for rows of a feature bank [n, D]: [T, S] and [T, Q] int64."""
-        logits: Tensor = self(bank[support_index], support_labels, bank[query_index])
+    def from_bank(
+        self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor, **ragged: Tensor | None
+    ) -> Tensor:
+        """The logits [T, Q, N] for rows of a feature bank [n, D]: [T, S] and [T, Q] int64, or ragged, see `forward`."""
+        logits: Tensor = self(bank[support_index], support_labels, bank[query_index], **ragged)
         return logits
 
     def extra_repr(self) -> str:

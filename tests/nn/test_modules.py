@@ -13,7 +13,13 @@ from torch.nn.functional import normalize
 
 import kernelmeta as km
 
-LEARNERS: list[Any] = [km.nn.SIB, km.nn.Prototypes, km.nn.SoftKMeans]
+
+def combined(n_way: int, n_features: int, **options: Any) -> km.nn.Program:
+    phases = [km.nn.Phase("cross_entropy", 2, 0.1), km.nn.Phase("synthetic_gradient", 2, 0.01)]
+    return km.nn.Program(n_way, n_features, phases, **options)
+
+
+LEARNERS: list[Any] = [km.nn.SIB, km.nn.Prototypes, km.nn.SoftKMeans, km.nn.ANIL, km.nn.RidgeHead, combined]
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -26,6 +32,11 @@ def test_learners_are_called_alike(learner: Any, dtype: torch.dtype) -> None:
     # SoftKMeans has no parameters to say how precise it shall be.
     assert logits.dtype == (torch.promote_types(dtype, torch.float32) if learner is km.nn.SoftKMeans else dtype)
     logits, weights = head(episode.support, episode.labels, episode.query, return_weights=True)
+    if learner in (km.nn.ANIL, km.nn.RidgeHead):  # linear classifiers have a bias of their own
+        weights, bias = weights
+        assert bias.shape == (2, 3)
+        if dtype is torch.float64:
+            assert_close([logits], [episode.query @ weights.mT + bias[:, None]], 1e-12)
     assert weights.shape == (2, 3, 13)
 
 
