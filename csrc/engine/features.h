@@ -19,10 +19,11 @@ struct ClassMembers {
 template <class B>
 struct ClassMeans {
   using C = typename B::Scalar;
+  using F = typename B::Feature;
 
   B& block;
-  const Sizes& s;
-  Rows<C> support;
+  const typename B::Sizes& s;
+  Rows<F> support;
   ClassMembers classes;
   const C* weight;  // [D] or null: ones
   C* inverse;       // [S], scratch
@@ -56,7 +57,7 @@ struct ClassMeans {
       const C* g = gtheta0 + n * s.D;
       for (int32_t j = classes.offsets[n]; j < classes.offsets[n + 1]; ++j) {
         const int64_t i = classes.members[j];
-        const C* x = support(i);
+        const F* x = support(i);
         C* gx = gsupport + i * s.D;
         C along = 0;
         if (inverse[i] < C(1 / kNormFloor)) {
@@ -86,7 +87,7 @@ struct ClassMeans {
 
   __host__ __device__ __forceinline__ void inverse_norms() {
     block.features(s.S, s.D, [&](int64_t i, auto row) {
-      const C* x = support(i);
+      const F* x = support(i);
       const C squares = row.sum([&](auto d) { return d.load(x) * d.load(x); });
       row.one([&] { inverse[i] = C(1) / B::max(B::sqrt(squares), C(kNormFloor)); });
     });
@@ -97,10 +98,11 @@ struct ClassMeans {
 template <class B>
 struct QueryFeatures {
   using C = typename B::Scalar;
+  using F = typename B::Feature;
 
   B& block;
-  const Sizes& s;
-  Rows<C> query;
+  const typename B::Sizes& s;
+  Rows<F> query;
   const Trace<C>& trace;
 
   __host__ __device__ __forceinline__ Rows<C> theta0() const { return {trace.theta0, s.D, nullptr}; }
@@ -109,13 +111,16 @@ struct QueryFeatures {
   __host__ __device__ __forceinline__ void forward() {
     const int64_t Q = s.Q, ld = s.ld();
     const C floor = C(kNormFloor);
-    if (trace.gram) block.self_dots(Q, query, s.D, trace.gram, ld);
-    block.dots(s.N, theta0(), Q, query, s.D, trace.u, ld);
-    block.features(s.N, s.D, [&](int64_t n, auto row) {
-      const C* t = trace.theta0 + n * s.D;
-      const C squares = row.sum([&](auto d) { return d.load(t) * d.load(t); });
-      row.one([&] { trace.r2[n] = squares; });
-    });
+    if (trace.gram) {
+      block.stacked_dots(Q, query, s.N, trace.theta0, s.D, trace.gram, trace.u, ld, trace.r2);
+    } else {
+      block.dots(s.N, theta0(), Q, query, s.D, trace.u, ld);
+      block.features(s.N, s.D, [&](int64_t n, auto row) {
+        const C* t = trace.theta0 + n * s.D;
+        const C squares = row.sum([&](auto d) { return d.load(t) * d.load(t); });
+        row.one([&] { trace.r2[n] = squares; });
+      });
+    }
     if (trace.gram) {
       block.each_item(
           Q, [&](int64_t q) { trace.inverse[q] = C(1) / B::max(B::sqrt(trace.gram[q * ld + q]), floor); });
@@ -126,7 +131,7 @@ struct QueryFeatures {
       });
     } else {
       block.features(Q, s.D, [&](int64_t i, auto row) {
-        const C* x = query(i);
+        const F* x = query(i);
         const C squares = row.sum([&](auto d) { return d.load(x) * d.load(x); });
         row.one([&] { trace.inverse[i] = C(1) / B::max(B::sqrt(squares), floor); });
       });
@@ -165,7 +170,8 @@ struct QueryFeatures {
     C* gn0;          // [N]: gradient of |theta0|^2
     C* w;            // [Q][ld]: gradient of A, symmetrised; where A was formed and the rows get a gradient
 
-    __host__ __device__ __forceinline__ Scratch(Arena<C>& arena, const Sizes& s, bool gram_gradient)
+    __host__ __device__ __forceinline__ Scratch(Arena<C>& arena, const typename B::Sizes& s,
+                                                bool gram_gradient)
         : gc(arena.take(s.N * s.ld())),
           scaled(arena.take(s.N * s.ld())),
           gn0(arena.take(s.N)),
@@ -227,7 +233,7 @@ struct QueryFeatures {
     if (gweights) add_outer(trace.p + KN * ld, gweights, t, gquery);
     // Then without its component along the row.
     block.features(Q, D, [&](int64_t i, auto row) {
-      const C* x = query(i);
+      const F* x = query(i);
       C* g = gquery + i * D;
       if (!(trace.inverse[i] < C(1 / kNormFloor))) return;
       const C along =

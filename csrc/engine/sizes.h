@@ -18,4 +18,14 @@ struct Sizes {
   __host__ __device__ __forceinline__ int64_t ld() const { return padded(Q); }
 };
 
+// The same with ways and hidden units known to the compiler.
+template <int kN, int kH>
+struct FixedSizes {
+  static constexpr int64_t N = kN, H = kH;
+  int64_t T, S, Q, D, K;
+
+  __host__ __device__ __forceinline__ FixedSizes(const Sizes& s) : T(s.T), S(s.S), Q(s.Q), D(s.D), K(s.K) {}
+  __host__ __device__ __forceinline__ int64_t ld() const { return padded(Q); }
+};
+
 }  // namespace kernelmeta
