@@ -93,7 +93,7 @@ struct SibBackward {
 
 // Elements of a Layout, a struct that takes its arrays from an Arena.
 template <class Layout, class C, class... Args>
-int64_t size_of(const Args&... args) {
+__host__ __forceinline__ int64_t size_of(const Args&... args) {
   Arena<C> count;
   Layout unused(count, args...);
   return count.used();
@@ -101,7 +101,7 @@ int64_t size_of(const Args&... args) {
 
 // Elements that a task's trace takes.
 template <class C>
-int64_t trace_size(const Sizes& s, bool weights) {
+__host__ __forceinline__ int64_t trace_size(const Sizes& s, bool weights) {
   Arena<C> count;
   Trace<C> unused(count, count, s, forms_gram(s, true), weights);
   return count.used();
