@@ -90,6 +90,11 @@ void launch(const char* name, Kernel* kernel, int threads, const Plan& plan, con
   check(cudaGetLastError(), name);
 }
 
+inline constexpr int kThreads = 256;
+
+template <class C, class F = C, class Z = Sizes>
+using CudaBlock = TeamBlock<CudaTeam<kThreads>, C, F, Z>;
+
 template <class T>
 struct Type {
   using type = T;
@@ -107,13 +112,17 @@ auto with_storage(Storage storage, Fn f) {
   }
 }
 
-// f(Type of the sizes): with ways and hidden units known to the compiler in the cases that are common.
+// f(Type of the Block): with ways and hidden units known to the compiler where float32 meets the paper's
+// sizes.
 template <class C, class Fn>
-auto with_sizes(const Sizes& s, Fn f) {
-  if constexpr (sizeof(C) == 4) {
-    if (s.N == 5 && s.H == 40) return f(Type<FixedSizes<5, 40>>{});
-  }
-  return f(Type<Sizes>{});
+auto with_block(const Sizes& s, Storage storage, Fn f) {
+  return with_storage<C>(storage, [&](auto feature) {
+    using F = typename decltype(feature)::type;
+    if constexpr (sizeof(C) == 4) {
+      if (s.N == 5 && s.H == 40) return f(Type<CudaBlock<C, F, FixedSizes<5, 40>>>{});
+    }
+    return f(Type<CudaBlock<C, F>>{});
+  });
 }
 
 }  // namespace kernelmeta::cuda
