@@ -24,18 +24,22 @@ struct Share {
 template <class B, class Layout>
 struct Frame {
   B block;
-  typename B::Sizes s;
   Layout w;
 
   template <class C, class... Args>
   __host__ __device__ __forceinline__ Frame(Arena<C> arena, const Sizes& s, const Args&... args)
-      : s(s), w(arena, block, this->s, args...) {}
+      : w(arena, block, as<typename B::Sizes>(s), args...) {}
 
-  // In `place`, by one thread of the team.
+  // In `place`, by one thread of the team. A function of its own: it takes more registers than anything else.
+  template <class C, class... Args>
+  static __host__ __device__ KERNELMETA_NOINLINE void construct(void* place, const Arena<C>& arena, const Sizes& s,
+                                                                const Args&... args) {
+    new (place) Frame(arena, s, args...);
+  }
   template <class C, class... Args>
   static __host__ __device__ __forceinline__ Frame& make(void* place, const Arena<C>& arena, const Sizes& s,
                                                          const Args&... args) {
-    B().each_item(1, [&](int64_t) { new (place) Frame(arena, s, args...); });
+    B().each_item(1, [&](int64_t) { construct(place, arena, s, args...); });
     return *static_cast<Frame*>(place);
   }
 };
@@ -95,7 +99,8 @@ struct SibForwardLayout {
 template <class B, class C = typename B::Scalar>
 __host__ __device__ __forceinline__ void sib_forward_body(void* place, const SibForward<C>& f, int64_t stride,
                                                           Arena<C> arena, Share share) {
-  auto& [block, s, w] =
+  const auto& s = as<typename B::Sizes>(f.problem.s);
+  auto& [block, w] =
       Frame<B, SibForwardLayout<B>>::make(place, arena, f.problem.s, f, *f.problem.scale, *f.problem.bias);
   fold(block, f.problem.mlp, f.problem.running, s, w.mlp);
   const int64_t stats = s.K * 4 * s.H;
@@ -159,7 +164,8 @@ template <class B, class C = typename B::Scalar>
 __host__ __device__ __forceinline__ void sib_backward_body(void* place, const SibBackward<C>& f,
                                                            int64_t stride, C* partial, Arena<C> arena,
                                                            Share share) {
-  auto& [block, s, w] =
+  const auto& s = as<typename B::Sizes>(f.problem.s);
+  auto& [block, w] =
       Frame<B, SibBackwardLayout<B>>::make(place, arena, f.problem.s, f, *f.problem.scale, *f.problem.bias);
   fold(block, f.problem.mlp, f.problem.running, s, w.mlp);
   block.each_item(w.size, [&](int64_t i) { w.sums[i] = C(0); });
@@ -212,7 +218,8 @@ struct MlpLayout {
 template <class B, class C = typename B::Scalar>
 __host__ __device__ __forceinline__ void mlp_forward_body(void* place, const MlpProblem<C>& p, C* out,
                                                           Arena<C> arena, Share share) {
-  auto& [block, s, w] = Frame<B, MlpLayout<B>>::make(place, arena, p.s, p, false);
+  const auto& s = as<typename B::Sizes>(p.s);
+  auto& [block, w] = Frame<B, MlpLayout<B>>::make(place, arena, p.s, p, false);
   fold(block, p.mlp, p.running, s, w.mlp);
   for (int64_t t = share.first; t < s.T; t += share.step) {
     w.task.forward(p.logits + t * s.Q * s.N, out + t * s.Q * s.N);
@@ -223,7 +230,8 @@ template <class B, class C = typename B::Scalar>
 __host__ __device__ __forceinline__ void mlp_backward_body(void* place, const MlpProblem<C>& p,
                                                            const C* grad_out, C* grad_logits, C* partial,
                                                            Arena<C> arena, Share share) {
-  auto& [block, s, w] = Frame<B, MlpLayout<B>>::make(place, arena, p.s, p, true);
+  const auto& s = as<typename B::Sizes>(p.s);
+  auto& [block, w] = Frame<B, MlpLayout<B>>::make(place, arena, p.s, p, true);
   fold(block, p.mlp, p.running, s, w.mlp);
   block.each_item(w.size, [&](int64_t i) { w.sums[i] = C(0); });
   for (int64_t t = share.first; t < s.T; t += share.step) {
@@ -255,7 +263,8 @@ struct ClassMeansLayout {
 template <class B, class C = typename B::Scalar>
 __host__ __device__ __forceinline__ void class_means_forward_body(void* place, const ClassMeansProblem<C>& p,
                                                                   C* theta0, Arena<C> arena, Share share) {
-  auto& [block, s, w] = Frame<B, ClassMeansLayout<B>>::make(place, arena, p.s, false);
+  const auto& s = as<typename B::Sizes>(p.s);
+  auto& [block, w] = Frame<B, ClassMeansLayout<B>>::make(place, arena, p.s, false);
   for (int64_t t = share.first; t < s.T; t += share.step) {
     C* to = theta0 + t * s.N * s.D;
     if (is_invalid(block, t, s, p.classes.labels, p.support, nullptr)) {
@@ -271,7 +280,8 @@ template <class B, class C = typename B::Scalar>
 __host__ __device__ __forceinline__ void class_means_backward_body(void* place, const ClassMeansProblem<C>& p,
                                                                    const C* grad_theta0, C* grad_support,
                                                                    C* partial, Arena<C> arena, Share share) {
-  auto& [block, s, w] = Frame<B, ClassMeansLayout<B>>::make(place, arena, p.s, true);
+  const auto& s = as<typename B::Sizes>(p.s);
+  auto& [block, w] = Frame<B, ClassMeansLayout<B>>::make(place, arena, p.s, true);
   C* sum = p.weight ? w.sum : nullptr;
   block.each_item(s.D, [&](int64_t d) { w.sum[d] = C(0); });
   for (int64_t t = share.first; t < s.T; t += share.step) {
@@ -325,7 +335,7 @@ template <class B, class C = typename B::Scalar>
 __host__ __device__ __forceinline__ void unfold_body(const Sizes& sizes, const MlpArrays<const C>& mlp,
                                                      C* sums, const ParameterGradients<C>& to) {
   B block;
-  const typename B::Sizes s(sizes);
+  const auto& s = as<typename B::Sizes>(sizes);
   Arena<C> arena(sums);
   const SibParameterGrad<C> from(arena, s);
   unfold(block, mlp, from.mlp, s, to.mlp);

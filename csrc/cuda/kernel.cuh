@@ -58,7 +58,7 @@ Plan make_plan(const void* kernel, const Sizes& sizes, int device, const Args&..
   plan.capacity = (most - stage) / int64_t(sizeof(C)) / kAlign * kAlign;
   Arena<C> count(nullptr, plan.capacity, nullptr);
   B block;
-  const typename B::Sizes s(sizes);
+  const auto& s = as<typename B::Sizes>(sizes);
   Layout unused(count, block, s, args...);
   plan.workspace = count.rest_used();
   plan.shared_bytes = stage + count.used() * int64_t(sizeof(C));

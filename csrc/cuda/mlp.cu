@@ -14,7 +14,7 @@ template <class B, class C = typename B::Scalar>
 __global__ void __launch_bounds__(B::kThreads)
     mlp_bwd_kernel(const __grid_constant__ MlpProblem<C> p, const C* grad_out, C* grad_logits, C* partials,
                    Memory<C> memory) {
-  C* own = partials + blockIdx.x * MlpLayout<B>::sums_size(typename B::Sizes(p.s));
+  C* own = partials + blockIdx.x * MlpLayout<B>::sums_size(as<typename B::Sizes>(p.s));
   mlp_backward_body<B>(frame<B, MlpLayout<B>>(), p, grad_out, grad_logits, own, memory.template arena<B>(),
                        share());
 }
