@@ -273,11 +273,10 @@ struct TeamBlock {
       }
     };
     const int64_t rows = Q + N;
-    if (rows <= Stage::kManyRows) {
-      dot_tiles<Stage::kTileRows, true>(rows, rows, D, read_row, read_row, store);
-      return;
-    }
-    many_stacked_dots(rows, D, read_row, store);
+    if (rows <= Stage::kManyRows)
+      few_stacked_dots(rows, D, read_row, store);
+    else
+      many_stacked_dots(rows, D, read_row, store);
   }
 
   static __host__ __device__ __forceinline__ C* stage() { return Team::template stage<C>(); }
@@ -426,6 +425,12 @@ struct TeamBlock {
         }
       }
     }
+  }
+
+  template <class Read, class Store>
+  static __host__ __device__ KERNELMETA_NOINLINE void few_stacked_dots(int64_t rows, int64_t D, Read read_row,
+                                                                       Store store) {
+    TeamBlock().template dot_tiles<Stage::kTileRows, true>(rows, rows, D, read_row, read_row, store);
   }
 
   template <class Read, class Store>

@@ -197,8 +197,8 @@ struct InnerLoop {
     });
   }
 
-  __host__ __device__ __forceinline__ void step(const Trace<C>& trace, const GramMatrix<B>& gram, int64_t k,
-                                                C* stats) {
+  __host__ __device__ KERNELMETA_GPU_CALL void step(const Trace<C>& trace, const GramMatrix<B>& gram,
+                                                    int64_t k, C* stats) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     const C* u = trace.u + k * N * ld;
     C* ag = trace.ag + k * N * ld;

@@ -9,8 +9,11 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #endif
 
+// KERNELMETA_GPU_CALL: a call on a GPU, where registers are scarce, and inlined on a CPU.
 #ifdef __CUDACC__
 #define KERNELMETA_NOINLINE __noinline__
+#define KERNELMETA_GPU_CALL __noinline__
 #else
 #define KERNELMETA_NOINLINE __attribute__((noinline))
+#define KERNELMETA_GPU_CALL __forceinline__
 #endif
