@@ -78,6 +78,8 @@ def ridge_with_coefficients(
     logits, coefficients = [query.new_zeros(0, n_way)], [query.new_zeros(0, n_way)]
     for t, own in enumerate(ways):
         s, q = slice(*of_support[t : t + 2]), slice(*of_query[t : t + 2])
+        if q.start == q.stop:
+            raise ValueError(f"query: task {t} has no row; every task needs one")
         z, alpha = solve(support[None, s], support_labels[None, s], query[None, q], regularization, scale, bias, own, t)
         logits.append(pad(z[0], (0, n_way - own), value=float("-inf")))
         coefficients.append(pad(alpha[0], (0, n_way - own)))
