@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from kernelmeta.backends import backends
-from kernelmeta.ops import class_means_op, sib_op, synthetic_gradient_mlp_op
+from kernelmeta.ops import class_means_op, linear_head_op, sib_op, synthetic_gradient_mlp_op
 
 
 def _class_means(*args: Any) -> Tensor:
@@ -67,7 +67,20 @@ def _sib_backward(*args: Any) -> tuple[Tensor, ...]:
     return sib.backward(*args)
 
 
+def _linear_head(*args: Any) -> tuple[Tensor, ...]:
+    from kernelmeta.triton import linear_head
+
+    return linear_head.forward(*args)
+
+
+def _linear_head_backward(*args: Any) -> tuple[Tensor, ...]:
+    from kernelmeta.triton import linear_head
+
+    return linear_head.backward(*args)
+
+
 if backends()["triton"].available:
     class_means_op.OP.define_on("triton", _class_means, _class_means_backward)
     synthetic_gradient_mlp_op.OP.define_on("triton", _mlp, _mlp_backward)
     sib_op.OP.define_on("triton", _sib, _sib_backward)
+    linear_head_op.OP.define_on("triton", _linear_head, _linear_head_backward)
