@@ -86,6 +86,7 @@ def backward(grad_logits: Tensor, grad_heads: Tensor | None, data: Tensor, *args
         u=weight.new_zeros(T, N, ld), r2=new_empty(0), p=weight.new_zeros(T, N, ld), a=new_empty(0),
         mlp=new_empty(T, 0), numbers=weight.new_zeros(T, 3), rates=weight.new_zeros(T, K), gs=gs, gag=gag,
     )  # fmt: skip
+    assert grad.p is not None
     gp = grad.p[..., :S]
     dots(gtheta, support, gp, None, support_index)
     gp += gshift.unsqueeze(-1)

@@ -7,6 +7,7 @@ launches the state waits in the trace, and the adjoint in arrays of its own.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: E741 -- sizes are capitals
 
 from __future__ import annotations
 
@@ -105,10 +106,7 @@ def phase_forward_kernel(
     share = tl.full([], 1.0, C)
     if MEAN:
         share = share / count
-    if not QUERY:
-        y = _one_hot(labels, row, count, n, C)
-    else:
-        y = tl.zeros([LP, NP], C)
+    y = _one_hot(labels, row, count, n, C) if not QUERY else tl.zeros([LP, NP], C)
 
     u = tl.load(trace + u_at + start * state + tile, mask=inside, other=0.0)
     combination = tl.zeros([LP, NP], C)
@@ -216,10 +214,7 @@ def phase_backward_kernel(
     share = tl.full([], 1.0, C)
     if MEAN:
         share = share / count
-    if not QUERY:
-        y = _one_hot(labels, row, count, n, C)
-    else:
-        y = tl.zeros([LP, NP], C)
+    y = _one_hot(labels, row, count, n, C) if not QUERY else tl.zeros([LP, NP], C)
 
     gu_at += t * state
     gr2_at += t * n_way

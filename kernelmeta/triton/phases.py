@@ -58,7 +58,7 @@ class Gradients(NamedTuple):
 
     u: Tensor  # [T, N, ld]
     r2: Tensor  # [T, N]
-    p: Tensor  # [T, N, ld]
+    p: Tensor | None  # [T, N, ld], where the coefficients have gradients
     a: Tensor  # [T, N]
     mlp: Tensor  # [T, P]
     numbers: Tensor  # [T, 3]
@@ -101,7 +101,7 @@ def _common(
     ]  # fmt: skip
     flags = {
         "ORACLE": phase.oracle, "QUERY": phase.query, "MEAN": phase.mean, "COSINE": "r2" in trace,
-        "COEFFICIENTS": "p" in trace, "RAGGED": live.counts is not None, "FIXED": stats is not None,
+        "RAGGED": live.counts is not None, "FIXED": stats is not None,
         **precision(trace.data),
     }  # fmt: skip
     return tensors, size, flags
@@ -123,7 +123,7 @@ def forward(trace: Trace, live: Live, N: int, phases: Sequence[Phase], learned: 
         launch(
             phase_forward_kernel, trace.data.shape[0], *tensors,
             learned.labels.shape[1], live.S, live.Q, N, H, live.query_at, start, phase.steps, trace["u"].shape[1],
-            tensors[-1].stride(0), *_layout(trace, live, phase), **size, **flags,
+            tensors[-1].stride(0), *_layout(trace, live, phase), COEFFICIENTS="p" in trace, **size, **flags,
         )  # fmt: skip
         start += phase.steps
 
@@ -140,11 +140,11 @@ def backward(
         H = 0 if learned.mlp is None else learned.mlp[0].shape[0]
         launch(
             phase_backward_kernel, trace.data.shape[0], *tensors,
-            grad.u, grad.r2, grad.p, grad.a, grad.mlp, grad.numbers, grad.rates,
+            grad.u, grad.r2, grad.u if grad.p is None else grad.p, grad.a, grad.mlp, grad.numbers, grad.rates,
             grad.gs if rows else grad.u, grad.gag if rows else grad.u,
             learned.labels.shape[1], live.S, live.Q, N, H, grad.mlp.shape[1], grad.rates.shape[1], live.query_at,
             start, phase.steps, tensors[-1].stride(0), *_layout(trace, live, phase),
-            FIRST_ORDER=first_order, ROWS=rows, **size, **flags,
+            COEFFICIENTS=grad.p is not None, FIRST_ORDER=first_order, ROWS=rows, **size, **flags,
         )  # fmt: skip
 
 

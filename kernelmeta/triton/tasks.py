@@ -6,6 +6,7 @@ their offsets and ways: the sizes of grids and arrays depend on them.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -29,10 +30,10 @@ class _Ragged:
     """Offsets [T + 1] of one kind of rows."""
 
     def __init__(self, offsets: Tensor, numbers: list[int], rows: int, name: str) -> None:
-        if numbers[0] != 0 or numbers[-1] != rows or any(a > b for a, b in zip(numbers, numbers[1:], strict=False)):
+        if numbers[0] != 0 or numbers[-1] != rows or any(a > b for a, b in itertools.pairwise(numbers)):
             raise ValueError(f"{name}_offsets: expected numbers that rise from 0 to the number of rows, {rows}")
         self.counts = offsets.diff()
-        self.each = [b - a for a, b in zip(numbers, numbers[1:], strict=False)]
+        self.each = [b - a for a, b in itertools.pairwise(numbers)]
         self.rows, self.most = rows, max(self.each, default=0)
         line = torch.arange(self.most, device=offsets.device)
         self.valid = line < self.counts.unsqueeze(-1)  # [T, most]
