@@ -166,9 +166,7 @@ def ridge(
         if precision[0] is torch.float64:
             query, support = query.to(precision[0]), support.to(precision[0])
     backend = select(query.device.type)
-    if backend == "triton":
-        raise RuntimeError("backend 'triton' has no kernel for ridge regression; use 'cpu' or 'reference'")
-    run = _fallback if backend == "reference" else OP
+    run = _fallback if backend == "reference" else OP.on(backend)
     logits, coefficients = run(
         query, query_index, support, support_index, support_labels, support_offsets, query_offsets, n_ways,
         *parameters, n_way, False,

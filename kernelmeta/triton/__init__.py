@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from kernelmeta.backends import backends
-from kernelmeta.ops import class_means_op, linear_head_op, program_op, sib_op, synthetic_gradient_mlp_op
+from kernelmeta.ops import class_means_op, linear_head_op, program_op, ridge_op, sib_op, synthetic_gradient_mlp_op
 
 
 def _class_means(*args: Any) -> Tensor:
@@ -91,9 +91,22 @@ def _program_backward(*args: Any) -> tuple[Tensor, ...]:
     return program.backward(*args)
 
 
+def _ridge(*args: Any) -> tuple[Tensor, ...]:
+    from kernelmeta.triton import ridge
+
+    return ridge.forward(*args)
+
+
+def _ridge_backward(*args: Any) -> tuple[Tensor, ...]:
+    from kernelmeta.triton import ridge
+
+    return ridge.backward(*args)
+
+
 if backends()["triton"].available:
     class_means_op.OP.define_on("triton", _class_means, _class_means_backward)
     synthetic_gradient_mlp_op.OP.define_on("triton", _mlp, _mlp_backward)
     sib_op.OP.define_on("triton", _sib, _sib_backward)
     linear_head_op.OP.define_on("triton", _linear_head, _linear_head_backward)
     program_op.OP.define_on("triton", _program, _program_backward)
+    ridge_op.OP.define_on("triton", _ridge, _ridge_backward)

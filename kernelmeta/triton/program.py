@@ -108,7 +108,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
         logits.masked_fill_(~own.unsqueeze(1), -float("inf"))
     coefficients = [rates.new_empty(0) for _ in range(3)]
     if program.coefficients:
-        p = trace["p"][:, K].transpose(1, 2)
+        p = trace["p"][:, K].transpose(1, 2).clone(memory_format=torch.contiguous_format)
         of_support = p[:, live.support] if live.S else p.new_zeros(tasks.T, tasks.S, N)
         a = trace["a"][:, K].clone() if program.cosine else p.new_ones(tasks.T, N)
         if own is not None:
