@@ -15,7 +15,7 @@ from kernelmeta.triton.phase_kernels import phase_backward_kernel, phase_forward
 from kernelmeta.triton.products import dots
 from kernelmeta.triton.trace import Trace
 
-_LARGEST_TILE = 128 * 64  # elements of the state: what the registers of one program hold
+_LARGEST_TILE = 256 * 16  # elements of the state: what the registers of one program hold
 
 
 class Phase(NamedTuple):
@@ -70,8 +70,8 @@ class Gradients(NamedTuple):
 def tiles(ld: int, N: int, H: int) -> dict[str, int]:
     """Tile sizes and warps; H is 0 where there is no MLP."""
     LP, NP, HP = cover(ld, 1 << 30), cover(N, 1 << 30), cover(H, 1 << 30)
-    largest = LP * max(HP, NP) if H else LP * NP
-    return {"LP": LP, "NP": NP, "HP": HP, "num_warps": 4 if largest <= 32 * 64 else 8}
+    largest = LP * max(HP, NP) if H else 2 * LP * NP
+    return {"LP": LP, "NP": NP, "HP": HP, "num_warps": 4 if largest <= 1024 else 8 if largest <= 4096 else 16}
 
 
 def fits(ld: int, N: int, H: int, dtype: torch.dtype) -> bool:

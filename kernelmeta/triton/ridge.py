@@ -34,14 +34,22 @@ def _fields(tasks: Tasks) -> dict[str, tuple[int, ...]]:
     }
 
 
+def tiles(S: int, N: int) -> dict[str, dict[str, int]]:
+    """Tile sizes and warps of the two kernels."""
+    SP, NP = cover(S, 1 << 30), cover(N, 1 << 30)
+    return {
+        "factorise": {"SP": SP, "num_warps": 4 if SP <= 32 else 8 if SP <= 64 else 16},
+        "solve": {"SP": SP, "NP": NP, "num_warps": 4 if SP * NP <= 2048 else 8},
+    }
+
+
 def _solve(tasks: Tasks, trace: Trace, x: Tensor) -> None:
     """x [T, N, padded(S)] <- the solution for these right-hand sides."""
     factor, pivots = trace["factor"], trace["pivots"]
-    SP, NP = cover(tasks.S, 1 << 30), cover(tasks.n_way, 1 << 30)
     launch(
         solve_kernel, tasks.T, factor, pivots, tasks.labels if tasks.counts is None else tasks.counts, x,
         tasks.S, tasks.n_way, factor.stride(1), factor.stride(0), pivots.stride(0), x.stride(0), x.stride(1),
-        SP=SP, NP=NP, RAGGED=tasks.counts is not None, C=precision(x)["C"], num_warps=4 if SP * NP <= 2048 else 8,
+        RAGGED=tasks.counts is not None, C=precision(x)["C"], **tiles(tasks.S, tasks.n_way)["solve"],
     )  # fmt: skip
 
 
@@ -60,11 +68,10 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     dots(support[0], support[0], factor[..., :S], support[1], support[1])
     factor.diagonal(dim1=1, dim2=2).add_(regularization)
     dots(support[0], query[0], trace["cross"][..., :Q], support[1], query[1])
-    SP = cover(S, 1 << 30)
     launch(
         factorise_kernel, tasks.T, factor, pivots, tasks.labels if tasks.counts is None else tasks.counts,
         S, factor.stride(1), factor.stride(0), pivots.stride(0), torch.finfo(scale.dtype).eps,
-        SP=SP, RAGGED=tasks.counts is not None, C=precision(scale)["C"], num_warps=4 if SP <= 32 else 8,
+        RAGGED=tasks.counts is not None, C=precision(scale)["C"], **tiles(S, n_way)["factorise"],
     )  # fmt: skip
     ways = torch.arange(n_way, device=scale.device)
     right = (tasks.labels.unsqueeze(1) == ways.unsqueeze(-1)).to(scale.dtype)

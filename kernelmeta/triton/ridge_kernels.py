@@ -1,9 +1,10 @@
-"""Factorisation and solution of the symmetric system of one task, one program a task: L d L^T with ones on L's diagonal.
+"""Factorisation and solution of one task's symmetric system, one program a task: L d L^T with ones on L's diagonal.
 
 L lies below the diagonal of a matrix [S, ld] in memory. ``counts`` [T, 3] starts with each task's own rows.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: SIM108 -- a branch on a constexpr is taken at compile time
 
 from __future__ import annotations
 
