@@ -144,7 +144,7 @@ def backward(
             grad.gs if rows else grad.u, grad.gag if rows else grad.u,
             learned.labels.shape[1], live.S, live.Q, N, H, grad.mlp.shape[1], grad.rates.shape[1], live.query_at,
             start, phase.steps, tensors[-1].stride(0), *_layout(trace, live, phase),
-            COEFFICIENTS=grad.p is not None, FIRST_ORDER=first_order, ROWS=rows, **size, **flags,
+            COEFFICIENTS=grad.p is not None, FIRST_ORDER=first_order, ROWS=rows, in_place=True, **size, **flags,
         )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def _solve(tasks: Tasks, trace: Trace, x: Tensor) -> None:
     launch(
         solve_kernel, tasks.T, factor, pivots, tasks.labels if tasks.counts is None else tasks.counts, x,
         tasks.S, tasks.n_way, factor.stride(1), factor.stride(0), pivots.stride(0), x.stride(0), x.stride(1),
-        RAGGED=tasks.counts is not None, C=precision(x)["C"], **tiles(tasks.S, tasks.n_way)["solve"],
+        RAGGED=tasks.counts is not None, in_place=True, C=precision(x)["C"], **tiles(tasks.S, tasks.n_way)["solve"],
     )  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     launch(
         factorise_kernel, tasks.T, factor, pivots, tasks.labels if tasks.counts is None else tasks.counts,
         S, factor.stride(1), factor.stride(0), pivots.stride(0), torch.finfo(scale.dtype).eps,
-        RAGGED=tasks.counts is not None, C=precision(scale)["C"], **tiles(S, n_way)["factorise"],
+        RAGGED=tasks.counts is not None, in_place=True, C=precision(scale)["C"], **tiles(S, n_way)["factorise"],
     )  # fmt: skip
     ways = torch.arange(n_way, device=scale.device)
     right = (tasks.labels.unsqueeze(1) == ways.unsqueeze(-1)).to(scale.dtype)

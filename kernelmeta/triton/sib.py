@@ -104,7 +104,8 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
         work, mlp_kernels.pack((scale, bias, *mlp)),
         trace_data if running_stats is None else running_stats.contiguous(),
         logits, stats, Q, N, H, K, lr, work.stride(0), *trace.arguments(),
-        FIXED=running_stats is not None, STATS=return_stats, WEIGHTS=return_weights, **tiles, **precision(logits),
+        FIXED=running_stats is not None, STATS=return_stats, WEIGHTS=return_weights, in_place=True,
+        **tiles, **precision(logits),
     )  # fmt: skip
     weights = scale.new_empty(0)
     if return_weights:
@@ -151,7 +152,7 @@ def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tenso
         partial, gc, gn0, gs, gag, Q, N, H, K, packed.numel(), lr, work.stride(0),
         *trace.arguments(),
         FIXED=running_stats is not None, WEIGHTS=grad_weights is not None, ROWS=need_query,
-        **tiles, **precision(packed),
+        in_place=True, **tiles, **precision(packed),
     )  # fmt: skip
 
     gtheta0 = combine(gc, query, query_index).addcmul_(trace.theta0, gn0.unsqueeze(-1), value=2)
