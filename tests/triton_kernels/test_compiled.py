@@ -22,13 +22,20 @@ _NVIDIA = {
     "loop_backward_kernel": 1600,
     "mlp_backward_kernel": 160,
     "cross_entropy_backward": 64,
+    "soft_assignment_forward": 64,
     "soft_assignment_backward": 768,
     "synthetic_gradient_forward": 800,
     "synthetic_gradient_backward": 2200,
-    "factorise_of_100_rows": 256,
+    "factorise_of_100_rows": 448,
 }
 _STACK = dict.fromkeys(("sm_80", "sm_90", "sm_100"), _NVIDIA)
-_STACK["gfx942"] = {"loop_forward_kernel": 128, "loop_backward_kernel": 2304}
+_STACK["gfx942"] = {
+    "loop_forward_kernel": 128,
+    "loop_backward_kernel": 2304,
+    "soft_assignment_backward": 320,
+    "synthetic_gradient_forward": 960,
+    "synthetic_gradient_backward": 3200,
+}
 _KERNELS = 17
 
 
