@@ -37,7 +37,7 @@ def test_interpreted() -> None:
 
 
 @interpreted
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(shapes(), st.integers(0, 3), st.sampled_from([1e-3, 0.5]), st.sampled_from(["task", "running"]), st.booleans())
 @example({"T": 1, "S": 5, "Q": 75, "N": 5, "D": 64, "H": 40}, 3, 1e-3, "task", False)
 @example({"T": 2, "S": 17, "Q": 33, "N": 17, "D": 65, "H": 3}, 1, 0.05, "task", True)
@@ -54,7 +54,7 @@ def test_sib(sizes: dict[str, int], steps: int, lr: float, norm_stats: str, thet
 
 
 @interpreted
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(shapes(), st.sampled_from(["task", "running"]))
 def test_synthetic_gradient_mlp(sizes: dict[str, int], norm_stats: str) -> None:
     episode = draw(**sizes)
@@ -69,7 +69,7 @@ def test_synthetic_gradient_mlp(sizes: dict[str, int], norm_stats: str) -> None:
 
 
 @interpreted
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(shapes(), st.booleans())
 def test_class_means(sizes: dict[str, int], weighted: bool) -> None:
     e = draw(**sizes).fresh()

@@ -91,13 +91,14 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> tuning.Tuner:
 
 @interpreted
 def test_tuning_leaves_results_alone(timed: tuning.Tuner) -> None:
-    e = draw().fresh()
+    e = draw(T=1, S=4, Q=5, H=4).fresh()
     steps: dict[str, Any] = {"steps": 2, "inner_lr": 0.05, "return_weights": True}
     got, want = both(lambda: km.ops.sib(*e.arguments(), **steps), e.leaves())
     assert_close(got, want, 1e-6)
     classes = len(timed.chosen)
     assert classes >= 4
-    both(lambda: km.ops.sib(*e.arguments(), **steps), e.leaves())
+    with km.use_backend("triton"):
+        km.ops.sib(*e.arguments(), **steps)
     assert len(timed.chosen) == classes
 
     leaves = [e.support, e.query, e.scale]
