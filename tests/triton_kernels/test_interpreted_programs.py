@@ -244,16 +244,38 @@ def test_ragged_ridge() -> None:
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_singular_system_gives_its_task_nan(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("others", [[2], [1, 2, 3]])  # a pivot of zero, and one that is nothing but rounding
+def test_a_singular_system_gives_its_task_nan(others: list[int], dtype: torch.dtype) -> None:
     leaves, labels = ridge_problem(3, 7, 5, 3, 12)
     support = leaves[0].detach().clone()
-    support[1, 4] = support[1, 2]
+    support[1, 4] = support[1, others].mean(0)
     values = [v.detach().to(dtype).requires_grad_() for v in (support, leaves[1], torch.zeros(1), *leaves[3:])]
     with km.use_backend("triton"):
         z = km.ops.ridge(values[0], labels, *values[1:], n_way=3)
     assert z[1].isnan().all() and z[[0, 2]].isfinite().all()
     (g,) = torch.autograd.grad(z.sum(), values[0])
     assert g[1].isnan().any() and g[[0, 2]].isfinite().all()
+
+
+@interpreted
+@pytest.mark.parametrize("ridge", [False, True])
+def test_gradients_beyond_a_task_s_own_ways_are_dropped(ridge: bool) -> None:
+    batch = draw_ragged(SIZES, 14)
+    problem = Problem([Phase("entropy", 1, 0.1)], True, "learned", N=4, D=14).fresh()
+    one = torch.ones(1, dtype=torch.float64)
+    found = []
+    for backend in ("triton", "reference"):
+        with km.use_backend(backend):
+            if ridge:
+                leaves = [problem.scale, problem.target]
+                z = km.ops.ridge(batch.support, batch.labels, batch.query, one, *leaves, n_way=4, **batch.options)
+            else:
+                leaves = [problem.scale, problem.theta0, problem.rates]
+                z = km.ops.program(
+                    batch.support, batch.labels, batch.query, problem.phases, **problem.options(), **batch.options
+                )
+        found.append(torch.autograd.grad(z, leaves, torch.ones_like(z)))
+    assert_close(*found, TOLERANCE)
 
 
 # ---- all of them
