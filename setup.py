@@ -1,8 +1,12 @@
 """Drives the one CMake build; everything that is not native is in pyproject.toml.
 
 ``KERNELMETA_BUILD`` = auto (default) | cpu | cuda | none. "auto" gives a package without kernels only
-where there is no C++ compiler or no PyTorch to compile against; any other trouble fails the install.
-What was built, or why not, is written to kernelmeta/_native/build.json, because pip hides the output.
+where there is no C++ compiler or no PyTorch to compile against, and one without CUDA kernels only where
+there is no nvcc; any other trouble fails the install. No GPU is needed. What was built, or why not, is
+written to kernelmeta/_native/build.json, because pip hides the output.
+
+``TORCH_CUDA_ARCH_LIST`` names the compute capabilities to compile for ("8.0;9.0", "80 90+PTX"); without
+it all of `CUDA_ARCHITECTURES` that the compiler knows. The newest of them gets PTX too.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -26,6 +31,7 @@ sys.path.insert(0, str(ROOT / "build_backend"))
 from kernelmeta_build import TorchInstallation, build_choice, find_torch  # noqa: E402
 
 NATIVE = "kernelmeta/_native"
+CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 
 def missing_for_a_build(torch: TorchInstallation | None) -> str | None:
@@ -38,6 +44,33 @@ def missing_for_a_build(torch: TorchInstallation | None) -> str | None:
     if not (torch.directory / "include/torch/csrc/stable/library.h").is_file():
         return f"the PyTorch {torch.version} found at install time has no headers of the stable ABI"
     return None
+
+
+def find_nvcc() -> str | None:
+    """CUDA's compiler: ``CUDACXX``, else in ``CUDA_HOME``, on PATH, or where CUDA installs itself."""
+    named = os.environ.get("CUDACXX")
+    if named:
+        return shutil.which(named)
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    folders = [f"{home}/bin"] if home else [os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
+def cuda_architectures(nvcc: str) -> list[int]:
+    """What to compile for, in ascending order."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").lower().replace("+ptx", "").replace(".", "")
+    if asked.strip():
+        names = asked.replace(";", " ").replace(",", " ").split()
+        try:
+            return sorted({int(name.rstrip("af")) for name in names})
+        except ValueError:
+            raise SystemExit(
+                f"kernelmeta: TORCH_CUDA_ARCH_LIST is {os.environ['TORCH_CUDA_ARCH_LIST']!r}; accepted are compute"
+                " capabilities like '8.0;9.0'"
+            ) from None
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    known = {int(name.removeprefix("compute_")) for name in listed if name.removeprefix("compute_").isdigit()}
+    return [a for a in CUDA_ARCHITECTURES if a in known]
 
 
 def tool(name: str) -> str:
@@ -78,14 +111,28 @@ class BuildNative(build_ext):
         reason = "the install was asked for no kernels (KERNELMETA_BUILD=none)"
         if choice != "none":
             reason = missing_for_a_build(torch) or ""
-        if reason and choice in ("cpu", "cuda"):
-            raise SystemExit(f"kernelmeta: KERNELMETA_BUILD={choice} cannot be built: {reason}")
-        report = {"requested": choice, "cpu": not reason, "reason": reason, "module": False, "torch": None}
+        nvcc = find_nvcc() if choice in ("auto", "cuda") and not reason else None
+        without_cuda = reason or (
+            "the install was asked for no CUDA kernels (KERNELMETA_BUILD=cpu)"
+            if choice == "cpu"
+            else "no nvcc was found at install time (CUDACXX, CUDA_HOME, PATH, /usr/local/cuda)"
+        )
+        if choice in ("cpu", "cuda") and (reason or (choice == "cuda" and not nvcc)):
+            raise SystemExit(f"kernelmeta: KERNELMETA_BUILD={choice} cannot be built: {reason or without_cuda}")
+        report: dict[str, Any] = {
+            "requested": choice, "cpu": not reason, "reason": reason, "cuda": nvcc is not None,
+            "cuda_reason": "" if nvcc else without_cuda, "cuda_architectures": [], "module": False, "torch": None,
+        }  # fmt: skip
         if not reason:
             assert torch is not None
             report["torch"] = torch.version
             report["module"] = self.has_python_headers()
-            self.cmake(package_root, torch, module=self.has_python_headers(), cuda=choice == "cuda")
+            if nvcc:
+                report["cuda_architectures"] = cuda_architectures(nvcc)
+            self.cmake(
+                package_root, torch, module=self.has_python_headers(), nvcc=nvcc,
+                architectures=report["cuda_architectures"],
+            )  # fmt: skip
         else:
             self.announce(f"kernelmeta: no kernels are built: {reason}", level=3)
         (native / "build.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -95,7 +142,9 @@ class BuildNative(build_ext):
         """Whether the pybind11 module can be built; the kernels themselves need no Python headers."""
         return (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
 
-    def cmake(self, package_root: Path, torch: TorchInstallation, *, module: bool, cuda: bool) -> None:
+    def cmake(
+        self, package_root: Path, torch: TorchInstallation, *, module: bool, nvcc: str | None, architectures: list[int]
+    ) -> None:
         cmake, ninja = tool("cmake"), tool("ninja")
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         # Paths of tools are given anew each time: an isolated build's are gone when the next one starts.
@@ -106,10 +155,13 @@ class BuildNative(build_ext):
             "KERNELMETA_VERSION": self.distribution.get_version(),
             "KERNELMETA_TORCH_DIR": torch.directory,
             "KERNELMETA_TORCH_VERSION": torch.version,
-            "KERNELMETA_CUDA": "ON" if cuda else "OFF",
+            "KERNELMETA_CUDA": "ON" if nvcc else "OFF",
+            "KERNELMETA_CUDA_ARCHITECTURES": ",".join(map(str, architectures)),  # a list with ";" would be cut
             "KERNELMETA_MODULE": "ON" if module else "OFF",
             "Python_EXECUTABLE": sys.executable,
         }
+        if nvcc:
+            options["CMAKE_CUDA_COMPILER"] = nvcc
         if module:
             if importlib.util.find_spec("pybind11") is None:
                 tool("pybind11-config")  # raises: names what to install

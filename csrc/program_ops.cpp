@@ -96,7 +96,7 @@ struct ProgramArguments {
       const int64_t H = (*m[0])->size(0);
       require(H >= 1, "hidden units: at least one");
       mlp.emplace(MlpTensors{**m[0], **m[1], **m[2], **m[3], **m[4], **m[5], **m[6], **m[7], **m[8], **m[9]},
-                  running, N, H);
+                  running, Sizes{1, 1, 1, N, D, H, 0});
       problem.H = H;
       problem.mlp = mlp->folded;
     }
@@ -237,7 +237,7 @@ ProgramGradients program_backward(const Tensor& grad_logits, const Optional& gra
                                  need_support ? data<C>(grad_support) : nullptr,
                                  need_query ? data<C>(grad_query) : nullptr};
     const auto sums = sum_over_chunks<C>(
-        a.chunks, 3, size_of<C, ProgramGrad<C>>(p), [&](C* partial, int64_t begin, int64_t end) {
+        a.chunks, 3, size_of<ProgramGrad<C>, C>(p), [&](C* partial, int64_t begin, int64_t end) {
           Arena<C> arena(partial);
           program_kernels<C>().backward(run, ProgramGrad<C>(arena, p), begin, end);
         });
@@ -253,7 +253,7 @@ ProgramGradients program_backward(const Tensor& grad_logits, const Optional& gra
       return result;
     };
     const MlpGradTensors g(Sizes{1, 1, 1, p.H ? p.N : 0, p.D, p.H, p.K}, type);
-    if (a.mlp) unfold<C>(a.mlp->arrays(), total.mlp, Sizes{1, 1, 1, p.N, p.D, p.H, p.K}, g.arrays<C>());
+    if (a.mlp) unfold_into<C>(g, a.mlp->parameters, total.mlp, Sizes{1, 1, 1, p.N, p.D, p.H, p.K});
     return ProgramGradients{grad_query,
                             grad_support,
                             out(total.theta0, theta0, p.start == Start::kLearned),

@@ -33,7 +33,7 @@ struct RidgeArguments {
     require(support.T() == query.T() && support.D == query.D, "support and query must have the same T and D");
     require(n_way >= 1 && query.D >= 1, "ways and features: at least one each");
     require_storage<C>(support, query);
-    const char* one_value = "regularization, scale and bias must be one value each, of one dtype";
+    const char* complaint = "regularization, scale and bias must be one value each, of one dtype";
     problem = {query.T(),
                n_way,
                query.D,
@@ -42,9 +42,9 @@ struct RidgeArguments {
                classes.ways(),
                classes.members(),
                classes.offsets(),
-               scalar<C>(lambda, one_value),
-               scalar<C>(scale, one_value),
-               scalar<C>(bias, one_value),
+               *one_value<C>(Place(), lambda, complaint),
+               *one_value<C>(Place(), scale, complaint),
+               *one_value<C>(Place(), bias, complaint),
                nullptr};
     trace_offsets.push_back(0);
     std::vector<int64_t> work;
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ridge_backward(
                                gc ? gc->get() : nullptr,
                                need_support ? data<C>(grad_support) : nullptr,
                                need_query ? data<C>(grad_query) : nullptr};
-    const auto sums = sum_over_chunks<C>(a.chunks, 2, size_of<C, RidgeGrad<C>>(),
+    const auto sums = sum_over_chunks<C>(a.chunks, 2, size_of<RidgeGrad<C>, C>(),
                                          [&](C* partial, int64_t begin, int64_t end) {
                                            Arena<C> arena(partial);
                                            ridge_kernels<C>().backward(run, RidgeGrad<C>(arena), begin, end);

@@ -35,7 +35,7 @@ class Backend(NamedTuple):
 
     available: bool
     reason: str  # why it cannot run; empty where it can
-    details: dict[str, Any]  # e.g. the instruction set in use; empty where it cannot run
+    details: dict[str, Any]  # e.g. the instruction set in use, the architectures compiled for
 
 
 def build_report() -> dict[str, Any]:
@@ -65,6 +65,26 @@ def _load_cpu() -> Backend:
     return Backend(True, "", {"instruction_set": isa, "library": library.name})
 
 
+def _load_cuda() -> Backend:
+    """The library of CUDA ops is loaded only where there is a GPU: it needs CUDA's part of PyTorch."""
+    report = build_report()
+    if not report.get("cuda"):
+        reason = report.get("cuda_reason") or f"no native build in {NATIVE.parent}: install the package (pip install .)"
+        return Backend(False, reason, {})
+    built = {"architectures": report["cuda_architectures"]}
+    if torch.version.cuda is None:
+        return Backend(False, f"this PyTorch ({torch.__version__}) was built without CUDA", built)
+    if not torch.cuda.is_available():
+        return Backend(False, "PyTorch finds no GPU", built)
+    library = NATIVE / "libkernelmeta_cuda.so"
+    try:
+        torch.ops.load_library(str(library))
+    except (OSError, RuntimeError) as error:
+        reason = f"{library.name} (built for PyTorch {report['torch']}) does not run: {str(error).strip()}"
+        return Backend(False, reason, built)
+    return Backend(True, "", {**built, "library": library.name})
+
+
 def _find_triton() -> Backend:
     """Triton itself is imported by the first op that runs on it."""
     if importlib.util.find_spec("triton") is None:
@@ -78,7 +98,7 @@ def _find_triton() -> Backend:
 
 _BACKENDS = {
     "cpu": _load_cpu(),
-    "cuda": Backend(False, "this version of kernelmeta has no CUDA kernels", {}),
+    "cuda": _load_cuda(),
     "triton": _find_triton(),
     "reference": Backend(True, "", {"torch": torch.__version__}),
 }

@@ -123,12 +123,21 @@ def test_a_compile_error_fails_the_install(tree: Path) -> None:
 
 
 @needs_tools
-def test_cuda_is_refused_by_name(tree: Path) -> None:
+def test_cuda_without_nvcc_fails(tree: Path) -> None:
     if not shutil.which("c++"):
         pytest.skip("no C++ compiler")
-    done = build(tree, KERNELMETA_BUILD="cuda")
+    done = build(tree, KERNELMETA_BUILD="cuda", CUDACXX="no-such-nvcc")
     assert done.returncode != 0
-    assert "this version of kernelmeta has no CUDA kernels" in done.stderr
+    assert "KERNELMETA_BUILD=cuda cannot be built: no nvcc was found" in done.stderr
+
+
+@needs_tools
+def test_architectures_that_are_none_are_refused(tree: Path) -> None:
+    if not shutil.which("c++"):
+        pytest.skip("no C++ compiler")
+    done = build(tree, KERNELMETA_BUILD="cuda", CUDACXX=sys.executable, TORCH_CUDA_ARCH_LIST="9.0;Hopper")
+    assert done.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST is '9.0;Hopper'; accepted are compute capabilities" in done.stderr
 
 
 @needs_tools

@@ -9,16 +9,19 @@
 //   features(n, D, f)      the same for rows of plain, unpadded memory
 //   mm, mm_add             small matrix times padded rows
 //   outer                  sums over rows of products of two padded arrays: weight gradients
-//   dots, self_dots        dot products over D of two sets of feature rows, of one set with itself
+//   dots                   dot products over D of two sets of feature rows
+//   stacked_dots           of the rows and theta0 with themselves: Gram matrix, rows times theta0, |theta0|^2
 //   features_mm_add        small matrix times feature rows
-// Each ends with a barrier (nothing to do here). Padded arrays hold anything in their padding as far as mm
+//   any(n, f)              whether f(i) holds for some i
+// Each ends with a barrier (nothing to do here); unfenced() gives the same words without it, for where the next
+// word touches nothing that this one does. Padded arrays hold anything in their padding as far as mm
 // writes them, and zeros where row.each does; sums never look at it.
 #pragma once
 
 #include <cmath>
 
 #include "cpu/simd.h"
-#include "engine/features.h"
+#include "cpu/widen.h"
 
 namespace {
 
@@ -44,6 +47,8 @@ struct Matrix {
 template <class C>
 struct CpuBlock {
   using Scalar = C;
+  using Feature = C;
+  using Sizes = kernelmeta::Sizes;
   using V = typename Simd<C>::V;
   static constexpr int64_t W = kLanes<C>;
 
@@ -58,6 +63,10 @@ struct CpuBlock {
     for (int64_t i = 0; i < W; ++i)
       v[i] = sizeof(C) == 4 ? C(__builtin_logf(float(v[i]))) : C(__builtin_log(v[i]));
     return v;
+  }
+  // 1 / sqrt(squares / count + eps) in double, whose rounding every row of the unit would share.
+  static __forceinline__ C inverse_std(C squares, int64_t count, double eps) {
+    return C(1 / __builtin_sqrt(double(squares) / double(count) + eps));
   }
   static __forceinline__ V relu(V v) { return v < V{} ? V{} : v; }  // keeps NaN
   static __forceinline__ V where_positive(V test, V v) { return test <= V{} ? V{} : v; }
@@ -149,6 +158,13 @@ struct CpuBlock {
   __forceinline__ void features(int64_t n, int64_t length, F f) const {
     for (int64_t i = 0; i < n; ++i) f(i, Row<kPartial>{length});
   }
+  template <class F>
+  __forceinline__ bool any(int64_t n, F f) const {
+    for (int64_t i = 0; i < n; ++i) {
+      if (f(i)) return true;
+    }
+    return false;
+  }
   void features_zero(int64_t n, int64_t length, C* out) const { memset(out, 0, sizeof(C) * n * length); }
 
   // out[i] = (bias[i] or 0) + sum_j w(i, j) in[j] for i < m, j < k, over Q entries of padded rows.
@@ -213,7 +229,7 @@ struct CpuBlock {
     }
   }
 
-  // The same for a = b, computed for half of the pairs.
+  // dots of a with itself, computed for half of the pairs.
   void self_dots(int64_t m, Rows<C> a, int64_t D, C* out, int64_t ldo) const {
     C tile[kDotTile * kDotTile + W];
     for (int64_t i = 0; i < m; i += kDotTile) {
@@ -228,6 +244,30 @@ struct CpuBlock {
         }
       }
     }
+  }
+
+  // gram[i][j] = <x(i), x(j)>, cross[n][i] = <theta0[n], x(i)>, squares[n] = |theta0[n]|^2
+  void stacked_dots(int64_t Q, Rows<C> x, int64_t N, const C* theta0, int64_t D, C* gram, C* cross,
+                    int64_t ld, C* squares) const {
+    self_dots(Q, x, D, gram, ld);
+    dots(N, Rows<C>{theta0, D, nullptr}, Q, x, D, cross, ld);
+    features(N, D, [&](int64_t n, auto row) {
+      const C* t = theta0 + n * D;
+      squares[n] = row.sum([&](auto d) { return d.load(t) * d.load(t); });
+    });
+  }
+
+  const CpuBlock& unfenced() const { return *this; }
+
+  // Features narrower than the computation are copied.
+  static __forceinline__ C* widening_buffer(Arena<C>& arena, const Features& f, int64_t D) {
+    return widened_rows(arena, f, D);
+  }
+  static __forceinline__ Rows<C> task_rows(const Features& f, int64_t task, int64_t D, C* buffer) {
+    return widen(f, task, D, buffer);
+  }
+  static __forceinline__ Rows<C> theta0_rows(const Features& f, int64_t task, int64_t D, C* buffer) {
+    return widen(f, task, D, buffer);
   }
 
  private:

@@ -3,11 +3,14 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include "cpu/arguments.h"
+#include <memory>
+
+#include "arguments.h"
+#include "cpu/class_lists.h"
+#include "cpu/kernel_table.h"
+#include "engine/serial_block.h"
 
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 template <class C>
 const Kernels<C>& kernels() {
@@ -15,14 +18,6 @@ const Kernels<C>& kernels() {
     return kernel_table().f32;
   else
     return kernel_table().f64;
-}
-
-// Calls f with a value of the type in which parameters of this dtype are computed with.
-template <class F>
-auto with_type(const Tensor& parameter, F f) {
-  if (parameter.scalar_type() == ScalarType::Double) return f(double{});
-  require(parameter.scalar_type() == ScalarType::Float, "parameters must be float32 or float64");
-  return f(float{});
 }
 
 // How many items a thread must get before a second one is worth waking: some 20 us of work.
@@ -87,33 +82,40 @@ std::unique_ptr<C[]> sum_over_tasks(int64_t T, int64_t work, int64_t size, F f) 
   return sum_over_chunks<C>(TaskChunks(std::vector<int64_t>(size_t(T), work)), 1, size, f);
 }
 
-template <class C, class Layout, class... Args>
-int64_t size_of(const Args&... args) {
-  Arena<C> count;
-  Layout unused(count, args...);
-  return count.used();
+// The MLP with gain and shift folded in, once a call.
+template <class C>
+class Folded {
+ public:
+  Folded(const MlpParameters<C>& p, const Sizes& s)
+      : memory_(new C[size_t(size_of<FoldedMlp<C>, C>(s, p.running() != nullptr))]),
+        arena_(memory_.get()),
+        mlp_(arena_, s, p.running() != nullptr) {
+    SerialBlock<C> block;
+    fold(block, p.arrays(), p.running(), s, mlp_);
+  }
+  operator const FoldedMlp<C>&() const { return mlp_; }
+
+ private:
+  std::unique_ptr<C[]> memory_;
+  Arena<C> arena_;
+  FoldedMlp<C> mlp_;
+};
+
+template <class C>
+void unfold_into(const MlpGradTensors& to, const MlpParameters<C>& p, const FoldedMlpGrad<C>& folded,
+                 const Sizes& s) {
+  SerialBlock<C> block;
+  unfold(block, p.arrays(), folded, s, to.arrays<C>());
 }
 
-struct MlpGradTensors {
-  Tensor weight1, bias1, gain1, shift1, weight2, bias2, gain2, shift2, weight3, bias3;
+// The MLP's parameters, held, and folded.
+template <class C>
+struct FoldedParameters {
+  MlpParameters<C> parameters;
+  Folded<C> folded;
 
-  MlpGradTensors(const Sizes& s, ScalarType type)
-      : weight1(empty({s.H, s.N}, type)),
-        bias1(empty({s.H}, type)),
-        gain1(empty({s.H}, type)),
-        shift1(empty({s.H}, type)),
-        weight2(empty({s.H, s.H}, type)),
-        bias2(empty({s.H}, type)),
-        gain2(empty({s.H}, type)),
-        shift2(empty({s.H}, type)),
-        weight3(empty({s.N, s.H}, type)),
-        bias3(empty({s.N}, type)) {}
-
-  template <class C>
-  MlpArrays<C> arrays() const {
-    return {data<C>(weight1), data<C>(bias1), data<C>(gain1),  data<C>(shift1),  data<C>(weight2),
-            data<C>(bias2),   data<C>(gain2), data<C>(shift2), data<C>(weight3), data<C>(bias3)};
-  }
+  FoldedParameters(const MlpTensors& m, const Optional& running, const Sizes& s)
+      : parameters(Place(), m, running, s.N, s.H), folded(parameters, s) {}
 };
 
 }  // namespace

@@ -7,7 +7,7 @@ namespace {
 
 using namespace kernelmeta;
 
-// The features of one task, as task_rows takes them.
+// The features of one task, as widen takes them.
 inline Features of_task(const TaskRows& rows, int64_t t) {
   Features f = rows.features;
   f.rows = rows.count(t);
@@ -20,7 +20,7 @@ inline Features of_task(const TaskRows& rows, int64_t t) {
 }
 
 template <class C>
-C* widening_buffer(Arena<C>& arena, const TaskRows& rows, int64_t t, int64_t D) {
+C* widened_rows(Arena<C>& arena, const TaskRows& rows, int64_t t, int64_t D) {
   return needs_widening<C>(rows.features) ? arena.take(rows.count(t) * D) : nullptr;
 }
 
@@ -50,8 +50,8 @@ struct ProgramTask {
       : p(p),
         t(t),
         shape(p.shape(t)),
-        support_buffer(widening_buffer(arena, p.support, t, p.D)),
-        query_buffer(widening_buffer(arena, p.query, t, p.D)),
+        support_buffer(widened_rows(arena, p.support, t, p.D)),
+        query_buffer(widened_rows(arena, p.query, t, p.D)),
         support_inverse(arena.take(shape.S)),
         class_sizes(arena.take(shape.N)),
         y(arena.take(shape.N * padded(shape.S))),
@@ -62,8 +62,8 @@ struct ProgramTask {
   ProgramTask(const ProgramTask&) = delete;
 
   ClassMembers classes() const { return {p.members + p.support.offsets[t], p.class_offsets + t * (p.N + 1)}; }
-  Rows<C> support() { return task_rows(of_task(p.support, t), 0, p.D, support_buffer); }
-  Rows<C> query() { return task_rows(of_task(p.query, t), 0, p.D, query_buffer); }
+  Rows<C> support() { return widen(of_task(p.support, t), 0, p.D, support_buffer); }
+  Rows<C> query() { return widen(of_task(p.query, t), 0, p.D, query_buffer); }
 
   // Labels, and of the MLP's first layer what this task's classes need.
   void prepare() {

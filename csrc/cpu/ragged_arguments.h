@@ -1,7 +1,8 @@
 // Rows and labels of tasks that may differ in size, checked and turned into what the kernels take.
 #pragma once
 
-#include "cpu/arguments.h"
+#include "arguments.h"
+#include "cpu/program_table.h"
 
 namespace {
 
@@ -38,7 +39,8 @@ struct TaskRowTensor {
                      0,
                      rows.even ? tensor.stride(0) : 0,
                      rows.even ? tensor.stride(1) : tensor.stride(0),
-                     row_index ? static_cast<const int64_t*>(index.const_data_ptr()) : nullptr};
+                     row_index ? static_cast<const int64_t*>(index.const_data_ptr()) : nullptr,
+                     row_index ? t.size(0) : 0};
     rows_ = task_offsets ? -1 : counted.size(1);
   }
   TaskRowTensor(const TaskRowTensor&) = delete;

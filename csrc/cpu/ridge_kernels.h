@@ -20,8 +20,8 @@ struct RidgeWorkspace {
   Scratch scratch;
 
   RidgeWorkspace(Arena<C>& arena, const RidgeProblem<C>& p, bool keeps_trace, bool row_gradients, int64_t t)
-      : support_buffer(widening_buffer(arena, p.support, t, p.D)),
-        query_buffer(widening_buffer(arena, p.query, t, p.D)),
+      : support_buffer(widened_rows(arena, p.support, t, p.D)),
+        query_buffer(widened_rows(arena, p.query, t, p.D)),
         own_trace(keeps_trace ? nullptr : arena.take(ridge_trace_size<C>(p, t))),
         scratch(arena, p.sizes(t), row_gradients) {}
 };
@@ -49,8 +49,8 @@ void ridge_forward(const RidgeForward<C>& f, int64_t begin, int64_t end) {
     }
     Ridge<CpuBlock<C>> ridge{block,
                              s,
-                             task_rows(of_task(p.support, t), 0, p.D, w.support_buffer),
-                             task_rows(of_task(p.query, t), 0, p.D, w.query_buffer),
+                             widen(of_task(p.support, t), 0, p.D, w.support_buffer),
+                             widen(of_task(p.query, t), 0, p.D, w.query_buffer),
                              trace,
                              p.lambda,
                              p.scale,
@@ -78,8 +78,8 @@ void ridge_backward(const RidgeBackward<C>& f, const RidgeGrad<C>& grad, int64_t
     const int64_t support_first = p.support.offsets[t], query_first = p.query.offsets[t];
     Ridge<CpuBlock<C>> ridge{block,
                              s,
-                             task_rows(of_task(p.support, t), 0, p.D, w.support_buffer),
-                             task_rows(of_task(p.query, t), 0, p.D, w.query_buffer),
+                             widen(of_task(p.support, t), 0, p.D, w.support_buffer),
+                             widen(of_task(p.query, t), 0, p.D, w.query_buffer),
                              trace,
                              p.lambda,
                              p.scale,

@@ -1,5 +1,6 @@
-// Hands out consecutive pieces of one buffer. With a null buffer it only counts, so a struct that
-// takes its arrays from an Arena describes its own size: lay it out once to count, once for real.
+// Hands out consecutive pieces of one buffer, or of two: the second takes what does not fit the first. With
+// null buffers it only counts, so a struct that takes its arrays from an Arena describes its own size: lay it
+// out once to count, once for real.
 #pragma once
 
 #include "engine/portability.h"
@@ -17,19 +18,35 @@ __host__ __device__ __forceinline__ constexpr int64_t padded(int64_t n) {
 template <class C>
 class Arena {
  public:
-  __host__ __device__ __forceinline__ explicit Arena(C* base = nullptr) : base_(base) {}
+  __host__ __device__ __forceinline__ explicit Arena(C* base = nullptr)
+      : base_(base), capacity_(INT64_MAX), rest_(nullptr) {}
+  // `base` holds `capacity` elements.
+  __host__ __device__ __forceinline__ Arena(C* base, int64_t capacity, C* rest)
+      : base_(base), capacity_(capacity), rest_(rest) {}
 
   __host__ __device__ __forceinline__ C* take(int64_t n) {
-    C* piece = base_ ? base_ + used_ : nullptr;
-    used_ += padded(n);
+    C* piece;
+    if (fits(n)) {
+      piece = base_ ? base_ + used_ : nullptr;
+      used_ += padded(n);
+    } else {
+      piece = rest_ ? rest_ + rest_used_ : nullptr;
+      rest_used_ += padded(n);
+    }
     return piece;
   }
 
+  // Whether the next piece, of n elements, comes out of the first buffer.
+  __host__ __device__ __forceinline__ bool fits(int64_t n) const { return padded(n) <= capacity_ - used_; }
+
   __host__ __device__ __forceinline__ int64_t used() const { return used_; }
+  __host__ __device__ __forceinline__ int64_t rest_used() const { return rest_used_; }
 
  private:
   C* base_;
-  int64_t used_ = 0;
+  int64_t capacity_;
+  C* rest_;
+  int64_t used_ = 0, rest_used_ = 0;
 };
 
 }  // namespace kernelmeta

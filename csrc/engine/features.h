@@ -19,10 +19,11 @@ struct ClassMembers {
 template <class B>
 struct ClassMeans {
   using C = typename B::Scalar;
+  using F = typename B::Feature;
 
   B& block;
-  const Sizes& s;
-  Rows<C> support;
+  const typename B::Sizes& s;
+  Rows<F> support;
   ClassMembers classes;
   const C* weight;  // [D] or null: ones
   C* inverse;       // [S], scratch
@@ -51,12 +52,12 @@ struct ClassMeans {
       });
     }
     if (!gsupport) return;
-    block.features(s.N, s.D, [&](int64_t n, auto row) {
+    block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
       const C share = C(1) / C(classes.count(n));
       const C* g = gtheta0 + n * s.D;
       for (int32_t j = classes.offsets[n]; j < classes.offsets[n + 1]; ++j) {
         const int64_t i = classes.members[j];
-        const C* x = support(i);
+        const F* x = support(i);
         C* gx = gsupport + i * s.D;
         C along = 0;
         if (inverse[i] < C(1 / kNormFloor)) {
@@ -86,7 +87,7 @@ struct ClassMeans {
 
   __host__ __device__ __forceinline__ void inverse_norms() {
     block.features(s.S, s.D, [&](int64_t i, auto row) {
-      const C* x = support(i);
+      const F* x = support(i);
       const C squares = row.sum([&](auto d) { return d.load(x) * d.load(x); });
       row.one([&] { inverse[i] = C(1) / B::max(B::sqrt(squares), C(kNormFloor)); });
     });
@@ -97,10 +98,11 @@ struct ClassMeans {
 template <class B>
 struct QueryFeatures {
   using C = typename B::Scalar;
+  using F = typename B::Feature;
 
   B& block;
-  const Sizes& s;
-  Rows<C> query;
+  const typename B::Sizes& s;
+  Rows<F> query;
   const Trace<C>& trace;
 
   __host__ __device__ __forceinline__ Rows<C> theta0() const { return {trace.theta0, s.D, nullptr}; }
@@ -109,29 +111,32 @@ struct QueryFeatures {
   __host__ __device__ __forceinline__ void forward() {
     const int64_t Q = s.Q, ld = s.ld();
     const C floor = C(kNormFloor);
-    if (trace.gram) block.self_dots(Q, query, s.D, trace.gram, ld);
-    block.dots(s.N, theta0(), Q, query, s.D, trace.u, ld);
-    block.features(s.N, s.D, [&](int64_t n, auto row) {
-      const C* t = trace.theta0 + n * s.D;
-      const C squares = row.sum([&](auto d) { return d.load(t) * d.load(t); });
-      row.one([&] { trace.r2[n] = squares; });
-    });
+    if (trace.gram) {
+      block.stacked_dots(Q, query, s.N, trace.theta0, s.D, trace.gram, trace.u, ld, trace.r2);
+    } else {
+      block.dots(s.N, theta0(), Q, query, s.D, trace.u, ld);
+      block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
+        const C* t = trace.theta0 + n * s.D;
+        const C squares = row.sum([&](auto d) { return d.load(t) * d.load(t); });
+        row.one([&] { trace.r2[n] = squares; });
+      });
+    }
     if (trace.gram) {
       block.each_item(
           Q, [&](int64_t q) { trace.inverse[q] = C(1) / B::max(B::sqrt(trace.gram[q * ld + q]), floor); });
-      block.rows(Q, Q, [&](int64_t i, auto row) {
+      block.unfenced().rows(Q, Q, [&](int64_t i, auto row) {
         C* a = trace.gram + i * ld;
         const C scale = trace.inverse[i];
         row.each([&](auto q) { q.store(a, q.load(a) * q.load(trace.inverse) * scale); });
       });
     } else {
       block.features(Q, s.D, [&](int64_t i, auto row) {
-        const C* x = query(i);
+        const F* x = query(i);
         const C squares = row.sum([&](auto d) { return d.load(x) * d.load(x); });
         row.one([&] { trace.inverse[i] = C(1) / B::max(B::sqrt(squares), floor); });
       });
     }
-    block.rows(s.N, Q, [&](int64_t n, auto row) {
+    block.unfenced().rows(s.N, Q, [&](int64_t n, auto row) {
       C* u = trace.u + n * ld;
       row.each([&](auto q) { q.store(u, q.load(u) * q.load(trace.inverse)); });
     });
@@ -140,11 +145,11 @@ struct QueryFeatures {
   // theta_K = a theta0 + Xhat^T P. scratch: [N][ld].
   __host__ __device__ __forceinline__ void weights(C* out, C* scratch) {
     const C* a = trace.a + s.K * s.N;
-    block.features(s.N, s.D, [&](int64_t n, auto row) {
+    block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
       row.each([&](auto d) { d.store(out + n * s.D, d.load(trace.theta0 + n * s.D) * a[n]); });
     });
     scaled_rows(trace.p + s.K * s.N * s.ld(), scratch);
-    block.features_mm_add(s.N, s.Q, s.D, {scratch, s.ld(), 1}, query, out);
+    block.unfenced().features_mm_add(s.N, s.Q, s.D, {scratch, s.ld(), 1}, query, out);
   }
 
   // Gradient of theta_K -> gradients of P_K (adj.gp) and a_K (adj.ga).
@@ -152,7 +157,7 @@ struct QueryFeatures {
                                                             const typename InnerLoop<B>::Adjoint& adj) {
     block.dots(s.N, Rows<C>{gweights, s.D, nullptr}, s.Q, query, s.D, adj.gp, s.ld());
     scaled_rows(adj.gp, adj.gp);
-    block.features(s.N, s.D, [&](int64_t n, auto row) {
+    block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
       const C sum =
           row.sum([&](auto d) { return d.load(gweights + n * s.D) * d.load(trace.theta0 + n * s.D); });
       row.one([&] { adj.ga[n] = sum; });
@@ -165,7 +170,8 @@ struct QueryFeatures {
     C* gn0;          // [N]: gradient of |theta0|^2
     C* w;            // [Q][ld]: gradient of A, symmetrised; where A was formed and the rows get a gradient
 
-    __host__ __device__ __forceinline__ Scratch(Arena<C>& arena, const Sizes& s, bool gram_gradient)
+    __host__ __device__ __forceinline__ Scratch(Arena<C>& arena, const typename B::Sizes& s,
+                                                bool gram_gradient)
         : gc(arena.take(s.N * s.ld())),
           scaled(arena.take(s.N * s.ld())),
           gn0(arena.take(s.N)),
@@ -176,7 +182,7 @@ struct QueryFeatures {
   __host__ __device__ __forceinline__ void theta0_backward(const typename InnerLoop<B>::Adjoint& adj,
                                                            const C* gweights, const Scratch& t, C* gtheta0) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
-    block.rows(N, Q, [&](int64_t n, auto row) {
+    block.unfenced().rows(N, Q, [&](int64_t n, auto row) {
       const C r2 = trace.r2[n];
       const C inverse = C(1) / B::sqrt(r2);
       const C* gu = adj.gu + n * ld;
@@ -194,7 +200,7 @@ struct QueryFeatures {
         d.store(gtheta0 + n * s.D, g);
       });
     });
-    block.features_mm_add(N, Q, s.D, {t.scaled, ld, 1}, query, gtheta0);
+    block.unfenced().features_mm_add(N, Q, s.D, {t.scaled, ld, 1}, query, gtheta0);
   }
 
   // After theta0_backward: -> gquery [Q][D].
@@ -202,18 +208,18 @@ struct QueryFeatures {
                                                           const typename InnerLoop<B>::Adjoint& adj,
                                                           const C* gweights, const Scratch& t, C* gquery) {
     const int64_t N = s.N, Q = s.Q, D = s.D, ld = s.ld(), KN = s.K * s.N;
-    block.features_zero(Q, D, gquery);
+    block.unfenced().features_zero(Q, D, gquery);
     // First the gradient of the normalised rows, divided by |x|; from A, whose gradient is the sum over the
     // steps of gAG G^T and its transpose:
     if (trace.gram) {
-      block.mm(Q, KN, Q, {adj.gs, 1, ld}, adj.gag, ld, t.w, ld, nullptr);
+      block.unfenced().mm(Q, KN, Q, {adj.gs, 1, ld}, adj.gag, ld, t.w, ld, nullptr);
       block.mm_add(Q, KN, Q, {adj.gag, 1, ld}, adj.gs, ld, t.w, ld);
       block.rows(Q, Q, [&](int64_t i, auto row) {
         C* w = t.w + i * ld;
         const C scale = trace.inverse[i];
         row.each([&](auto q) { q.store(w, q.load(w) * q.load(trace.inverse) * scale); });
       });
-      block.features_mm_add(Q, Q, D, {t.w, ld, 1}, query, gquery);
+      block.unfenced().features_mm_add(Q, Q, D, {t.w, ld, 1}, query, gquery);
     } else {
       for (int64_t k = 0; k < s.K; ++k) {
         const C *g = adj.gs + k * N * ld, *gag = adj.gag + k * N * ld;
@@ -226,8 +232,8 @@ struct QueryFeatures {
     add_outer(t.gc, trace.theta0, t, gquery);
     if (gweights) add_outer(trace.p + KN * ld, gweights, t, gquery);
     // Then without its component along the row.
-    block.features(Q, D, [&](int64_t i, auto row) {
-      const C* x = query(i);
+    block.unfenced().features(Q, D, [&](int64_t i, auto row) {
+      const F* x = query(i);
       C* g = gquery + i * D;
       if (!(trace.inverse[i] < C(1 / kNormFloor))) return;
       const C along =

@@ -1,6 +1,7 @@
 // BatchNorm's gain and shift, folded into the linear layer that follows, once a call; and their gradients,
 // unfolded from the folded layer's. With n the normalised activations,
 //   W (gain * n + shift) + b  =  (W diag(gain)) n + (b + W shift).
+// For Blocks whose lanes are scalars.
 #pragma once
 
 #include "engine/mlp.h"
@@ -15,75 +16,74 @@ struct MlpArrays {
   C *weight3, *bias3;                   // [N, H], [N]
 };
 
-// `running` is [2][2][H] (layer; mean, variance; unit) or null.
-template <class C>
-FoldedMlp<C> fold(const MlpArrays<const C>& p, const C* running, const Sizes& s, Arena<C>& arena) {
-  const int64_t H = s.H;
-  const auto linear = [H](const C* weight, const C* gain, const C* bias, const C* shift, int64_t outputs,
-                          C* to_weight, C* to_bias) {
-    for (int64_t i = 0; i < outputs; ++i) {
-      const C* row = weight + i * H;
-      C* to = to_weight + i * H;
-      double sums[8] = {double(bias[i])};  // eight chains of additions instead of one long one
-      int64_t j = 0;
-      for (; j + 8 <= H; j += 8) {
-        for (int64_t l = 0; l < 8; ++l) sums[l] += double(row[j + l]) * double(shift[j + l]);
-      }
-      for (; j < H; ++j) sums[0] += double(row[j]) * double(shift[j]);
-#pragma GCC ivdep
-      for (j = 0; j < H; ++j) to[j] = row[j] * gain[j];
-      to_bias[i] =
-          C(((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])));
+// `running` is [2][2][H] (layer; mean, variance; unit), or null as in the FoldedMlp's construction.
+template <class B, class C = typename B::Scalar>
+__host__ __device__ __forceinline__ void fold(B& block, const MlpArrays<const C>& p, const C* running,
+                                              const typename B::Sizes& s, const FoldedMlp<C>& to) {
+  const int64_t H = s.H, N = s.N;
+  // Row i of the second layer, then of the third, then what is only copied.
+  block.unfenced().features(H + N + 1, H, [&](int64_t i, auto row) {
+    if (i == H + N) {
+      row.each([&](auto j) {
+        j.store(to.b1, j.load(p.bias1));
+        for (int64_t n = 0; n < N; ++n) to.w1[j.at * N + n] = p.weight1[j.at * N + n];
+        if (running) {
+          j.store(to.mean1, j.load(running));
+          j.store(to.istd1, B::inverse_std(j.load(running + H), 1, kNormEps));
+          j.store(to.mean2, j.load(running + 2 * H));
+          j.store(to.istd2, B::inverse_std(j.load(running + 3 * H), 1, kNormEps));
+        }
+      });
+      return;
     }
-  };
-  C* w2 = arena.take(H * H);
-  C* b2 = arena.take(H);
-  C* w3 = arena.take(s.N * H);
-  C* b3 = arena.take(s.N);
-  C* istd = running ? arena.take(2 * H) : nullptr;
-  linear(p.weight2, p.gain1, p.bias2, p.shift1, H, w2, b2);
-  linear(p.weight3, p.gain2, p.bias3, p.shift2, s.N, w3, b3);
-  for (int64_t h = 0; running && h < H; ++h) {
-    istd[h] = C(1) / C(__builtin_sqrt(running[H + h] + C(kNormEps)));
-    istd[H + h] = C(1) / C(__builtin_sqrt(running[3 * H + h] + C(kNormEps)));
-  }
-  return {p.weight1,
-          p.bias1,
-          w2,
-          b2,
-          w3,
-          b3,
-          running,
-          istd,
-          running ? running + 2 * H : nullptr,
-          istd ? istd + H : nullptr};
+    const bool second = i < H;
+    const C* weight = second ? p.weight2 + i * H : p.weight3 + (i - H) * H;
+    const C *gain = second ? p.gain1 : p.gain2, *shift = second ? p.shift1 : p.shift2;
+    C* to_weight = second ? to.w2 + i * H : to.w3 + (i - H) * H;
+    const double sum = row.sum([&](auto j) { return double(j.load(weight)) * double(j.load(shift)); });
+    row.each([&](auto j) { j.store(to_weight, j.load(weight) * j.load(gain)); });
+    row.one([&] {
+      if (second)
+        to.b2[i] = C(double(p.bias2[i]) + sum);
+      else
+        to.b3[i - H] = C(double(p.bias3[i - H]) + sum);
+    });
+  });
 }
 
-template <class C>
-void unfold(const MlpArrays<const C>& p, const FoldedMlpGrad<C>& folded, const Sizes& s,
-            const MlpArrays<C>& grad) {
+template <class B, class C = typename B::Scalar>
+__host__ __device__ __forceinline__ void unfold(B& block, const MlpArrays<const C>& p,
+                                                const FoldedMlpGrad<C>& folded, const typename B::Sizes& s,
+                                                const MlpArrays<C>& grad) {
   const int64_t H = s.H, N = s.N, ld = padded(H);
-  for (int64_t h = 0; h < H; ++h) {
-    for (int64_t n = 0; n < N; ++n) grad.weight1[h * N + n] = folded.w1t[n * ld + h];
-    grad.bias1[h] = folded.b1[h];
-  }
-  const auto linear = [H, ld](const C* weight, const C* gain, const C* shift, int64_t outputs, const C* gw,
-                              const C* gb, C* grad_weight, C* grad_bias, C* grad_gain, C* grad_shift) {
-    for (int64_t j = 0; j < H; ++j) grad_gain[j] = grad_shift[j] = 0;
-    for (int64_t i = 0; i < outputs; ++i) {
-#pragma GCC ivdep
-      for (int64_t j = 0; j < H; ++j) {
-        grad_weight[i * H + j] = gw[i * ld + j] * gain[j] + gb[i] * shift[j];
-        grad_gain[j] += gw[i * ld + j] * weight[i * H + j];
-        grad_shift[j] += gb[i] * weight[i * H + j];
-      }
-      grad_bias[i] = gb[i];
-    }
+  // Sums over the layer's outputs; one lane a hidden unit.
+  const auto gain_and_shift = [H, ld](auto row, int64_t outputs, const C* weight, const C* gw, const C* gb,
+                                      C* grad_gain, C* grad_shift) {
+    row.column_sums(
+        outputs, [&](int64_t i, auto j) { return j.load(gw + i * ld) * j.load(weight + i * H); }, grad_gain);
+    row.column_sums(outputs, [&](int64_t i, auto j) { return gb[i] * j.load(weight + i * H); }, grad_shift);
   };
-  linear(p.weight2, p.gain1, p.shift1, H, folded.w2, folded.b2, grad.weight2, grad.bias2, grad.gain1,
-         grad.shift1);
-  linear(p.weight3, p.gain2, p.shift2, N, folded.w3, folded.b3, grad.weight3, grad.bias3, grad.gain2,
-         grad.shift2);
+  block.features(H + N + 3, H, [&](int64_t i, auto row) {
+    if (i == H + N) {
+      gain_and_shift(row, H, p.weight2, folded.w2, folded.b2, grad.gain1, grad.shift1);
+    } else if (i == H + N + 1) {
+      gain_and_shift(row, N, p.weight3, folded.w3, folded.b3, grad.gain2, grad.shift2);
+    } else if (i == H + N + 2) {
+      row.each([&](auto j) {
+        j.store(grad.bias1, j.load(folded.b1));
+        for (int64_t n = 0; n < N; ++n) grad.weight1[j.at * N + n] = folded.w1t[n * ld + j.at];
+      });
+    } else {
+      const bool second = i < H;
+      const int64_t o = second ? i : i - H;
+      const C *gain = second ? p.gain1 : p.gain2, *shift = second ? p.shift1 : p.shift2;
+      const C* gw = (second ? folded.w2 : folded.w3) + o * ld;
+      const C gb = (second ? folded.b2 : folded.b3)[o];
+      C* to = (second ? grad.weight2 : grad.weight3) + o * H;
+      row.each([&](auto j) { j.store(to, j.load(gw) * j.load(gain) + gb * j.load(shift)); });
+      row.one([&] { (second ? grad.bias2 : grad.bias3)[o] = gb; });
+    }
+  });
 }
 
 }  // namespace kernelmeta

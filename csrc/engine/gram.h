@@ -6,13 +6,13 @@
 namespace kernelmeta {
 
 // Rows of one task's features, or of a bank that `index` points into.
-template <class C>
+template <class F>
 struct Rows {
-  const C* data;
+  const F* data;
   int64_t stride;        // in elements
   const int64_t* index;  // null: row i is row i
 
-  __host__ __device__ __forceinline__ const C* operator()(int64_t i) const {
+  __host__ __device__ __forceinline__ const F* operator()(int64_t i) const {
     return data + (index ? index[i] : i) * stride;
   }
 };
@@ -20,17 +20,19 @@ struct Rows {
 // Whether A is worth forming. Per task, in multiplications: A itself takes Q^2 D / 2, once; without it every
 // product A G is Xhat (Xhat^T G), 2 Q N D, once a step forward and once a step backward (and both routes to
 // the gradient of the rows keep that proportion). So A pays unless the query rows are many and the steps few.
-__host__ __device__ __forceinline__ bool forms_gram(const Sizes& s, bool backward_follows) {
+template <class S>
+__host__ __device__ __forceinline__ bool forms_gram(const S& s, bool backward_follows) {
   return s.K > 0 && (backward_follows ? 8 : 4) * s.K * s.N >= s.Q;
 }
 
 template <class B>
 struct GramMatrix {
   using C = typename B::Scalar;
+  using F = typename B::Feature;
 
   B& block;
-  const Sizes& s;
-  Rows<C> rows;
+  const typename B::Sizes& s;
+  Rows<F> rows;
   const C* inverse;  // [Q]: 1 / |x_q|
   C* matrix;         // [Q][ld], or null: not formed
   C* span;           // [N][D], scratch; only where it is not formed
@@ -60,7 +62,7 @@ struct GramMatrix {
   // to [N][D] = g [N][ld] times the normalised rows.
   __host__ __device__ __forceinline__ void project(const C* g, C* to) const {
     const int64_t ld = s.ld();
-    block.rows(s.N, s.Q, [&](int64_t n, auto row) {
+    block.unfenced().rows(s.N, s.Q, [&](int64_t n, auto row) {
       row.each([&](auto q) { q.store(scaled + n * ld, q.load(g + n * ld) * q.load(inverse)); });
     });
     block.features_zero(s.N, s.D, to);

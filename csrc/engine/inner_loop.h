@@ -32,8 +32,11 @@ struct Trace {
   C* a;        // [K+1][N]      with weights only
   C* p;        // [K+1][N][ld]  with weights only
 
-  __host__ __device__ __forceinline__ Trace(Arena<C>& arena, const Sizes& s, bool gram_formed, bool weights)
-      : theta0(arena.take(s.N * s.D)),
+  // theta0 comes first, so that the rest is one stretch of memory where both arenas are the same.
+  template <class S>
+  __host__ __device__ __forceinline__ Trace(Arena<C>& features, Arena<C>& arena, const S& s, bool gram_formed,
+                                            bool weights)
+      : theta0(features.take(s.N * s.D)),
         inverse(arena.take(s.Q)),
         r2(arena.take((s.K + 1) * s.N)),
         u(arena.take((s.K + 1) * s.N * s.ld())),
@@ -43,20 +46,20 @@ struct Trace {
         p(weights ? arena.take((s.K + 1) * s.N * s.ld()) : nullptr) {}
 
   // The trace is handed out: nothing in it may depend on what the memory held before.
-  __host__ __device__ __forceinline__ void clear_padding(const Sizes& s) const {
-    const auto rows = [](C* array, int64_t n, int64_t length) {
-      for (int64_t i = 0; array && i < n; ++i) {
-        for (int64_t j = length; j < padded(length); ++j) array[i * padded(length) + j] = 0;
-      }
-    };
-    rows(theta0, 1, s.N * s.D);
-    rows(inverse, 1, s.Q);
-    rows(r2, 1, (s.K + 1) * s.N);
-    rows(u, (s.K + 1) * s.N, s.Q);
-    rows(gram, s.Q, s.Q);
-    rows(ag, s.K * s.N, s.Q);
-    rows(a, 1, (s.K + 1) * s.N);
-    rows(p, (s.K + 1) * s.N, s.Q);
+  template <class B>
+  __host__ __device__ __forceinline__ void clear_padding(B& block, const typename B::Sizes& s) const {
+    const int64_t KN = s.K * s.N, N = s.N;
+    block.unfenced().each_item(4 + 2 * (KN + N) + KN + s.Q, [&](int64_t i) {
+      const auto row = [&i](C* array, int64_t n, int64_t length) {
+        if (i < n) {
+          for (int64_t j = length; array && j < padded(length); ++j) array[i * padded(length) + j] = 0;
+        }
+        i -= n;
+        return i < 0;
+      };
+      (void)(row(theta0, 1, N * s.D) || row(inverse, 1, s.Q) || row(r2, 1, KN + N) || row(u, KN + N, s.Q) ||
+             row(gram, s.Q, s.Q) || row(ag, KN, s.Q) || row(a, 1, KN + N) || row(p, KN + N, s.Q));
+    });
   }
 };
 
@@ -80,21 +83,22 @@ struct InnerLoop {
   using C = typename B::Scalar;
 
   B& block;
-  const Sizes& s;
+  const typename B::Sizes& s;
   C scale, bias, lr;
   C e;  // step size for U, whose gradient is s times that of Z
   Mlp<B> mlp;
   C *z, *g;  // [N][ld], [N][ld]
 
-  __host__ __device__ __forceinline__ InnerLoop(B& block, const Sizes& s, const FoldedMlp<C>& weights,
-                                                C scale, C bias, C lr, Arena<C>& arena)
+  __host__ __device__ __forceinline__ InnerLoop(B& block, const typename B::Sizes& s,
+                                                const FoldedMlp<C>& weights, C scale, C bias, C lr,
+                                                bool backward, Arena<C>& arena)
       : block(block),
         s(s),
         scale(scale),
         bias(bias),
         lr(lr),
         e(lr * scale),
-        mlp(block, s, weights, arena),
+        mlp(block, s, weights, backward, arena),
         z(arena.take(s.N * s.ld())),
         g(arena.take(s.N * s.ld())) {}
 
@@ -122,7 +126,7 @@ struct InnerLoop {
   __host__ __device__ __forceinline__ void logits(const Trace<C>& trace, C* out) {
     const C* u = trace.u + s.K * s.N * s.ld();
     const int64_t N = s.N, ld = s.ld();
-    block.each_item(s.Q * N, [&](int64_t i) { out[i] = scale * (u[i % N * ld + i / N] + bias); });
+    block.unfenced().each_item(s.Q * N, [&](int64_t i) { out[i] = scale * (u[i % N * ld + i / N] + bias); });
   }
 
   // Scratch of the backward pass.
@@ -133,10 +137,10 @@ struct InnerLoop {
     C *gg, *gz;         // [N][ld]
     C* gag;             // [K][N][ld] gradient of AG; all steps are kept for the Gram matrix' gradient
     C* gs;              // [K][N][ld] G of every step, likewise
-    C* gh;              // MLP scratch
+    C* g2;              // [H][ld]: of the MLP
     C *gscale, *gbias;  // [N] each: one sum per class, added up in order at the end
 
-    __host__ __device__ __forceinline__ Adjoint(Arena<C>& arena, const Sizes& s, bool weights)
+    __host__ __device__ __forceinline__ Adjoint(Arena<C>& arena, const typename B::Sizes& s, bool weights)
         : gu(arena.take(s.N * s.ld())),
           gr2(arena.take(s.N)),
           gp(weights ? arena.take(s.N * s.ld()) : nullptr),
@@ -145,7 +149,7 @@ struct InnerLoop {
           gz(arena.take(s.N * s.ld())),
           gag(arena.take(s.K * s.N * s.ld())),
           gs(arena.take(s.K * s.N * s.ld())),
-          gh(arena.take(Mlp<B>::backward_scratch(s))),
+          g2(arena.take(s.H * s.ld())),
           gscale(arena.take(s.N)),
           gbias(arena.take(s.N)) {}
   };
@@ -157,7 +161,7 @@ struct InnerLoop {
                                                     const FoldedMlpGrad<C>& grad) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     block.each_item(N * Q, [&](int64_t i) { adj.gz[i / Q * ld + i % Q] = grad_logits[i % Q * N + i / Q]; });
-    block.rows(N, Q, [&](int64_t n, auto row) {
+    block.unfenced().rows(N, Q, [&](int64_t n, auto row) {
       row.one([&] {
         adj.gr2[n] = 0;
         adj.gscale[n] = 0;
@@ -276,7 +280,7 @@ struct InnerLoop {
       });
     });
     gram.multiply(gag, adj.gg, true);
-    mlp.backward(z, adj.gg, adj.gz, adj.gh, grad);
+    mlp.backward(z, adj.gg, adj.gz, adj.g2, grad);
     through_classifier(u, adj);
   }
 };

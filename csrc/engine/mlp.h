@@ -4,27 +4,40 @@
 // so here "normalise" is (a - mean) / std alone. Query rows are innermost: every activation is [units][ld].
 #pragma once
 
-#include <cmath>
-
 #include "engine/sizes.h"
 
 namespace kernelmeta {
 
 inline constexpr double kNormEps = 1e-5;
 
-// Weights with gain and shift folded in. mean/istd are null when the statistics are the task's own.
+// Weights with gain and shift folded in; see fold.h. mean/istd are null when the statistics are the task's
+// own.
 template <class C>
 struct FoldedMlp {
-  const C* w1;     // [H, N]
-  const C* b1;     // [H]
-  const C* w2;     // [H, H]
-  const C* b2;     // [H]
-  const C* w3;     // [N, H]
-  const C* b3;     // [N]
-  const C* mean1;  // [H]
-  const C* istd1;  // [H]
-  const C* mean2;  // [H]
-  const C* istd2;  // [H]
+  C* w1;     // [H, N]
+  C* b1;     // [H]
+  C* w2;     // [H, H]
+  C* b2;     // [H]
+  C* w3;     // [N, H]
+  C* b3;     // [N]
+  C* mean1;  // [H]
+  C* istd1;  // [H]
+  C* mean2;  // [H]
+  C* istd2;  // [H]
+
+  FoldedMlp() = default;
+  template <class S>
+  __host__ __device__ __forceinline__ FoldedMlp(Arena<C>& arena, const S& s, bool fixed_stats)
+      : w1(arena.take(s.H * s.N)),
+        b1(arena.take(s.H)),
+        w2(arena.take(s.H * s.H)),
+        b2(arena.take(s.H)),
+        w3(arena.take(s.N * s.H)),
+        b3(arena.take(s.N)),
+        mean1(fixed_stats ? arena.take(s.H) : nullptr),
+        istd1(fixed_stats ? arena.take(s.H) : nullptr),
+        mean2(fixed_stats ? arena.take(s.H) : nullptr),
+        istd2(fixed_stats ? arena.take(s.H) : nullptr) {}
 };
 
 // Gradients of the folded weights, summed over steps and tasks. w1 and w3 are stored hidden units innermost.
@@ -37,7 +50,8 @@ struct FoldedMlpGrad {
   C* w3;   // [N, padded(H)]
   C* b3;   // [N]
 
-  __host__ __device__ __forceinline__ FoldedMlpGrad(Arena<C>& arena, const Sizes& s)
+  template <class S>
+  __host__ __device__ __forceinline__ FoldedMlpGrad(Arena<C>& arena, const S& s)
       : w1t(arena.take(s.N * padded(s.H))),
         b1(arena.take(s.H)),
         w2(arena.take(s.H * padded(s.H))),
@@ -51,16 +65,19 @@ struct Mlp {
   using C = typename B::Scalar;
 
   // What the backward pass needs of the forward pass. The arrays that `outer` reads are padded in units too.
+  // Where no backward pass comes, layers are normalised in place.
   struct Activations {
-    C *a1, *n1, *a2, *n2;    // [padded(H)][ld]: after the linear layer; after ReLU and normalisation
+    C *n1, *n2;              // [padded(H)][ld]: after ReLU and normalisation
+    C *a1, *a2;              // [H][ld]: after the linear layer
     C *istd1, *istd2;        // [H]
     C *mean, *along, *kept;  // [H] each, scratch
 
-    __host__ __device__ __forceinline__ Activations(Arena<C>& arena, const Sizes& s)
-        : a1(arena.take(s.H * s.ld())),
-          n1(arena.take(padded(s.H) * s.ld())),
-          a2(arena.take(s.H * s.ld())),
+    __host__ __device__ __forceinline__ Activations(Arena<C>& arena, const typename B::Sizes& s,
+                                                    bool backward)
+        : n1(arena.take(padded(s.H) * s.ld())),
           n2(arena.take(padded(s.H) * s.ld())),
+          a1(backward ? arena.take(s.H * s.ld()) : n1),
+          a2(backward ? arena.take(s.H * s.ld()) : n2),
           istd1(arena.take(s.H)),
           istd2(arena.take(s.H)),
           mean(arena.take(s.H)),
@@ -69,12 +86,14 @@ struct Mlp {
   };
 
   B& block;
-  const Sizes& s;
+  const typename B::Sizes& s;
   const FoldedMlp<C>& w;
   Activations act;
 
-  __host__ __device__ __forceinline__ Mlp(B& block, const Sizes& s, const FoldedMlp<C>& w, Arena<C>& arena)
-      : block(block), s(s), w(w), act(arena, s) {}
+  // `backward`: whether backward() will be called.
+  __host__ __device__ __forceinline__ Mlp(B& block, const typename B::Sizes& s, const FoldedMlp<C>& w,
+                                          bool backward, Arena<C>& arena)
+      : block(block), s(s), w(w), act(arena, s, backward) {}
 
   // z [N][ld] -> g [N][ld]. Where `stats` [2][2][H] is given it receives mean and unbiased variance per
   // layer.
@@ -88,29 +107,23 @@ struct Mlp {
   }
 
   // gg [N][ld] -> gz [N][ld], from the activations of the last forward(z); adds to `grad`.
-  // gh: scratch, 2 [H][ld].
-  __host__ __device__ __forceinline__ void backward(const C* z, const C* gg, C* gz, C* gh,
+  // g2: scratch, [H][ld].
+  __host__ __device__ __forceinline__ void backward(const C* z, const C* gg, C* gz, C* g2,
                                                     const FoldedMlpGrad<C>& grad) {
     const int64_t N = s.N, H = s.H, ld = s.ld(), ldh = padded(H);
-    C* g2 = gh;
-    C* g1 = gh + H * ld;
-    block.mm(H, N, s.Q, {w.w3, 1, H}, gg, ld, g2, ld, nullptr);
-    block.rows(N, s.Q, [&](int64_t n, auto row) {
+    C* g1 = act.n2;  // which is read for the last time before g1 is written
+    block.unfenced().mm(H, N, s.Q, {w.w3, 1, H}, gg, ld, g2, ld, nullptr);
+    block.unfenced().rows(N, s.Q, [&](int64_t n, auto row) {
       const C sum = row.sum([&](auto q) { return q.load(gg + n * ld); });
       row.one([&] { grad.b3[n] += sum; });
     });
     block.outer(N, H, s.Q, gg, ld, act.n2, ld, grad.w3, ldh);
     through_norm(act.a2, act.n2, act.istd2, w.istd2, g2, grad.b2);
-    block.mm(H, H, s.Q, {w.w2, 1, H}, g2, ld, g1, ld, nullptr);
+    block.unfenced().mm(H, H, s.Q, {w.w2, 1, H}, g2, ld, g1, ld, nullptr);
     block.outer(H, H, s.Q, g2, ld, act.n1, ld, grad.w2, ldh);
     through_norm(act.a1, act.n1, act.istd1, w.istd1, g1, grad.b1);
-    block.mm(N, H, s.Q, {w.w1, 1, N}, g1, ld, gz, ld, nullptr);
+    block.unfenced().mm(N, H, s.Q, {w.w1, 1, N}, g1, ld, gz, ld, nullptr);
     block.outer(N, H, s.Q, z, ld, g1, ld, grad.w1t, ldh);
-  }
-
-  // Sizes of backward's scratch: the second half is read by `outer`, so it is padded in units.
-  __host__ __device__ __forceinline__ static int64_t backward_scratch(const Sizes& s) {
-    return (s.H + padded(s.H)) * s.ld();
   }
 
  private:
@@ -128,12 +141,12 @@ struct Mlp {
         return d * d;
       });
       if (stats) {
-        block.each_item(H, [=](int64_t h) {
+        block.unfenced().each_item(H, [=](int64_t h) {
           stats[h] = own_mean[h];
           stats[H + h] = istd[h] / C(Q > 1 ? Q - 1 : 1);
         });
       }
-      block.each_item(H, [=](int64_t h) { istd[h] = C(1 / ::sqrt(double(istd[h]) / double(Q) + kNormEps)); });
+      block.each_item(H, [=](int64_t h) { istd[h] = B::inverse_std(istd[h], Q, kNormEps); });
     }
     const C *mean = fixed_mean ? fixed_mean : act.mean, *scale = fixed_mean ? fixed_istd : istd;
     block.rows(H, Q, [&](int64_t h, auto row) {
@@ -149,7 +162,7 @@ struct Mlp {
     if (fixed_istd) {
       block.each_item(H, [=](int64_t h) { mean[h] = along[h] = 0; });
     } else {
-      block.row_sums(H, Q, mean, [&](int64_t h, auto q) { return q.load(g + h * ld); });
+      block.unfenced().row_sums(H, Q, mean, [&](int64_t h, auto q) { return q.load(g + h * ld); });
       block.row_sums(H, Q, along, [&](int64_t h, auto q) { return q.load(g + h * ld) * q.load(n + h * ld); });
       block.each_item(H, [=](int64_t h) {
         mean[h] /= C(Q);
@@ -163,7 +176,7 @@ struct Mlp {
       q.store(g + h * ld, passed);
       return passed;
     });
-    block.each_item(H, [=](int64_t h) { gb[h] += kept[h]; });
+    block.unfenced().each_item(H, [=](int64_t h) { gb[h] += kept[h]; });
   }
 };
 

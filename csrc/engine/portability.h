@@ -8,3 +8,9 @@
 #define __device__
 #define __forceinline__ inline __attribute__((always_inline))
 #endif
+
+#ifdef __CUDACC__
+#define KERNELMETA_NOINLINE __noinline__
+#else
+#define KERNELMETA_NOINLINE __attribute__((noinline))
+#endif

@@ -190,7 +190,7 @@ struct ProgramLoop {
     C *gg, *gz;  // [N][widest]
     C* gag;      // [K][N][ld]  gradient of A G; all steps are kept for the Gram matrix' gradient
     C* gs;       // G of every step, likewise; see ProgramShape::packed
-    C* gh;       // MLP scratch
+    C* gh;       // [H][widest], MLP scratch
     C *ganchor, *gra, *gna, *gpa, *gaa;   // <theta, theta_a>; R, r2, P and a of the anchor
     C *gscale, *gbias, *gtarget, *grate;  // [N]: one sum per class, added up in order
 
@@ -203,7 +203,7 @@ struct ProgramLoop {
           gz(arena.take(s.N * s.widest())),
           gag(arena.take(s.K * s.N * s.ld())),
           gs(arena.take(s.packed(s.n_phases))),
-          gh(s.H ? arena.take(Mlp<B>::backward_scratch(s.mlp(s.widest()))) : nullptr),
+          gh(s.H ? arena.take(s.H * s.widest()) : nullptr),
           ganchor(arena.take(s.N)),
           gra(s.cosine ? arena.take(s.N * s.ld()) : nullptr),
           gna(arena.take(s.N)),
@@ -282,7 +282,7 @@ struct ProgramLoop {
   __host__ __device__ __forceinline__ static int64_t mlp_size(const ProgramShape& s) {
     const Sizes sizes = s.mlp(s.widest());
     Arena<C> count;
-    typename Mlp<B>::Activations unused(count, sizes);
+    typename Mlp<B>::Activations unused(count, sizes, true);
     return count.used();
   }
 
@@ -306,7 +306,7 @@ struct ProgramLoop {
     if (phase.oracle == Oracle::kSyntheticGradient) {
       const Sizes sizes = s.mlp(part.count);
       Arena<C> memory(mlp_memory);
-      Mlp<B>(block, sizes, *with.mlp, memory).forward(z, to, nullptr);
+      Mlp<B>(block, sizes, *with.mlp, true, memory).forward(z, to, nullptr);
       if (phase.mean) scale_rows(to, part, C(1) / C(part.count));
       return;
     }
@@ -321,7 +321,7 @@ struct ProgramLoop {
       const Sizes sizes = s.mlp(part.count);
       Arena<C> memory(mlp_memory);
       if (phase.mean) scale_rows(adj.gg, part, C(1) / C(part.count));
-      Mlp<B>(block, sizes, *with.mlp, memory).backward(z, adj.gg, adj.gz, adj.gh, *grad.mlp);
+      Mlp<B>(block, sizes, *with.mlp, true, memory).backward(z, adj.gg, adj.gz, adj.gh, *grad.mlp);
       return;
     }
     const OracleRows<B> rows = oracle_rows(phase, part);

@@ -18,4 +18,17 @@ struct Sizes {
   __host__ __device__ __forceinline__ int64_t ld() const { return padded(Q); }
 };
 
+// The same with ways and hidden units known to the compiler. Holds nothing of its own: sizes that have these
+// ways and hidden units may be looked at as FixedSizes where they stand (`as`).
+template <int kN, int kH>
+struct FixedSizes : Sizes {
+  static constexpr int64_t N = kN, H = kH;
+};
+
+template <class Z>
+__host__ __device__ __forceinline__ const Z& as(const Sizes& s) {
+  static_assert(sizeof(Z) == sizeof(Sizes));
+  return static_cast<const Z&>(s);
+}
+
 }  // namespace kernelmeta

@@ -64,8 +64,16 @@ class ANIL(Program):
         for name in ("query_offsets", "n_ways"):
             if options.pop(name, None) is not None:
                 raise ValueError(f"{name}: needs support_offsets")
+        if support_labels.shape[-1] < self.n_way:
+            raise ValueError(
+                f"support: task 0 has {self.n_way} ways and {support_labels.shape[-1]} support rows; every class needs"
+                " at least one"
+            )
+        rates = self.step_rates()
+        if rates is None:
+            rates = self.bias.new_full((self.steps,), self.phases[0].lr)
         results = ops.linear_head(
-            support, support_labels, query, self.weight, self.bias, self.step_rates()[: self.steps],
+            support, support_labels, query, self.weight, self.bias, rates[: self.steps],
             oracle=self.phases[0].oracle, first_order=self.first_order, return_weights=return_weights, **options,
         )  # fmt: skip
         if not return_weights:

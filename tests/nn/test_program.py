@@ -107,7 +107,7 @@ def test_rows_of_a_bank(name: str) -> None:
     assert torch.equal(head.from_bank(bank, support, EPISODE.labels, query), want)
     offsets = {"support_offsets": torch.arange(3) * 7, "query_offsets": torch.arange(3) * 11}
     flat = head.from_bank(bank, support.flatten(), EPISODE.labels.flatten(), query.flatten(), **offsets)
-    assert torch.equal(flat, want.flatten(0, 1))
+    assert_close([flat], [want.flatten(0, 1)], 1e-12)  # of tasks that all have the same sizes, ANIL has its own op
     assert torch.equal(head(bank[support.flatten()], EPISODE.labels.flatten(), bank[query.flatten()], **offsets), flat)
 
 
@@ -152,7 +152,9 @@ def test_a_phase_without_rows_is_refused() -> None:
     head = km.nn.ANIL(3, 13)
     with pytest.raises(ValueError, match="0 support rows"):
         head(torch.zeros(2, 0, 13), torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 5, 13))
-    with pytest.raises(ValueError, match="query: expected at least one row"):
+    with pytest.raises(
+        ValueError, match=r"query: expected at least one row|expected at least one row each, got 7 and 0"
+    ):
         head(EPISODE.support.float(), EPISODE.labels, torch.zeros(2, 0, 13))
 
 

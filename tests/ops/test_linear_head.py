@@ -57,11 +57,11 @@ def test_against_the_reference(sizes: tuple[int, ...], oracle: str, first_order:
 
 def unrolled(module: km.nn.ANIL, support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
     """MAML's inner loop as one writes it for one task, with nothing of this package."""
-    logits = []
+    logits, rates = [], module.step_rates()
     for x, y, q in zip(support, labels, query, strict=True):
         weight, bias = module.weight, module.bias
         for k in range(module.steps):
-            rate = module.step_rates()[k]
+            rate = module.phases[0].lr if rates is None else rates[k]
             steps = torch.autograd.grad(
                 cross_entropy(linear(x, weight, bias), y), (weight, bias), create_graph=not module.first_order
             )

@@ -1,0 +1,68 @@
+#include "cuda/kernel.cuh"
+
+namespace kernelmeta::cuda {
+
+namespace {
+
+template <class B, class C = typename B::Scalar>
+__global__ void __launch_bounds__(B::kThreads)
+    class_means_fwd_kernel(const __grid_constant__ ClassMeansProblem<C> p, C* theta0, Memory<C> memory) {
+  class_means_forward_body<B>(frame<B, ClassMeansLayout<B>>(), p, theta0, memory.template arena<B>(),
+                              share());
+}
+
+template <class B, class C = typename B::Scalar>
+__global__ void __launch_bounds__(B::kThreads)
+    class_means_bwd_kernel(const __grid_constant__ ClassMeansProblem<C> p, const C* grad_theta0,
+                           C* grad_support, C* partials, Memory<C> memory) {
+  class_means_backward_body<B>(frame<B, ClassMeansLayout<B>>(), p, grad_theta0, grad_support,
+                               partials + blockIdx.x * p.s.D, memory.template arena<B>(), share());
+}
+
+template <class C, class Fn>
+auto with_class_means_block(const ClassMeansProblem<C>& p, Fn f) {
+  return with_storage<C>(p.support.storage, [&](auto feature) {
+    return f(Type<CudaBlock<C, typename decltype(feature)::type>>{});
+  });
+}
+
+}  // namespace
+
+template <class C>
+Plan plan_class_means(const ClassMeansProblem<C>& p, bool backward, int device) {
+  return with_class_means_block(p, [&](auto block) {
+    using B = typename decltype(block)::type;
+    const void* kernel = backward ? reinterpret_cast<const void*>(&class_means_bwd_kernel<B>)
+                                  : reinterpret_cast<const void*>(&class_means_fwd_kernel<B>);
+    return make_plan<B, ClassMeansLayout<B>>(kernel, p.s, device, backward);
+  });
+}
+
+template <class C>
+void launch_class_means_forward(const ClassMeansProblem<C>& p, C* theta0, const Plan& plan, C* workspace,
+                                const Where& where) {
+  with_class_means_block(p, [&](auto block) {
+    launch("class_means", &class_means_fwd_kernel<typename decltype(block)::type>, kThreads, plan, where, p,
+           theta0, Memory<C>{plan.capacity, workspace, plan.workspace});
+  });
+}
+
+template <class C>
+void launch_class_means_backward(const ClassMeansProblem<C>& p, const C* grad_theta0, C* grad_support,
+                                 const Plan& plan, C* workspace, C* partials, const Where& where) {
+  with_class_means_block(p, [&](auto block) {
+    launch("class_means_backward", &class_means_bwd_kernel<typename decltype(block)::type>, kThreads, plan,
+           where, p, grad_theta0, grad_support, partials,
+           Memory<C>{plan.capacity, workspace, plan.workspace});
+  });
+}
+
+#define INSTANTIATE(C)                                                                                      \
+  template Plan plan_class_means(const ClassMeansProblem<C>&, bool, int);                                   \
+  template void launch_class_means_forward(const ClassMeansProblem<C>&, C*, const Plan&, C*, const Where&); \
+  template void launch_class_means_backward(const ClassMeansProblem<C>&, const C*, C*, const Plan&, C*, C*, \
+                                            const Where&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+
+}  // namespace kernelmeta::cuda

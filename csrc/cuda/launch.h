@@ -1,0 +1,66 @@
+// Launchers of the CUDA kernels. Each kernel is planned first: how many blocks, how much shared memory, how
+// much workspace in global memory, which the caller allocates; nothing here allocates or waits. No CUDA
+// headers.
+#pragma once
+
+#include "engine/mlp_task.h"
+#include "engine/problem.h"
+
+namespace kernelmeta::cuda {
+
+struct Plan {
+  int64_t blocks = 0;
+  int64_t shared_bytes = 0;
+  int64_t capacity = 0;   // elements of shared memory that the kernel lays out
+  int64_t workspace = 0;  // elements of global memory for each block
+};
+
+// On the device and the stream (a cudaStream_t) of the launch.
+struct Where {
+  int device;
+  void* stream;
+};
+
+template <class C>
+Plan plan_sib_forward(const SibForward<C>& f, int device);
+// workspace [blocks][plan.workspace]; stride: trace_size
+template <class C>
+void launch_sib_forward(const SibForward<C>& f, const Plan& plan, C* workspace, const Where& where);
+
+template <class C>
+Plan plan_sib_backward(const SibBackward<C>& f, int device);
+// partials [blocks][SibParameterGrad]
+template <class C>
+void launch_sib_backward(const SibBackward<C>& f, const Plan& plan, C* workspace, C* partials,
+                         const Where& where);
+
+template <class C>
+Plan plan_mlp(const MlpProblem<C>& p, bool backward, int device);
+template <class C>
+void launch_mlp_forward(const MlpProblem<C>& p, C* out, const Plan& plan, C* workspace, const Where& where);
+// partials [blocks][FoldedMlpGrad]
+template <class C>
+void launch_mlp_backward(const MlpProblem<C>& p, const C* grad_out, C* grad_logits, const Plan& plan,
+                         C* workspace, C* partials, const Where& where);
+
+template <class C>
+Plan plan_class_means(const ClassMeansProblem<C>& p, bool backward, int device);
+template <class C>
+void launch_class_means_forward(const ClassMeansProblem<C>& p, C* theta0, const Plan& plan, C* workspace,
+                                const Where& where);
+// grad_support: null where not wanted; partials [blocks][D]
+template <class C>
+void launch_class_means_backward(const ClassMeansProblem<C>& p, const C* grad_theta0, C* grad_support,
+                                 const Plan& plan, C* workspace, C* partials, const Where& where);
+
+// out[i] = factor * the sum of partials[b][i] over b < count, in order.
+template <class C>
+void launch_sum_partials(const C* partials, int64_t count, int64_t size, C factor, C* out,
+                         const Where& where);
+
+// sums: a SibParameterGrad, or, without scale and bias, a FoldedMlpGrad.
+template <class C>
+void launch_unfold(const Sizes& s, const MlpArrays<const C>& mlp, C* sums, const MlpArrays<C>& to, C* scale,
+                   C* bias, C* weight, const Where& where);
+
+}  // namespace kernelmeta::cuda

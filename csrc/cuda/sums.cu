@@ -1,0 +1,55 @@
+// Sums over blocks or tasks, and the gradients of the MLP's parameters from those of the folded MLP.
+#include <algorithm>
+
+#include "cuda/kernel.cuh"
+
+namespace kernelmeta::cuda {
+
+namespace {
+
+template <class B, class C = typename B::Scalar>
+__global__ void __launch_bounds__(B::kThreads)
+    sum_partials_kernel(const C* partials, int64_t count, int64_t size, C factor, C* out) {
+  sum_partials_body<B>(partials, count, size, factor, out, share());
+}
+
+template <class B, class C = typename B::Scalar>
+__global__ void __launch_bounds__(B::kThreads)
+    unfold_kernel(const __grid_constant__ Sizes s, const __grid_constant__ MlpArrays<const C> mlp, C* sums,
+                  const __grid_constant__ ParameterGradients<C> to) {
+  unfold_body<B>(s, mlp, sums, to);
+}
+
+Plan plain(int64_t blocks, int64_t shared_bytes) {
+  Plan plan;
+  plan.blocks = blocks;
+  plan.shared_bytes = shared_bytes;
+  return plan;
+}
+
+}  // namespace
+
+template <class C>
+void launch_sum_partials(const C* partials, int64_t count, int64_t size, C factor, C* out,
+                         const Where& where) {
+  using B = CudaBlock<C>;
+  const int64_t blocks = std::min<int64_t>((size + B::kLanes - 1) / B::kLanes, 1024);
+  launch("sum over blocks", &sum_partials_kernel<B>, kThreads, plain(blocks, kThreads * int64_t(sizeof(C))),
+         where, partials, count, size, factor, out);
+}
+
+template <class C>
+void launch_unfold(const Sizes& s, const MlpArrays<const C>& mlp, C* sums, const MlpArrays<C>& to, C* scale,
+                   C* bias, C* weight, const Where& where) {
+  launch("unfold", &unfold_kernel<CudaBlock<C>>, kThreads, plain(1, 0), where, s, mlp, sums,
+         ParameterGradients<C>{to, scale, bias, weight});
+}
+
+#define INSTANTIATE(C)                                                                                      \
+  template void launch_sum_partials(const C*, int64_t, int64_t, C, C*, const Where&);                       \
+  template void launch_unfold(const Sizes&, const MlpArrays<const C>&, C*, const MlpArrays<C>&, C*, C*, C*, \
+                              const Where&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+
+}  // namespace kernelmeta::cuda

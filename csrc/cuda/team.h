@@ -1,0 +1,58 @@
+// The team of a CUDA thread block; see block.h. Host code only lays out memory with it.
+#pragma once
+
+#include "cuda/block.h"
+
+namespace kernelmeta {
+
+template <int kCount>
+struct CudaTeam {
+  static constexpr int kThreads = kCount, kLanes = 32;
+
+  static __host__ __device__ __forceinline__ int thread() {
+#ifdef __CUDA_ARCH__
+    return int(threadIdx.x);
+#else
+    return 0;
+#endif
+  }
+  static __host__ __device__ __forceinline__ void sync(Spot) {
+#ifdef __CUDA_ARCH__
+    __syncthreads();
+#endif
+  }
+  static __host__ __device__ __forceinline__ bool any(bool value) {
+#ifdef __CUDA_ARCH__
+    return __syncthreads_or(value);
+#else
+    return value;
+#endif
+  }
+  static __host__ __device__ __forceinline__ void sync_warp() {
+#ifdef __CUDA_ARCH__
+    __syncwarp();
+#endif
+  }
+  template <class C>
+  static __host__ __device__ __forceinline__ C add_lanes(C value) {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+      value += __shfl_xor_sync(0xffffffffu, value, distance);
+    }
+#endif
+    return value;
+  }
+  // The beginning of the block's dynamic shared memory.
+  template <class C>
+  static __host__ __device__ __forceinline__ C* stage() {
+#ifdef __CUDA_ARCH__
+    extern __shared__ __align__(16) unsigned char memory[];
+    return reinterpret_cast<C*>(memory);
+#else
+    return nullptr;
+#endif
+  }
+};
+
+}  // namespace kernelmeta

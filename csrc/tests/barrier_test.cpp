@@ -1,0 +1,113 @@
+// The barriers of the CUDA kernels' bodies are needed, all of them: each that is met is removed in turn, and
+// ThreadSanitizer must report a race (or the results must differ), for every place in the source at least
+// once: one barrier serves many passes of a loop, and some pass may do without. With all barriers in place
+// there is no report. Built with ThreadSanitizer.
+#include <fcntl.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <map>
+
+#include "tests/engine_checks.h"
+#include "tests/team_kernels.h"
+
+namespace {
+std::atomic<int64_t> reports{0};
+}
+
+extern "C" void __tsan_on_report(void*) { ++reports; }
+extern "C" const char* __tsan_default_options() {
+  return "suppress_equal_stacks=0 suppress_equal_addresses=0 symbolize=0 history_size=7";
+}
+
+namespace {
+
+// Whether `call` gives true, or crashes or hangs, in a process of its own. Its reports are counted, not read.
+template <class Call>
+bool fails_in_child(Call call) {
+  std::fflush(stdout);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(60);
+    dup2(open("/dev/null", O_WRONLY), 2);
+    _exit(call() ? 1 : 0);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  return status != 0;
+}
+
+// For every place in the source where barriers stand: how many were tried, up to the first that was seen when
+// missing.
+struct Place {
+  int64_t tried = 0;
+  bool seen = false;
+};
+std::map<std::string, Place> places;
+
+// run(): all results in one vector.
+template <class Run>
+int check_barriers(const char* what, Run run) {
+  team_options = {};
+  const std::vector<float> want = run();
+  const std::vector<Spot> barriers = team_options.barriers;
+  if (reports) {
+    std::printf("FAILED %s: %ld races with all barriers in place\n", what, long(reports));
+    return 1;
+  }
+  for (size_t k = 0; k < barriers.size(); ++k) {
+    team_options = {};
+    team_options.removed = int64_t(k);
+    Place& place = places[std::string(barriers[k].file) + ":" + std::to_string(barriers[k].line)];
+    if (place.seen) continue;
+    ++place.tried;
+    place.seen = fails_in_child([&] {
+      const std::vector<float> got = run();
+      return reports || std::memcmp(got.data(), want.data(), want.size() * sizeof(float)) != 0;
+    });
+  }
+  return 0;
+}
+
+template <class C>
+void append(std::vector<float>& all, const std::vector<C>& more) {
+  all.insert(all.end(), more.begin(), more.end());
+}
+
+int check_problem(const std::string& name, const Sizes& s, bool from_support, bool running,
+                  const Wanted& wanted) {
+  const Episode e(s, from_support, running, 0.02);
+  const Vec weights_z = draw(s.T * s.Q * s.N), weights_theta = draw(s.T * s.N * s.D);
+  const auto all = [&] {
+    const Results<float> r = run<float>(kTeamKernels<float>, e, true, weights_z, weights_theta, wanted);
+    std::vector<float> values;
+    for (const auto* part : {&r.logits, &r.grad_query, &r.grad_start, &r.weight, &r.scale, &r.bias}) {
+      append(values, *part);
+    }
+    for (const auto& part : r.mlp) append(values, part);
+    return values;
+  };
+  return check_barriers(name.c_str(), all);
+}
+
+}  // namespace
+
+int main() {
+  int status = 0;
+  //                                         T  S  Q   N  D   H  K
+  status |= check_problem("class means", {2, 5, 9, 3, 24, 6, 2}, true, false, {});
+  status |= check_problem("given theta0, running statistics", {1, 3, 9, 3, 11, 6, 1}, false, true, {});
+  status |= check_problem("no Gram matrix", {1, 3, 17, 2, 11, 5, 1}, true, false, {});
+  status |= check_problem("parameters alone", {1, 3, 9, 3, 11, 6, 1}, false, true, {false, false, false});
+  status |= check_problem("support alone", {1, 4, 9, 3, 11, 6, 1}, true, false, {false, false, true});
+  status |= check_problem("no steps", {1, 3, 9, 3, 11, 6, 0}, true, false, {});
+  int64_t needless = 0;
+  for (const auto& [where, place] : places) {
+    if (place.seen) continue;
+    ++needless;
+    std::printf("FAILED %s: nothing shows that its barrier is missing (%ld tried)\n", where.c_str(),
+                long(place.tried));
+  }
+  std::printf("%zu places with barriers, %ld of them needless\n", places.size(), long(needless));
+  return status || needless;
+}

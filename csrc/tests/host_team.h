@@ -1,0 +1,95 @@
+// A team of real host threads for csrc/cuda/block.h: what a CUDA thread block is made of, with real barriers,
+// so that ThreadSanitizer sees what no barrier orders. One thread a lane: barriers of a warp are real too.
+#pragma once
+
+#include <atomic>
+#include <barrier>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "cuda/block.h"
+
+namespace kernelmeta {
+
+// What the threads of a team share.
+struct HostTeamState {
+  static constexpr int kThreads = 16, kLanes = 4;
+
+  std::barrier<> all{kThreads};
+  std::vector<std::unique_ptr<std::barrier<>>> warps;
+  double exchanged[kThreads];
+  bool found[kThreads];
+  void* stage = nullptr;
+  // Barriers of the whole team, counted as thread 0 meets them. The one with the number `removed` is not
+  // there.
+  int64_t removed = -1;
+  std::vector<Spot> barriers;
+
+  HostTeamState() {
+    for (int w = 0; w < kThreads / kLanes; ++w) warps.push_back(std::make_unique<std::barrier<>>(kLanes));
+  }
+};
+
+class HostTeam {
+ public:
+  static constexpr int kThreads = HostTeamState::kThreads, kLanes = HostTeamState::kLanes;
+
+  static int thread() { return thread_; }
+  static void sync(Spot spot) {
+    if (thread_ == 0) state_->barriers.push_back(spot);
+    if (met_++ != state_->removed) state_->all.arrive_and_wait();
+  }
+  // One barrier on a GPU, and never without it.
+  static bool any(bool value) {
+    state_->found[thread_] = value;
+    state_->all.arrive_and_wait();
+    bool found = false;
+    for (const bool f : state_->found) found = found || f;
+    state_->all.arrive_and_wait();
+    return found;
+  }
+  static void sync_warp() { state_->warps[size_t(thread_ / kLanes)]->arrive_and_wait(); }
+  template <class C>
+  static C add_lanes(C value) {
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+      state_->exchanged[thread_] = double(value);
+      sync_warp();
+      const C other = C(state_->exchanged[thread_ ^ distance]);
+      sync_warp();
+      value += other;
+    }
+    return value;
+  }
+  template <class C>
+  static C* stage() {
+    return static_cast<C*>(state_->stage);
+  }
+
+  // Lets the calling thread play thread `thread`.
+  static void join(HostTeamState& state, int thread) {
+    state_ = &state;
+    thread_ = thread;
+    met_ = 0;
+  }
+
+ private:
+  inline static thread_local HostTeamState* state_ = nullptr;
+  inline static thread_local int thread_ = 0;
+  inline static thread_local int64_t met_ = 0;
+};
+
+// body() on every thread of a team.
+template <class Body>
+void run_team(HostTeamState& state, Body body) {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < HostTeam::kThreads; ++i) {
+    threads.emplace_back([&, i] {
+      HostTeam::join(state, i);
+      body();
+    });
+  }
+  for (std::thread& t : threads) t.join();
+}
+
+}  // namespace kernelmeta

@@ -1,0 +1,17 @@
+// The bodies of the CUDA kernels on teams of host threads: right results for all sizes and options, with all,
+// some and none of a block's memory in "shared" memory. Built with AddressSanitizer and
+// UndefinedBehaviorSanitizer, and a second time with ThreadSanitizer.
+#include "tests/engine_checks.h"
+#include "tests/team_kernels.h"
+
+int main() {
+  int status = 0;
+  const int64_t capacities[] = {INT64_MAX, 1500, 0};
+  for (int64_t i = 0; i < 3; ++i) {
+    team_options.capacity = capacities[i];
+    team_options.blocks = 1 + i % 2;
+    const std::string name = "shared memory for " + std::to_string(capacities[i]) + ":";
+    status |= check_all(name, kTeamKernels<double>, kTeamKernels<float>, true);
+  }
+  return status;
+}
