@@ -324,21 +324,18 @@ def test_opcheck_and_compile() -> None:
     support, query, weight, bias, rates = drawn((2, 4, 9), (2, 5, 9), (3, 9), (3,), (2,))
     labels = torch.tensor([[0, 1, 2, 1], [2, 1, 0, 0]])
     one = torch.ones(1, dtype=torch.float64, requires_grad=True)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
         raw.triton_linear_head.default,
-        (support, None, labels, query, None, weight, bias, rates, 0, False, True, True), test_utils=checks,
+        (support, None, labels, query, None, weight, bias, rates, 0, False, True, True),
     )  # fmt: skip
     torch.library.opcheck(
         raw.triton_ridge.default, (query, None, support, None, labels, None, None, None, one, one, one, 3, True),
-        test_utils=checks,
     )  # fmt: skip
     rows = [query, None, support, None, labels, None, None, None]
     for cosine, start in ((True, 0), (False, 1)):
         own = [weight if start else None, None, one, one if cosine else bias, None, rates, *[None] * 11]
         torch.library.opcheck(
             raw.triton_program.default, (*rows, *own, 3, [0, 0, 1, 1, 3, 1, 1, 1], cosine, start, False, True, True),
-            test_utils=checks,
         )  # fmt: skip
 
     def call(support: Tensor) -> Tensor:
