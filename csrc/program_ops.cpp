@@ -21,9 +21,9 @@ std::vector<Phase> phases_of(const std::vector<int64_t>& numbers, bool cosine, b
   for (size_t i = 0; i < numbers.size(); i += 4) {
     const auto oracle = Oracle(numbers[i]);
     const bool query = numbers[i + 1] != 0;
-    require(numbers[i] >= 0 && oracle <= Oracle::kSyntheticGradient, "phases: unknown oracle");
+    require(numbers[i] >= 0 && numbers[i] < kOracles, "phases: unknown oracle");
     require(numbers[i + 3] >= 0, "phases: steps must not be negative");
-    require(!query || oracle > Oracle::kHinge, "phases: query rows have no labels");
+    require(!query || !needs_labels(oracle), "phases: query rows have no labels");
     require(oracle != Oracle::kSoftAssignment || (cosine && query),
             "phases: soft assignment needs a cosine classifier and query rows");
     require(oracle != Oracle::kSyntheticGradient || has_mlp, "phases: a synthetic gradient needs its MLP");
@@ -62,7 +62,10 @@ struct ProgramArguments {
     require(!cosine || start != 2, "a cosine classifier cannot start at zero");
     require(!first_order || !cosine, "first_order is for linear classifiers");
     require_storage<C>(support, query);
-    for (int64_t t = 0; t < T; ++t) require(query.rows.count(t) >= 1, "every task needs a query row");
+    for (int64_t t = 0; t < T; ++t) {
+      if (query.rows.count(t) < 1)
+        refuse("query: task " + std::to_string(t) + " has no row; every task needs one");
+    }
     classes.emplace(labels, support, n_ways, N);
 
     problem = {};

@@ -50,7 +50,7 @@ struct RidgeArguments {
     std::vector<int64_t> work;
     for (int64_t t = 0; t < problem.T; ++t) {
       const Sizes s = problem.sizes(t);
-      require(s.Q >= 1, "every task needs a query row");
+      if (s.Q < 1) refuse("query: task " + std::to_string(t) + " has no row; every task needs one");
       trace_offsets.push_back(trace_offsets.back() + ridge_kernels<C>().trace_size(problem, t));
       work.push_back(s.S * (s.S / 2 + s.Q) * s.D + s.S * s.S * s.S / 3 + s.S * s.N * (s.S + s.Q));
     }

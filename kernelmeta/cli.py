@@ -60,6 +60,7 @@ _HELP = {
     "first_order": "take the inner gradients for constants",
     "learn_rates": "learn a rate for every inner step",
     "channels": "of maml's Conv-4, if the data are pixels",
+    "scale": "of a cosine classifier, at first",
     "norm_stats": "whose statistics its BatchNorm uses: task, batch or running",
     "episodes": "episodes to train on",
     "tasks_per_step": "episodes a step of the optimizer",
@@ -67,6 +68,7 @@ _HELP = {
     "lr": "learning rate of the optimizer",
     "momentum": "(Nesterov) momentum of SGD",
     "weight_decay": "weight decay of the optimizer",
+    "average": "evaluate a running mean of the weights over so many steps of the optimizer; 0: the last ones",
     "validate_every": "episodes between validations, by default a tenth of the run; 0: never",
     "seed": "of everything random",
     "style": "size, normalisation, augmentation: miniimagenet (80 pixels) or cifar-fs (32); else by size",
@@ -340,9 +342,8 @@ def _finish(args: argparse.Namespace, out: Path, trainer: Trainer, test: Episode
     if test is None:
         print(f"{out}: not evaluated" + ("" if args.eval_episodes == 0 else "; the bank has no test classes"))
         return
-    trainer.head.eval()
     results = evaluate(
-        trainer.head,
+        trainer.learner.eval(),
         trainer.features,
         test,
         args.eval_episodes,

@@ -299,8 +299,8 @@ def test_compare_leaves_a_table_and_a_plot_and_goes_on(bank_file, tmp_path, caps
     assert [cell["query_balance"] for cell in results["cells"]] == ["even", "dirichlet:2"]
     assert all(set(cell["learners"]) == {"prototypes", "soft_kmeans", "sib"} for cell in results["cells"])
     assert (
-        len(results["cells"][0]["learners"]["sib"]["tried"]) == 3
-    )  # two candidates, of more, and one of them longer: --quick
+        len(results["cells"][0]["learners"]["sib"]["tried"]) == 4
+    )  # two candidates, of more, and one of them longer, looked at twice: --quick
     assert Image.open(out / "comparison.png").size[0] > 600
     assert "already holds a comparison" in refused(capsys, *args)
     assert "seed: the comparison in" in refused(capsys, *args, "--resume", "--seed", 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = ("README.md", "docs/learners.md", "docs/glyphs.md")
+FILES = ("README.md", "docs/learners.md", "docs/programs.md", "docs/glyphs.md")
 BLOCKS = [
     pytest.param(block, id=f"{name}-{i}")
     for name in FILES

@@ -19,6 +19,11 @@ enum class Oracle : int64_t {
   kSoftAssignment = 4,
   kSyntheticGradient = 5,
 };
+constexpr int64_t kOracles = 6;
+
+constexpr bool needs_labels(Oracle oracle) {
+  return oracle == Oracle::kCrossEntropy || oracle == Oracle::kSquaredError || oracle == Oracle::kHinge;
+}
 
 // What an oracle may look at besides Z.
 template <class B>

@@ -64,14 +64,14 @@ class ANIL(Program):
         for name in ("query_offsets", "n_ways"):
             if options.pop(name, None) is not None:
                 raise ValueError(f"{name}: needs support_offsets")
-        if support_labels.shape[-1] < self.n_way:
+        S = support_labels.shape[-1]
+        if self.n_way > S:  # the op itself takes classes without a row; programs do not
             raise ValueError(
-                f"support: task 0 has {self.n_way} ways and {support_labels.shape[-1]} support rows; every class needs"
-                " at least one"
+                f"support: task 0 has {self.n_way} ways and {S} support rows; every class needs at least one"
             )
         rates = self.step_rates()
         if rates is None:
-            rates = self.bias.new_full((self.steps,), self.phases[0].lr)
+            rates = self.weight.new_full((self.phases[0].steps,), self.phases[0].lr)
         results = ops.linear_head(
             support, support_labels, query, self.weight, self.bias, rates[: self.steps],
             oracle=self.phases[0].oracle, first_order=self.first_order, return_weights=return_weights, **options,

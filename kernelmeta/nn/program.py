@@ -30,6 +30,7 @@ class Program(nn.Module):
         hidden: hidden units of that MLP; 8 N if None.
         reduction: "mean" or "sum" of the losses over a phase's rows; the mean of losses, and the sum of synthetic
             gradients, as published, if None.
+        scale: of a cosine classifier, the value that ``scale`` starts from.
 
     Parameters, as far as the phases need them: ``weight`` ([D] for class means, [N, D] for a learned start),
     ``scale`` [1] and ``bias`` [1] (cosine) or ``bias`` [N] (linear), ``target_scale`` [1] (squared error), those of
@@ -53,6 +54,7 @@ class Program(nn.Module):
         norm_stats: str = "task",
         hidden: int | None = None,
         reduction: str | None = None,
+        scale: float = 10.0,
     ) -> None:
         super().__init__()
         if n_way < 1 or n_features < 1:
@@ -65,6 +67,8 @@ class Program(nn.Module):
             raise ValueError(f"norm_stats: expected one of task, running, got {norm_stats!r}")
         if reduction not in ("mean", "sum", None):
             raise ValueError(f"reduction: expected one of mean, sum, None, got {reduction!r}")
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scale: expected a positive number, got {scale}")
         self.n_way, self.n_features, self.phases = n_way, n_features, tuple(phases)
         self.classifier, self.start, self.norm_stats, self.reduction = classifier, start, norm_stats, reduction
         self.first_order = False
@@ -74,9 +78,9 @@ class Program(nn.Module):
             weight = torch.ones(n_features)
         elif start == "learned":
             weight = nn.Linear(n_features, n_way).weight.detach().clone()
-        scale = torch.full((1,), 10.0) if classifier == "cosine" else None
         target = torch.ones(1) if "squared_error" in oracles else None
-        for name, value in (("weight", weight), ("scale", scale), ("target_scale", target)):
+        first_scale = torch.full((1,), float(scale)) if classifier == "cosine" else None
+        for name, value in (("weight", weight), ("scale", first_scale), ("target_scale", target)):
             self.register_parameter(name, None if value is None else nn.Parameter(value))
         self.bias = nn.Parameter(torch.zeros(1 if classifier == "cosine" else n_way))
         self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats) if "synthetic_gradient" in oracles else None

@@ -331,9 +331,7 @@ def program(
     kind = 1 if theta0 is not None else STARTS.index(str(start))
     options = (n_way, encode(phases, reduction), classifier == "cosine", kind, first_order, return_weights)
     args = (query, query_index, support, support_index, support_labels, support_offsets, query_offsets, n_ways, *own)
-    if backend == "triton":
-        raise RuntimeError("backend 'triton' has no kernel for programs; use 'cpu' or 'reference'")
-    run = _fallback if backend == "reference" else OP
+    run = _fallback if backend == "reference" else OP.on(backend)
     logits, *coefficients = run(*args, *options, False)[:4]
     if precision is not None:
         logits = logits.to(precision[1])

@@ -145,8 +145,8 @@ def ridge(
         [T, S, N] or [sum S, N].
 
     Raises:
-        ValueError: shapes, devices or labels that do not fit, named; a singular system, its task named; a class
-            without a support row; more ways than a task has rows.
+        ValueError: shapes, devices or labels that do not fit, named; a singular system, its task named (the Triton
+            kernels give that task NaN); a class without a support row; more ways than a task has rows.
         TypeError: features that are not floating point, labels, indices, offsets or ways that are not int64.
     """
     _checks.tensors(support=support, query=query, regularization=regularization, scale=scale, bias=bias)
@@ -166,9 +166,7 @@ def ridge(
         if precision[0] is torch.float64:
             query, support = query.to(precision[0]), support.to(precision[0])
     backend = select(query.device.type)
-    if backend == "triton":
-        raise RuntimeError("backend 'triton' has no kernel for ridge regression; use 'cpu' or 'reference'")
-    run = _fallback if backend == "reference" else OP
+    run = _fallback if backend == "reference" else OP.on(backend)
     logits, coefficients = run(
         query, query_index, support, support_index, support_labels, support_offsets, query_offsets, n_ways,
         *parameters, n_way, False,

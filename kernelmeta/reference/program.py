@@ -217,6 +217,8 @@ def adapt(
     tasks = []
     for t, own in enumerate(ways):
         s, q = slice(*of_support[t : t + 2]), slice(*of_query[t : t + 2])
+        if q.start == q.stop:
+            raise ValueError(f"query: task {t} has no row; every task needs one")
         tasks.append(_widened(one_batch(support[None, s], support_labels[None, s], query[None, q], own), n_way))
     return _joined(tasks, support, query, n_way)
 

@@ -13,28 +13,39 @@ from kernelmeta.reference.precision import promoted, without_autocast
 
 
 def solve(
-    support: Tensor, labels: Tensor, query: Tensor, regularization: Tensor, scale: Tensor, bias: Tensor, n_way: int
+    support: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    regularization: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    n_way: int,
+    first_task: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Logits [T, Q, N] and coefficients alpha [T, S, N] with W = alpha^T X, of T tasks of equal size."""
+    """Logits [T, Q, N] and coefficients alpha [T, S, N] with W = alpha^T X, of T tasks of equal size.
+
+    Errors count the tasks from ``first_task`` on.
+    """
     kernel = support @ support.transpose(-1, -2)
     matrix = kernel + regularization * torch.eye(support.shape[-2], dtype=support.dtype, device=support.device)
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
         check_labels(labels, n_way)
-        _check_regular(matrix, factor, failed)
+        _check_regular(matrix, factor, failed, first_task)
     alpha = torch.cholesky_solve(one_hot(labels, n_way).to(support.dtype), factor)
     return scale * (query @ (support.transpose(-1, -2) @ alpha)) + bias, alpha
 
 
-def _check_regular(matrix: Tensor, factor: Tensor, failed: Tensor) -> None:
+def _check_regular(matrix: Tensor, factor: Tensor, failed: Tensor, first_task: int) -> None:
     """Pivots that are nothing but rounding mean a singular matrix."""
     smallest = matrix.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True) * matrix.shape[-1]
     tiny = factor.diagonal(dim1=-2, dim2=-1).square() <= smallest * torch.finfo(matrix.dtype).eps
     singular = ((failed != 0) | tiny.any(-1)) & matrix.isfinite().all(-1).all(-1)
     if singular.any():
+        task = first_task + int(singular.nonzero()[0])
         raise ValueError(
-            f"ridge: the system of task {int(singular.nonzero()[0])} is singular; a larger regularization, or fewer "
-            "support rows that repeat each other, would help"
+            f"ridge: the system of task {task} is singular; a larger regularization, or fewer support rows that repeat "
+            "each other, would help"
         )
 
 
@@ -67,7 +78,9 @@ def ridge_with_coefficients(
     logits, coefficients = [query.new_zeros(0, n_way)], [query.new_zeros(0, n_way)]
     for t, own in enumerate(ways):
         s, q = slice(*of_support[t : t + 2]), slice(*of_query[t : t + 2])
-        z, alpha = solve(support[None, s], support_labels[None, s], query[None, q], regularization, scale, bias, own)
+        if q.start == q.stop:
+            raise ValueError(f"query: task {t} has no row; every task needs one")
+        z, alpha = solve(support[None, s], support_labels[None, s], query[None, q], regularization, scale, bias, own, t)
         logits.append(pad(z[0], (0, n_way - own), value=float("-inf")))
         coefficients.append(pad(alpha[0], (0, n_way - own)))
     return torch.cat(logits), torch.cat(coefficients)

@@ -20,31 +20,50 @@ def _grid(**choices: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
 
 
 _ADAM = {"optimizer": ("Adam",), "lr": (1e-3,), "tasks_per_step": (4,)}
+# The weights of the last step depend on the last few episodes; a mean over some thousand does not.
+_SGD = {"tasks_per_step": (4,), "lr": (1e-2,), "average": (2000,)}
+_SLOW = {"tasks_per_step": (16,), "lr": (1e-3,), "optimizer": ("Adam",), "weight_decay": (0.0,), "average": (2000,)}
 
 CANDIDATES: dict[str, tuple[dict[str, Any], ...]] = {
     "prototypes": ({"untrained": True}, *_grid(tasks_per_step=(4,), lr=(1e-3, 1e-2))),
     SOFT_KMEANS: _grid(scale=(10.0, 20.0, 5.0, 40.0), steps=(10, 3, 1, 30)),
     "anil": _grid(steps=(20, 5), inner_lr=(1.0, 0.1, 10.0), **_ADAM),
     "ridge": _grid(optimizer=("Adam",), lr=(1e-3, 1e-2), tasks_per_step=(4,)),
-    "combined": _grid(
-        phases=(
-            "cross_entropy:20:0.1,synthetic_gradient:3:0.001",
-            "synthetic_gradient:3:0.001,cross_entropy:20:0.1",
-            "cross_entropy:5:0.1,synthetic_gradient:3:0.001",
-            "synthetic_gradient:3:0.001,cross_entropy:5:0.1",
-            "cross_entropy:20:0.5,synthetic_gradient:3:0.001",
-            "cross_entropy:5:0.1,soft_assignment:1:1,synthetic_gradient:3:0.001",
-            "soft_assignment:3:1,synthetic_gradient:3:0.001",
-            "cross_entropy:5:0.1,soft_assignment:1:1",
+    # What the labels say and what was learned about the query rows, in either order; the latter alone; soft k-means,
+    # which sharper logits suit where the query rows are unevenly spread, put right by the labels.
+    "combined": (
+        *_grid(
+            phases=(
+                "cross_entropy:20:0.1,synthetic_gradient:3:0.001",
+                "cross_entropy:20:0.5,synthetic_gradient:3:0.001",
+                "cross_entropy:20:0.1,synthetic_gradient:3:0.001,cross_entropy:20:0.1",
+                "synthetic_gradient:3:0.001,cross_entropy:20:0.1",
+                "synthetic_gradient:3:0.001",
+            ),
+            **_SGD,
         ),
-        tasks_per_step=(4,),
-        lr=(1e-2,),
+        *_grid(
+            phases=(
+                "soft_assignment:3:1,cross_entropy:20:0.1,synthetic_gradient:3:0.001",
+                "soft_assignment:3:1,synthetic_gradient:3:0.0001,cross_entropy:20:0.1",
+            ),
+            scale=(20.0,),
+            **_SGD,
+        ),
+        *_grid(
+            phases=(
+                "soft_assignment:3:1,cross_entropy:20:0.1",
+                "soft_assignment:3:1,cross_entropy:20:0.1,soft_assignment:3:1,cross_entropy:20:0.1",
+            ),
+            scale=(40.0, 20.0),
+            **_SLOW,
+        ),
     ),
     "maml": _grid(inner_lr=(0.1, 0.03, 0.3), **_ADAM),
     "sib": (
-        *_grid(steps=(3,), inner_lr=(1e-3, 1e-2), tasks_per_step=(4,), lr=(1e-2, 2e-3)),
-        *_grid(steps=(10,), inner_lr=(1e-3, 1e-1), tasks_per_step=(4,), lr=(2e-3,)),
-        *_grid(steps=(1,), inner_lr=(1e-3,), tasks_per_step=(16,), lr=(1e-2,)),
+        *_grid(steps=(3,), inner_lr=(1e-3, 1e-2), **_SGD),
+        *_grid(steps=(10,), inner_lr=(1e-3, 1e-1), tasks_per_step=(4,), lr=(2e-3,), average=(2000,)),
+        *_grid(steps=(1,), inner_lr=(1e-3,), tasks_per_step=(16,), lr=(1e-2,), average=(2000,)),
     ),
 }
 

@@ -2,14 +2,15 @@
 
 A *cell* is a number of shots and a balance of the query rows. In every cell, every learner is trained with each of its
 candidate settings on the training classes for a while; the best of them on the validation classes are trained to the
-end; of all these, the best on the validation classes is chosen. What counts is its accuracy on the episodes of the test
-classes, which are the same for all learners.
+end, and looked at once on the way; of all these, the best on the validation classes is chosen. What counts is its
+accuracy on the episodes of the test classes, which are the same for all learners.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,7 +52,7 @@ class CompareConfig:
         shots, balances: the cells are all pairs of these.
         episodes: on which the best candidates of a learner are trained.
         trial_episodes: on which every candidate is trained before.
-        finalists: how many are the best.
+        finalists: how many those are.
         validation_episodes: on which they are compared.
         eval_episodes: of the test classes.
         most_candidates: of a learner, the first so many; all if None.
@@ -69,11 +70,11 @@ class CompareConfig:
     query: int = 15
     shots: tuple[int, ...] = (1, 5)
     balances: tuple[str, ...] = ("even", "dirichlet:2")
-    episodes: int = 40_000
-    trial_episodes: int = 8_000
-    finalists: int = 2
-    validation_episodes: int = 1_000
-    eval_episodes: int = 2_000
+    episodes: int = 100_000
+    trial_episodes: int = 30_000
+    finalists: int = 3
+    validation_episodes: int = 2_000
+    eval_episodes: int = 4_000
     most_candidates: int | None = None
     seed: int = 0
 
@@ -262,7 +263,9 @@ class Comparison:
 
         attempts = [attempt(candidate, self.config.trial_episodes) for candidate in self.candidates[learner]]
         finalists = sorted(attempts, key=accuracy, reverse=True)[: self.config.finalists]
-        attempts += [attempt(r["settings"], self.config.episodes) for r, _ in finalists if r["episodes"]]
+        trial, end = self.config.trial_episodes, self.config.episodes
+        later = sorted({round(math.sqrt(trial * end)), end} - {trial})
+        attempts += [attempt(r["settings"], n) for r, _ in finalists if r["episodes"] for n in later]
         # Longer training may be worse on the validation classes.
         record, module = max(attempts, key=accuracy)
         chosen = dict(record["settings"])
@@ -290,7 +293,7 @@ class Comparison:
             finished = out / f"{episodes}-episodes"
             self._train(trainer, out, finished, episodes)
             out = finished
-        head = trainer.head.eval()
+        head = trainer.learner.eval()
         return self._validated(out, learner, shot, balance, candidate, episodes, head)
 
     def _train(self, trainer: Trainer, out: Path, finished: Path, episodes: int) -> None:

@@ -20,7 +20,7 @@ _DEFAULTS: dict[str, Any] = {"tasks_per_step": 1, "optimizer": "SGD", "lr": 1e-3
 _FILLED_IN: Any = None
 _LEAST = {
     "way": 2, "shot": 1, "query": 1, "steps": 0, "tasks_per_step": 1, "episodes": 1, "seed": 0, "hidden": 1,
-    "channels": 1, "validate_every": 0,
+    "channels": 1, "validate_every": 0, "average": 0,
 }  # fmt: skip
 
 
@@ -48,6 +48,7 @@ class TrainConfig:
     phases: str | None = None
     classifier: str | None = None
     start: str | None = None
+    scale: float | None = None
     hidden: int | None = None
     norm_stats: str | None = None
     first_order: bool | None = None
@@ -59,6 +60,7 @@ class TrainConfig:
     lr: float = _FILLED_IN
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    average: int = 0
     validate_every: int | None = None
     seed: int = 0
 
@@ -71,7 +73,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name}: expected at least {low}, got {value}")
-        for name in ("inner_lr", "lr", "momentum", "weight_decay"):
+        for name in ("inner_lr", "lr", "momentum", "weight_decay", "scale"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a number of at least 0, got {value}")

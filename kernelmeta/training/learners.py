@@ -23,6 +23,7 @@ SETTINGS = (
     "phases",
     "classifier",
     "start",
+    "scale",
     "hidden",
     "norm_stats",
     "first_order",
@@ -96,7 +97,7 @@ def parse_phases(text: str, learn_rates: bool = False) -> list[km_nn.Phase]:
 
 def _program(config: TrainConfig, rows: Rows) -> nn.Module:
     assert config.phases is not None and config.norm_stats is not None
-    assert config.classifier is not None and config.start is not None
+    assert config.classifier is not None and config.start is not None and config.scale is not None
     return km_nn.Program(
         config.way,
         rows.n_features,
@@ -105,6 +106,7 @@ def _program(config: TrainConfig, rows: Rows) -> nn.Module:
         start=config.start,
         hidden=config.hidden,
         norm_stats=config.norm_stats,
+        scale=config.scale,
     )
 
 
@@ -190,6 +192,7 @@ LEARNERS: dict[str, LearnerKind] = {
             "phases": "cross_entropy:20:0.1,synthetic_gradient:3:0.001",
             "classifier": "cosine",
             "start": "class_means",
+            "scale": 10.0,
             "learn_rates": False,
             "hidden": None,
             "norm_stats": "task",

@@ -10,7 +10,7 @@ from kernelmeta import nn
 from kernelmeta.data.files import one_line, read_weights
 from kernelmeta.training.checkpoint import Checkpoint
 from kernelmeta.training.config import TrainConfig
-from kernelmeta.training.trainer import CHECKPOINT
+from kernelmeta.training.trainer import AVERAGED, CHECKPOINT
 
 
 def load_learner(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
@@ -34,7 +34,7 @@ def load_learner(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
         config = TrainConfig.from_dict(checkpoint.state.get("config", {}))
         try:
             head = config.make_learner(int(checkpoint.state["bank"]["features"]), _image_shape(checkpoint))
-            head.load_state_dict(checkpoint.tensors["model"])
+            head.load_state_dict(checkpoint.tensors[AVERAGED if config.average else "model"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: the weights do not fit the configuration ({one_line(error)})") from None
         return head.eval(), config.to_dict()

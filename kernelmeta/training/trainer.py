@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 import zlib
@@ -24,11 +25,15 @@ from kernelmeta.training.interruptions import interruptions
 from kernelmeta.training.learners import LEARNERS
 
 CHECKPOINT = "checkpoint.safetensors"
+# The group of a checkpoint with the running mean of the weights, where there is one.
+AVERAGED = "average"
 # Steps are run in blocks: drawn at once, looked at once. A function of the configuration alone, so that a
 # resumed run cuts its blocks where an uninterrupted one does.
 BLOCK_STEPS, BLOCK_EPISODES = 128, 1024
 # Where a task takes a tenth of a second.
 BLOCK_EPISODES_WHOLE_NETWORK = 64
+# The running mean of the weights takes them in every so many steps, so that it costs nothing.
+AVERAGE_EVERY = 32
 CHECKPOINT_SECONDS = 5.0
 VALIDATION_EPISODES = 400
 # Validation episodes come from the far end of their sequence, apart from any evaluation on the same classes.
@@ -78,6 +83,8 @@ class Trainer:
         self.image_shape = bank.image_shape
         self.head = config.make_learner(bank.n_features, bank.image_shape).to(device)
         self.head.train()
+        # What counts: the running mean of the weights, or the weights as they are.
+        self.learner = copy.deepcopy(self.head) if config.average else self.head
         self.parameters = [p for p in self.head.parameters() if p.requires_grad]
         self.optimizer = config.make_optimizer(self.parameters)
         self.kind = LEARNERS[config.learner]
@@ -97,9 +104,12 @@ class Trainer:
 
     def checkpoint(self) -> Checkpoint:
         """All that the run needs to go on."""
+        tensors = {"model": self.head.state_dict(), "optimizer": optimizer_tensors(self.optimizer)}
+        if self.config.average:
+            tensors[AVERAGED] = self.learner.state_dict()
         return Checkpoint(
             "train",
-            {"model": self.head.state_dict(), "optimizer": optimizer_tensors(self.optimizer)},
+            tensors,
             {
                 "step": self.step,
                 "seed": self.config.seed,
@@ -122,6 +132,8 @@ class Trainer:
             if state["bank"] != self.fingerprint:
                 raise ValueError(f"data: not the bank that the run began with ({state['bank']})")
             self.head.load_state_dict(checkpoint.tensors["model"])
+            if self.config.average:
+                self.learner.load_state_dict(checkpoint.tensors[AVERAGED])
             restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
             self.step = int(state["step"])
             self.history = [tuple(row) for row in state["history"]]
@@ -191,10 +203,12 @@ class Trainer:
         targets = F.one_hot(answers, self.config.way).to(torch.promote_types(self.features.dtype, torch.float32))
         weight = 1 / targets[0, ..., 0].numel()
         targets *= weight
-        logits = [
-            self._step(*step, weight) for step in zip(support_index, support_labels, query_index, targets, strict=True)
-        ]
-        self.step += n
+        logits = []
+        for step in zip(support_index, support_labels, query_index, targets, strict=True):
+            logits.append(self._step(*step, weight))
+            self.step += 1
+            if self.config.average and (self.step < AVERAGE_EVERY or self.step % AVERAGE_EVERY == 0):
+                self._average()
         return self._measure(torch.stack(logits), answers)
 
     def _step(
@@ -216,6 +230,17 @@ class Trainer:
             self.ranks.average([p.grad for p in self.parameters if p.grad is not None] + buffers)
         self.optimizer.step()
         return logits.detach()
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """The mean of all steps so far (of the first few, the last one), later one that forgets over ``average``."""
+        share = max(AVERAGE_EVERY / self.config.average, AVERAGE_EVERY / self.step)
+        for mean, value in zip(self._floating(self.learner), self._floating(self.head), strict=True):
+            mean.lerp_(value, min(1.0, share))
+
+    @staticmethod
+    def _floating(module: torch.nn.Module) -> list[Tensor]:
+        return [t for t in module.state_dict().values() if t.is_floating_point()]
 
     def _measure(self, logits: Tensor, answers: Tensor) -> tuple[float, float]:
         loss = F.cross_entropy(logits.flatten(0, -2).float(), answers.flatten())
@@ -239,9 +264,9 @@ class Trainer:
         assert self.validation is not None
         if not self.ranks.first:
             return 0.0, 0.0  # only the first process writes a history
-        self.head.eval()
+        self.learner.eval()
         values = episode_accuracies(
-            {"own": self.head}, self.features, self.validation, VALIDATION_EPISODES, first=VALIDATION_FIRST
+            {"own": self.learner}, self.features, self.validation, VALIDATION_EPISODES, first=VALIDATION_FIRST
         )
         self.head.train()
         return interval(values["own"])

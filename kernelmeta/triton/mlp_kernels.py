@@ -156,7 +156,7 @@ def mlp_backward_kernel(
     store_matrix(gz_out + t * Q * N, N, q, n, Q, N, gz)
 
 
-def tiles(Q: int, N: int, H: int) -> dict[str, int]:
+def tiles(Q: int, N: int, H: int) -> dict[str, Any]:
     """Tile sizes and warps of the kernels that own a whole task."""
     QP, NP, HP = cover(Q, 1 << 30), cover(N, 1 << 30), cover(H, 1 << 30)
     return {"QP": QP, "NP": NP, "HP": HP, "num_warps": 4 if QP * HP <= 32 * 64 else 8}
@@ -219,6 +219,6 @@ def backward(grad: Tensor, logits: Tensor, mlp: Any, running_stats: Tensor | Non
         work = workspace(gz, T, size)
         launch(
             mlp_backward_kernel, T, logits, grad, packed, fixed, work, gz, partial, Q, N, H, packed.numel(),
-            work.stride(0), FIXED=running_stats is not None, **size, **precision(gz),
+            work.stride(0), FIXED=running_stats is not None, in_place=True, **size, **precision(gz),
         )  # fmt: skip
     return gz, *unpack(partial, mlp)

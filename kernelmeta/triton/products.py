@@ -14,6 +14,8 @@ from torch import Tensor
 
 from kernelmeta.triton.launch import cover, launch, precision
 
+_STAGES = (2, 4)  # of their pipelines, besides Triton's own choice
+
 
 @triton.jit
 def rows_dots_kernel(
@@ -104,7 +106,7 @@ def dots(x: Tensor, y: Tensor, out: Tensor, x_index: Tensor | None = None, y_ind
     launch(
         rows_dots_kernel, grid, x, x_index, y, y_index, out, I, J, D, *_strides(x), *_strides(y), *out.stride(),
         BI=BI, BJ=BJ, BD=BD, X_INDEXED=x_index is not None, Y_INDEXED=y_index is not None,
-        num_warps=8, **precision(out),
+        num_warps=8, sizes=(D,), stages=_STAGES, **precision(out),
     )  # fmt: skip
 
 
@@ -118,7 +120,8 @@ def combine(coefficients: Tensor, rows: Tensor, index: Tensor | None = None) -> 
         grid = T * triton.cdiv(I, BI) * triton.cdiv(D, BD)
         launch(
             rows_combine_kernel, grid, coefficients, rows, index, out, I, J, D, *coefficients.stride(),
-            BI=BI, BJ=BJ, BD=BD, INDEXED=index is not None, num_warps=8, **precision(out),
+            BI=BI, BJ=BJ, BD=BD, INDEXED=index is not None, num_warps=8, sizes=(D,),
+            stages=_STAGES, **precision(out),
         )  # fmt: skip
     return out
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
 from torch import Tensor
 
 from kernelmeta.ops.sib_op import _fallback, _fallback_backward, _sizes, trace_size
@@ -12,63 +11,39 @@ from kernelmeta.triton import class_means_kernels, mlp_kernels
 from kernelmeta.triton.launch import launch, plain, precision
 from kernelmeta.triton.loop_kernels import loop_backward_kernel, loop_forward_kernel
 from kernelmeta.triton.products import combine, dots, inverse_norms, squared_norms, without_radial_part
+from kernelmeta.triton.trace import Trace, padded
 
 
-class _Trace:
-    """Views of the trace [T, size]; the layout is ``Trace`` in csrc/engine/inner_loop.h, the Gram matrix that of the
-    raw rows. Where the trace has no room for it, it lives beside.
+def _trace(data: Tensor, Q: int, N: int, D: int, K: int, weights: bool) -> Trace:
+    """The layout is ``Trace`` in csrc/engine/inner_loop.h, the Gram matrix that of the raw rows. Where it has no room
+    there, it lives beside.
     """
-
-    def __init__(self, data: Tensor, Q: int, N: int, D: int, K: int, weights: bool) -> None:
-        T = data.shape[0]
-        ld = _padded(Q)
-        self.data, self.size, self.ld, self.gram = data, data.shape[1], ld, None
-        self.at: dict[str, int] = {}
-        at = 0
-        for name, shape in {
+    ld = padded(Q)
+    return Trace(
+        data,
+        {
             "theta0": (N, D),
             "inverse": (Q,),
             "r2": (K + 1, N),
             "u": (K + 1, N, ld),
-            **({"gram": (Q, ld)} if _has_gram(N, Q, K) else {}),
+            "gram": (Q, ld) if K > 0 and 8 * K * N >= Q else (),
             "ag": (K, N, ld),
-            **({"a": (K + 1, N), "p": (K + 1, N, ld)} if weights else {}),
-        }.items():
-            strides = [1]
-            for length in shape[:0:-1]:
-                strides.insert(0, strides[0] * length)
-            view = data.as_strided((T, *shape), (self.size, *strides), data.storage_offset() + at)
-            setattr(self, name, view)
-            self.at[name] = at
-            at += _padded(strides[0] * shape[0])
-
-    theta0: Tensor
-    inverse: Tensor
-    r2: Tensor
-    u: Tensor
-    a: Tensor
-    p: Tensor
-    gram: Tensor | None
-
-    def form_gram(self, query: Tensor, index: Tensor | None, T: int, Q: int) -> Tensor:
-        if self.gram is None:
-            self.gram = self.data.new_empty(T, Q, self.ld)
-        dots(query, query, self.gram[..., :Q], index, index)
-        return self.gram[..., :Q]
-
-    def arguments(self) -> tuple[Any, ...]:
-        """size ... p_at of the kernels."""
-        stride = 0 if self.gram is None else self.gram.stride(0)
-        names = ("inverse", "r2", "u", "ag", "a", "p")
-        return (self.size, self.ld, stride, *(self.at.get(name, 0) for name in names))
+            "a": (K + 1, N) if weights else (),
+            "p": (K + 1, N, ld) if weights else (),
+        },
+    )
 
 
-def _padded(n: int) -> int:
-    return triton.cdiv(n, 16) * 16
+def _form_gram(trace: Trace, query: Tensor, index: Tensor | None, T: int, Q: int) -> Tensor:
+    gram = trace["gram"] if "gram" in trace else trace.data.new_empty(T, Q, padded(Q))
+    dots(query, query, gram[..., :Q], index, index)
+    return gram
 
 
-def _has_gram(N: int, Q: int, K: int) -> bool:
-    return K > 0 and 8 * K * N >= Q
+def _layout(trace: Trace, gram: Tensor | None, Q: int) -> tuple[Any, ...]:
+    """size ... p_at of the kernels."""
+    names = ("inverse", "r2", "u", "ag", "a", "p")
+    return (trace.size, padded(Q), 0 if gram is None else gram.stride(0), *(trace.at[name] for name in names))
 
 
 def forward(*args: Any) -> tuple[Tensor, ...]:
@@ -83,33 +58,36 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
         return logits.contiguous(), weights.contiguous(), stats, no_trace
     query, start = query.contiguous(), start.contiguous()
     trace_data = scale.new_zeros(T, trace_size(N, Q, D, K, return_weights))
-    trace = _Trace(trace_data, Q, N, D, K, return_weights)
+    trace = _trace(trace_data, Q, N, D, K, return_weights)
     if labels is None:
-        trace.theta0.copy_(start if start_index is None else start[start_index])
+        trace["theta0"].copy_(start if start_index is None else start[start_index])
     else:
-        trace.theta0.copy_(class_means_kernels.forward(start, labels, weight, N, start_index))
-    dots(trace.theta0, query, trace.u[:, 0, :, :Q], None, query_index)
-    squared_norms(trace.theta0.contiguous(), None, trace.r2[:, 0])
+        trace["theta0"].copy_(class_means_kernels.forward(start, labels, weight, N, start_index))
+    dots(trace["theta0"], query, trace["u"][:, 0, :, :Q], None, query_index)
+    squared_norms(trace["theta0"].contiguous(), None, trace["r2"][:, 0])
+    gram = None
     if K:
-        squares = trace.form_gram(query, query_index, T, Q).diagonal(dim1=1, dim2=2)
-        trace.inverse.copy_(squares.sqrt().clamp_min_(1e-12).reciprocal_())
+        gram = _form_gram(trace, query, query_index, T, Q)
+        squares = gram[..., :Q].diagonal(dim1=1, dim2=2)
+        trace["inverse"].copy_(squares.sqrt().clamp_min_(1e-12).reciprocal_())
     else:
-        trace.inverse.copy_(inverse_norms(query, query_index, scale.dtype))
+        trace["inverse"].copy_(inverse_norms(query, query_index, scale.dtype))
     logits = scale.new_empty(T, Q, N)
     stats = scale.new_empty((T, K, 2, 2, H) if return_stats else 0)
     tiles = mlp_kernels.tiles(Q, N, H)
     work = mlp_kernels.workspace(scale, T, tiles)
     launch(
-        loop_forward_kernel, T, trace_data, trace_data if trace.gram is None else trace.gram,
+        loop_forward_kernel, T, trace_data, trace_data if gram is None else gram,
         work, mlp_kernels.pack((scale, bias, *mlp)),
         trace_data if running_stats is None else running_stats.contiguous(),
-        logits, stats, Q, N, H, K, lr, work.stride(0), *trace.arguments(),
-        FIXED=running_stats is not None, STATS=return_stats, WEIGHTS=return_weights, **tiles, **precision(logits),
+        logits, stats, Q, N, H, K, lr, work.stride(0), *_layout(trace, gram, Q),
+        FIXED=running_stats is not None, STATS=return_stats, WEIGHTS=return_weights, in_place=True,
+        **tiles, **precision(logits),
     )  # fmt: skip
     weights = scale.new_empty(0)
     if return_weights:
-        coefficients = trace.p[:, K, :, :Q] * trace.inverse.unsqueeze(1)
-        weights = combine(coefficients, query, query_index).addcmul_(trace.theta0, trace.a[:, K].unsqueeze(-1))
+        coefficients = trace["p"][:, K, :, :Q] * trace["inverse"].unsqueeze(1)
+        weights = combine(coefficients, query, query_index).addcmul_(trace["theta0"], trace["a"][:, K].unsqueeze(-1))
     return (
         logits,
         weights,
@@ -127,17 +105,18 @@ def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tenso
         return plain(_fallback_backward, grad_logits, grad_weights, trace_data, *args)
     query, start = query.contiguous(), start.contiguous()
     trace_data = trace_data.contiguous()
-    trace = _Trace(trace_data, Q, N, D, K, return_weights)
-    if K and trace.gram is None:
-        trace.form_gram(query, query_index, T, Q)
+    trace = _trace(trace_data, Q, N, D, K, return_weights)
+    gram = None
+    if K:
+        gram = trace["gram"] if "gram" in trace else _form_gram(trace, query, query_index, T, Q)
     new_empty = scale.new_empty
     gp = ga = trace_data  # never read
     if grad_weights is not None:
         grad_weights = grad_weights.contiguous()
         gp = new_empty(T, N, Q)
         dots(grad_weights, query, gp, None, query_index)
-        gp *= trace.inverse.unsqueeze(1)
-        ga = (grad_weights * trace.theta0).sum(-1)
+        gp *= trace["inverse"].unsqueeze(1)
+        ga = (grad_weights * trace["theta0"]).sum(-1)
     parameters = (scale, bias, *mlp)
     packed = mlp_kernels.pack(parameters)
     partial = packed.new_zeros(T, packed.numel())
@@ -146,17 +125,17 @@ def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tenso
     tiles = mlp_kernels.tiles(Q, N, H)
     work = mlp_kernels.workspace(scale, T, tiles)
     launch(
-        loop_backward_kernel, T, trace_data, trace_data if trace.gram is None else trace.gram, work, packed,
+        loop_backward_kernel, T, trace_data, trace_data if gram is None else gram, work, packed,
         trace_data if running_stats is None else running_stats.contiguous(), grad_logits.contiguous(), gp, ga,
         partial, gc, gn0, gs, gag, Q, N, H, K, packed.numel(), lr, work.stride(0),
-        *trace.arguments(),
+        *_layout(trace, gram, Q),
         FIXED=running_stats is not None, WEIGHTS=grad_weights is not None, ROWS=need_query,
-        **tiles, **precision(packed),
+        in_place=True, **tiles, **precision(packed),
     )  # fmt: skip
 
-    gtheta0 = combine(gc, query, query_index).addcmul_(trace.theta0, gn0.unsqueeze(-1), value=2)
+    gtheta0 = combine(gc, query, query_index).addcmul_(trace["theta0"], gn0.unsqueeze(-1), value=2)
     if grad_weights is not None:
-        gtheta0.addcmul_(grad_weights, trace.a[:, K].unsqueeze(-1))
+        gtheta0.addcmul_(grad_weights, trace["a"][:, K].unsqueeze(-1))
     gstart, gweight = new_empty(0), new_empty(0 if weight is None else D)
     if labels is not None:
         gstart, gw = class_means_kernels.backward(gtheta0, start, labels, weight, N, need_start, start_index)
@@ -170,15 +149,15 @@ def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tenso
     gquery = new_empty(0)
     if need_query:
         rows = query if query_index is None else query[query_index]
-        gquery = combine(gc.transpose(1, 2), trace.theta0.contiguous())
+        gquery = combine(gc.transpose(1, 2), trace["theta0"].contiguous())
         if K:
             gram_gradient = new_empty(T, Q, Q)
             dots(gs.transpose(1, 2), gag.transpose(1, 2), gram_gradient)
             gram_gradient = gram_gradient + gram_gradient.transpose(1, 2)
-            gram_gradient *= trace.inverse.unsqueeze(1) * trace.inverse.unsqueeze(2)
+            gram_gradient *= trace["inverse"].unsqueeze(1) * trace["inverse"].unsqueeze(2)
             gquery += combine(gram_gradient, rows.contiguous())
         if grad_weights is not None:
-            coefficients = trace.p[:, K, :, :Q] * trace.inverse.unsqueeze(1)
+            coefficients = trace["p"][:, K, :, :Q] * trace["inverse"].unsqueeze(1)
             gquery += combine(coefficients.transpose(1, 2), grad_weights)
-        gquery = without_radial_part(gquery, rows, trace.inverse)
+        gquery = without_radial_part(gquery, rows, trace["inverse"])
     return gquery, gstart, gweight, *mlp_kernels.unpack(partial, parameters)

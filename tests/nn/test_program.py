@@ -107,7 +107,8 @@ def test_rows_of_a_bank(name: str) -> None:
     assert torch.equal(head.from_bank(bank, support, EPISODE.labels, query), want)
     offsets = {"support_offsets": torch.arange(3) * 7, "query_offsets": torch.arange(3) * 11}
     flat = head.from_bank(bank, support.flatten(), EPISODE.labels.flatten(), query.flatten(), **offsets)
-    assert_close([flat], [want.flatten(0, 1)], 1e-12)  # of tasks that all have the same sizes, ANIL has its own op
+    # ANIL has an op of its own for tasks of equal size.
+    assert_close([flat], [want.flatten(0, 1)], 1e-12)
     assert torch.equal(head(bank[support.flatten()], EPISODE.labels.flatten(), bank[query.flatten()], **offsets), flat)
 
 
@@ -129,6 +130,9 @@ BAD: list[tuple[Any, str]] = [
     (lambda: Phase("entropy", 1, float("nan")), "lr: expected a finite number"),
     (lambda: Phase("entropy", 1, 0.1, rows="all"), "rows: expected support, query or None"),
     (lambda: Phase("cross_entropy", 1, 0.1, rows="query"), "cross_entropy needs labels, and the query rows have none"),
+    (lambda: Phase("squared_error", 1, 0.1, rows="query"), "squared_error needs labels, and the query rows have none"),
+    (lambda: Phase("hinge", 1, 0.1, rows="query"), "hinge needs labels, and the query rows have none"),
+    (lambda: Phase("entropy", 2, [0.1, 0.1]), "lr: expected a float, got list"),  # type: ignore[arg-type]
     (lambda: Phase("soft_assignment", 1, 0.1, rows="support"), "soft_assignment is for query rows"),
     (lambda: km.nn.Program(3, 13, ["entropy"]), "phases: expected kernelmeta.nn.Phase"),  # type: ignore[list-item]
     (lambda: km.nn.Program(3, 13, [], classifier="dot"), "classifier: expected one of cosine, linear"),
@@ -137,6 +141,7 @@ BAD: list[tuple[Any, str]] = [
     (lambda: km.nn.Program(3, 13, [Phase("soft_assignment", 1, 1.0)], classifier="linear"), "needs a cosine"),
     (lambda: km.nn.Program(3, 13, [], norm_stats="batch"), "norm_stats: expected one of task, running"),
     (lambda: km.nn.Program(3, 13, [], reduction="median"), "reduction: expected one of mean, sum"),
+    (lambda: km.nn.Program(3, 13, [], scale=0.0), "scale: expected a positive number, got 0.0"),
     (lambda: km.nn.Program(0, 13, []), "n_way and n_features: expected at least 1"),
     (lambda: km.nn.RidgeHead(3, regularization=0.0), "regularization: expected a positive number"),
 ]  # fmt: skip

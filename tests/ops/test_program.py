@@ -407,6 +407,7 @@ BAD_RAGGED: list[tuple[dict[str, Any], str]] = [
     ({"n_ways": None, "support_offsets": torch.tensor([0, 4, 12, 23, 53, 79])}, "task 0 has 5 ways and 4 support rows"),
     ({"support_offsets": torch.tensor([0, 7, 12, 23, 53, 78])}, "support_offsets: expected numbers that rise"),
     ({"query_offsets": torch.tensor([0, 10, 9, 30, 33, 50])}, "query_offsets: expected numbers that rise"),
+    ({"query_offsets": torch.tensor([0, 10, 10, 30, 33, 50])}, "query: task 1 has no row; every task needs one"),
     ({"query_offsets": torch.tensor([0, 9, 10, 30, 33])}, r"expected T \+ 1 numbers in both"),
     ({"query_offsets": None}, "given together"),
     ({"support_offsets": None, "query_offsets": None}, "n_ways needs"),

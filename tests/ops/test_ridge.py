@@ -78,6 +78,23 @@ def test_a_singular_system_is_named(backend: str, dtype: torch.dtype) -> None:
         km.ops.ridge(support.to(dtype), labels, *(v.detach().to(dtype) for v in values), n_way=3)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_singular_system_of_a_ragged_batch_is_named(backend: str) -> None:
+    leaves, labels = draw(T=3, S=7, D=12)
+    support = leaves[0].detach().clone()
+    support[2, 4] = support[2, 2]
+    rows = (support.flatten(0, 1), labels.flatten(), leaves[1].detach().flatten(0, 1))
+    offsets = [torch.arange(4) * count for count in (7, leaves[1].shape[1])]
+    options: dict[str, Any] = {"n_way": 3, "support_offsets": offsets[0]}
+    zero, one = torch.zeros(1).double(), torch.ones(1).double()
+    with km.use_backend(backend), pytest.raises(ValueError, match="the system of task 2 is singular"):
+        km.ops.ridge(*rows, zero, one, zero, query_offsets=offsets[1], **options)
+    empty = offsets[1].clone()
+    empty[1] = 0
+    with km.use_backend(backend), pytest.raises(ValueError, match="query: task 0 has no row; every task needs one"):
+        km.ops.ridge(*rows, one, one, zero, query_offsets=empty, **options)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_not_a_number_comes_out_as_such(poison: float) -> None:
     leaves, labels = draw()

@@ -77,7 +77,7 @@ def test_settings_are_chosen_on_the_validation_classes(bank, compared):
             best = entry["tried"][tried.index(max(tried))]
             assert {**best["settings"], "episodes": best["episodes"]} == {"episodes": 0, **entry["chosen"]}
         assert len(cell["learners"]["soft_kmeans"]["tried"]) == 2
-        assert [record["episodes"] for record in cell["learners"]["sib"]["tried"]] == [64, 64, 256, 256]
+        assert [record["episodes"] for record in cell["learners"]["sib"]["tried"]] == [64, 64, 128, 256, 128, 256]
     sampler = EpisodeSampler(bank, "val", way=3, shot=1, query=4, seed=5)
     for record in results["cells"][0]["learners"]["soft_kmeans"]["tried"]:
         head = nn.SoftKMeans(3, **record["settings"])

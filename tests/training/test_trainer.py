@@ -14,6 +14,7 @@ from runs import make_bank, start
 
 from kernelmeta.training import TrainConfig, Trainer
 from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.loading import load_learner
 from kernelmeta.training.trainer import CHECKPOINT
 
 SMALL = TrainConfig(way=3, shot=1, query=4, episodes=600, inner_lr=1e-2, seed=3, data="a test")
@@ -53,7 +54,9 @@ def test_a_step_is_that_of_the_cross_entropy(bank, tasks):
         torch.testing.assert_close(parameter, head.get_parameter(name), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("change", [{}, {"optimizer": "Adam"}, {"tasks_per_step": 8}, {"momentum": 0.0}])
+@pytest.mark.parametrize(
+    "change", [{}, {"optimizer": "Adam"}, {"tasks_per_step": 8}, {"momentum": 0.0}, {"average": 96}]
+)
 def test_a_run_cut_at_any_checkpoint_goes_on_bit_for_bit(bank, tmp_path, monkeypatch, change):
     config = replace(SMALL, episodes=600 * change.get("tasks_per_step", 1), **change)
     Trainer(config, bank).run(tmp_path / "whole")
@@ -79,6 +82,29 @@ def test_a_run_cut_at_any_checkpoint_goes_on_bit_for_bit(bank, tmp_path, monkeyp
     trainer.restore(Checkpoint.load(tmp_path / "cut" / CHECKPOINT, "train"))
     assert trainer.run(tmp_path / "cut")
     assert (tmp_path / "cut" / CHECKPOINT).read_bytes() == (tmp_path / "whole" / CHECKPOINT).read_bytes()
+
+
+def test_the_average_is_that_of_the_weights_of_the_last_steps(bank, tmp_path):
+    config = replace(SMALL, episodes=256, average=64, lr=1e-2, validate_every=0)
+    trainer = Trainer(config, bank)
+    weights = []
+    step = trainer.optimizer.step
+
+    def recorded():
+        step()
+        weights.append(trainer.head.weight.detach().clone())
+
+    trainer.optimizer.step = recorded
+    trainer.run(tmp_path)
+    mean = weights[31]
+    for late in weights[63::32]:
+        mean = (mean + late) / 2
+    torch.testing.assert_close(trainer.learner.weight.detach(), mean)
+    assert not torch.allclose(mean, weights[-1], rtol=1e-6)
+    torch.testing.assert_close(load_learner(tmp_path)[0].weight, trainer.learner.weight)
+    short = Trainer(replace(config, episodes=5), bank)
+    short.run(tmp_path / "short")
+    assert torch.equal(short.learner.weight, short.head.weight)
 
 
 def test_interrupted_leaves_a_checkpoint_and_the_usual_handler(bank, tmp_path):

@@ -17,13 +17,11 @@ import torch
 from episodes import assert_close, draw, relative_error, running_stats, shapes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from triton_kernels.interpreter import INTERPRETED, both, interpreted
 
 import kernelmeta as km
 
 pytest.importorskip("triton", reason="Triton is not installed")
-
-INTERPRETED = bool(km.backends()["triton"].details.get("interpreted"))
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a Python with TRITON_INTERPRET=1")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that Python")
@@ -32,28 +30,14 @@ def test_interpreted() -> None:
     path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     environment.pop("KERNELMETA_BACKEND", None)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += sorted(map(str, Path(__file__).parent.glob("test_interpreted*.py")))
     done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def both(f: Any, leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Results of f and gradients of a random linear function of them: from Triton, and from the reference."""
-    found = []
-    for backend in ("triton", "reference"):
-        with km.use_backend(backend):
-            results = f()
-            results = list(results) if isinstance(results, tuple) else [results]
-            g = torch.Generator().manual_seed(3)
-            loss = sum((r * torch.randn(r.shape, dtype=r.dtype, generator=g)).sum() for r in results)
-            # Outside of the forced backend: the backward pass runs where the forward pass did.
-        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
-        found.append(results + [torch.zeros_like(p) if d is None else d for d, p in zip(grads, leaves, strict=True)])
-    return found[0], found[1]
-
-
 @interpreted
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(shapes(), st.integers(0, 3), st.sampled_from([1e-3, 0.5]), st.sampled_from(["task", "running"]), st.booleans())
 @example({"T": 1, "S": 5, "Q": 75, "N": 5, "D": 64, "H": 40}, 3, 1e-3, "task", False)
 @example({"T": 2, "S": 17, "Q": 33, "N": 17, "D": 65, "H": 3}, 1, 0.05, "task", True)
@@ -70,7 +54,7 @@ def test_sib(sizes: dict[str, int], steps: int, lr: float, norm_stats: str, thet
 
 
 @interpreted
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(shapes(), st.sampled_from(["task", "running"]))
 def test_synthetic_gradient_mlp(sizes: dict[str, int], norm_stats: str) -> None:
     episode = draw(**sizes)
@@ -85,7 +69,7 @@ def test_synthetic_gradient_mlp(sizes: dict[str, int], norm_stats: str) -> None:
 
 
 @interpreted
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(shapes(), st.booleans())
 def test_class_means(sizes: dict[str, int], weighted: bool) -> None:
     e = draw(**sizes).fresh()

@@ -1,0 +1,111 @@
+"""Gradient descent on a linear head in Triton: a program of one phase on the support rows, whose head is then applied.
+
+The head after the steps is W + P^T X, b + sum P, with X the support rows (`phase_kernels`; csrc/engine/linear_head.h
+holds -P).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernelmeta.ops.linear_head_op import _fallback, _fallback_backward, _sizes, trace_size
+from kernelmeta.triton import phases
+from kernelmeta.triton.launch import plain
+from kernelmeta.triton.phases import Gradients, Learned, Live, Phase
+from kernelmeta.triton.products import combine, dots
+from kernelmeta.triton.tasks import foreign
+from kernelmeta.triton.trace import Trace, padded
+
+
+def _trace(data: Tensor, S: int, N: int, K: int) -> Trace:
+    ld = padded(S)
+    return Trace(data, {"gram_support": (S, ld), "u": (K, N, ld), "p": (K + 1, N, ld)})
+
+
+def _program(args: Any) -> tuple[Live, list[Phase], Learned]:
+    labels, rates, oracle = args[2], args[7], args[8]
+    _, S, _, _, _, K = _sizes(args)
+    ones = rates.new_ones(1)
+    learned = Learned(torch.cat([ones, ones.new_zeros(1), ones]), rates.contiguous(), labels.contiguous(), None, None)
+    return Live(S, 0, padded(S), padded(S), None), [Phase(oracle, False, True, K)] if K else [], learned
+
+
+def forward(*args: Any) -> tuple[Tensor, ...]:
+    """The raw op ``linear_head``. What one program cannot hold runs in plain PyTorch, without trace."""
+    support, support_index, labels, query, query_index, weight, bias = args[:7]
+    return_weights, save_trace = args[10:]
+    T, S, Q, N, D, K = _sizes(args)
+    data = weight.new_zeros((T, trace_size(N, S, D, K)) if save_trace or T else 0)
+    if T == 0 or not phases.fits(padded(S), N, 0, weight.dtype):
+        logits, heads, _ = _fallback(*args)
+        return logits.contiguous(), heads.contiguous(), data if save_trace else weight.new_empty(0)
+    support, query = support.contiguous(), query.contiguous()
+    trace = _trace(data, S, N, K)
+    shift = bias.masked_fill(foreign(labels, N).unsqueeze(-1), float("nan"))  # [T, N]
+    live, program, learned = _program(args)
+    if K:
+        gram = trace["gram_support"][..., :S]
+        dots(support, support, gram, support_index, support_index)
+        gram += 1
+        z = trace["u"][:, 0, :, :S]
+        dots(weight.expand(T, N, D), support, z, None, support_index)
+        z += shift.unsqueeze(-1)
+        phases.forward(trace, live, N, program, learned)
+    p = trace["p"][:, K, :, :S]
+    shift = shift + p.sum(-1)
+    theta = combine(p, support, support_index).add_(weight)
+    logits = weight.new_empty(T, Q, N)
+    dots(query, theta, logits, query_index)
+    logits += shift.unsqueeze(1)
+    heads = torch.cat([theta, shift.unsqueeze(-1)], -1) if return_weights else weight.new_empty(0)
+    return logits, heads, data if save_trace else weight.new_empty(0)
+
+
+def backward(grad_logits: Tensor, grad_heads: Tensor | None, data: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """The raw op ``linear_head_backward``."""
+    support, support_index, _, query, query_index, weight, bias, rates = args[:8]
+    first_order, need_support, need_query = args[9:]
+    T, S, Q, N, D, K = _sizes(args)
+    if T == 0 or not phases.fits(padded(S), N, 0, weight.dtype):
+        return plain(_fallback_backward, grad_logits, grad_heads, data, *args)
+    support, query, grad_logits = support.contiguous(), query.contiguous(), grad_logits.contiguous()
+    trace = _trace(data.contiguous(), S, N, K)
+    live, program, learned = _program(args)
+    new_empty, ld = weight.new_empty, live.ld
+    gtheta = combine(grad_logits.transpose(1, 2), query, query_index)
+    gshift = grad_logits.sum(1)
+    if grad_heads is not None:
+        gtheta += grad_heads[..., :D]
+        gshift += grad_heads[..., D]
+    of_steps = need_support and not first_order and K > 0
+    gs, gag = (weight.new_zeros(T, K, N, ld) if of_steps else None for _ in range(2))
+    grad = Gradients(
+        u=weight.new_zeros(T, N, ld), r2=new_empty(0), p=weight.new_zeros(T, N, ld), a=new_empty(0),
+        mlp=new_empty(T, 0), numbers=weight.new_zeros(T, 3), rates=weight.new_zeros(T, K), gs=gs, gag=gag,
+    )  # fmt: skip
+    assert grad.p is not None
+    gp = grad.p[..., :S]
+    dots(gtheta, support, gp, None, support_index)
+    gp += gshift.unsqueeze(-1)
+    phases.backward(trace, live, N, program, learned, grad, first_order)
+
+    none = new_empty(0)
+    gz = grad.u[..., :S]
+    gsupport = none
+    if need_support:
+        gsupport = weight.new_zeros(T, S, D)
+        if not first_order:
+            gsupport += combine(trace["p"][:, K, :, :S].transpose(1, 2), gtheta)
+            gsupport += gz.transpose(1, 2) @ weight
+        if of_steps:
+            rows = support if support_index is None else support[support_index]
+            gsupport += combine(phases.gram_gradient(grad, first_order)[:, :S, :S], rows)
+    gquery = none.clone()
+    if need_query:
+        theta = combine(trace["p"][:, K, :, :S], support, support_index).add_(weight)
+        gquery = combine(grad_logits, theta)
+    gtheta += combine(gz, support, support_index)
+    return gsupport, gquery, gtheta.sum(0), (gshift + gz.sum(-1)).sum(0), grad.rates.sum(0)

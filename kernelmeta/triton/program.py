@@ -1,0 +1,298 @@
+"""Programs in Triton: what lies before and after the phases, in the order of one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernelmeta.ops.program_op import _MLP, _RUNNING, _THETA0, _fallback, _fallback_backward, _mlp_shapes
+from kernelmeta.triton import class_means_kernels, mlp_kernels, phases
+from kernelmeta.triton.launch import interpreted, plain
+from kernelmeta.triton.phases import Gradients, Learned, Live, Phase
+from kernelmeta.triton.products import combine, dots, inverse_norms, squared_norms, without_radial_part
+from kernelmeta.triton.tasks import Tasks
+from kernelmeta.triton.trace import Trace, padded, size_of
+
+_FLOOR2 = 1e-24  # of a squared norm
+_CLASS_MEANS, _ZERO = 0, 2  # starts
+
+
+class _Program:
+    """The arguments of one call, put in order; ``args`` are those that the forward and the backward op share."""
+
+    def __init__(self, args: Any) -> None:
+        self.theta0, self.weight, scale, bias, target, rates, *mlp = args[_THETA0:_RUNNING]
+        running_stats, self.N, numbers, self.cosine, self.start, self.first_order, self.coefficients = args[_RUNNING:]
+        self.tasks = tasks = Tasks(args, self.N)
+        self.bias = bias
+        self.given = args[_THETA0:_MLP]
+        self.phases = [
+            Phase(o, bool(query), bool(mean), steps) for o, query, mean, steps in zip(*[iter(numbers)] * 4, strict=True)
+        ]
+        self.K = sum(phase.steps for phase in self.phases)
+        self.H = 0 if mlp[0] is None else mlp[0].shape[0]
+        uses_support = any(not phase.query for phase in self.phases)
+        S = tasks.S if uses_support else 0
+        self.live = Live(S, tasks.Q, padded(S), padded(S) + padded(tasks.Q), tasks.counts)
+        if tasks.counts is not None and not uses_support:
+            self.live = self.live._replace(counts=tasks.counts * tasks.counts.new_tensor([0, 1, 1]))
+        ones = rates.new_ones(1)
+        values = [scale, ones.new_zeros(1) if bias is None else bias] if self.cosine else [ones, ones.new_zeros(1)]
+        values.append(ones if target is None else target)
+        own = torch.cat([v.reshape(1) for v in values])
+        self.learned = Learned(
+            own, rates.contiguous(), tasks.labels.contiguous(), None if mlp[0] is None else mlp, running_stats
+        )
+
+    @property
+    def fits(self) -> bool:
+        dtype = self.learned.rates.dtype
+        known = dtype is torch.float32 or interpreted()
+        return known and self.tasks.T > 0 and phases.fits(self.live.ld, self.N, self.H, dtype)
+
+    def fields(self) -> dict[str, tuple[int, ...]]:
+        """``ProgramTrace`` in csrc/engine/program.h; a linear classifier does not need A G."""
+        N, K, live = self.N, self.K, self.live
+        cosine, coefficients = self.cosine, self.coefficients
+        uses_query = any(phase.query for phase in self.phases)
+        return {
+            "theta0": (N, self.tasks.D) if self.start == _CLASS_MEANS else (),
+            "inverse": (live.ld,) if cosine else (),
+            "r2": (K + 1, N) if cosine else (),
+            "u": (K + 1, N, live.ld),
+            "ag": (K, N, live.ld) if cosine else (),
+            "gram_support": (live.S, live.ld) if live.S else (),
+            "gram_query": (live.Q, live.ld) if uses_query else (),
+            "anchor": (K + 1, N) if cosine else (),
+            "a": (K + 1, N) if coefficients and cosine else (),
+            "p": (K + 1, N, live.ld) if coefficients else (),
+        }
+
+    def parts(self) -> list[tuple[bool, slice]]:
+        """(Of query rows, place among the live rows)."""
+        query = (True, self.live.query)
+        return [(False, self.live.support), query] if self.live.S else [query]
+
+    def start_of(self, trace: Trace) -> Tensor | None:
+        """theta0 [T, N, D], contiguous; None: zero."""
+        if self.start == _ZERO:
+            return None
+        if self.start == _CLASS_MEANS:
+            return trace["theta0"].contiguous()
+        return self.theta0.expand(self.tasks.T, -1, -1).contiguous()
+
+
+def forward(*args: Any) -> tuple[Tensor, ...]:
+    """The raw op ``program``. What one program cannot hold runs in plain PyTorch, without trace."""
+    *shared, save_trace = args
+    program = _Program(shared)
+    tasks, live, N, K = program.tasks, program.live, program.N, program.K
+    rates = program.learned.rates
+    fields = program.fields()
+    size = _trace_size(program, fields)
+    if not program.fits:
+        *results, _ = _fallback(*args)
+        return *(r.contiguous() for r in results), rates.new_zeros(tasks.T * size if save_trace else 0)
+    data = rates.new_zeros(tasks.T, size)
+    trace = Trace(data, fields)
+    _begin(program, trace)
+    phases.forward(trace, live, N, program.phases, program.learned)
+
+    u = trace["u"][:, K, :, live.query].transpose(1, 2)
+    scale, bias = program.learned.numbers[:2] if program.cosine else (1, 0)
+    logits = scale * (u + bias)
+    own = tasks.own_ways
+    if own is not None:
+        logits.masked_fill_(~own.unsqueeze(1), -float("inf"))
+    coefficients = [rates.new_empty(0) for _ in range(3)]
+    if program.coefficients:
+        p = trace["p"][:, K].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        of_support = p[:, live.support] if live.S else p.new_zeros(tasks.T, tasks.S, N)
+        a = trace["a"][:, K].clone() if program.cosine else p.new_ones(tasks.T, N)
+        if own is not None:
+            a.masked_fill_(~own, 0)
+        coefficients = [tasks.flatten(of_support, False), tasks.flatten(p[:, live.query], True), a]
+    return tasks.flatten(logits, True), *coefficients, data.view(-1) if save_trace else rates.new_empty(0)
+
+
+def _trace_size(program: _Program, fields: dict[str, tuple[int, ...]]) -> int:
+    """As `trace_size` in kernelmeta/ops/program_op.py, which counts A G in any case."""
+    return size_of(fields) + (0 if program.cosine else program.K * program.N * program.live.ld)
+
+
+def _begin(program: _Program, trace: Trace) -> None:
+    """The Gram matrix, the start, and what it says about the live rows."""
+    tasks, live, N = program.tasks, program.live, program.N
+    if program.start == _CLASS_MEANS:
+        means = class_means_kernels.forward(
+            tasks.support, tasks.labels, program.weight, N, tasks.support_index, tasks.counts is not None
+        )
+        trace["theta0"].copy_(means)
+    theta0 = program.start_of(trace)
+    u = trace["u"][:, 0]
+    for of_query, place in program.parts():
+        rows, index = tasks.rows(of_query)
+        if theta0 is not None:
+            dots(theta0, rows, u[..., place], None, index)
+        _form_gram(program, trace, of_query, place)
+        if program.cosine:
+            trace["inverse"][:, place] = inverse_norms(rows, index, u.dtype)
+    if program.cosine:
+        assert theta0 is not None
+        r2, inverse = trace["r2"][:, 0], trace["inverse"]
+        squared_norms(theta0, None, r2)
+        r2.clamp_min_(_FLOOR2)
+        u *= inverse.unsqueeze(1)
+        u *= r2.rsqrt().unsqueeze(-1)
+        for name in ("gram_support", "gram_query"):
+            if name in trace:
+                place = live.support if name == "gram_support" else live.query
+                trace[name].mul_(inverse.unsqueeze(1)).mul_(inverse[:, place].unsqueeze(-1))
+        if program.coefficients:
+            trace["a"][:, 0] = 1
+    elif program.bias is not None:
+        for _, place in program.parts():
+            u[..., place] += program.bias.unsqueeze(-1)
+    u.masked_fill_(tasks.broken.view(-1, 1, 1), float("nan"))
+
+
+def _form_gram(program: _Program, trace: Trace, of_query: bool, place: slice) -> None:
+    """Products of one part of the live rows with all of them; a linear classifier's bias adds one."""
+    name = "gram_query" if of_query else "gram_support"
+    if name not in trace:
+        return
+    rows, index = program.tasks.rows(of_query)
+    for other_query, other in program.parts():
+        gram = trace[name][..., other]
+        if other_query < of_query and "gram_support" in trace:
+            gram.copy_(trace["gram_support"][..., place].transpose(1, 2))
+        else:
+            other_rows, other_index = program.tasks.rows(other_query)
+            dots(rows, other_rows, gram, index, other_index)
+            if not program.cosine:
+                gram += 1
+
+
+def backward(
+    grad_logits: Tensor, of_support: Tensor | None, of_query: Tensor | None, of_start: Tensor | None, data: Tensor,
+    *args: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The raw op ``program_backward``."""
+    *shared, need_query, need_support = args
+    program = _Program(shared)
+    if not program.fits:
+        return plain(_fallback_backward, grad_logits, of_support, of_query, of_start, data, *args)
+    tasks, live, N, K = program.tasks, program.live, program.N, program.K
+    rates, cosine = program.learned.rates, program.cosine
+    trace = Trace(data.contiguous().view(tasks.T, -1), program.fields())
+    coefficients = program.coefficients and of_query is not None
+    new_zeros = rates.new_zeros
+    T, ld = tasks.T, live.ld
+    rows = K > 0 and (need_query or (need_support and live.S > 0))
+    gs, gag = (new_zeros(T, K, N, ld) if rows else None for _ in range(2))
+    mlp = program.learned.mlp
+    grad = Gradients(
+        u=new_zeros(T, N, ld), r2=new_zeros(T, N), p=new_zeros(T, N, ld) if coefficients else None,
+        a=new_zeros(T, N), mlp=new_zeros(T, 0 if mlp is None else sum(p.numel() for p in mlp)),
+        numbers=new_zeros(T, 3), rates=new_zeros(T, K), gs=gs, gag=gag,
+    )  # fmt: skip
+    if grad.p is not None:
+        assert of_support is not None and of_query is not None and of_start is not None
+        if live.S:
+            grad.p[..., live.support] = tasks.spread(of_support, False).transpose(1, 2)
+        grad.p[..., live.query] = tasks.spread(of_query, True).transpose(1, 2)
+        grad.a.copy_(of_start)
+    gz = tasks.spread(grad_logits, True).transpose(1, 2)
+    if tasks.own_ways is not None:
+        gz = gz.masked_fill(~tasks.own_ways.unsqueeze(-1), 0)
+    scale, bias = program.learned.numbers[:2] if cosine else (1, 0)
+    grad.u[..., live.query] = scale * gz
+    if cosine:
+        grad.numbers[:, 0] = (gz * (trace["u"][:, K, :, live.query] + bias)).sum((1, 2))
+        grad.numbers[:, 1] = scale * gz.sum((1, 2))
+    phases.backward(trace, live, N, program.phases, program.learned, grad, program.first_order)
+    return _finish(program, trace, grad, need_query, need_support)
+
+
+def _finish(program: _Program, trace: Trace, grad: Gradients, need_query: bool, need_support: bool) -> tuple[Any, ...]:
+    """Gradients of the start and of the steps -> those of the op's arguments."""
+    tasks, _live, N = program.tasks, program.live, program.N
+    cosine, none = program.cosine, grad.u.new_empty(0)
+    theta0 = program.start_of(trace)
+    gu = grad.u  # of the rows, not normalised, times theta0
+    gn0 = None
+    if cosine:
+        u, r2 = trace["u"][:, 0], trace["r2"][:, 0]
+        gn0 = (grad.r2 - (gu * u).sum(-1) / (2 * r2)).masked_fill_(r2 <= _FLOOR2, 0)
+        gu = gu * r2.rsqrt().unsqueeze(-1) * trace["inverse"].unsqueeze(1)
+
+    # theta0
+    gtheta0 = grad.u.new_zeros(tasks.T, N, tasks.D)
+    if theta0 is not None:
+        for of_query, place in program.parts():
+            gtheta0 += combine(gu[..., place], *tasks.rows(of_query))
+        if gn0 is not None:
+            gtheta0.addcmul_(theta0, gn0.unsqueeze(-1), value=2)
+    of_means, gweight = none, none
+    weight = program.weight
+    if program.start == _CLASS_MEANS:
+        of_means, gweight = class_means_kernels.backward(
+            gtheta0,
+            tasks.support,
+            tasks.labels,
+            weight,
+            N,
+            need_support,
+            tasks.support_index,
+            tasks.counts is not None,
+        )
+    elif weight is not None:
+        gweight = torch.zeros_like(weight)
+
+    # the live rows
+    of_rows = {}
+    moved = None
+    if grad.gs is not None:
+        moved = phases.gram_gradient(grad, program.first_order)
+        if cosine:
+            moved *= trace["inverse"].unsqueeze(1) * trace["inverse"].unsqueeze(2)
+    for of_query, place in program.parts():
+        if not (need_query if of_query else need_support):
+            continue
+        g = grad.u.new_zeros(tasks.T, place.stop - place.start, tasks.D)
+        if theta0 is not None:
+            g += combine(gu[..., place].transpose(1, 2), theta0)
+        if moved is not None:
+            for other_query, other in program.parts():
+                g += combine(moved[:, place, other], *tasks.rows(other_query))
+        if cosine:
+            g = without_radial_part(g, tasks.gathered(of_query), trace["inverse"][:, place])
+        of_rows[of_query] = g
+    gquery, gsupport = none, none.clone()
+    if need_query:
+        gquery = tasks.flatten(of_rows[True], True)
+    if need_support:
+        found = of_rows.get(False)
+        total = of_means if found is None else found if program.start != _CLASS_MEANS else found + of_means
+        if found is None and program.start != _CLASS_MEANS:
+            total = grad.u.new_zeros(tasks.T, tasks.S, tasks.D)
+        gsupport = tasks.flatten(total, False)
+    return gquery, gsupport, *_of_parameters(program, grad, gtheta0, gweight)
+
+
+def _of_parameters(program: _Program, grad: Gradients, gtheta0: Tensor, gweight: Tensor) -> list[Tensor]:
+    """theta0, weight, scale, bias, target_scale, rates and the MLP's; empty where there is none."""
+    mlp = program.learned.mlp
+    numbers = grad.numbers.sum(0)
+    given = program.given
+    gbias = numbers[1:2].clone() if program.cosine else grad.u.sum((0, 2))
+    found = [gtheta0.sum(0), gweight, numbers[:1].clone(), gbias, numbers[2:].clone(), grad.rates.sum(0)]
+    if mlp is None:
+        shapes = _mlp_shapes(None)
+        of_mlp = [grad.u.new_empty(shape) for shape in shapes]
+    else:
+        of_mlp = mlp_kernels.unpack(grad.mlp, mlp)
+    none = grad.u.new_empty(0)
+    return [*(none.clone() if p is None else g.view(p.shape) for g, p in zip(found, given, strict=True)), *of_mlp]

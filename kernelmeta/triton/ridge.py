@@ -1,0 +1,134 @@
+"""Ridge regression in Triton (the formulas: csrc/engine/ridge.h). A singular system gives its task NaN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernelmeta.ops.ridge_op import _fallback, _fallback_backward
+from kernelmeta.triton.launch import cover, interpreted, launch, plain, precision
+from kernelmeta.triton.products import combine, dots
+from kernelmeta.triton.ridge_kernels import factorise_kernel, solve_kernel
+from kernelmeta.triton.tasks import Tasks
+from kernelmeta.triton.trace import Trace, padded, size_of
+
+_MOST_ROWS = 128  # of a task: its matrix is one tile in registers
+
+
+def _fits(tasks: Tasks, dtype: torch.dtype) -> bool:
+    known = dtype is torch.float32 or (dtype is torch.float64 and interpreted())
+    return known and tasks.T > 0 and tasks.S <= _MOST_ROWS and tasks.n_way <= _MOST_ROWS
+
+
+def _fields(tasks: Tasks) -> dict[str, tuple[int, ...]]:
+    """``RidgeTrace`` in csrc/engine/ridge.h; the factor is the transpose of its ``u``."""
+    S, Q, N = tasks.S, tasks.Q, tasks.n_way
+    return {
+        "factor": (S, padded(S)),
+        "pivots": (padded(S),),
+        "alpha": (N, padded(S)),
+        "cross": (S, padded(Q)),
+        "fit": (N, padded(Q)),
+    }
+
+
+def tiles(S: int, N: int) -> dict[str, dict[str, int]]:
+    """Tile sizes and warps of the two kernels."""
+    SP, NP = cover(S, 1 << 30), cover(N, 1 << 30)
+    return {
+        "factorise": {"SP": SP, "num_warps": 4 if SP <= 32 else 8 if SP <= 64 else 16},
+        "solve": {"SP": SP, "NP": NP, "num_warps": 4 if SP * NP <= 2048 else 8},
+    }
+
+
+def _solve(tasks: Tasks, trace: Trace, x: Tensor) -> None:
+    """x [T, N, padded(S)] <- the solution for these right-hand sides."""
+    factor, pivots = trace["factor"], trace["pivots"]
+    launch(
+        solve_kernel, tasks.T, factor, pivots, tasks.labels if tasks.counts is None else tasks.counts, x,
+        tasks.S, tasks.n_way, factor.stride(1), factor.stride(0), pivots.stride(0), x.stride(0), x.stride(1),
+        RAGGED=tasks.counts is not None, in_place=True, C=precision(x)["C"], **tiles(tasks.S, tasks.n_way)["solve"],
+    )  # fmt: skip
+
+
+def forward(*args: Any) -> tuple[Tensor, ...]:
+    """The raw op ``ridge``. What one program cannot hold runs in plain PyTorch, without trace."""
+    regularization, scale, bias, n_way, save_trace = args[8:]
+    tasks = Tasks(args, n_way)
+    fields, S, Q = _fields(tasks), tasks.S, tasks.Q
+    if not _fits(tasks, scale.dtype):
+        logits, alpha, _ = _fallback(*args)
+        return logits, alpha, scale.new_zeros(tasks.T * size_of(fields) if save_trace else 0)
+    data = scale.new_zeros(tasks.T, size_of(fields))
+    trace = Trace(data, fields)
+    support, query = tasks.rows(False), tasks.rows(True)
+    factor, pivots, alpha = trace["factor"], trace["pivots"], trace["alpha"]
+    dots(support[0], support[0], factor[..., :S], support[1], support[1])
+    factor.diagonal(dim1=1, dim2=2).add_(regularization)
+    dots(support[0], query[0], trace["cross"][..., :Q], support[1], query[1])
+    launch(
+        factorise_kernel, tasks.T, factor, pivots, tasks.labels if tasks.counts is None else tasks.counts,
+        S, factor.stride(1), factor.stride(0), pivots.stride(0), torch.finfo(scale.dtype).eps,
+        RAGGED=tasks.counts is not None, in_place=True, C=precision(scale)["C"], **tiles(S, n_way)["factorise"],
+    )  # fmt: skip
+    ways = torch.arange(n_way, device=scale.device)
+    right = (tasks.labels.unsqueeze(1) == ways.unsqueeze(-1)).to(scale.dtype)
+    alpha[..., :S] = right.masked_fill_(tasks.broken.view(-1, 1, 1), float("nan"))
+    _solve(tasks, trace, alpha)
+    fit = trace["fit"][..., :Q]
+    dots(alpha[..., :S], trace["cross"][..., :Q].transpose(1, 2), fit)
+    logits = (scale * fit + bias).transpose(1, 2)
+    coefficients = alpha[..., :S].transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    if tasks.own_ways is not None:
+        logits = logits.masked_fill(~tasks.own_ways.unsqueeze(1), -float("inf"))
+        coefficients = coefficients.masked_fill(~tasks.own_ways.unsqueeze(1), 0)
+    return (
+        tasks.flatten(logits, True),
+        tasks.flatten(coefficients, False),
+        data.view(-1) if save_trace else scale.new_empty(0),
+    )
+
+
+def backward(grad_logits: Tensor, of_support: Tensor | None, data: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """The raw op ``ridge_backward``."""
+    regularization, scale, bias, n_way, need_query, need_support = args[8:]
+    tasks = Tasks(args, n_way)
+    if not _fits(tasks, scale.dtype):
+        return plain(_fallback_backward, grad_logits, of_support, data, *args)
+    S, Q, N = tasks.S, tasks.Q, n_way
+    trace = Trace(data.contiguous().view(tasks.T, -1), _fields(tasks))
+    support, query = tasks.rows(False), tasks.rows(True)
+    alpha, cross = trace["alpha"][..., :S], trace["cross"][..., :Q]
+    gz = tasks.spread(grad_logits, True).transpose(1, 2)
+    if tasks.own_ways is not None:
+        gz = gz.masked_fill(~tasks.own_ways.unsqueeze(-1), 0)
+    gfit = scale * gz
+    solution = scale.new_zeros(tasks.T, N, padded(S))  # gradient of alpha, then the adjoint's solution
+    v = solution[..., :S]
+    dots(gfit, cross, v)
+    if of_support is not None:
+        of_alpha = tasks.spread(of_support, False).transpose(1, 2)
+        if tasks.own_ways is not None:
+            of_alpha = of_alpha.masked_fill(~tasks.own_ways.unsqueeze(-1), 0)
+        v += of_alpha
+    _solve(tasks, trace, solution)
+    none = scale.new_empty(0)
+    gquery, gsupport = none, none.clone()
+    # The gradient of X X^T is -v alpha^T, that of the cross products alpha gfit^T; N is small: through [N, D].
+    if need_query or need_support:
+        weights = combine(alpha, *support)
+        if need_query:
+            gquery = tasks.flatten(combine(gfit.transpose(1, 2), weights), True)
+        if need_support:
+            gweights = combine(gfit, *query).sub_(combine(v, *support))
+            rows = combine(alpha.transpose(1, 2), gweights).sub_(combine(v.transpose(1, 2), weights))
+            gsupport = tasks.flatten(rows, False)
+    return (
+        gquery,
+        gsupport,
+        -(v * alpha).sum().view(regularization.shape),
+        (gz * trace["fit"][..., :Q]).sum().view(scale.shape),
+        gz.sum().view(bias.shape),
+    )

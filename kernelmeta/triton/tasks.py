@@ -1,0 +1,128 @@
+"""Tasks of equal or unequal size as the kernels take them: [T, rows] each, with room for the largest task's rows.
+
+A smaller task's last row is repeated, and its labels end with -1. Tasks of unequal size wait for the device once, for
+their offsets and ways: the sizes of grids and arrays depend on them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def broken(labels: Tensor, n_ways: int | Tensor, most: int, valid: Tensor | None = None) -> Tensor:
+    """Tasks with a label outside of their ways ([T, 1] or one number), or a way without a row; [T]."""
+    ways = torch.arange(most, device=labels.device)
+    empty = ~(labels.unsqueeze(1) == ways.unsqueeze(-1)).any(-1) & (ways < n_ways)
+    return foreign(labels, n_ways, valid) | empty.any(-1)
+
+
+def foreign(labels: Tensor, n_ways: int | Tensor, valid: Tensor | None = None) -> Tensor:
+    """Tasks with a label outside of their ways."""
+    outside = (labels < 0) | (labels >= n_ways)
+    return (outside if valid is None else outside & valid).any(-1)
+
+
+class _Ragged:
+    """Offsets [T + 1] of one kind of rows."""
+
+    def __init__(self, offsets: Tensor, numbers: list[int], rows: int, name: str) -> None:
+        if numbers[0] != 0 or numbers[-1] != rows or any(a > b for a, b in itertools.pairwise(numbers)):
+            raise ValueError(f"{name}_offsets: expected numbers that rise from 0 to the number of rows, {rows}")
+        self.counts = offsets.diff()
+        self.each = [b - a for a, b in itertools.pairwise(numbers)]
+        self.rows, self.most = rows, max(self.each, default=0)
+        line = torch.arange(self.most, device=offsets.device)
+        self.valid = line < self.counts.unsqueeze(-1)  # [T, most]
+        # Of a row of [T, most]: its number among all rows; and the other way round.
+        self.source = offsets[:-1, None] + torch.minimum(line, self.counts.unsqueeze(-1) - 1)
+        task = torch.repeat_interleave(self.counts, output_size=rows)
+        self.place = task * self.most + torch.arange(rows, device=offsets.device) - offsets[task]
+
+    def spread(self, flat: Tensor) -> Tensor:
+        """[all rows, ...] -> [T, most, ...], zeros where there is no row."""
+        spread = flat[self.source]
+        return spread.masked_fill_(~self.valid.view(*self.valid.shape, *[1] * (flat.dim() - 1)), 0)
+
+    def flatten(self, spread: Tensor) -> Tensor:
+        """[T, most, ...] -> [all rows, ...]."""
+        return spread.flatten(0, 1)[self.place]
+
+
+class Tasks:
+    """The first eight arguments of the raw ops ``program`` and ``ridge``.
+
+    ``counts`` [T, 3] holds each task's support rows, query rows and ways, ``ways`` the last of them, [T, 1]; None and
+    ``n_way`` where all tasks are alike.
+    """
+
+    def __init__(self, args: Any, n_way: int) -> None:
+        query, query_index, support, support_index, labels, support_offsets, query_offsets, n_ways = args[:8]
+        self.query, self.support = query.contiguous(), support.contiguous()
+        self.query_index, self.support_index, self.labels = query_index, support_index, labels
+        self.D, self.n_way = query.shape[-1], n_way
+        self.counts: Tensor | None = None
+        self.ways: int | Tensor = n_way
+        self._support: _Ragged | None = None
+        self._query: _Ragged | None = None
+        if support_offsets is None:
+            self.T, self.S = labels.shape
+            self.Q = (query if query_index is None else query_index).shape[1]
+            self.broken = broken(labels, n_way, n_way)
+            return
+        self.T = support_offsets.shape[0] - 1
+        if n_ways is None:
+            n_ways = torch.full_like(support_offsets[1:], n_way)
+        numbers = torch.cat([support_offsets, query_offsets, n_ways]).tolist()
+        rows_of_query = (query if query_index is None else query_index).shape[0]
+        of_support = _Ragged(support_offsets, numbers[: self.T + 1], labels.shape[0], "support")
+        of_query = _Ragged(query_offsets, numbers[self.T + 1 : 2 * self.T + 2], rows_of_query, "query")
+        _check(of_support, of_query, numbers[2 * self.T + 2 :], n_way)
+        self._support, self._query, self.S, self.Q = of_support, of_query, of_support.most, of_query.most
+        self.counts = torch.stack([of_support.counts, of_query.counts, n_ways], 1)
+        self.ways = n_ways.unsqueeze(-1)
+        self.support_index = of_support.source if support_index is None else support_index[of_support.source]
+        self.query_index = of_query.source if query_index is None else query_index[of_query.source]
+        self.labels = labels[of_support.source].masked_fill_(~of_support.valid, -1)
+        self.broken = broken(self.labels, self.ways, n_way, of_support.valid)
+
+    @property
+    def own_ways(self) -> Tensor | None:
+        """[T, N]: which ways are a task's own; None where all are."""
+        if isinstance(self.ways, int):
+            return None
+        return torch.arange(self.n_way, device=self.labels.device) < self.ways
+
+    def rows(self, of_query: bool) -> tuple[Tensor, Tensor | None]:
+        """Features and index as `products` takes them."""
+        return (self.query, self.query_index) if of_query else (self.support, self.support_index)
+
+    def gathered(self, of_query: bool) -> Tensor:
+        """[T, rows, D]."""
+        rows, index = self.rows(of_query)
+        return rows if index is None else rows[index]
+
+    def spread(self, given: Tensor, of_query: bool) -> Tensor:
+        """Something for every row, as it was given -> [T, rows, ...], zeros where there is no row."""
+        ragged = self._query if of_query else self._support
+        return given if ragged is None else ragged.spread(given)
+
+    def flatten(self, spread: Tensor, of_query: bool) -> Tensor:
+        """The other way round."""
+        ragged = self._query if of_query else self._support
+        return spread.contiguous() if ragged is None else ragged.flatten(spread)
+
+
+def _check(support: _Ragged, query: _Ragged, ways: list[int], n_way: int) -> None:
+    for t, own in enumerate(ways):
+        if not 1 <= own <= n_way:
+            raise ValueError(f"n_ways: task {t} has {own} ways; expected 1..{n_way}")
+        if support.each[t] < own:
+            raise ValueError(
+                f"support: task {t} has {own} ways and {support.each[t]} support rows; every class needs at least one"
+            )
+        if query.each[t] < 1:
+            raise ValueError("every task needs a query row")

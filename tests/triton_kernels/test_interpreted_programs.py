@@ -1,0 +1,348 @@
+"""Programs, the linear head and ridge regression as Triton kernels, interpreted, against the reference.
+
+`test_interpreted` starts the Python in which they run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from episodes import assert_close, draw_labels, running_stats
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from ops.test_program import COSINE, LINEAR, Problem, draw_ragged
+from torch import Tensor
+from triton_kernels.interpreter import both, interpreted
+
+import kernelmeta as km
+from kernelmeta.reference import Phase
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+TOLERANCE = 1e-9
+
+
+def drawn(*shapes: tuple[int, ...], seed: int = 0, size: float = 0.5) -> list[Tensor]:
+    """Leaves."""
+    g = torch.Generator().manual_seed(seed)
+    return [(size * torch.randn(shape, dtype=torch.float64, generator=g)).requires_grad_() for shape in shapes]
+
+
+def split_infinities(logits: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Results that can be summed, and where the logits were minus infinity."""
+    beyond = logits == -torch.inf
+    return logits.masked_fill(beyond, 0), *others, beyond.double()
+
+
+# ---- linear head
+
+
+@interpreted
+@settings(max_examples=6)
+@given(
+    st.tuples(*(st.integers(1, most) for most in (3, 20, 20, 6, 70)), st.integers(0, 3)),
+    st.sampled_from(["cross_entropy", "squared_error", "hinge"]),
+    st.booleans(),
+)
+@example((2, 7, 5, 3, 9, 2), "squared_error", False)
+@example((1, 40, 5, 17, 9, 2), "hinge", False)
+@example((1, 7, 5, 3, 9, 2), "cross_entropy", True)
+@example((1, 257, 3, 2, 4, 1), "cross_entropy", False)  # too large: plain PyTorch
+@example((0, 7, 5, 3, 9, 2), "cross_entropy", False)
+def test_linear_head(sizes: tuple[int, ...], oracle: str, first_order: bool) -> None:
+    T, S, Q, N, D, K = sizes
+    leaves = drawn((T, S, D), (T, Q, D), (N, D), (N,), (K,))
+    labels = torch.randint(N, (T, S), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"oracle": oracle, "first_order": first_order, "return_weights": True}
+    got, want = both(lambda: km.ops.linear_head(leaves[0], labels, *leaves[1:], **options), leaves)
+    assert_close(got, want, TOLERANCE)
+
+
+@interpreted
+def test_linear_head_on_rows_of_a_bank() -> None:
+    bank, *leaves = drawn((30, 9), (4, 9), (4,), (2,))
+    bank = bank.detach()
+    index = [torch.randint(30, (2, rows)) for rows in (7, 5)]
+    labels = torch.randint(4, (2, 7))
+    got, want = both(
+        lambda: km.ops.linear_head(bank, labels, bank, *leaves, support_index=index[0], query_index=index[1]), leaves
+    )
+    assert_close(got, want, TOLERANCE)
+
+
+# ---- programs
+
+CASES = [
+    (True, "cross_entropy", "class_means", None),
+    (True, "squared_error", "learned", "sum"),
+    (True, "hinge", "class_means", None),
+    (True, "entropy", "learned", None),
+    (True, "entropy of the support rows", "class_means", "sum"),
+    (True, "synthetic_gradient of the support rows", "learned", None),
+    (True, "assignment, then synthetic", "class_means", "mean"),
+    (True, "four phases", "learned", None),
+    (True, "nothing", "class_means", None),
+    (False, "cross_entropy", "zero", None),
+    (False, "squared_error", "class_means", None),
+    (False, "hinge", "learned", "sum"),
+    (False, "entropy", "class_means", None),
+    (False, "both", "learned", "mean"),
+]
+
+
+def check_program(problem: Problem, **options: Any) -> None:
+    got, want = both(lambda: tuple(problem.run(km.ops.program, **options)), problem.leaves())
+    assert_close(got, want, TOLERANCE)
+
+
+@interpreted
+@pytest.mark.parametrize(("cosine", "name", "start", "reduction"), CASES)
+def test_program(cosine: bool, name: str, start: str, reduction: str | None) -> None:
+    check_program(Problem((COSINE if cosine else LINEAR)[name], cosine, start, T=1).fresh(), reduction=reduction)
+
+
+@interpreted
+@settings(max_examples=6)
+@given(st.data())
+def test_shapes_of_a_program(data: Any) -> None:
+    cosine = data.draw(st.booleans())
+    name = data.draw(st.sampled_from(sorted(COSINE if cosine else LINEAR)))
+    N = data.draw(st.integers(2, 6))
+    problem = Problem(
+        (COSINE if cosine else LINEAR)[name], cosine, data.draw(st.sampled_from(["class_means", "learned"])),
+        T=data.draw(st.integers(1, 2)), S=data.draw(st.integers(N, 4 * N)), Q=data.draw(st.integers(2, 40)), N=N,
+        D=data.draw(st.integers(2, 70)), H=data.draw(st.integers(1, 24)), seed=data.draw(st.integers(0, 99)),
+    )  # fmt: skip
+    check_program(problem.fresh())
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("sizes", "name"),
+    [
+        ({"T": 2, "S": 20, "Q": 75, "N": 5, "H": 40}, "both"),
+        ({"T": 1, "S": 20, "Q": 150, "N": 17}, "soft_assignment"),  # two columns of tiles, 256 rows
+        ({"T": 1, "S": 20, "Q": 300}, "entropy"),  # too large: plain PyTorch
+        ({"T": 0}, "both"),
+    ],
+)
+def test_sizes_of_a_program(sizes: dict[str, int], name: str) -> None:
+    phases = [Phase(p.oracle, 1, 0.1, p.rows) for p in COSINE[name]]
+    check_program(Problem(phases, True, "class_means", **sizes).fresh())
+
+
+@interpreted
+def test_stored_statistics_and_no_gradient_of_the_weights() -> None:
+    problem = Problem(COSINE["both"], True, "class_means", T=1).fresh()
+    stats = running_stats(6)
+    got, want = both(lambda: problem.run(km.ops.program, running_stats=stats)[0], problem.leaves())
+    assert_close(got, want, TOLERANCE)
+
+
+@interpreted
+def test_first_order_program() -> None:
+    phases = [Phase("cross_entropy", 2, 0.1), Phase("synthetic_gradient", 1, 0.1)]
+    check_program(Problem(phases, False, "learned").fresh(), first_order=True)
+
+
+SIZES = [(3, 7, 9), (4, 4, 1), (2, 18, 20)]
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("cosine", "name", "start"),
+    [(True, "four phases", "class_means"), (True, "both", "learned"), (False, "both", "zero")],
+)
+def test_ragged_program(cosine: bool, name: str, start: str) -> None:
+    problem = Problem((COSINE if cosine else LINEAR)[name], cosine, start, N=4, D=14).fresh()
+    batch = draw_ragged(SIZES, 14)
+    problem.support, problem.query = batch.support.requires_grad_(), batch.query.requires_grad_()
+
+    def run() -> tuple[Tensor, ...]:
+        z, weights = km.ops.program(
+            batch.support, batch.labels, batch.query, problem.phases, return_weights=True, **problem.options(),
+            **batch.options,
+        )  # fmt: skip
+        return split_infinities(z, *([weights] if cosine else weights))
+
+    got, want = both(run, problem.leaves())
+    assert_close(got, want, TOLERANCE)
+
+
+@interpreted
+@pytest.mark.parametrize("sizes", [[], SIZES])
+def test_ragged_rows_of_a_bank(sizes: list[tuple[int, int, int]]) -> None:
+    problem = Problem([Phase("entropy", 1, 0.1)], True, "learned", N=4, D=14)
+    batch = draw_ragged(sizes, 14)
+    bank = torch.randn(40, 14).double()
+    index = {
+        f"{n}_index": torch.randint(40, (len(r),)) for n, r in (("support", batch.support), ("query", batch.query))
+    }
+    options = problem.options() | batch.options | index
+    with km.use_backend("triton"):
+        got = km.ops.program(bank, batch.labels, bank, problem.phases, **options)
+    want = km.reference.program(bank, batch.labels, bank, problem.phases, **options)
+    assert torch.equal(got == -torch.inf, want == -torch.inf)
+    assert_close([got.where(got.isfinite(), 0)], [want.where(want.isfinite(), 0)], TOLERANCE)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_ways": torch.tensor([3, 5, 2])}, "task 1 has 5 ways; expected 1..4"),
+        ({"support_offsets": torch.tensor([0, 7, 9, 29])}, "task 1 has 4 ways and 2 support rows"),
+        ({"query_offsets": torch.tensor([0, 9, 9, 30])}, "needs a query row"),
+        ({"query_offsets": torch.tensor([0, 10, 9, 30])}, "query_offsets: expected numbers that rise"),
+    ],
+)
+def test_bad_offsets(change: dict[str, Tensor], message: str) -> None:
+    problem = Problem([], True, "learned", N=4, D=14)
+    batch = draw_ragged(SIZES, 14)
+    with km.use_backend("triton"), pytest.raises(ValueError, match=message):
+        km.ops.program(batch.support, batch.labels, batch.query, [], **problem.options(), **(batch.options | change))
+
+
+# ---- ridge regression
+
+
+def ridge_problem(T: int, S: int, Q: int, N: int, D: int) -> tuple[list[Tensor], Tensor]:
+    leaves = drawn((T, S, D), (T, Q, D))
+    values = [torch.tensor([v], dtype=torch.float64, requires_grad=True) for v in (0.7, 3.1, -0.4)]
+    return [*leaves, *values], draw_labels(T, S, N, torch.Generator().manual_seed(0))
+
+
+@interpreted
+@settings(max_examples=5)
+@given(st.integers(1, 5), st.tuples(*(st.integers(0, most) for most in (1, 20, 20, 60))))
+@example(17, (0, 24, 5, 9))
+@example(2, (-1, 4, 5, 9))
+@example(2, (0, 130, 2, 5))  # too large: plain PyTorch
+def test_ridge(N: int, sizes: tuple[int, ...]) -> None:
+    T, more, Q, D = sizes
+    leaves, labels = ridge_problem(T + 1, N + more, Q + 1, N, D + 1)
+    got, want = both(lambda: km.ops.ridge(leaves[0], labels, *leaves[1:], n_way=N, return_coefficients=True), leaves)
+    assert_close(got, want, 1e-8)
+
+
+@interpreted
+def test_ragged_ridge() -> None:
+    batch = draw_ragged(SIZES, 14)
+    leaves, _ = ridge_problem(1, 4, 1, 2, 14)
+    leaves[:2] = batch.support.requires_grad_(), batch.query.requires_grad_()
+
+    def run() -> tuple[Tensor, ...]:
+        return split_infinities(
+            *km.ops.ridge(leaves[0], batch.labels, *leaves[1:], n_way=4, return_coefficients=True, **batch.options)
+        )
+
+    got, want = both(run, leaves)
+    assert_close(got, want, TOLERANCE)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("others", [[2], [1, 2, 3]])  # a pivot of zero, and one that is nothing but rounding
+def test_a_singular_system_gives_its_task_nan(others: list[int], dtype: torch.dtype) -> None:
+    leaves, labels = ridge_problem(3, 7, 5, 3, 12)
+    support = leaves[0].detach().clone()
+    support[1, 4] = support[1, others].mean(0)
+    values = [v.detach().to(dtype).requires_grad_() for v in (support, leaves[1], torch.zeros(1), *leaves[3:])]
+    with km.use_backend("triton"):
+        z = km.ops.ridge(values[0], labels, *values[1:], n_way=3)
+    assert z[1].isnan().all() and z[[0, 2]].isfinite().all()
+    (g,) = torch.autograd.grad(z.sum(), values[0])
+    assert g[1].isnan().any() and g[[0, 2]].isfinite().all()
+
+
+@interpreted
+@pytest.mark.parametrize("ridge", [False, True])
+def test_gradients_beyond_a_task_s_own_ways_are_dropped(ridge: bool) -> None:
+    batch = draw_ragged(SIZES, 14)
+    problem = Problem([Phase("entropy", 1, 0.1)], True, "learned", N=4, D=14).fresh()
+    one = torch.ones(1, dtype=torch.float64)
+    found = []
+    for backend in ("triton", "reference"):
+        with km.use_backend(backend):
+            if ridge:
+                leaves = [problem.scale, problem.target]
+                z = km.ops.ridge(batch.support, batch.labels, batch.query, one, *leaves, n_way=4, **batch.options)
+            else:
+                leaves = [problem.scale, problem.theta0, problem.rates]
+                z = km.ops.program(
+                    batch.support, batch.labels, batch.query, problem.phases, **problem.options(), **batch.options
+                )
+        found.append(torch.autograd.grad(z, leaves, torch.ones_like(z)))
+    assert_close(*found, TOLERANCE)
+
+
+# ---- all of them
+
+
+def runs(dtype: torch.dtype) -> list[tuple[Any, int]]:
+    """Ops as functions of features and labels, and the tolerance that single precision needs."""
+    problem = Problem([Phase("cross_entropy", 2, 0.1), Phase("entropy", 1, 0.1)], True, "learned")
+    options = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in problem.options().items() if k != "mlp"}
+    weight, bias, rates = (t.detach().to(dtype) for t in drawn((3, 12), (3,), (2,)))
+    one = torch.ones(1, dtype=dtype)
+    return [
+        lambda x, y, q: km.ops.linear_head(x, y, q, weight, bias, rates),
+        lambda x, y, q: km.ops.program(x, y, q, problem.phases, **options),
+        lambda x, y, q: km.ops.ridge(x, y, q, one, one, one, n_way=3),
+    ]
+
+
+@interpreted
+@pytest.mark.parametrize("op", range(3))
+def test_bad_labels_give_nan_where_they_are(op: int) -> None:
+    support, query = (t.detach() for t in drawn((3, 4, 12), (3, 5, 12)))
+    labels = torch.tensor([[0, 1, 2, 1], [0, 3, 2, 1], [-1, 0, 1, 2]])
+    with km.use_backend("triton"):
+        z = runs(torch.float64)[op](support, labels, query)
+    assert z[0].isfinite().all() and z[1:].isnan().all()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_precisions(dtype: torch.dtype) -> None:
+    support, query = (t.detach().to(dtype) for t in drawn((2, 7, 12), (2, 5, 12)))
+    labels = draw_labels(2, 7, 3, torch.Generator().manual_seed(0))
+    for single, double in zip(runs(torch.float32), runs(torch.float64), strict=True):
+        with km.use_backend("triton"):
+            got = single(support, labels, query)
+        with km.use_backend("reference"):
+            want = double(support.double(), labels, query.double())
+        assert got.dtype is torch.float32
+        assert_close([got], [want], 1e-5)
+
+
+@interpreted
+def test_opcheck_and_compile() -> None:
+    raw = torch.ops.kernelmeta
+    support, query, weight, bias, rates = drawn((2, 4, 9), (2, 5, 9), (3, 9), (3,), (2,))
+    labels = torch.tensor([[0, 1, 2, 1], [2, 1, 0, 0]])
+    one = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(
+        raw.triton_linear_head.default,
+        (support, None, labels, query, None, weight, bias, rates, 0, False, True, True),
+    )  # fmt: skip
+    torch.library.opcheck(
+        raw.triton_ridge.default, (query, None, support, None, labels, None, None, None, one, one, one, 3, True),
+    )  # fmt: skip
+    rows = [query, None, support, None, labels, None, None, None]
+    for cosine, start in ((True, 0), (False, 1)):
+        own = [weight if start else None, None, one, one if cosine else bias, None, rates, *[None] * 11]
+        torch.library.opcheck(
+            raw.triton_program.default, (*rows, *own, 3, [0, 0, 1, 1, 3, 1, 1, 1], cosine, start, False, True, True),
+        )  # fmt: skip
+
+    def call(support: Tensor) -> Tensor:
+        return km.ops.linear_head(support, labels, query, weight, bias, rates).square().sum()
+
+    with km.use_backend("triton"):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(support)
+        want = call(support)
+    assert torch.equal(compiled, want)
+    assert_close(torch.autograd.grad(compiled, support), torch.autograd.grad(want, support), 1e-12)
