@@ -14,12 +14,13 @@ BIN := $(VENV)/bin
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 HAS_COMPILER := $(shell command -v $(firstword $(CXX)) || command -v c++ || command -v clang++)
 
-.PHONY: help install test lint cpp-test py-test format demo bench clean
+.PHONY: help install test lint cpp-test py-test format demo bench gpu-check clean
 
 help:
 	@echo "make test    install, then linters, C++ tests under the sanitizers, Python tests"
 	@echo "make demo    install, then train and evaluate on the built-in data"
 	@echo "make bench   install, then the benchmarks"
+	@echo "make gpu-check  with a GPU: build for it, tests, compute-sanitizer, benchmarks, one JSON"
 	@echo "make format  rewrite the sources as the linters want them"
 	@echo "make clean   remove what was built, .venv too"
 
@@ -71,6 +72,10 @@ bench: install
 	$(BIN)/python -m pytest benchmarks -q --benchmark-max-time=0.3 --benchmark-min-rounds=3 \
 	  --benchmark-columns=median,iqr,rounds
 	$(BIN)/python -m benchmarks.report --seconds 1
+
+# With whatever PyTorch that machine has: nothing is installed. PYTHON=... to choose the environment.
+gpu-check:
+	$(PYTHON) -m benchmarks.gpu_check
 
 clean:
 	rm -rf build dist .venv *.egg-info kernelmeta/_native kernelmeta/_C.*.so

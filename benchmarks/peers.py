@@ -83,7 +83,7 @@ def _of_form(head: forms.Head) -> Callable[[Problem, str], PeerRunner]:
 
 def _kernelmeta(problem: Problem, mode: str) -> PeerRunner:
     size = problem.size
-    module = nn.SIB(size.N, size.D, size.K, problem.inner_lr).to(problem.parameters.weight.dtype)
+    module = nn.SIB(size.N, size.D, size.K, problem.inner_lr).to(problem.parameters.weight)
     leaves = [module.weight, module.scale, module.bias, *module.mlp.tensors()]
     with torch.no_grad():
         for leaf, value in zip(leaves, problem.parameters.leaves(), strict=True):

@@ -61,7 +61,9 @@ def test_kernels_stay_within_the_limits_of_the_table() -> None:
     table = limits()
     assert {k.name for k in built} == table.keys()
     beyond = [
-        k for k in built
-        if any(got > limit for got, limit in zip((k.registers, k.stack, k.spilled, k.shared), table[k.name], strict=True))
-    ]  # fmt: skip
+        (k, limit)
+        for k in built
+        for got, limit in zip((k.registers, k.stack, k.spilled, k.shared), table[k.name], strict=True)
+        if got > limit
+    ]
     assert not beyond
