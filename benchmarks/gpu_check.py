@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import agreement, counts, metadata
-from benchmarks.peers import PEERS, Unavailable
+from benchmarks.peers import PEERS, PeerRunner, Result, Unavailable
 from benchmarks.problem import Problem, Size, draw
 from kernelmeta import nn
 from kernelmeta.reference import MLPParameters
@@ -143,7 +143,7 @@ def benchmark(size: Size, mode: str, limits: dict[str, float]) -> dict[str, Any]
     for name in COMPARED:
         try:
             run = PEERS[name].prepare(problem, mode)
-            agreement.check(name, PEERS[name], lambda i, run=run: _to_host(run(i)), host, mode)
+            agreement.check(name, PEERS[name], _to_host(run), host, mode)
         except (Unavailable, agreement.Disagreement, RuntimeError) as reason:
             left_out.append(f"{name}: {reason}")
             continue
@@ -165,9 +165,12 @@ def benchmark(size: Size, mode: str, limits: dict[str, float]) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _to_host(result: Any) -> Any:
-    logits, gradients = result
-    return logits.cpu(), [g.cpu() for g in gradients]
+def _to_host(run: PeerRunner) -> PeerRunner:
+    def on_host(i: int) -> Result:
+        logits, gradients = run(i)
+        return logits.cpu(), [g.cpu() for g in gradients]
+
+    return on_host
 
 
 def training_step() -> dict[str, Any]:
