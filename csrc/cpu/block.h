@@ -13,8 +13,8 @@
 //   stacked_dots           of the rows and theta0 with themselves: Gram matrix, rows times theta0, |theta0|^2
 //   features_mm_add        small matrix times feature rows
 //   any(n, f)              whether f(i) holds for some i
-// Each ends with a barrier (nothing to do here); unfenced() gives the same words without it, for where the next
-// word touches nothing that this one does. Padded arrays hold anything in their padding as far as mm
+// Each ends with a barrier (nothing to do here); unfenced() gives the same words without it, for where the
+// next word touches nothing that this one does. Padded arrays hold anything in their padding as far as mm
 // writes them, and zeros where row.each does; sums never look at it.
 #pragma once
 
