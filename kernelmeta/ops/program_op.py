@@ -295,6 +295,7 @@ def program(
     )
     D = query.shape[-1]
     _check_program(phases, n_way, classifier, start, scale, mlp, reduction, first_order)
+    phases = [p for p in phases if p.steps]
     if theta0 is not None:
         _checks.shape("start", theta0, (n_way, D), "[N, D]")
     if weight is not None:
@@ -315,7 +316,7 @@ def program(
         support, query = support[support_index], query[query_index]
         support_index = query_index = None
 
-    mlp = mlp if any(p.oracle == "synthetic_gradient" and p.steps for p in phases) else None
+    mlp = mlp if any(p.oracle == "synthetic_gradient" for p in phases) else None
     own: list[Tensor | None] = [theta0, weight, scale, bias, target_scale, rates, *(mlp or [None] * 10), running_stats]
     if mlp is None:
         own[-1] = None
@@ -362,7 +363,7 @@ def _check_program(
         raise ValueError("scale: a cosine classifier needs one, a tensor of one value")
     if reduction is not None and reduction not in _checks.REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(_checks.REDUCTIONS)} or None, got {reduction!r}")
-    if any(p.oracle == "synthetic_gradient" for p in phases):
+    if any(p.oracle == "synthetic_gradient" and p.steps for p in phases):
         if mlp is None:
             raise ValueError("mlp: a synthetic_gradient phase needs one")
         N, _ = _checks.mlp(mlp)

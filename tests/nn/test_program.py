@@ -169,6 +169,13 @@ def test_more_ways_than_rows_are_refused() -> None:
         head(EPISODE.support.float(), EPISODE.labels, EPISODE.query.float())
 
 
+def test_a_phase_without_steps_does_nothing() -> None:
+    head = km.nn.Program(3, 13, [Phase("synthetic_gradient", 0, 0.1)]).double()
+    prototypes = km.nn.Program(3, 13, []).double()
+    episode = (EPISODE.support, EPISODE.labels, EPISODE.query)
+    assert torch.equal(head(*episode), prototypes(*episode))
+
+
 def test_rates_of_another_length_are_refused() -> None:
     with pytest.raises(ValueError, match=r"rates: expected shape \[K\], one for each step of all phases, = \[2\]"):
         km.ops.program(
