@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/linear_head_task.h"
 #include "engine/problem.h"
 
 namespace {
@@ -389,6 +390,94 @@ struct ClassMeansArguments {
             "float64 features need a float64 weight, and a float64 weight float64 features");
     problem = {s, support.features, {labels.get(), nullptr, nullptr}, weight ? weight->get() : nullptr};
   }
+};
+
+// Arguments that linear_head and its backward share.
+template <class C>
+struct HeadArguments {
+  Place on;
+  FeatureTensor support, query;
+  Labels labels;
+  Parameter<C> weight, bias, rates;
+  HeadProblem<C> problem;
+
+  HeadArguments(const Tensor& support_rows, const Optional& support_index, const Tensor& support_labels,
+                const Tensor& query_rows, const Optional& query_index, const Tensor& w, const Tensor& b,
+                const Tensor& r, int64_t oracle, bool first_order)
+      : on(query_rows),
+        support(on, support_rows, support_index, "support"),
+        query(on, query_rows, query_index, "query"),
+        labels(on, support_labels, support.T, support.features.rows),
+        weight(on, w, {w.dim() == 2 ? w.size(0) : -1, support.D}, "weight"),
+        bias(on, b, {w.size(0)}, "bias"),
+        rates(on, r, {r.numel()}, "rates") {
+    Sizes s{};
+    s.T = query.T;
+    s.S = support.features.rows;
+    s.Q = query.features.rows;
+    s.N = w.size(0);
+    s.D = query.D;
+    s.K = r.numel();
+    require(support.T == s.T && support.D == s.D, "support and query must have the same T and D");
+    require(s.N >= 1 && s.Q >= 1 && s.S >= 1 && s.D >= 1, "ways, rows and features: at least one each");
+    require(oracle >= 0 && oracle <= 2, "oracle: 0 (cross entropy), 1 (squared error) or 2 (hinge)");
+    const Storage own = sizeof(C) == 4 ? Storage::kFloat32 : Storage::kFloat64;
+    for (const FeatureTensor* f : {&query, &support}) {
+      require(f->features.storage == own || (sizeof(C) == 4 && f->features.storage != Storage::kFloat64),
+              "float64 features need float64 parameters, and float64 parameters float64 features");
+    }
+    if (on.cpu) check_labels(s);
+    problem = {s,
+               support.features,
+               query.features,
+               labels.get(),
+               weight,
+               bias,
+               rates,
+               static_cast<Oracle>(oracle),
+               first_order};
+  }
+
+ private:
+  void check_labels(const Sizes& s) const {
+    const int64_t* label = labels.get();
+    for (int64_t i = 0; i < s.T * s.S; ++i) {
+      if (label[i] >= 0 && label[i] < s.N) continue;
+      refuse("support_labels: task " + std::to_string(i / s.S) + " has label " + std::to_string(label[i]) +
+             "; labels must be in 0.." + std::to_string(s.N - 1));
+    }
+  }
+};
+
+// What linear_head_backward takes beside them, and its results.
+template <class C>
+struct HeadBackwardArguments {
+  Parameter<C> grad_logits, trace;
+  std::optional<Parameter<C>> grad_heads;
+  Tensor grad_support, grad_query, grad_weight, grad_bias, grad_rates;
+  HeadBackward<C> run;
+
+  HeadBackwardArguments(const HeadArguments<C>& a, const Tensor& gz, const Optional& gh, const Tensor& saved,
+                        bool need_support, bool need_query)
+      : grad_logits(a.on, gz, {a.problem.s.T, a.problem.s.Q, a.problem.s.N}, "grad_logits"),
+        trace(a.on, saved, {a.problem.s.T, head_trace_size<C>(a.problem.s)}, "trace"),
+        grad_weight(empty({a.problem.s.N, a.problem.s.D}, kType<C>, a.on)),
+        grad_bias(empty({a.problem.s.N}, kType<C>, a.on)),
+        grad_rates(empty({a.problem.s.K}, kType<C>, a.on)) {
+    const Sizes& s = a.problem.s;
+    const std::vector<int64_t> none{0};
+    grad_support = empty(need_support ? std::vector{s.T, s.S, s.D} : none, kType<C>, a.on);
+    grad_query = empty(need_query ? std::vector{s.T, s.Q, s.D} : none, kType<C>, a.on);
+    if (gh) grad_heads.emplace(a.on, *gh, std::initializer_list<int64_t>{s.T, s.N, s.D + 1}, "grad_heads");
+    run = {a.problem,
+           trace,
+           grad_logits,
+           grad_heads ? grad_heads->get() : nullptr,
+           need_support ? data<C>(grad_support) : nullptr,
+           need_query ? data<C>(grad_query) : nullptr};
+  }
+
+  auto results() const { return std::tuple{grad_support, grad_query, grad_weight, grad_bias, grad_rates}; }
 };
 
 }  // namespace

@@ -194,54 +194,6 @@ int64_t linear_head_work(const Sizes& s) {
   return s.D * (s.S * s.S / 2 + (2 * s.S + s.Q) * s.N) + s.K * s.N * s.S * (s.S + 20);
 }
 
-template <class C>
-struct HeadArguments {
-  Place on;
-  FeatureTensor support, query;
-  Tensor label_rows;
-  Parameter<C> weight, bias, rates;
-  HeadProblem<C> problem;
-
-  HeadArguments(const Tensor& support_rows, const Optional& support_index, const Tensor& labels,
-                const Tensor& query_rows, const Optional& query_index, const Tensor& w, const Tensor& b,
-                const Tensor& r, int64_t oracle, bool first_order)
-      : on(query_rows),
-        support(on, support_rows, support_index, "support"),
-        query(on, query_rows, query_index, "query"),
-        label_rows(dense(labels)),
-        weight(w, {w.dim() == 2 ? w.size(0) : -1, support.D}, "weight"),
-        bias(b, {w.size(0)}, "bias"),
-        rates(r, {r.numel()}, "rates") {
-    Sizes s{};
-    s.T = query.T;
-    s.S = support.features.rows;
-    s.Q = query.features.rows;
-    s.N = w.size(0);
-    s.D = query.D;
-    s.K = r.numel();
-    require(support.T == s.T && support.D == s.D, "support and query must have the same T and D");
-    require(s.N >= 1 && s.Q >= 1 && s.S >= 1 && s.D >= 1, "ways, rows and features: at least one each");
-    require(oracle >= 0 && oracle <= 2, "oracle: 0 (cross entropy), 1 (squared error) or 2 (hinge)");
-    const Storage own = sizeof(C) == 4 ? Storage::kFloat32 : Storage::kFloat64;
-    for (const FeatureTensor* f : {&query, &support}) {
-      require(f->features.storage == own || (sizeof(C) == 4 && f->features.storage != Storage::kFloat64),
-              "float64 features need float64 parameters, and float64 parameters float64 features");
-    }
-    require_shape(labels, {s.T, s.S}, "support_labels");
-    require(labels.scalar_type() == ScalarType::Long, "support_labels must be int64");
-    const auto* label = static_cast<const int64_t*>(label_rows.const_data_ptr());
-    for (int64_t i = 0; i < s.T * s.S; ++i) {
-      if (label[i] < 0 || label[i] >= s.N) {
-        refuse("support_labels: task " + std::to_string(i / s.S) + " has label " + std::to_string(label[i]) +
-               "; labels must be in 0.." + std::to_string(s.N - 1));
-      }
-    }
-    problem = {
-        s,          support.features, query.features, label, weight, bias, rates, static_cast<Oracle>(oracle),
-        first_order};
-  }
-};
-
 std::tuple<Tensor, Tensor, Tensor> linear_head(const Tensor& support, const Optional& support_index,
                                                const Tensor& labels, const Tensor& query,
                                                const Optional& query_index, const Tensor& weight,
@@ -255,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_head(const Tensor& support, const Opti
     const std::vector<int64_t> none{0};
     Tensor logits = empty({s.T, s.Q, s.N}, kType<C>);
     Tensor heads = empty(return_weights ? std::vector{s.T, s.N, s.D + 1} : none, kType<C>);
-    Tensor trace = empty(save_trace ? std::vector{s.T, kernels<C>().head_trace_size(s)} : none, kType<C>);
+    Tensor trace = empty(save_trace ? std::vector{s.T, head_trace_size<C>(s)} : none, kType<C>);
     const HeadForward<C> run{a.problem, data<C>(logits), return_weights ? data<C>(heads) : nullptr,
                              save_trace ? data<C>(trace) : nullptr};
     over_tasks(s.T, linear_head_work(s),
@@ -276,33 +228,19 @@ HeadGradients linear_head_backward(const Tensor& grad_logits, const Optional& gr
     const HeadArguments<C> a(support, support_index, labels, query, query_index, weight, bias, rates, oracle,
                              first_order);
     const Sizes& s = a.problem.s;
-    const Parameter<C> gz(grad_logits, {s.T, s.Q, s.N}, "grad_logits");
-    const Parameter<C> saved(trace, {s.T, kernels<C>().head_trace_size(s)}, "trace");
-    std::optional<Parameter<C>> gh;
-    if (grad_heads) gh.emplace(*grad_heads, std::initializer_list<int64_t>{s.T, s.N, s.D + 1}, "grad_heads");
-    const std::vector<int64_t> none{0};
-    Tensor grad_support = empty(need_support ? std::vector{s.T, s.S, s.D} : none, kType<C>);
-    Tensor grad_query = empty(need_query ? std::vector{s.T, s.Q, s.D} : none, kType<C>);
-    Tensor grad_weight = empty({s.N, s.D}, kType<C>), grad_bias = empty({s.N}, kType<C>);
-    Tensor grad_rates = empty({s.K}, kType<C>);
-    const HeadBackward<C> run{a.problem,
-                              saved,
-                              gz,
-                              gh ? gh->get() : nullptr,
-                              need_support ? data<C>(grad_support) : nullptr,
-                              need_query ? data<C>(grad_query) : nullptr};
+    const HeadBackwardArguments<C> b(a, grad_logits, grad_heads, trace, need_support, need_query);
     const auto sums = sum_over_tasks<C>(s.T, 2 * linear_head_work(s), size_of<HeadParameterGrad<C>, C>(s),
                                         [&](C* partial, int64_t begin, int64_t end) {
                                           Arena<C> arena(partial);
                                           kernels<C>().linear_head_backward(
-                                              run, HeadParameterGrad<C>(arena, s), begin, end);
+                                              b.run, HeadParameterGrad<C>(arena, s), begin, end);
                                         });
     Arena<C> arena(sums.get());
     const HeadParameterGrad<C> total(arena, s);
-    std::copy(total.weight, total.weight + s.N * s.D, data<C>(grad_weight));
-    std::copy(total.bias, total.bias + s.N, data<C>(grad_bias));
-    std::copy(total.rates, total.rates + s.K, data<C>(grad_rates));
-    return HeadGradients{grad_support, grad_query, grad_weight, grad_bias, grad_rates};
+    std::copy(total.weight, total.weight + s.N * s.D, data<C>(b.grad_weight));
+    std::copy(total.bias, total.bias + s.N, data<C>(b.grad_bias));
+    std::copy(total.rates, total.rates + s.K, data<C>(b.grad_rates));
+    return HeadGradients{b.results()};
   });
 }
 

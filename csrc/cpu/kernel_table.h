@@ -1,47 +1,10 @@
 // What a build for one instruction set offers: functions over a range of tasks, for float and for double.
 #pragma once
 
-#include "engine/linear_head.h"
+#include "engine/linear_head_task.h"
 #include "engine/problem.h"
 
 namespace kernelmeta {
-
-template <class C>
-struct HeadProblem {
-  Sizes s;  // T, S, Q, N, D, K
-  Features support, query;
-  const int64_t* labels;           // [T][S]
-  const C *weight, *bias, *rates;  // [N][D], [N], [K]
-  Oracle oracle;
-  bool first_order;
-};
-
-template <class C>
-struct HeadForward {
-  HeadProblem<C> problem;
-  C* logits;  // [T][Q][N]
-  C* heads;   // [T][N][D + 1] or null
-  C* trace;   // [T][trace_size] or null
-};
-
-template <class C>
-struct HeadBackward {
-  HeadProblem<C> problem;
-  const C* trace;
-  const C* grad_logits;  // [T][Q][N]
-  const C* grad_heads;   // [T][N][D + 1] or null
-  C* grad_support;       // [T][S][D] or null
-  C* grad_query;         // [T][Q][D] or null
-};
-
-// Sums over a chunk of tasks.
-template <class C>
-struct HeadParameterGrad {
-  C *weight, *bias, *rates;
-
-  __forceinline__ HeadParameterGrad(Arena<C>& arena, const Sizes& s)
-      : weight(arena.take(s.N * s.D)), bias(arena.take(s.N)), rates(arena.take(s.K)) {}
-};
 
 template <class C>
 struct Kernels {
@@ -56,7 +19,6 @@ struct Kernels {
   // grad_support [T][S][D] or null; adds to grad_weight [D] or null.
   void (*class_means_backward)(const ClassMeansProblem<C>&, const C* grad_theta0, C* grad_support,
                                C* grad_weight, int64_t begin, int64_t end);
-  int64_t (*head_trace_size)(const Sizes&);
   void (*linear_head_forward)(const HeadForward<C>&, int64_t begin, int64_t end);
   void (*linear_head_backward)(const HeadBackward<C>&, const HeadParameterGrad<C>& grad, int64_t begin,
                                int64_t end);

@@ -143,48 +143,14 @@ void class_means_backward(const ClassMeansProblem<C>& p, const C* grad_theta0, C
 }
 
 template <class C>
-int64_t head_trace_size(const Sizes& s) {
-  Arena<C> count;
-  HeadTrace<C> unused(count, s);
-  return count.used();
-}
-
-template <class C>
-struct HeadWorkspace {
+struct HeadForwardWorkspace {
   Arena<C> nowhere;  // the trace is the caller's
   CpuBlock<C> block;
-  C *support_buffer, *query_buffer;
-  C* y;
-  HeadTrace<C> trace;
-
-  HeadWorkspace(Arena<C>& arena, const HeadProblem<C>& p, bool own_trace)
-      : support_buffer(widened_rows(arena, p.support, p.s.D)),
-        query_buffer(widened_rows(arena, p.query, p.s.D)),
-        y(arena.take(p.s.N * padded(p.s.S))),
-        trace(own_trace ? arena : nowhere, p.s) {}
-
-  LinearHead<CpuBlock<C>> head(const HeadProblem<C>& p, int64_t t, const HeadTrace<C>& of) {
-    return {block,
-            p.s,
-            p.oracle,
-            p.first_order,
-            p.weight,
-            p.bias,
-            p.rates,
-            widen(p.support, t, p.s.D, support_buffer),
-            widen(p.query, t, p.s.D, query_buffer),
-            p.labels + t * p.s.S,
-            y,
-            of};
-  }
-};
-
-template <class C>
-struct HeadForwardWorkspace {
-  HeadWorkspace<C> task;
+  HeadTask<CpuBlock<C>> task;
   typename LinearHead<CpuBlock<C>>::Scratch scratch;
+  HeadTrace<C> trace;
   HeadForwardWorkspace(Arena<C>& arena, const HeadProblem<C>& p, bool own_trace)
-      : task(arena, p, own_trace), scratch(arena, p.s) {}
+      : task(arena, block, p), scratch(arena, p.s), trace(own_trace ? arena : nowhere, p.s) {}
 };
 
 template <class C>
@@ -195,18 +161,18 @@ void linear_head_forward(const HeadForward<C>& f, int64_t begin, int64_t end) {
   for (int64_t t = begin; t < end; ++t) {
     if (f.trace) memset(f.trace + t * stride, 0, sizeof(C) * stride);
     Arena<C> arena(f.trace ? f.trace + t * stride : nullptr);
-    const HeadTrace<C> trace = f.trace ? HeadTrace<C>(arena, s) : w.task.trace;
-    w.task.head(f.problem, t, trace)
-        .forward(w.scratch, f.logits + t * s.Q * s.N, f.heads ? f.heads + t * s.N * (s.D + 1) : nullptr);
+    LinearHead<CpuBlock<C>> head = w.task.head(t, f.trace ? HeadTrace<C>(arena, s) : w.trace);
+    w.task.forward(head, f, t, w.scratch);
   }
 }
 
 template <class C>
 struct HeadBackwardWorkspace {
-  HeadWorkspace<C> task;
+  CpuBlock<C> block;
+  HeadTask<CpuBlock<C>> task;
   typename LinearHead<CpuBlock<C>>::Adjoint adjoint;
   HeadBackwardWorkspace(Arena<C>& arena, const HeadProblem<C>& p, bool support_gradient)
-      : task(arena, p, false), adjoint(arena, p.s, support_gradient) {}
+      : task(arena, block, p), adjoint(arena, p.s, support_gradient) {}
 };
 
 template <class C>
@@ -218,19 +184,15 @@ void linear_head_backward(const HeadBackward<C>& f, const HeadParameterGrad<C>& 
   const int64_t stride = head_trace_size<C>(s);
   for (int64_t t = begin; t < end; ++t) {
     Arena<C> arena(const_cast<C*>(f.trace) + t * stride);
-    const HeadTrace<C> trace(arena, s);
-    w.task.head(f.problem, t, trace)
-        .backward(w.adjoint, f.grad_logits + t * s.Q * s.N,
-                  f.grad_heads ? f.grad_heads + t * s.N * (s.D + 1) : nullptr,
-                  f.grad_support ? f.grad_support + t * s.S * s.D : nullptr,
-                  f.grad_query ? f.grad_query + t * s.Q * s.D : nullptr, grad.weight, grad.bias, grad.rates);
+    LinearHead<CpuBlock<C>> head = w.task.head(t, HeadTrace<C>(arena, s));
+    w.task.backward(head, f, t, w.adjoint, grad);
   }
 }
 
 template <class C>
-constexpr Kernels<C> kKernels = {sib_forward<C>,     sib_backward<C>,        mlp_forward<C>,
-                                 mlp_backward<C>,    class_means_forward<C>, class_means_backward<C>,
-                                 head_trace_size<C>, linear_head_forward<C>, linear_head_backward<C>};
+constexpr Kernels<C> kKernels = {
+    sib_forward<C>,         sib_backward<C>,         mlp_forward<C>,         mlp_backward<C>,
+    class_means_forward<C>, class_means_backward<C>, linear_head_forward<C>, linear_head_backward<C>};
 
 }  // namespace
 

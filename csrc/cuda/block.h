@@ -76,6 +76,8 @@ struct TeamBlock {
   static constexpr int kThreads = Team::kThreads, kLanes = Team::kLanes, kWarps = kThreads / kLanes;
 
   static __host__ __device__ __forceinline__ C sqrt(C x) { return ::sqrt(x); }
+  static __host__ __device__ __forceinline__ C exp(C x) { return ::exp(x); }
+  static __host__ __device__ __forceinline__ C log(C x) { return ::log(x); }
   static __host__ __device__ __forceinline__ C max(C a, C b) { return a < b ? b : a; }
   static __host__ __device__ __forceinline__ C relu(C v) { return v < C(0) ? C(0) : v; }  // keeps NaN
   static __host__ __device__ __forceinline__ C where_positive(C test, C v) { return test <= C(0) ? C(0) : v; }
@@ -101,7 +103,12 @@ struct TeamBlock {
   template <bool kPadded>
   struct Row {
     int64_t length;
+    int lane = Team::thread() % kLanes;  // the first entry of this thread
 
+    // Its entry i is the row's entry first + i, and the same lane's.
+    __host__ __device__ __forceinline__ Row part(int64_t first, int64_t count) const {
+      return {count, int((lane + kLanes - first % kLanes) % kLanes)};
+    }
     __host__ __device__ __forceinline__ auto at(int64_t i) const {
       if constexpr (kPadded)
         return PaddedAt{{i}, i < length};
@@ -111,13 +118,13 @@ struct TeamBlock {
     template <class Fn>
     __host__ __device__ __forceinline__ void each(Fn f) const {
       const int64_t end = kPadded ? padded(length) : length;
-      for (int64_t i = Team::thread() % kLanes; i < end; i += kLanes) f(at(i));
+      for (int64_t i = lane; i < end; i += kLanes) f(at(i));
     }
     template <class Fn>
     __host__ __device__ __forceinline__ auto sum(Fn f) const {
       decltype(f(at(0))) total = 0;
       const int64_t end = kPadded ? padded(length) : length;
-      for (int64_t i = Team::thread() % kLanes; i < end; i += kLanes) {
+      for (int64_t i = lane; i < end; i += kLanes) {
         const auto value = f(at(i));
         if (i < length) total += value;
       }
@@ -131,6 +138,13 @@ struct TeamBlock {
         for (int64_t i = 0; i < n; ++i) sum += f(i, j);
         j.store(to, sum);
       });
+    }
+    // What some lane stored before; it may be stored anew after it.
+    __host__ __device__ __forceinline__ C value(const C* p) const {
+      Team::sync_warp();
+      const C found = *p;
+      Team::sync_warp();
+      return found;
     }
     // What the other lanes read before and after it stays apart from what it writes.
     template <class Fn>
@@ -159,6 +173,11 @@ struct TeamBlock {
   template <class Fn>
   __host__ __device__ __forceinline__ void rows(int64_t n, int64_t length, Fn f, KERNELMETA_CALLER) const {
     for (int64_t i = Team::thread() / kLanes; i < n; i += kWarps) f(i, Row<true>{length});
+    fence({file, line});
+  }
+  template <class Fn>
+  __host__ __device__ __forceinline__ void columns(int64_t length, Fn f, KERNELMETA_CALLER) const {
+    for (int64_t i = Team::thread(); i < padded(length); i += kThreads) f(PaddedAt{{i}, i < length});
     fence({file, line});
   }
   template <class Fn>
@@ -248,6 +267,12 @@ struct TeamBlock {
             [&](int64_t r, int64_t c, C value) { out[(i + r) * ldo + j + c] = value; });
       }
     }
+  }
+
+  // dots of x with itself, computed for half of the pairs.
+  __host__ __device__ __forceinline__ void self_dots(int64_t m, Rows<F> x, int64_t D, C* out,
+                                                     int64_t ldo) const {
+    stacked_dots(m, x, 0, nullptr, D, out, nullptr, ldo, nullptr);
   }
 
   // gram[i][j] = <x(i), x(j)>, cross[n][i] = <theta0[n], x(i)>, squares[n] = |theta0[n]|^2, from one stack of

@@ -8,6 +8,8 @@
 #include <new>
 
 #include "cuda/block.h"
+#include "cuda/pieces.h"
+#include "engine/linear_head_task.h"
 #include "engine/mlp_task.h"
 #include "engine/sib_task.h"
 
@@ -267,7 +269,7 @@ __host__ __device__ __forceinline__ void class_means_forward_body(void* place, c
   auto& [block, w] = Frame<B, ClassMeansLayout<B>>::make(place, arena, p.s, false);
   for (int64_t t = share.first; t < s.T; t += share.step) {
     C* to = theta0 + t * s.N * s.D;
-    if (is_invalid(block, t, s, p.classes.labels, p.support, nullptr)) {
+    if (is_invalid(block, t, s, p.classes.labels, true, p.support, nullptr)) {
       fill_nan(block, to, s.N * s.D);
       continue;
     }
@@ -286,7 +288,7 @@ __host__ __device__ __forceinline__ void class_means_backward_body(void* place, 
   block.each_item(s.D, [&](int64_t d) { w.sum[d] = C(0); });
   for (int64_t t = share.first; t < s.T; t += share.step) {
     C* to = grad_support ? grad_support + t * s.S * s.D : nullptr;
-    if (is_invalid(block, t, s, p.classes.labels, p.support, nullptr)) {
+    if (is_invalid(block, t, s, p.classes.labels, true, p.support, nullptr)) {
       fill_nan(block, to, s.S * s.D);
       fill_nan(block, w.sum, s.D);
       continue;
@@ -296,11 +298,154 @@ __host__ __device__ __forceinline__ void class_means_backward_body(void* place, 
   if (sum) block.each_item(s.D, [&](int64_t d) { partial[d] = sum[d]; });
 }
 
-// out[i] = factor * sum_b partials[b][i], in an order that depends on `count` alone. A block takes kLanes
-// neighbouring i, its warps every kWarps-th partial.
+// Where what a task leaves for its backward pass lies: in the block's own memory if that is shared memory, to
+// be copied out or in; else where it is kept.
+template <class C>
+struct KeptMemory {
+  int64_t elements;
+  C* own;  // null: where it is kept
+
+  __host__ __device__ __forceinline__ KeptMemory(Arena<C>& arena, int64_t elements, bool kept)
+      : elements(elements), own(kept && !arena.fits(elements) ? nullptr : arena.take(elements)) {}
+
+  __host__ __device__ __forceinline__ C* at(const C* kept) const { return own ? own : const_cast<C*>(kept); }
+  // The caller's barriers part the copies from what is done with them.
+  template <class B>
+  __host__ __device__ __forceinline__ void copy_out(B& block, C* kept) const {
+    if (own && kept) block.unfenced().each_item(elements, [&](int64_t i) { kept[i] = own[i]; });
+  }
+  template <class B>
+  __host__ __device__ __forceinline__ void copy_in(B& block, const C* kept) const {
+    if (own) block.unfenced().each_item(elements, [&](int64_t i) { own[i] = kept[i]; });
+  }
+};
+
+template <class B>
+struct HeadForwardLayout {
+  using C = typename B::Scalar;
+
+  HeadTask<B> task;
+  typename LinearHead<B>::Scratch scratch;
+  KeptMemory<C> trace;
+  LinearHead<B> head;  // of one task
+
+  __host__ __device__ __forceinline__ HeadForwardLayout(Arena<C>& arena, B& block, const Sizes& s,
+                                                        const HeadForward<C>& f)
+      : task(arena, block, f.problem),
+        scratch(arena, s),
+        trace(arena, head_trace_size<C>(s), f.trace != nullptr),
+        head(at(0, f.trace)) {}
+
+  // The head of task t, whose trace is kept at `kept`; for one thread.
+  __host__ __device__ __forceinline__ LinearHead<B> at(int64_t t, const C* kept) const {
+    Arena<C> of_trace(trace.at(kept));
+    return task.head(t, HeadTrace<C>(of_trace, task.p.s));
+  }
+};
+
+template <class B, class C = typename B::Scalar>
+__host__ __device__ __forceinline__ void head_forward_body(void* place, const HeadForward<C>& f,
+                                                           int64_t stride, Arena<C> arena, Share share) {
+  const HeadProblem<C>& p = f.problem;
+  const Sizes& s = p.s;
+  auto& [block, w] = Frame<B, HeadForwardLayout<B>>::make(place, arena, s, f);
+  for (int64_t t = share.first; t < s.T; t += share.step) {
+    C* kept = f.trace ? f.trace + t * stride : nullptr;
+    if (is_invalid(block, t, s, p.labels, false, p.support, &p.query)) {
+      fill_nan(block, f.logits + t * s.Q * s.N, s.Q * s.N);
+      fill_nan(block, f.heads ? f.heads + t * s.N * (s.D + 1) : nullptr, s.N * (s.D + 1));
+      fill_nan(block, kept, stride);
+      continue;
+    }
+    block.unfenced().features_zero(1, stride, w.trace.at(kept));
+    block.each_item(1, [&](int64_t) { new (&w.head) LinearHead<B>(w.at(t, kept)); });
+    w.task.forward(w.head, f, t, w.scratch);
+    w.trace.copy_out(block, kept);
+  }
+}
+
+// A gradient of parameters, summed over a block's tasks: `size` elements, laid out as a Grad.
+template <class Grad, class C>
+struct BlockSums {
+  int64_t size;
+  C* sums;
+  Arena<C> of_sums;
+  Grad grad;
+
+  template <class... Args>
+  __host__ __device__ __forceinline__ static int64_t size_of(const Args&... args) {
+    Arena<C> count;
+    Grad unused(count, args...);
+    return count.used();
+  }
+
+  template <class... Args>
+  __host__ __device__ __forceinline__ explicit BlockSums(Arena<C>& arena, const Args&... args)
+      : size(size_of(args...)), sums(arena.take(size)), of_sums(sums), grad(of_sums, args...) {}
+
+  template <class B>
+  __host__ __device__ __forceinline__ void clear(B& block) const {
+    block.features_zero(1, size, sums);
+  }
+  template <class B>
+  __host__ __device__ __forceinline__ void copy_out(B& block, C* partial) const {
+    block.unfenced().each_item(size, [&](int64_t i) { partial[i] = sums[i]; });
+  }
+};
+
+template <class B>
+struct HeadBackwardLayout {
+  using C = typename B::Scalar;
+
+  HeadTask<B> task;
+  typename LinearHead<B>::Adjoint adjoint;
+  KeptMemory<C> trace;
+  BlockSums<HeadParameterGrad<C>, C> sums;
+  LinearHead<B> head;  // of one task
+
+  __host__ __device__ __forceinline__ HeadBackwardLayout(Arena<C>& arena, B& block, const Sizes& s,
+                                                         const HeadBackward<C>& f)
+      : task(arena, block, f.problem),
+        adjoint(arena, s, f.grad_support != nullptr && !f.problem.first_order),
+        trace(arena, head_trace_size<C>(s), true),
+        sums(arena, s),
+        head(at(0, f.trace)) {}
+
+  __host__ __device__ __forceinline__ LinearHead<B> at(int64_t t, const C* kept) const {
+    Arena<C> of_trace(trace.at(kept));
+    return task.head(t, HeadTrace<C>(of_trace, task.p.s));
+  }
+};
+
+// partial: the block's own sums over its tasks, a HeadParameterGrad.
+template <class B, class C = typename B::Scalar>
+__host__ __device__ __forceinline__ void head_backward_body(void* place, const HeadBackward<C>& f,
+                                                            int64_t stride, C* partial, Arena<C> arena,
+                                                            Share share) {
+  const HeadProblem<C>& p = f.problem;
+  const Sizes& s = p.s;
+  auto& [block, w] = Frame<B, HeadBackwardLayout<B>>::make(place, arena, s, f);
+  w.sums.clear(block);
+  for (int64_t t = share.first; t < s.T; t += share.step) {
+    if (is_invalid(block, t, s, p.labels, false, p.support, &p.query)) {
+      fill_nan(block, w.sums.sums, w.sums.size);
+      fill_nan(block, f.grad_support ? f.grad_support + t * s.S * s.D : nullptr, s.S * s.D);
+      fill_nan(block, f.grad_query ? f.grad_query + t * s.Q * s.D : nullptr, s.Q * s.D);
+      continue;
+    }
+    const C* kept = f.trace + t * stride;
+    w.trace.copy_in(block, kept);
+    block.each_item(1, [&](int64_t) { new (&w.head) LinearHead<B>(w.at(t, kept)); });
+    w.task.backward(w.head, f, t, w.adjoint, w.sums.grad);
+  }
+  w.sums.copy_out(block, partial);
+}
+
+// to = factor * sum_b partials[b][..size], in an order that depends on `count` alone. A block takes kLanes
+// neighbouring entries, its warps every kWarps-th partial.
 template <class B, class C = typename B::Scalar>
 __host__ __device__ __forceinline__ void sum_partials_body(const C* partials, int64_t count, int64_t size,
-                                                           C factor, C* out, Share share) {
+                                                           C factor, const Pieces<C>& to, Share share) {
   constexpr int kLanes = B::kLanes, kWarps = B::kWarps;
   const B block;
   C* const stage = B::stage();
@@ -317,7 +462,7 @@ __host__ __device__ __forceinline__ void sum_partials_body(const C* partials, in
     block.each_item(kLanes, [&](int64_t i) {
       C sum = 0;
       for (int w = 0; w < kWarps; ++w) sum += stage[w * kLanes + i];
-      if (base + i < size) out[base + i] = factor * sum;
+      if (base + i < size) to.store(base + i, factor * sum);
     });
   }
 }

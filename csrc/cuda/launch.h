@@ -3,6 +3,8 @@
 // headers.
 #pragma once
 
+#include "cuda/pieces.h"
+#include "engine/linear_head_task.h"
 #include "engine/mlp_task.h"
 #include "engine/problem.h"
 
@@ -53,9 +55,21 @@ template <class C>
 void launch_class_means_backward(const ClassMeansProblem<C>& p, const C* grad_theta0, C* grad_support,
                                  const Plan& plan, C* workspace, C* partials, const Where& where);
 
-// out[i] = factor * the sum of partials[b][i] over b < count, in order.
 template <class C>
-void launch_sum_partials(const C* partials, int64_t count, int64_t size, C factor, C* out,
+Plan plan_linear_head_forward(const HeadForward<C>& f, int device);
+template <class C>
+void launch_linear_head_forward(const HeadForward<C>& f, const Plan& plan, C* workspace, const Where& where);
+
+template <class C>
+Plan plan_linear_head_backward(const HeadBackward<C>& f, int device);
+// partials [blocks][HeadParameterGrad]
+template <class C>
+void launch_linear_head_backward(const HeadBackward<C>& f, const Plan& plan, C* workspace, C* partials,
+                                 const Where& where);
+
+// to = factor * the sum of partials[b][..size] over b < count, in order.
+template <class C>
+void launch_sum_partials(const C* partials, int64_t count, int64_t size, C factor, const Pieces<C>& to,
                          const Where& where);
 
 // sums: a SibParameterGrad, or, without scale and bias, a FoldedMlpGrad.

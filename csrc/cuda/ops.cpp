@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <memory>
 #include <tuple>
 
 #include "arguments.h"
@@ -57,9 +58,30 @@ Tensor total(const Tensor& partials, const Where& where, const Place& on) {
   const int64_t count = partials.size(0), size = partials.size(1);
   if (count == 1) return partials;
   Tensor sum = empty({size}, kType<C>, on);
-  launch_sum_partials<C>(data<C>(partials), count, size, C(1), data<C>(sum), where);
+  launch_sum_partials<C>(data<C>(partials), count, size, C(1), {data<C>(sum), size}, where);
   return sum;
 }
+
+// Where the parts of a Grad, a struct that takes its arrays from an Arena, lie in it.
+template <class Grad, class C>
+class GradLayout {
+ public:
+  template <class... Args>
+  explicit GradLayout(const Args&... args)
+      : memory_(new C[size_t(size_of<Grad, C>(args...))]), arena_(memory_.get()), grad(arena_, args...) {}
+  int64_t size() const { return arena_.used(); }
+  // to <- a part of the sum, which has as many elements; null where it is not wanted.
+  void add(Pieces<C>& to, const C* part, int64_t elements, C* out) const {
+    to.add(part - memory_.get(), elements, out);
+  }
+
+ private:
+  std::unique_ptr<C[]> memory_;
+  Arena<C> arena_;
+
+ public:
+  Grad grad;
+};
 
 // The features as one kernel reads them: the query's type for the support too, the precision of the
 // computation for theta0.
@@ -113,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sib(
     const Scratch<C> memory = workspace<C>(plan, a.on);
     launch_sib_forward<C>(run, plan, memory, where);
     if (return_stats)
-      launch_sum_partials<C>(task_stats, s.T, stats_size, C(1) / C(s.T), data<C>(stats), where);
+      launch_sum_partials<C>(task_stats, s.T, stats_size, C(1) / C(s.T), {data<C>(stats), stats_size}, where);
     return std::tuple{logits, weights, stats, trace};
   });
 }
@@ -232,9 +254,63 @@ std::tuple<Tensor, Tensor> class_means_backward(const Tensor& grad_theta0, const
                                    data<C>(partials), where);
     Tensor grad_weight = empty(weight ? std::vector{s.D} : none, kType<C>, a.on);
     if (weight) {
-      launch_sum_partials<C>(data<C>(partials), partials.size(0), s.D, C(1), data<C>(grad_weight), where);
+      launch_sum_partials<C>(data<C>(partials), partials.size(0), s.D, C(1), {data<C>(grad_weight), s.D}, where);
     }
     return std::tuple{grad_support, grad_weight};
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_head(const Tensor& support, const Optional& support_index,
+                                               const Tensor& labels, const Tensor& query,
+                                               const Optional& query_index, const Tensor& weight,
+                                               const Tensor& bias, const Tensor& rates, int64_t oracle,
+                                               bool first_order, bool return_weights, bool save_trace) {
+  return with_type(weight, [&](auto zero) {
+    using C = decltype(zero);
+    const OnDevice where{Place(query)};
+    const ReadableFeatures<C> features(query, support, true);
+    const HeadArguments<C> a(features.start, support_index, labels, features.query, query_index, weight, bias,
+                             rates, oracle, first_order);
+    const Sizes& s = a.problem.s;
+    const std::vector<int64_t> none{0};
+    Tensor logits = empty({s.T, s.Q, s.N}, kType<C>, a.on);
+    Tensor heads = empty(return_weights ? std::vector{s.T, s.N, s.D + 1} : none, kType<C>, a.on);
+    Tensor trace = empty(save_trace ? std::vector{s.T, head_trace_size<C>(s)} : none, kType<C>, a.on);
+    const HeadForward<C> run{a.problem, data<C>(logits), return_weights ? data<C>(heads) : nullptr,
+                             save_trace ? data<C>(trace) : nullptr};
+    const Plan plan = plan_linear_head_forward(run, a.on.index);
+    const Scratch<C> memory = workspace<C>(plan, a.on);
+    launch_linear_head_forward<C>(run, plan, memory, where);
+    return std::tuple{logits, heads, trace};
+  });
+}
+
+using HeadGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+HeadGradients linear_head_backward(const Tensor& grad_logits, const Optional& grad_heads, const Tensor& trace,
+                                   const Tensor& support, const Optional& support_index, const Tensor& labels,
+                                   const Tensor& query, const Optional& query_index, const Tensor& weight,
+                                   const Tensor& bias, const Tensor& rates, int64_t oracle, bool first_order,
+                                   bool need_support, bool need_query) {
+  return with_type(weight, [&](auto zero) {
+    using C = decltype(zero);
+    const OnDevice where{Place(query)};
+    const ReadableFeatures<C> features(query, support, true);
+    const HeadArguments<C> a(features.start, support_index, labels, features.query, query_index, weight, bias,
+                             rates, oracle, first_order);
+    const Sizes& s = a.problem.s;
+    const HeadBackwardArguments<C> b(a, grad_logits, grad_heads, trace, need_support, need_query);
+    const Plan plan = plan_linear_head_backward(b.run, a.on.index);
+    const Scratch<C> memory = workspace<C>(plan, a.on);
+    const GradLayout<HeadParameterGrad<C>, C> layout(s);
+    const Tensor partials = partial_sums<C>(plan, layout.size(), a.on);
+    launch_linear_head_backward<C>(b.run, plan, memory, data<C>(partials), where);
+    Pieces<C> to;
+    layout.add(to, layout.grad.weight, s.N * s.D, data<C>(b.grad_weight));
+    layout.add(to, layout.grad.bias, s.N, data<C>(b.grad_bias));
+    layout.add(to, layout.grad.rates, s.K, data<C>(b.grad_rates));
+    launch_sum_partials<C>(data<C>(partials), partials.size(0), layout.size(), C(1), to, where);
+    return HeadGradients{b.results()};
   });
 }
 
@@ -245,6 +321,8 @@ STABLE_TORCH_LIBRARY_IMPL(kernelmeta, CUDA, library) {
   library.impl("synthetic_gradient_mlp_backward", TORCH_BOX(&synthetic_gradient_mlp_backward));
   library.impl("class_means", TORCH_BOX(&class_means));
   library.impl("class_means_backward", TORCH_BOX(&class_means_backward));
+  library.impl("linear_head", TORCH_BOX(&linear_head));
+  library.impl("linear_head_backward", TORCH_BOX(&linear_head_backward));
 }
 
 }  // namespace

@@ -9,8 +9,9 @@ namespace {
 
 template <class B, class C = typename B::Scalar>
 __global__ void __launch_bounds__(B::kThreads)
-    sum_partials_kernel(const C* partials, int64_t count, int64_t size, C factor, C* out) {
-  sum_partials_body<B>(partials, count, size, factor, out, share());
+    sum_partials_kernel(const C* partials, int64_t count, int64_t size, C factor,
+                        const __grid_constant__ Pieces<C> to) {
+  sum_partials_body<B>(partials, count, size, factor, to, share());
 }
 
 template <class B, class C = typename B::Scalar>
@@ -30,12 +31,12 @@ Plan plain(int64_t blocks, int64_t shared_bytes) {
 }  // namespace
 
 template <class C>
-void launch_sum_partials(const C* partials, int64_t count, int64_t size, C factor, C* out,
+void launch_sum_partials(const C* partials, int64_t count, int64_t size, C factor, const Pieces<C>& to,
                          const Where& where) {
   using B = CudaBlock<C>;
   const int64_t blocks = std::min<int64_t>((size + B::kLanes - 1) / B::kLanes, 1024);
   launch("sum over blocks", &sum_partials_kernel<B>, kThreads, plain(blocks, kThreads * int64_t(sizeof(C))),
-         where, partials, count, size, factor, out);
+         where, partials, count, size, factor, to);
 }
 
 template <class C>
@@ -46,7 +47,7 @@ void launch_unfold(const Sizes& s, const MlpArrays<const C>& mlp, C* sums, const
 }
 
 #define INSTANTIATE(C)                                                                                      \
-  template void launch_sum_partials(const C*, int64_t, int64_t, C, C*, const Where&);                       \
+  template void launch_sum_partials(const C*, int64_t, int64_t, C, const Pieces<C>&, const Where&);                       \
   template void launch_unfold(const Sizes&, const MlpArrays<const C>&, C*, const MlpArrays<C>&, C*, C*, C*, \
                               const Where&);
 INSTANTIATE(float)

@@ -41,10 +41,10 @@ struct LinearHead {
   bool first_order;
   const C *weight, *bias;  // [N][D], [N]
   const C* rates;          // [K]
-  Rows<C> support, query;
+  Rows<typename B::Feature> support, query;
   const int64_t* labels;  // [S]
   C* y;                   // [N][ld], scratch: the labels, one-hot
-  const HeadTrace<C>& trace;
+  HeadTrace<C> trace;
 
   struct Scratch {
     C* z0;  // [N][ld]
@@ -96,18 +96,19 @@ struct LinearHead {
     });
     block.features_mm_add(N, S, s.D, {t.g, ld, 1}, support, trace.theta);
     block.dots(s.Q, query, N, Rows<C>{trace.theta, s.D, nullptr}, s.D, logits, N);
-    block.each_item(s.Q * N, [&](int64_t i) { logits[i] += t.b[i % N]; });
+    block.unfenced().each_item(s.Q * N, [&](int64_t i) { logits[i] += t.b[i % N]; });
     if (!head) return;
-    block.each_item(N, [&](int64_t n) {
-      for (int64_t d = 0; d < s.D; ++d) head[n * (s.D + 1) + d] = trace.theta[n * s.D + d];
-      head[n * (s.D + 1) + s.D] = t.b[n];
+    block.unfenced().features(N, s.D, [&](int64_t n, auto row) {
+      C* to = head + n * (s.D + 1);
+      row.each([&](auto d) { d.store(to, d.load(trace.theta + n * s.D)); });
+      row.one([&] { to[s.D] = t.b[n]; });
     });
   }
 
   struct Adjoint {
     C *gp, *gz, *gz0, *g, *coefficients;  // [N][ld] each
     C* gram;                              // [S][ld]: gradient of A, where the rows get one
-    C *gtheta, *gb;                       // [N][D], [N]
+    C *gtheta, *gb, *grate;               // [N][D], [N], [N]: one sum per class, added up in order
 
     __host__ __device__ __forceinline__ Adjoint(Arena<C>& arena, const Sizes& s, bool support_gradient)
         : gp(arena.take(s.N * padded(s.S))),
@@ -117,7 +118,8 @@ struct LinearHead {
           coefficients(arena.take(s.N * padded(s.S))),
           gram(support_gradient ? arena.take(s.S * padded(s.S)) : nullptr),
           gtheta(arena.take(s.N * s.D)),
-          gb(arena.take(s.N)) {}
+          gb(arena.take(s.N)),
+          grate(arena.take(s.N)) {}
   };
 
   // Gradients of the logits and of the head (or null) -> those of the rows (or null); adds to those of W, b,
@@ -199,12 +201,10 @@ struct LinearHead {
     const int64_t N = s.N, S = s.S, ld = padded(S);
     const C* z = trace.z + k * N * ld;
     ask(z, t.g);
+    block.row_sums(N, S, t.grate,
+                   [&](int64_t n, auto i) { return i.load(t.gp + n * ld) * i.load(t.g + n * ld); });
     block.each_item(1, [&](int64_t) {
-      C sum = 0;
-      for (int64_t n = 0; n < N; ++n) {
-        for (int64_t i = 0; i < S; ++i) sum += t.gp[n * ld + i] * t.g[n * ld + i];
-      }
-      grates[k] += sum;
+      for (int64_t n = 0; n < N; ++n) grates[k] += t.grate[n];
     });
     if (first_order) return;  // G is a constant there
     with_oracle(oracle, [&](auto one) { decltype(one)::template backward<B>(rows(), z, t.g, t.gp, t.gz); });

@@ -5,23 +5,24 @@
 
 namespace kernelmeta {
 
-// Whether a task's labels and indices cannot be used: a label outside of 0..N-1, a class without a row, an
-// index outside of its bank. Blocks that cannot raise an error ask for each task; its barrier also parts the
+// Whether a task's labels and indices cannot be used: a label outside of 0..N-1, a class without a row where
+// every class needs one, an index outside of its bank. Blocks that cannot raise an error ask for each task; its barrier also parts the
 // task from what is left to do of the one before.
 template <class B>
 __host__ __device__ __forceinline__ bool is_invalid(B& block, int64_t t, const typename B::Sizes& s,
-                                                    const int64_t* labels, const Features& start,
-                                                    const Features* query) {
+                                                    const int64_t* labels, bool every_class,
+                                                    const Features& start, const Features* query) {
   const int64_t S = s.S, N = s.N, Q = query && query->index ? s.Q : 0;
   const int64_t* label = labels ? labels + t * S : nullptr;
   return block.any(2 * S + N + Q, [&](int64_t i) {
     if (i < S) return label && (label[i] < 0 || label[i] >= N);
     i -= S;
     if (i < N) {
-      for (int64_t j = 0; label && j < S; ++j) {
+      if (!label || !every_class) return false;
+      for (int64_t j = 0; j < S; ++j) {
         if (label[j] == i) return false;
       }
-      return label != nullptr;
+      return true;
     }
     i -= N;
     if (i < S) {
@@ -103,7 +104,7 @@ struct SibTask {
         scaled(gram_formed ? nullptr : arena.take(s.N * s.ld())) {}
 
   __host__ __device__ __forceinline__ bool invalid(int64_t t) {
-    return is_invalid(block, t, s, p.classes.labels, p.start, &p.query);
+    return is_invalid(block, t, s, p.classes.labels, true, p.start, &p.query);
   }
 
   __host__ __device__ __forceinline__ void forward(const SibForward<C>& f, int64_t t, const Trace<C>& trace) {

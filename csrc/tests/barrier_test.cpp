@@ -8,7 +8,7 @@
 
 #include <map>
 
-#include "tests/engine_checks.h"
+#include "tests/learner_checks.h"
 #include "tests/team_kernels.h"
 
 namespace {
@@ -90,6 +90,15 @@ int check_problem(const std::string& name, const Sizes& s, bool from_support, bo
   return check_barriers(name.c_str(), all);
 }
 
+template <class E>
+int check_episode(const E& episode) {
+  return check_barriers(episode.text().c_str(), [&] {
+    std::vector<float> values;
+    for (const auto& [name, of_name] : episode.template run<float>(kTeamTable)) append(values, of_name);
+    return values;
+  });
+}
+
 }  // namespace
 
 int main() {
@@ -101,6 +110,7 @@ int main() {
   status |= check_problem("parameters alone", {1, 3, 9, 3, 11, 6, 1}, false, true, {false, false, false});
   status |= check_problem("support alone", {1, 4, 9, 3, 11, 6, 1}, true, false, {false, false, true});
   status |= check_problem("no steps", {1, 3, 9, 3, 11, 6, 0}, true, false, {});
+  for (const HeadCase& c : head_cases()) status |= check_episode(HeadEpisode(c));
   int64_t needless = 0;
   for (const auto& [where, place] : places) {
     if (place.seen) continue;

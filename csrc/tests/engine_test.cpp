@@ -1,7 +1,7 @@
 // The engine on a CPU core, with the instruction set that KERNELMETA_ISA names. Built with AddressSanitizer
 // and UndefinedBehaviorSanitizer, and with scratch memory full of NaN (KERNELMETA_POISON): what matters here
 // as much as the numbers is that no kernel reads or writes what it should not.
-#include "tests/engine_checks.h"
+#include "tests/learner_checks.h"
 
 #include "cpu/dispatch.h"
 
@@ -10,7 +10,7 @@
 int main() {
   try {
     const kernelmeta::KernelTable& table = kernelmeta::kernel_table();
-    return check_all(table.isa, table.f64, table.f32, false);
+    return check_all(table.isa, table.f64, table.f32, false) | check_learners(table.isa, table, table);
   } catch (const std::invalid_argument& error) {
     std::printf("skipped: %s\n", error.what());
     return 77;

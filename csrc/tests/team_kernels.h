@@ -79,7 +79,7 @@ template <class C>
 void add_partials(const std::vector<C>& partials, int64_t size, C* to) {
   std::vector<C> sums(static_cast<size_t>(size));
   on_team<C>([&] {
-    sum_partials_body<HostBlock<C>>(partials.data(), team_options.blocks, size, C(1), sums.data(),
+    sum_partials_body<HostBlock<C>>(partials.data(), team_options.blocks, size, C(1), Pieces<C>(sums.data(), size),
                                     Share{0, 1});
   });
   for (int64_t i = 0; i < size; ++i) to[i] += sums[size_t(i)];
@@ -101,7 +101,34 @@ void team_sib_backward(const SibBackward<C>& f, const FoldedMlp<C>&, const SibPa
 }
 
 template <class C>
+void team_linear_head_forward(const HeadForward<C>& f, int64_t, int64_t) {
+  run_blocks<HeadForwardLayout<HostBlock<C>>, C>(
+      f.problem.s,
+      [&](void* place, const Arena<C>& arena, Share share, int64_t) {
+        head_forward_body<HostBlock<C>>(place, f, head_trace_size<C>(f.problem.s), arena, share);
+      },
+      f);
+}
+
+template <class C>
+void team_linear_head_backward(const HeadBackward<C>& f, const HeadParameterGrad<C>& grad, int64_t, int64_t) {
+  const int64_t size = size_of<HeadParameterGrad<C>, C>(f.problem.s);
+  std::vector<C> partials(size_t(size * team_options.blocks), C(NAN));
+  run_blocks<HeadBackwardLayout<HostBlock<C>>, C>(
+      f.problem.s,
+      [&](void* place, const Arena<C>& arena, Share share, int64_t b) {
+        head_backward_body<HostBlock<C>>(place, f, head_trace_size<C>(f.problem.s),
+                                         partials.data() + b * size, arena, share);
+      },
+      f);
+  add_partials(partials, size, grad.weight);  // where the sums begin
+}
+
+template <class C>
 constexpr Kernels<C> kTeamKernels = {
-    team_sib_forward<C>, team_sib_backward<C>, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+    team_sib_forward<C>, team_sib_backward<C>, nullptr, nullptr, nullptr, nullptr,
+    team_linear_head_forward<C>, team_linear_head_backward<C>};
+
+const KernelTable kTeamTable = {"team", kTeamKernels<float>, kTeamKernels<double>, {}, {}, {}, {}};
 
 }  // namespace

@@ -1,7 +1,8 @@
 // The bodies of the CUDA kernels on teams of host threads: right results for all sizes and options, with all,
 // some and none of a block's memory in "shared" memory. Built with AddressSanitizer and
 // UndefinedBehaviorSanitizer, and a second time with ThreadSanitizer.
-#include "tests/engine_checks.h"
+#include "cpu/dispatch.h"
+#include "tests/learner_checks.h"
 #include "tests/team_kernels.h"
 
 int main() {
@@ -12,6 +13,7 @@ int main() {
     team_options.blocks = 1 + i % 2;
     const std::string name = "shared memory for " + std::to_string(capacities[i]) + ":";
     status |= check_all(name, kTeamKernels<double>, kTeamKernels<float>, true);
+    status |= check_learners(name, kernel_table(), kTeamTable);
   }
   return status;
 }
