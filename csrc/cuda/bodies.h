@@ -385,7 +385,7 @@ struct BlockSums {
 
   template <class B>
   __host__ __device__ __forceinline__ void clear(B& block) const {
-    block.features_zero(1, size, sums);
+    block.unfenced().features_zero(1, size, sums);
   }
   template <class B>
   __host__ __device__ __forceinline__ void copy_out(B& block, C* partial) const {

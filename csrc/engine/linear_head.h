@@ -61,7 +61,7 @@ struct LinearHead {
     one_hot();
     if (K > 0) block.self_dots(S, support, s.D, trace.gram, ld);
     if (K > 0) block.dots(N, Rows<C>{weight, s.D, nullptr}, S, support, s.D, t.z0, ld);
-    block.rows(S, S, [&](int64_t i, auto row) {
+    block.unfenced().rows(S, S, [&](int64_t i, auto row) {
       C* a = trace.gram + i * ld;
       if (K > 0) row.each([&](auto j) { j.store(a, j.load(a) + C(1)); });
     });
@@ -86,7 +86,7 @@ struct LinearHead {
       });
     }
     const C* last = trace.p + K * N * ld;
-    block.rows(N, S, [&](int64_t n, auto row) {
+    block.unfenced().rows(N, S, [&](int64_t n, auto row) {
       const C sum = row.sum([&](auto i) { return i.load(last + n * ld); });
       row.each([&](auto i) { i.store(t.g + n * ld, -i.load(last + n * ld)); });
       row.one([&] { t.b[n] = bias[n] - sum; });
@@ -134,14 +134,14 @@ struct LinearHead {
           [&](auto d) { d.store(t.gtheta + n * D, grad_head ? d.load(grad_head + n * (D + 1)) : d.zero()); });
     });
     block.features_mm_add(N, Q, D, {grad_logits, 1, N}, query, t.gtheta);
-    block.each_item(N, [&](int64_t n) {
+    block.unfenced().each_item(N, [&](int64_t n) {
       C sum = grad_head ? grad_head[n * (D + 1) + D] : C(0);
       for (int64_t q = 0; q < Q; ++q) sum += grad_logits[q * N + n];
       t.gb[n] = sum;
     });
     if (gquery) {
       block.features_zero(Q, D, gquery);
-      block.features_mm_add(Q, N, D, {grad_logits, N, 1}, Rows<C>{trace.theta, D, nullptr}, gquery);
+      block.unfenced().features_mm_add(Q, N, D, {grad_logits, N, 1}, Rows<C>{trace.theta, D, nullptr}, gquery);
     }
     block.dots(N, Rows<C>{t.gtheta, D, nullptr}, S, support, D, t.gp, ld);
     block.rows(N, S, [&](int64_t n, auto row) {
@@ -150,24 +150,24 @@ struct LinearHead {
         i.store(t.gz0 + n * ld, i.zero());
       });
     });
-    if (t.gram) block.rows(S, S, [&](int64_t i, auto row) { zero_row(row, t.gram + i * ld); });
+    if (t.gram) block.unfenced().rows(S, S, [&](int64_t i, auto row) { zero_row(row, t.gram + i * ld); });
     for (int64_t k = K - 1; k >= 0; --k) step_backward(t, k, grates);
 
     if (gsupport && !first_order) {
-      block.features_zero(S, D, gsupport);
+      block.unfenced().features_zero(S, D, gsupport);
       // theta = W - P^T X, and Z_0 = X W^T + b
       const C* last = trace.p + K * N * ld;
       block.rows(N, S, [&](int64_t n, auto row) {
         row.each([&](auto i) { i.store(t.coefficients + n * ld, -i.load(last + n * ld)); });
       });
-      block.features_mm_add(S, N, D, {t.coefficients, 1, ld}, Rows<C>{t.gtheta, D, nullptr}, gsupport);
-      block.features_mm_add(S, N, D, {t.gz0, 1, ld}, Rows<C>{weight, D, nullptr}, gsupport);
-      block.features_mm_add(S, S, D, {t.gram, ld, 1}, support, gsupport);
+      block.unfenced().features_mm_add(S, N, D, {t.coefficients, 1, ld}, Rows<C>{t.gtheta, D, nullptr}, gsupport);
+      block.unfenced().features_mm_add(S, N, D, {t.gz0, 1, ld}, Rows<C>{weight, D, nullptr}, gsupport);
+      block.unfenced().features_mm_add(S, S, D, {t.gram, ld, 1}, support, gsupport);
     } else if (gsupport) {
-      block.features_zero(S, D, gsupport);
+      block.unfenced().features_zero(S, D, gsupport);
     }
     if (!first_order) block.features_mm_add(N, S, D, {t.gz0, ld, 1}, support, t.gtheta);
-    block.features(N, D, [&](int64_t n, auto row) {
+    block.unfenced().features(N, D, [&](int64_t n, auto row) {
       row.each([&](auto d) { d.store(gweight + n * D, d.load(gweight + n * D) + d.load(t.gtheta + n * D)); });
     });
     block.rows(N, S, [&](int64_t n, auto row) {
@@ -179,7 +179,7 @@ struct LinearHead {
  private:
   __host__ __device__ __forceinline__ void one_hot() {
     const int64_t ld = padded(s.S);
-    block.each_item(s.N * ld,
+    block.unfenced().each_item(s.N * ld,
                     [&](int64_t i) { y[i] = i % ld < s.S && labels[i % ld] == i / ld ? C(1) : C(0); });
   }
 
@@ -203,7 +203,7 @@ struct LinearHead {
     ask(z, t.g);
     block.row_sums(N, S, t.grate,
                    [&](int64_t n, auto i) { return i.load(t.gp + n * ld) * i.load(t.g + n * ld); });
-    block.each_item(1, [&](int64_t) {
+    block.unfenced().each_item(1, [&](int64_t) {
       for (int64_t n = 0; n < N; ++n) grates[k] += t.grate[n];
     });
     if (first_order) return;  // G is a constant there
@@ -216,10 +216,10 @@ struct LinearHead {
         i.store(t.coefficients + n * ld, -gz);
       });
     });
-    block.mm_add(N, S, S, {t.coefficients, ld, 1}, trace.gram, ld, t.gp, ld);
+    block.unfenced().mm_add(N, S, S, {t.coefficients, ld, 1}, trace.gram, ld, t.gp, ld);
     if (!t.gram) return;
     const C* p = trace.p + k * N * ld;
-    block.mm_add(S, N, S, {t.coefficients, 1, ld}, p, ld, t.gram, ld);
+    block.unfenced().mm_add(S, N, S, {t.coefficients, 1, ld}, p, ld, t.gram, ld);
     block.mm_add(S, N, S, {p, 1, ld}, t.coefficients, ld, t.gram, ld);
   }
 };

@@ -127,6 +127,7 @@ std::vector<HeadCase> head_cases() {
           {{3, 20, 17, 5, 37, 0, 3}, Oracle::kHinge, false, false, true, true, true},
           {{2, 18, 5, 4, 40, 0, 2}, Oracle::kSquaredError, true, true, true, false, false},
           {{2, 5, 9, 3, 16, 0, 0}, Oracle::kCrossEntropy, false, true, true, true, false},
+          {{2, 6, 9, 3, 16, 0, 0}, Oracle::kCrossEntropy, false, true, false, false, false},
           {{1, 100, 9, 2, 21, 0, 2}, Oracle::kCrossEntropy, false, false, false, false, false}};
 }
 
