@@ -59,9 +59,6 @@ void require_shape(const Place& on, const Tensor& t, const std::vector<int64_t>&
   refuse(std::string(name) + ": expected a " + on.name() + " tensor of shape [" + want + "], got " +
          shape_text(t));
 }
-void require_shape(const Tensor& t, const std::vector<int64_t>& shape, const char* name) {
-  require_shape(Place(), t, shape, name);
-}
 
 template <class C>
 constexpr ScalarType kType = sizeof(C) == 4 ? ScalarType::Float : ScalarType::Double;

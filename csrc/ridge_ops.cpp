@@ -14,50 +14,26 @@ const RidgeKernels<C>& ridge_kernels() {
     return kernel_table().ridge_f64;
 }
 
-// Arguments that ridge and its backward share.
+// The arguments and what a call makes ready: classes, where each task's trace begins, and who works on it.
 template <class C>
-struct RidgeArguments {
-  TaskRowTensor support, query;
+struct PreparedRidge : RidgeArguments<C> {
+  using RidgeArguments<C>::problem;
   RaggedClassLists classes;
-  RidgeProblem<C> problem;
-  std::vector<int64_t> trace_offsets;
+  std::vector<int64_t> trace_offsets{0};
   TaskChunks chunks;
 
-  RidgeArguments(const Tensor& query_rows, const Optional& query_index, const Tensor& support_rows,
-                 const Optional& support_index, const Tensor& labels, const Optional& support_offsets,
-                 const Optional& query_offsets, const Optional& n_ways, const Tensor& lambda,
-                 const Tensor& scale, const Tensor& bias, int64_t n_way)
-      : support(support_rows, support_index, support_offsets, "support"),
-        query(query_rows, query_index, query_offsets, "query"),
-        classes(labels, support, n_ways, n_way) {
-    require(support.T() == query.T() && support.D == query.D, "support and query must have the same T and D");
-    require(n_way >= 1 && query.D >= 1, "ways and features: at least one each");
-    require_storage<C>(support, query);
-    const char* complaint = "regularization, scale and bias must be one value each, of one dtype";
-    problem = {query.T(),
-               n_way,
-               query.D,
-               support.rows,
-               query.rows,
-               classes.ways(),
-               classes.members(),
-               classes.offsets(),
-               *one_value<C>(Place(), lambda, complaint),
-               *one_value<C>(Place(), scale, complaint),
-               *one_value<C>(Place(), bias, complaint),
-               nullptr};
-    trace_offsets.push_back(0);
+  template <class... Args>
+  explicit PreparedRidge(const Args&... args)
+      : RidgeArguments<C>(args...), classes(this->labels, this->support, problem.N) {
+    problem.classes = classes.with(problem.classes);
     std::vector<int64_t> work;
     for (int64_t t = 0; t < problem.T; ++t) {
-      const Sizes s = problem.sizes(t);
-      if (s.Q < 1) refuse("query: task " + std::to_string(t) + " has no row; every task needs one");
-      trace_offsets.push_back(trace_offsets.back() + ridge_kernels<C>().trace_size(problem, t));
+      const Sizes s = this->sizes(t);
+      trace_offsets.push_back(trace_offsets.back() + ridge_trace_size<C>(s));
       work.push_back(s.S * (s.S / 2 + s.Q) * s.D + s.S * s.S * s.S / 3 + s.S * s.N * (s.S + s.Q));
     }
-    problem.trace_offsets = trace_offsets.data();
     chunks = TaskChunks(work);
   }
-  RidgeArguments(const RidgeArguments&) = delete;
 };
 
 std::tuple<Tensor, Tensor, Tensor> ridge(const Tensor& query, const Optional& query_index,
@@ -68,16 +44,17 @@ std::tuple<Tensor, Tensor, Tensor> ridge(const Tensor& query, const Optional& qu
                                          int64_t n_way, bool save_trace) {
   return with_type(scale, [&](auto zero) {
     using C = decltype(zero);
-    const RidgeArguments<C> a(query, query_index, support, support_index, labels, support_offsets,
+    const PreparedRidge<C> a(query, query_index, support, support_index, labels, support_offsets,
                               query_offsets, n_ways, lambda, scale, bias, n_way);
     Tensor logits = empty(a.query.shape(n_way), kType<C>);
     Tensor coefficients = empty(a.support.shape(n_way), kType<C>);
     Tensor trace = empty({save_trace ? a.trace_offsets.back() : 0}, kType<C>);
     const std::unique_ptr<bool[]> singular(new bool[size_t(a.problem.T)]());
     const RidgeForward<C> run{a.problem, data<C>(logits), data<C>(coefficients),
-                              save_trace ? data<C>(trace) : nullptr, singular.get()};
-    over_chunks(a.chunks, 1,
-                [&](int64_t begin, int64_t end) { ridge_kernels<C>().forward(run, begin, end); });
+                              save_trace ? data<C>(trace) : nullptr};
+    over_chunks(a.chunks, 1, [&](int64_t begin, int64_t end) {
+      ridge_kernels<C>().forward(run, a.trace_offsets.data(), singular.get(), begin, end);
+    });
     for (int64_t t = 0; t < a.problem.T; ++t) {
       if (!singular[size_t(t)]) continue;
       refuse(
@@ -96,35 +73,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ridge_backward(
     bool need_support) {
   return with_type(scale, [&](auto zero) {
     using C = decltype(zero);
-    const RidgeArguments<C> a(query, query_index, support, support_index, labels, support_offsets,
+    const PreparedRidge<C> a(query, query_index, support, support_index, labels, support_offsets,
                               query_offsets, n_ways, lambda, scale, bias, n_way);
-    const Parameter<C> gz(grad_logits, a.query.shape(n_way), "grad_logits");
-    const Parameter<C> saved(trace, {a.trace_offsets.back()}, "trace");
-    std::optional<Parameter<C>> gc;
-    if (grad_coefficients) gc.emplace(*grad_coefficients, a.support.shape(n_way), "grad_coefficients");
-    const std::vector<int64_t> none{0};
-    Tensor grad_query = empty(need_query ? a.query.shape(a.problem.D) : none, kType<C>);
-    Tensor grad_support = empty(need_support ? a.support.shape(a.problem.D) : none, kType<C>);
-    const RidgeBackward<C> run{a.problem,
-                               saved,
-                               gz,
-                               gc ? gc->get() : nullptr,
-                               need_support ? data<C>(grad_support) : nullptr,
-                               need_query ? data<C>(grad_query) : nullptr};
-    const auto sums = sum_over_chunks<C>(a.chunks, 2, size_of<RidgeGrad<C>, C>(),
-                                         [&](C* partial, int64_t begin, int64_t end) {
-                                           Arena<C> arena(partial);
-                                           ridge_kernels<C>().backward(run, RidgeGrad<C>(arena), begin, end);
-                                         });
+    const RidgeBackwardArguments<C> b(a, grad_logits, grad_coefficients, trace, a.trace_offsets.back(), lambda,
+                                      scale, bias, need_query, need_support);
+    const auto sums = sum_over_chunks<C>(
+        a.chunks, 2, size_of<RidgeGrad<C>, C>(), [&](C* partial, int64_t begin, int64_t end) {
+          Arena<C> arena(partial);
+          ridge_kernels<C>().backward(b.run, a.trace_offsets.data(), RidgeGrad<C>(arena), begin, end);
+        });
     Arena<C> arena(sums.get());
     const RidgeGrad<C> total(arena);
-    const auto one = [](const C* value, const Tensor& like) {
-      Tensor result = empty(sizes(like), kType<C>);
-      *data<C>(result) = *value;
-      return result;
-    };
-    return std::tuple{grad_query, grad_support, one(total.lambda, lambda), one(total.scale, scale),
-                      one(total.bias, bias)};
+    *data<C>(b.grad_lambda) = *total.lambda;
+    *data<C>(b.grad_scale) = *total.scale;
+    *data<C>(b.grad_bias) = *total.bias;
+    return b.results();
   });
 }
 

@@ -2,14 +2,15 @@
 //
 // The engine (csrc/engine) says what to compute in these words:
 //   each_item(n, f)        f(i) for every i
-//   rows(n, Q, f)          f(i, row) for every row of a padded array; row.each, row.sum, row.one; row.part(n)
-//                          is the same for n entries, and sees what row stored before
+//   rows(n, Q, f)          f(i, row) for every row of a padded array; row.each, row.sum, row.one, row.value;
+//                          row.part(first, n): the same for n entries of the row, from one on; it sees what
+//                          the row stored before, and the row what it stored
 //   columns(Q, f)          f(at) for every entry of a row: at walks over the rows of padded arrays by itself
 //   row_sums(n, Q, out, f) out[i] = the sum of f(i, at) over row i, for many rows at once; f may store
 //   features(n, D, f)      the same for rows of plain, unpadded memory
 //   mm, mm_add             small matrix times padded rows
 //   outer                  sums over rows of products of two padded arrays: weight gradients
-//   dots                   dot products over D of two sets of feature rows
+//   dots, self_dots        dot products over D of two sets of feature rows, or of one with itself
 //   stacked_dots           of the rows and theta0 with themselves: Gram matrix, rows times theta0, |theta0|^2
 //   features_mm_add        small matrix times feature rows
 //   any(n, f)              whether f(i) holds for some i
@@ -106,7 +107,8 @@ struct CpuBlock {
   struct Row {
     int64_t length;
 
-    __forceinline__ Row part(int64_t count) const { return {count}; }
+    __forceinline__ Row part(int64_t, int64_t count) const { return {count}; }
+    __forceinline__ C value(const C* p) const { return *p; }
     template <class F>
     __forceinline__ void each(F f) const {
       int64_t at = 0;

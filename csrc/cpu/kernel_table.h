@@ -26,6 +26,7 @@ struct Kernels {
 
 }  // namespace kernelmeta
 
+#include "cpu/program_table.h"
 #include "cpu/ridge_table.h"
 
 namespace kernelmeta {

@@ -36,10 +36,6 @@ __forceinline__ float widen(Float16 x) {
 __forceinline__ float widen(float x) { return x; }
 __forceinline__ double widen(double x) { return x; }
 
-int64_t storage_bytes(Storage storage) {
-  return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
-}
-
 template <class F, class C>
 void widen_rows(const Features& f, int64_t task, int64_t D, C* to) {
   const F* data = static_cast<const F*>(f.data);

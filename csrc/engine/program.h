@@ -79,6 +79,7 @@ struct ProgramTrace {
   C* anchor;                     // [K+1][N]      <theta, theta_a>; soft assignment
   C *a, *p;                      // [K+1][N], [K+1][N][ld]: with coefficients only
 
+  ProgramTrace() = default;
   __host__ __device__ __forceinline__ ProgramTrace(Arena<C>& arena, const ProgramShape& s, bool class_means)
       : theta0(class_means ? arena.take(s.N * s.D) : nullptr),
         inverse(s.cosine ? arena.take(s.ld()) : nullptr),
@@ -125,6 +126,8 @@ struct ProgramLoop {
   const ProgramParameters<C>& with;
   C *z, *g;  // [N][widest]
   C* mlp_memory;
+  const Sizes support_sizes, query_sizes;  // of the MLP on rows of one kind
+  Mlp<B> support_mlp, query_mlp;           // in the same memory
 
   __host__ __device__ __forceinline__ ProgramLoop(B& block, const ProgramShape& s,
                                                   const ProgramParameters<C>& with, Arena<C>& arena)
@@ -133,7 +136,12 @@ struct ProgramLoop {
         with(with),
         z(arena.take(s.N * s.widest())),
         g(arena.take(s.N * s.widest())),
-        mlp_memory(s.H ? arena.take(mlp_size(s)) : nullptr) {}
+        mlp_memory(s.H ? arena.take(mlp_size(s)) : nullptr),
+        support_sizes(s.mlp(s.S)),
+        query_sizes(s.mlp(s.Q)),
+        support_mlp(mlp_in(block, support_sizes, *with.mlp, mlp_memory)),
+        query_mlp(mlp_in(block, query_sizes, *with.mlp, mlp_memory)) {}
+  ProgramLoop(const ProgramLoop&) = delete;
 
   // From trace.u[0] (rows times theta0, plus the bias if linear) and r2[0] on: fills the trace.
   __host__ __device__ __forceinline__ void forward(const ProgramTrace<C>& trace) {
@@ -286,6 +294,15 @@ struct ProgramLoop {
     return count.used();
   }
 
+  __host__ __device__ __forceinline__ static Mlp<B> mlp_in(B& block, const Sizes& sizes,
+                                                           const FoldedMlp<C>& weights, C* memory) {
+    Arena<C> arena(memory);
+    return Mlp<B>(block, sizes, weights, true, arena);
+  }
+  __host__ __device__ __forceinline__ Mlp<B>& mlp(const Phase& phase) {
+    return phase.query ? query_mlp : support_mlp;
+  }
+
   // z = scale (U + bias) of one part.
   __host__ __device__ __forceinline__ void classify(const C* u, RowPart part) {
     const int64_t ld = s.ld();
@@ -302,11 +319,9 @@ struct ProgramLoop {
   }
 
   // to = G of z
-  __host__ __device__ __forceinline__ void ask(const Phase& phase, RowPart part, C* to) {
+  __host__ __device__ KERNELMETA_GPU_CALL void ask(const Phase& phase, RowPart part, C* to) {
     if (phase.oracle == Oracle::kSyntheticGradient) {
-      const Sizes sizes = s.mlp(part.count);
-      Arena<C> memory(mlp_memory);
-      Mlp<B>(block, sizes, *with.mlp, true, memory).forward(z, to, nullptr);
+      mlp(phase).forward(z, to, nullptr);
       if (phase.mean) scale_rows(to, part, C(1) / C(part.count));
       return;
     }
@@ -315,13 +330,11 @@ struct ProgramLoop {
   }
 
   // adj.gz = (dG/dz)^T adj.gg; after ask(phase, part, gs).
-  __host__ __device__ __forceinline__ void ask_backward(const Phase& phase, RowPart part, const C* gs,
+  __host__ __device__ KERNELMETA_GPU_CALL void ask_backward(const Phase& phase, RowPart part, const C* gs,
                                                         const Adjoint& adj, const ProgramLoopGrad<C>& grad) {
     if (phase.oracle == Oracle::kSyntheticGradient) {
-      const Sizes sizes = s.mlp(part.count);
-      Arena<C> memory(mlp_memory);
       if (phase.mean) scale_rows(adj.gg, part, C(1) / C(part.count));
-      Mlp<B>(block, sizes, *with.mlp, true, memory).backward(z, adj.gg, adj.gz, adj.gh, *grad.mlp);
+      mlp(phase).backward(z, adj.gg, adj.gz, adj.gh, *grad.mlp);
       return;
     }
     const OracleRows<B> rows = oracle_rows(phase, part);
@@ -362,7 +375,7 @@ struct ProgramLoop {
 
   // ---- linear
 
-  __host__ __device__ __forceinline__ void linear_step(const ProgramTrace<C>& trace, RowPart part,
+  __host__ __device__ KERNELMETA_GPU_CALL void linear_step(const ProgramTrace<C>& trace, RowPart part,
                                                        int64_t k) {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k];
@@ -374,7 +387,7 @@ struct ProgramLoop {
     });
   }
 
-  __host__ __device__ __forceinline__ void linear_backward(const ProgramTrace<C>& trace, RowPart part,
+  __host__ __device__ KERNELMETA_GPU_CALL void linear_backward(const ProgramTrace<C>& trace, RowPart part,
                                                            int64_t k, const Adjoint& adj, const C* gs) {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k];
@@ -382,7 +395,7 @@ struct ProgramLoop {
       const C *ag = trace.ag + (k * N + n) * ld, *gu = adj.gu + n * ld;
       C grate = -row.sum([&](auto q) { return q.load(gu) * q.load(ag); });
       row.each([&](auto q) { q.store(adj.gag + (k * N + n) * ld, q.load(gu) * -rate); });
-      const auto of_part = row.part(part.count);
+      const auto of_part = row.part(part.first, part.count);
       C* gg = adj.gg + n * part.ld();
       if (adj.gp) {
         const C *gp = adj.gp + n * ld + part.first, *gn = gs + n * part.ld();
@@ -404,21 +417,21 @@ struct ProgramLoop {
     C* next = trace.p + ((k + 1) * s.N + n) * s.ld();
     const C* gn = g + n * part.ld();
     row.each([&](auto q) { q.store(next, q.load(p) * grown); });
-    row.part(part.count).each([&](auto q) {
+    row.part(part.first, part.count).each([&](auto q) {
       q.store(next + part.first, q.load(next + part.first) - q.load(gn) * moved);
     });
   }
 
   // ---- cosine: inner_loop.h, with G on a part of the live rows
 
-  __host__ __device__ __forceinline__ void cosine_step(const ProgramTrace<C>& trace, RowPart part,
+  __host__ __device__ KERNELMETA_GPU_CALL void cosine_step(const ProgramTrace<C>& trace, RowPart part,
                                                        int64_t k) {
     const int64_t N = s.N, ld = s.ld();
     const C e = with.rates[k] * with.scale;
     block.rows(N, ld, [&](int64_t n, auto row) {
       const int64_t at = (k * N + n) * ld;
       const C *u = trace.u + at, *ag = trace.ag + at, *gn = g + n * part.ld();
-      const auto of_part = row.part(part.count);
+      const auto of_part = row.part(part.first, part.count);
       const C dot = of_part.sum([&](auto q) { return q.load(u + part.first) * q.load(gn); });
       const C quad = of_part.sum([&](auto q) { return q.load(gn) * q.load(ag + part.first); });
       const StepScalars<B> v(e, trace.r2[k * N + n], dot, quad);
@@ -431,7 +444,7 @@ struct ProgramLoop {
     });
   }
 
-  __host__ __device__ __forceinline__ void cosine_backward(const ProgramTrace<C>& trace, RowPart part,
+  __host__ __device__ KERNELMETA_GPU_CALL void cosine_backward(const ProgramTrace<C>& trace, RowPart part,
                                                            int64_t k, const Adjoint& adj, const C* gs) {
     const int64_t N = s.N, ld = s.ld();
     const C e = with.rates[k] * with.scale;
@@ -440,7 +453,7 @@ struct ProgramLoop {
       const C *u = trace.u + at, *ag = trace.ag + at, *gn = gs + n * part.ld();
       const C *u_part = u + part.first, *ag_part = ag + part.first;
       C *gu = adj.gu + n * ld, *gg = adj.gg + n * part.ld(), *gag = adj.gag + at;
-      const auto of_part = row.part(part.count);
+      const auto of_part = row.part(part.first, part.count);
       const C r2 = trace.r2[k * N + n];
       const C dot = of_part.sum([&](auto q) { return q.load(u_part) * q.load(gn); });
       const C quad = of_part.sum([&](auto q) { return q.load(gn) * q.load(ag_part); });
@@ -524,14 +537,14 @@ struct ProgramLoop {
     }
   };
 
-  __host__ __device__ __forceinline__ void assignment_step(const ProgramTrace<C>& trace, RowPart part,
+  __host__ __device__ KERNELMETA_GPU_CALL void assignment_step(const ProgramTrace<C>& trace, RowPart part,
                                                            int64_t start, int64_t k) {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k], kept = C(1) - rate;
     block.rows(N, ld, [&](int64_t n, auto row) {
       const int64_t at = (k * N + n) * ld, at_a = (start * N + n) * ld, next = at + N * ld;
       const C* p = g + n * part.ld();
-      const auto of_part = row.part(part.count);
+      const auto of_part = row.part(part.first, part.count);
       const Assignment v(trace, s, with.class_sizes[n], rate, of_part, part, start, k, n, p);
       const C next_r2 = B::max(v.next_r2, C(kNormFloor) * C(kNormFloor));
       const C inverse = C(1) / B::sqrt(next_r2);
@@ -559,7 +572,7 @@ struct ProgramLoop {
     });
   }
 
-  __host__ __device__ __forceinline__ void assignment_backward(const ProgramTrace<C>& trace, RowPart part,
+  __host__ __device__ KERNELMETA_GPU_CALL void assignment_backward(const ProgramTrace<C>& trace, RowPart part,
                                                                int64_t start, int64_t k, const Adjoint& adj,
                                                                const C* gs) {
     const int64_t N = s.N, ld = s.ld();
@@ -568,7 +581,7 @@ struct ProgramLoop {
       const int64_t at = (k * N + n) * ld, at_a = (start * N + n) * ld;
       const C *p = gs + n * part.ld(), *u = trace.u + at, *ua = trace.u + at_a, *ap = trace.ag + at;
       C *gu = adj.gu + n * ld, *gra = adj.gra + n * ld, *gap = adj.gag + at, *gg = adj.gg + n * part.ld();
-      const auto of_part = row.part(part.count);
+      const auto of_part = row.part(part.first, part.count);
       const Assignment v(trace, s, with.class_sizes[n], rate, of_part, part, start, k, n, p);
       const C floor2 = C(kNormFloor) * C(kNormFloor);
       const bool floored = !(v.next_r2 > floor2);

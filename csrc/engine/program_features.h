@@ -9,10 +9,11 @@ namespace kernelmeta {
 template <class B>
 struct ProgramFeatures {
   using C = typename B::Scalar;
+  using F = typename B::Feature;
 
   B& block;
   const ProgramShape& s;
-  Rows<C> support_rows, query_rows;
+  Rows<F> support_rows, query_rows;
   const ProgramTrace<C>& trace;
   const C* theta0;      // [N][D]; null: zero
   const C* start_bias;  // [N], linear; null: zero
@@ -22,7 +23,7 @@ struct ProgramFeatures {
   __host__ __device__ __forceinline__ void forward() {
     const int64_t N = s.N, D = s.D, ld = s.ld();
     form_gram();
-    each_part([&](RowPart part, Rows<C> rows) {
+    each_part([&](RowPart part, Rows<F> rows) {
       if (theta0) block.dots(N, Rows<C>{theta0, D, nullptr}, part.count, rows, D, trace.u + part.first, ld);
     });
     if (s.cosine) {
@@ -33,7 +34,7 @@ struct ProgramFeatures {
         row.one([&] { trace.r2[n] = squares; });
       });
     } else if (start_bias) {
-      each_part([&](RowPart part, Rows<C>) {
+      each_part([&](RowPart part, Rows<F>) {
         block.rows(N, part.count, [&](int64_t n, auto row) {
           C* u = trace.u + n * ld + part.first;
           row.each([&](auto q) { q.store(u, q.load(u) + start_bias[n]); });
@@ -91,7 +92,7 @@ struct ProgramFeatures {
         row.each([&](auto d) { d.store(to, d.load(to) + d.load(theta0 + n * D) * (2 * t.gn0[n])); });
       });
     }
-    each_part([&](RowPart part, Rows<C> rows) {
+    each_part([&](RowPart part, Rows<F> rows) {
       block.features_mm_add(N, part.count, D, {t.scaled + part.first, ld, 1}, rows, gtheta0);
     });
   }
@@ -107,7 +108,7 @@ struct ProgramFeatures {
       const RowPart from = s.part(of_query);
       if (!gram_gradient(adj, of_query, t.w)) continue;
       C* gfrom = of_query ? gquery : gsupport;
-      each_part([&](RowPart to, Rows<C> rows) {
+      each_part([&](RowPart to, Rows<F> rows) {
         C* gto = to.first == s.query().first ? gquery : gsupport;
         const C* w = t.w + to.first;
         if (gfrom && !first_order) block.features_mm_add(from.count, to.count, D, {w, ld, 1}, rows, gfrom);
@@ -115,7 +116,7 @@ struct ProgramFeatures {
       });
     }
     // ... and from the rows times theta0.
-    each_part([&](RowPart part, Rows<C>) {
+    each_part([&](RowPart part, Rows<F>) {
       C* to = part.first == s.query().first ? gquery : gsupport;
       if (!to || !theta0) return;
       block.features_mm_add(part.count, N, D, {t.scaled + part.first, 1, ld}, Rows<C>{theta0, D, nullptr},
@@ -123,13 +124,13 @@ struct ProgramFeatures {
     });
     if (!s.cosine) return;
     // Without its component along the row.
-    each_part([&](RowPart part, Rows<C> rows) {
+    each_part([&](RowPart part, Rows<F> rows) {
       C* to = part.first == s.query().first ? gquery : gsupport;
       if (!to) return;
       block.features(part.count, D, [&](int64_t i, auto row) {
         const C inverse = trace.inverse[part.first + i];
         if (!(inverse < C(1 / kNormFloor))) return;
-        const C* x = rows(i);
+        const F* x = rows(i);
         C* g = to + i * D;
         const C along = row.sum([&](auto d) { return d.load(x) * d.load(g); }) * inverse * inverse;
         row.each([&](auto d) { d.store(g, d.load(g) - d.load(x) * along); });
@@ -138,13 +139,13 @@ struct ProgramFeatures {
   }
 
  private:
-  __host__ __device__ __forceinline__ Rows<C> rows_of(bool of_query) const {
+  __host__ __device__ __forceinline__ Rows<F> rows_of(bool of_query) const {
     return of_query ? query_rows : support_rows;
   }
 
   // f(part, rows) for every part of the live rows.
-  template <class F>
-  __host__ __device__ __forceinline__ void each_part(F f) const {
+  template <class Fn>
+  __host__ __device__ __forceinline__ void each_part(Fn f) const {
     if (s.uses_support) f(s.support(), support_rows);
     f(s.query(), query_rows);
   }
@@ -172,7 +173,7 @@ struct ProgramFeatures {
     for (int of_query = 0; of_query < 2; ++of_query) {
       C* gram = trace.gram(of_query);
       if (!gram) continue;
-      each_part([&](RowPart to, Rows<C>) {
+      each_part([&](RowPart to, Rows<F>) {
         block.rows(s.part(of_query).count, to.count, [&](int64_t i, auto row) {
           C* a = gram + i * ld + to.first;
           row.each([&](auto q) { q.store(a, q.load(a) + C(1)); });
@@ -194,7 +195,7 @@ struct ProgramFeatures {
         });
       } else if (of_query) {
         block.features(part.count, s.D, [&](int64_t i, auto row) {
-          const C* x = query_rows(i);
+          const F* x = query_rows(i);
           const C squares = row.sum([&](auto d) { return d.load(x) * d.load(x); });
           row.one([&] { inverse[i] = C(1) / B::max(B::sqrt(squares), C(kNormFloor)); });
         });

@@ -20,6 +20,7 @@ struct RidgeTrace {
   C* cross;  // [S][padded(Q)]  support rows times query rows
   C* fit;    // [N][padded(Q)]  Z before scale and bias
 
+  RidgeTrace() = default;
   __host__ __device__ __forceinline__ RidgeTrace(Arena<C>& arena, const Sizes& s)
       : u(arena.take(s.S * padded(s.S))),
         d(arena.take(s.S)),
@@ -34,7 +35,7 @@ struct Ridge {
 
   B& block;
   const Sizes& s;
-  Rows<C> support, query;
+  Rows<typename B::Feature> support, query;
   const RidgeTrace<C>& trace;
   C lambda, scale, bias;
 
@@ -170,23 +171,18 @@ struct Ridge {
   // x [N][padded(S)] <- the solution for these right-hand sides.
   __host__ __device__ __forceinline__ void solve(C* x) const {
     const int64_t S = s.S, ld = padded(S);
-    for (int64_t j = 0; j < S; ++j) {
-      block.rows(s.N, ld, [&](int64_t n, auto row) {
-        C* xn = x + n * ld;
-        const C known = xn[j];
+    block.rows(s.N, ld, [&](int64_t n, auto row) {
+      C* xn = x + n * ld;
+      for (int64_t j = 0; j < S; ++j) {
+        const C known = row.value(xn + j);
         row.each([&](auto q) { q.store(xn, q.load(xn) - q.load(trace.u + j * ld) * known); });
-      });
-    }
-    block.rows(s.N, S, [&](int64_t n, auto row) {
-      row.each([&](auto q) { q.store(x + n * ld, q.load(x + n * ld) / q.load(trace.d)); });
-    });
-    for (int64_t j = S - 2; j >= 0; --j) {
-      block.rows(s.N, ld, [&](int64_t n, auto row) {
-        C* xn = x + n * ld;
+      }
+      row.part(0, S).each([&](auto q) { q.store(xn, q.load(xn) / q.load(trace.d)); });
+      for (int64_t j = S - 2; j >= 0; --j) {
         const C rest = row.sum([&](auto q) { return q.load(trace.u + j * ld) * q.load(xn); });
         row.one([&] { xn[j] -= rest; });
-      });
-    }
+      }
+    });
   }
 };
 
