@@ -76,8 +76,7 @@ ProgramResults program(const Tensor& query, const Optional& query_index, const T
         query, query_index, support, support_index, labels, support_offsets, query_offsets, n_ways, theta0,
         weight, scale, bias, target, rates,
         MlpOptionals{&weight1, &bias1, &gain1, &shift1, &weight2, &bias2, &gain2, &shift2, &weight3, &bias3},
-        running,
-        n_way, phases, cosine, start, first_order, coefficients);
+        running, n_way, phases, cosine, start, first_order, coefficients);
     const auto type = kType<C>;
     const std::vector<int64_t> none{0};
     Tensor logits = empty(a.query.shape(n_way), type);
@@ -120,8 +119,7 @@ ProgramGradients program_backward(const Tensor& grad_logits, const Optional& gra
         query, query_index, support, support_index, labels, support_offsets, query_offsets, n_ways, theta0,
         weight, scale, bias, target, rates,
         MlpOptionals{&weight1, &bias1, &gain1, &shift1, &weight2, &bias2, &gain2, &shift2, &weight3, &bias3},
-        running,
-        n_way, phases, cosine, start, first_order, coefficients);
+        running, n_way, phases, cosine, start, first_order, coefficients);
     const ProgramProblem<C>& p = a.problem;
     const auto type = kType<C>;
     const std::vector<int64_t> none{0};

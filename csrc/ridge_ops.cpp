@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> ridge(const Tensor& query, const Optional& qu
   return with_type(scale, [&](auto zero) {
     using C = decltype(zero);
     const PreparedRidge<C> a(query, query_index, support, support_index, labels, support_offsets,
-                              query_offsets, n_ways, lambda, scale, bias, n_way);
+                             query_offsets, n_ways, lambda, scale, bias, n_way);
     Tensor logits = empty(a.query.shape(n_way), kType<C>);
     Tensor coefficients = empty(a.support.shape(n_way), kType<C>);
     Tensor trace = empty({save_trace ? a.trace_offsets.back() : 0}, kType<C>);
@@ -74,9 +74,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ridge_backward(
   return with_type(scale, [&](auto zero) {
     using C = decltype(zero);
     const PreparedRidge<C> a(query, query_index, support, support_index, labels, support_offsets,
-                              query_offsets, n_ways, lambda, scale, bias, n_way);
-    const RidgeBackwardArguments<C> b(a, grad_logits, grad_coefficients, trace, a.trace_offsets.back(), lambda,
-                                      scale, bias, need_query, need_support);
+                             query_offsets, n_ways, lambda, scale, bias, n_way);
+    const RidgeBackwardArguments<C> b(a, grad_logits, grad_coefficients, trace, a.trace_offsets.back(),
+                                      lambda, scale, bias, need_query, need_support);
     const auto sums = sum_over_chunks<C>(
         a.chunks, 2, size_of<RidgeGrad<C>, C>(), [&](C* partial, int64_t begin, int64_t end) {
           Arena<C> arena(partial);

@@ -1,7 +1,7 @@
 // Arguments of raw ops on tasks that may differ in size (program, ridge), checked and turned into what the
-// kernels take; the same for every device. Where tasks on a GPU do differ, their sizes are copied to the host,
-// which waits for the device: the sizes of results depend on them. Labels and indices on a GPU are left to
-// the kernels.
+// kernels take; the same for every device. Where tasks on a GPU do differ, their sizes are copied to the
+// host, which waits for the device: the sizes of results depend on them. Labels and indices on a GPU are left
+// to the kernels.
 #pragma once
 
 #include <array>
@@ -14,7 +14,8 @@ namespace {
 
 // The values of a tensor of int64, on the host.
 std::vector<int64_t> numbers(const Tensor& t) {
-  Tensor here = t.is_cpu() ? t : torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  Tensor here =
+      t.is_cpu() ? t : torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU));
   here = dense(here);
   const auto* values = static_cast<const int64_t*>(here.const_data_ptr());
   return {values, values + here.numel()};
@@ -72,8 +73,9 @@ struct TaskRowTensor {
   Tensor held_offsets_;
 
   void check_index(const Place& on, int64_t dims, int64_t n, const char* name) const {
-    require(on.holds(index) && index.dim() == dims && index.scalar_type() == ScalarType::Long,
-            "an index must be a tensor of int64 on the bank's device, [T, rows] or, with offsets, [all rows]");
+    require(
+        on.holds(index) && index.dim() == dims && index.scalar_type() == ScalarType::Long,
+        "an index must be a tensor of int64 on the bank's device, [T, rows] or, with offsets, [all rows]");
     if (!on.cpu) return;
     const auto* i = static_cast<const int64_t*>(index.const_data_ptr());
     for (int64_t j = 0; j < index.numel(); ++j) {
@@ -147,8 +149,7 @@ struct TaskLabels {
 
   const int64_t* get() const { return static_cast<const int64_t*>(labels.const_data_ptr()); }
   TaskClasses classes() const {
-    return {{get(), nullptr, nullptr},
-            ways ? static_cast<const int64_t*>(ways->const_data_ptr()) : nullptr};
+    return {{get(), nullptr, nullptr}, ways ? static_cast<const int64_t*>(ways->const_data_ptr()) : nullptr};
   }
 };
 
@@ -218,9 +219,9 @@ struct ProgramArguments {
       for (const Optional* tensor : m) require(tensor->has_value(), "mlp: all ten tensors or none");
       problem.H = (*m[0])->size(0);
       require(problem.H >= 1, "hidden units: at least one");
-      mlp.emplace(
-          on, MlpTensors{**m[0], **m[1], **m[2], **m[3], **m[4], **m[5], **m[6], **m[7], **m[8], **m[9]},
-          running, N, problem.H);
+      mlp.emplace(on,
+                  MlpTensors{**m[0], **m[1], **m[2], **m[3], **m[4], **m[5], **m[6], **m[7], **m[8], **m[9]},
+                  running, N, problem.H);
     }
     phases = phases_of(phase_numbers, cosine, mlp.has_value());
     for (const Phase& phase : phases) problem.K += phase.steps;

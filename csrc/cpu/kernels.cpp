@@ -190,9 +190,9 @@ void linear_head_backward(const HeadBackward<C>& f, const HeadParameterGrad<C>& 
 }
 
 template <class C>
-constexpr Kernels<C> kKernels = {
-    sib_forward<C>,         sib_backward<C>,         mlp_forward<C>,         mlp_backward<C>,
-    class_means_forward<C>, class_means_backward<C>, linear_head_forward<C>, linear_head_backward<C>};
+constexpr Kernels<C> kKernels = {sib_forward<C>,         sib_backward<C>,        mlp_forward<C>,
+                                 mlp_backward<C>,        class_means_forward<C>, class_means_backward<C>,
+                                 linear_head_forward<C>, linear_head_backward<C>};
 
 }  // namespace
 

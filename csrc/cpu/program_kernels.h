@@ -68,8 +68,7 @@ template <class C>
 void program_backward(const ProgramBackward<C>& f, const ProgramCall<C>& call, const ProgramGrad<C>& grad,
                       int64_t begin, int64_t end) {
   const bool row_gradients = f.grad_support || f.grad_query;
-  C* memory =
-      scratch_for_tasks<ProgramBackwardWorkspace<C>, C>(begin, end, f.problem, call, row_gradients);
+  C* memory = scratch_for_tasks<ProgramBackwardWorkspace<C>, C>(begin, end, f.problem, call, row_gradients);
   for (int64_t t = begin; t < end; ++t) {
     Arena<C> arena(memory);
     ProgramBackwardWorkspace<C> w(arena, f.problem, call, row_gradients, t);

@@ -254,7 +254,8 @@ std::tuple<Tensor, Tensor> class_means_backward(const Tensor& grad_theta0, const
                                    data<C>(partials), where);
     Tensor grad_weight = empty(weight ? std::vector{s.D} : none, kType<C>, a.on);
     if (weight) {
-      launch_sum_partials<C>(data<C>(partials), partials.size(0), s.D, C(1), {data<C>(grad_weight), s.D}, where);
+      launch_sum_partials<C>(data<C>(partials), partials.size(0), s.D, C(1), {data<C>(grad_weight), s.D},
+                             where);
     }
     return std::tuple{grad_support, grad_weight};
   });

@@ -47,7 +47,7 @@ void launch_unfold(const Sizes& s, const MlpArrays<const C>& mlp, C* sums, const
 }
 
 #define INSTANTIATE(C)                                                                                      \
-  template void launch_sum_partials(const C*, int64_t, int64_t, C, const Pieces<C>&, const Where&);                       \
+  template void launch_sum_partials(const C*, int64_t, int64_t, C, const Pieces<C>&, const Where&);         \
   template void launch_unfold(const Sizes&, const MlpArrays<const C>&, C*, const MlpArrays<C>&, C*, C*, C*, \
                               const Where&);
 INSTANTIATE(float)

@@ -141,7 +141,8 @@ struct LinearHead {
     });
     if (gquery) {
       block.features_zero(Q, D, gquery);
-      block.unfenced().features_mm_add(Q, N, D, {grad_logits, N, 1}, Rows<C>{trace.theta, D, nullptr}, gquery);
+      block.unfenced().features_mm_add(Q, N, D, {grad_logits, N, 1}, Rows<C>{trace.theta, D, nullptr},
+                                       gquery);
     }
     block.dots(N, Rows<C>{t.gtheta, D, nullptr}, S, support, D, t.gp, ld);
     block.rows(N, S, [&](int64_t n, auto row) {
@@ -160,7 +161,8 @@ struct LinearHead {
       block.rows(N, S, [&](int64_t n, auto row) {
         row.each([&](auto i) { i.store(t.coefficients + n * ld, -i.load(last + n * ld)); });
       });
-      block.unfenced().features_mm_add(S, N, D, {t.coefficients, 1, ld}, Rows<C>{t.gtheta, D, nullptr}, gsupport);
+      block.unfenced().features_mm_add(S, N, D, {t.coefficients, 1, ld}, Rows<C>{t.gtheta, D, nullptr},
+                                       gsupport);
       block.unfenced().features_mm_add(S, N, D, {t.gz0, 1, ld}, Rows<C>{weight, D, nullptr}, gsupport);
       block.unfenced().features_mm_add(S, S, D, {t.gram, ld, 1}, support, gsupport);
     } else if (gsupport) {
@@ -179,8 +181,8 @@ struct LinearHead {
  private:
   __host__ __device__ __forceinline__ void one_hot() {
     const int64_t ld = padded(s.S);
-    block.unfenced().each_item(s.N * ld,
-                    [&](int64_t i) { y[i] = i % ld < s.S && labels[i % ld] == i / ld ? C(1) : C(0); });
+    block.unfenced().each_item(
+        s.N * ld, [&](int64_t i) { y[i] = i % ld < s.S && labels[i % ld] == i / ld ? C(1) : C(0); });
   }
 
   template <class Row>

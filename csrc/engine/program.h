@@ -331,7 +331,8 @@ struct ProgramLoop {
 
   // adj.gz = (dG/dz)^T adj.gg; after ask(phase, part, gs).
   __host__ __device__ KERNELMETA_GPU_CALL void ask_backward(const Phase& phase, RowPart part, const C* gs,
-                                                        const Adjoint& adj, const ProgramLoopGrad<C>& grad) {
+                                                            const Adjoint& adj,
+                                                            const ProgramLoopGrad<C>& grad) {
     if (phase.oracle == Oracle::kSyntheticGradient) {
       if (phase.mean) scale_rows(adj.gg, part, C(1) / C(part.count));
       mlp(phase).backward(z, adj.gg, adj.gz, adj.gh, *grad.mlp);
@@ -376,7 +377,7 @@ struct ProgramLoop {
   // ---- linear
 
   __host__ __device__ KERNELMETA_GPU_CALL void linear_step(const ProgramTrace<C>& trace, RowPart part,
-                                                       int64_t k) {
+                                                           int64_t k) {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k];
     block.rows(N, ld, [&](int64_t n, auto row) {
@@ -388,7 +389,7 @@ struct ProgramLoop {
   }
 
   __host__ __device__ KERNELMETA_GPU_CALL void linear_backward(const ProgramTrace<C>& trace, RowPart part,
-                                                           int64_t k, const Adjoint& adj, const C* gs) {
+                                                               int64_t k, const Adjoint& adj, const C* gs) {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k];
     block.rows(N, ld, [&](int64_t n, auto row) {
@@ -425,7 +426,7 @@ struct ProgramLoop {
   // ---- cosine: inner_loop.h, with G on a part of the live rows
 
   __host__ __device__ KERNELMETA_GPU_CALL void cosine_step(const ProgramTrace<C>& trace, RowPart part,
-                                                       int64_t k) {
+                                                           int64_t k) {
     const int64_t N = s.N, ld = s.ld();
     const C e = with.rates[k] * with.scale;
     block.rows(N, ld, [&](int64_t n, auto row) {
@@ -445,7 +446,7 @@ struct ProgramLoop {
   }
 
   __host__ __device__ KERNELMETA_GPU_CALL void cosine_backward(const ProgramTrace<C>& trace, RowPart part,
-                                                           int64_t k, const Adjoint& adj, const C* gs) {
+                                                               int64_t k, const Adjoint& adj, const C* gs) {
     const int64_t N = s.N, ld = s.ld();
     const C e = with.rates[k] * with.scale;
     block.rows(N, ld, [&](int64_t n, auto row) {
@@ -538,7 +539,7 @@ struct ProgramLoop {
   };
 
   __host__ __device__ KERNELMETA_GPU_CALL void assignment_step(const ProgramTrace<C>& trace, RowPart part,
-                                                           int64_t start, int64_t k) {
+                                                               int64_t start, int64_t k) {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k], kept = C(1) - rate;
     block.rows(N, ld, [&](int64_t n, auto row) {
@@ -573,8 +574,8 @@ struct ProgramLoop {
   }
 
   __host__ __device__ KERNELMETA_GPU_CALL void assignment_backward(const ProgramTrace<C>& trace, RowPart part,
-                                                               int64_t start, int64_t k, const Adjoint& adj,
-                                                               const C* gs) {
+                                                                   int64_t start, int64_t k,
+                                                                   const Adjoint& adj, const C* gs) {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k], kept = C(1) - rate;
     block.rows(N, ld, [&](int64_t n, auto row) {

@@ -222,9 +222,8 @@ struct ProgramTask {
       const bool there = given && of_part < (i < query.first ? support.count : query.count);
       for (int64_t n = 0; n < N; ++n) adjoint.gp[n * ld + i] = there ? from[of_part * p.N + n] : C(0);
     });
-    block.each_item(N, [&](int64_t n) {
-      adjoint.ga[n] = given ? f.grad_start_coefficients[t * p.N + n] : C(0);
-    });
+    block.each_item(
+        N, [&](int64_t n) { adjoint.ga[n] = given ? f.grad_start_coefficients[t * p.N + n] : C(0); });
   }
 };
 

@@ -143,8 +143,8 @@ struct Ridge {
   __host__ __device__ __forceinline__ void factorise(bool* regular) {
     const int64_t S = s.S, ld = padded(S);
     C* u = trace.u;
-    // Pivots that are nothing but rounding mean a singular matrix. NaN and infinity do not: they come out as
-    // NaN.
+    // Pivots that are nothing but rounding mean a singular matrix, and all that follows is NaN. NaN and
+    // infinity do not mean it: they come out as NaN by themselves.
     block.each_item(1, [&](int64_t) {
       C largest = 0;
       for (int64_t i = 0; i < S; ++i) largest = B::max(largest, u[i * ld + i]);
@@ -155,7 +155,10 @@ struct Ridge {
     for (int64_t j = 0; j < S; ++j) {
       block.each_item(1, [&](int64_t) {
         trace.d[j] = u[j * ld + j];
-        if (trace.d[j] <= smallest && smallest * 0 == 0) *regular = false;
+        if (trace.d[j] <= smallest && smallest * 0 == 0) {
+          *regular = false;
+          trace.d[j] = C(__builtin_nan(""));
+        }
       });
       const C inverse = C(1) / trace.d[j];
       block.rows(S - j - 1, ld, [&](int64_t r, auto row) {

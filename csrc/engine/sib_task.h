@@ -6,8 +6,8 @@
 namespace kernelmeta {
 
 // Whether a task's labels and indices cannot be used: a label outside of 0..N-1, a class without a row where
-// every class needs one, an index outside of its bank. Blocks that cannot raise an error ask for each task; its barrier also parts the
-// task from what is left to do of the one before.
+// every class needs one, an index outside of its bank. Blocks that cannot raise an error ask for each task;
+// its barrier also parts the task from what is left to do of the one before.
 template <class B>
 __host__ __device__ __forceinline__ bool is_invalid(B& block, int64_t t, const typename B::Sizes& s,
                                                     const int64_t* labels, bool every_class,

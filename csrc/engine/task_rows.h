@@ -9,8 +9,8 @@ __host__ __device__ __forceinline__ int64_t storage_bytes(Storage storage) {
   return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
 }
 
-// Task t owns rows first(t) .. first(t + 1) of those counted through all tasks. Such a row lies in `features`,
-// which is [T][rows][D] where all tasks have as many (and `even` says so), else [all rows][D].
+// Task t owns rows first(t) .. first(t + 1) of those counted through all tasks. Such a row lies in
+// `features`, which is [T][rows][D] where all tasks have as many (and `even` says so), else [all rows][D].
 struct TaskRows {
   Features features;
   const int64_t* offsets;  // [T + 1], or null: all tasks have features.rows

@@ -111,6 +111,8 @@ int main() {
   status |= check_problem("support alone", {1, 4, 9, 3, 11, 6, 1}, true, false, {false, false, true});
   status |= check_problem("no steps", {1, 3, 9, 3, 11, 6, 0}, true, false, {});
   for (const HeadCase& c : head_cases()) status |= check_episode(HeadEpisode(c));
+  for (const ProgramCase& c : program_cases()) status |= check_episode(ProgramEpisode(c));
+  for (const RidgeCase& c : ridge_cases()) status |= check_episode(RidgeEpisode(c));
   int64_t needless = 0;
   for (const auto& [where, place] : places) {
     if (place.seen) continue;

@@ -6,8 +6,9 @@
 #include <vector>
 
 #include "cpu/kernel_table.h"
-#include "cuda/bodies.h"
+#include "cuda/program_bodies.h"
 #include "tests/host_team.h"
+#include "tests/learner_checks.h"
 
 namespace {
 
@@ -40,17 +41,13 @@ void on_team(Body body) {
   team_options.barriers.insert(team_options.barriers.end(), state.barriers.begin(), state.barriers.end());
 }
 
-// body(place, arena, share, b) for every block b that lays out a Layout, in memory full of NaN.
-template <class Layout, class C, class Body, class... Args>
-void run_blocks(const Sizes& s, Body body, const Args&... args) {
+// body(place, arena, share, b) for every block b, in memory full of NaN of the size counted.
+template <class Layout, class C, class Body>
+void run_blocks_in(int64_t used, int64_t rest_used, Body body) {
   using BlockFrame = Frame<HostBlock<C>, Layout>;
-  Arena<C> count(nullptr, team_options.capacity, nullptr);
-  HostBlock<C> block;
-  Layout unused(count, block, s, args...);
   for (int64_t b = 0; b < team_options.blocks; ++b) {
     // aligned as shared memory
-    std::vector<Pack<C>> fast(size_t(count.used() / Pack<C>::kSize)),
-        slow(size_t(count.rest_used() / Pack<C>::kSize));
+    std::vector<Pack<C>> fast(size_t(used / Pack<C>::kSize)), slow(size_t(rest_used / Pack<C>::kSize));
     for (auto* memory : {&fast, &slow}) {
       for (Pack<C>& p : *memory) {
         for (C& x : p.v) x = C(NAN);
@@ -61,6 +58,29 @@ void run_blocks(const Sizes& s, Body body, const Args&... args) {
     alignas(16) unsigned char place[sizeof(BlockFrame)];
     on_team<C>([&] { body(place, arena, Share{b, team_options.blocks}, b); });
   }
+}
+
+// Blocks that lay out a Layout.
+template <class Layout, class C, class Body, class... Args>
+void run_blocks(const Sizes& s, Body body, const Args&... args) {
+  Arena<C> count(nullptr, team_options.capacity, nullptr);
+  HostBlock<C> block;
+  Layout unused(count, block, s, args...);
+  run_blocks_in<Layout, C>(count.used(), count.rest_used(), body);
+}
+
+// Blocks that lay out a Layout for each of T tasks.
+template <class Layout, class C, class Body, class... Args>
+void run_task_blocks(int64_t T, const Sizes& s, Body body, const Args&... args) {
+  int64_t used = 0, rest_used = 0;
+  for (int64_t t = 0; t < T; ++t) {
+    Arena<C> count(nullptr, team_options.capacity, nullptr);
+    HostBlock<C> block;
+    Layout unused(count, block, s, args..., t);
+    used = std::max(used, count.used());
+    rest_used = std::max(rest_used, count.rest_used());
+  }
+  run_blocks_in<Layout, C>(used, rest_used, body);
 }
 
 template <class C>
@@ -79,8 +99,8 @@ template <class C>
 void add_partials(const std::vector<C>& partials, int64_t size, C* to) {
   std::vector<C> sums(static_cast<size_t>(size));
   on_team<C>([&] {
-    sum_partials_body<HostBlock<C>>(partials.data(), team_options.blocks, size, C(1), Pieces<C>(sums.data(), size),
-                                    Share{0, 1});
+    sum_partials_body<HostBlock<C>>(partials.data(), team_options.blocks, size, C(1),
+                                    Pieces<C>(sums.data(), size), Share{0, 1});
   });
   for (int64_t i = 0; i < size; ++i) to[i] += sums[size_t(i)];
 }
@@ -126,9 +146,82 @@ void team_linear_head_backward(const HeadBackward<C>& f, const HeadParameterGrad
 
 template <class C>
 constexpr Kernels<C> kTeamKernels = {
-    team_sib_forward<C>, team_sib_backward<C>, nullptr, nullptr, nullptr, nullptr,
+    team_sib_forward<C>,         team_sib_backward<C>,        nullptr, nullptr, nullptr, nullptr,
     team_linear_head_forward<C>, team_linear_head_backward<C>};
 
-const KernelTable kTeamTable = {"team", kTeamKernels<float>, kTeamKernels<double>, {}, {}, {}, {}};
+template <class C>
+ProgramDeviceCall<C> device_call(const ProgramProblem<C>& p, const ProgramCall<C>& call) {
+  ProgramDeviceCall<C> own{};
+  std::copy(call.phases, call.phases + p.n_phases, own.phases);
+  own.sizes = {1, 1, 1, p.H ? p.N : 0, p.D, p.H, p.K};
+  own.mlp = RawMlp<C>::arrays;
+  own.running = RawMlp<C>::running;
+  own.stride = call.trace_offsets[1];
+  return own;
+}
+
+template <class C>
+void team_program_forward(const ProgramForward<C>& f, const ProgramCall<C>& call, int64_t, int64_t) {
+  const ProgramDeviceCall<C> own = device_call(f.problem, call);
+  run_task_blocks<ProgramForwardLayout<HostBlock<C>>, C>(
+      f.problem.T, own.sizes,
+      [&](void* place, const Arena<C>& arena, Share share, int64_t) {
+        program_forward_body<HostBlock<C>>(place, f, own, arena, share);
+      },
+      f, own);
+}
+
+template <class C>
+void team_program_backward(const ProgramBackward<C>& f, const ProgramCall<C>& call,
+                           const ProgramGrad<C>& grad, int64_t, int64_t) {
+  const ProgramDeviceCall<C> own = device_call(f.problem, call);
+  const int64_t size = size_of<ProgramGrad<C>, C>(f.problem);
+  std::vector<C> partials(size_t(size * team_options.blocks), C(NAN));
+  run_task_blocks<ProgramBackwardLayout<HostBlock<C>>, C>(
+      f.problem.T, own.sizes,
+      [&](void* place, const Arena<C>& arena, Share share, int64_t b) {
+        program_backward_body<HostBlock<C>>(place, f, own, partials.data() + b * size, size, arena, share);
+      },
+      f, own);
+  add_partials(partials, size, grad.theta0);  // where the sums begin
+}
+
+template <class C>
+void team_ridge_forward(const RidgeForward<C>& f, const int64_t* trace_offsets, bool*, int64_t, int64_t) {
+  const int64_t stride = trace_offsets[1];
+  run_task_blocks<RidgeForwardLayout<HostBlock<C>>, C>(
+      f.problem.T, Sizes{},
+      [&](void* place, const Arena<C>& arena, Share share, int64_t) {
+        ridge_forward_body<HostBlock<C>>(place, f, stride, arena, share);
+      },
+      f, stride);
+}
+
+template <class C>
+void team_ridge_backward(const RidgeBackward<C>& f, const int64_t* trace_offsets, const RidgeGrad<C>& grad,
+                         int64_t, int64_t) {
+  const int64_t stride = trace_offsets[1], size = size_of<RidgeGrad<C>, C>();
+  std::vector<C> partials(size_t(size * team_options.blocks), C(NAN));
+  run_task_blocks<RidgeBackwardLayout<HostBlock<C>>, C>(
+      f.problem.T, Sizes{},
+      [&](void* place, const Arena<C>& arena, Share share, int64_t b) {
+        ridge_backward_body<HostBlock<C>>(place, f, stride, partials.data() + b * size, size, arena, share);
+      },
+      f, stride);
+  add_partials(partials, size, grad.lambda);  // where the sums begin
+}
+
+template <class C>
+constexpr ProgramKernels<C> kTeamProgramKernels = {team_program_forward<C>, team_program_backward<C>};
+template <class C>
+constexpr RidgeKernels<C> kTeamRidgeKernels = {team_ridge_forward<C>, team_ridge_backward<C>};
+
+const KernelTable kTeamTable = {"team",
+                                kTeamKernels<float>,
+                                kTeamKernels<double>,
+                                kTeamProgramKernels<float>,
+                                kTeamProgramKernels<double>,
+                                kTeamRidgeKernels<float>,
+                                kTeamRidgeKernels<double>};
 
 }  // namespace

@@ -1,0 +1,215 @@
+// What one thread block does for programs and for ridge regression; see bodies.h. Tasks may differ in size:
+// a block's memory is laid out anew for each. What lasts for all of a block's tasks comes first, and so
+// always in the same place.
+#pragma once
+
+#include "cuda/bodies.h"
+#include "cuda/program_call.h"
+
+namespace kernelmeta {
+
+// Whether the labels or indices of task t cannot be used. Its barrier also parts the task from what is left
+// to do of the one before.
+template <class B, class Problem>
+__host__ __device__ __forceinline__ bool task_is_invalid(B& block, const Problem& p, int64_t t) {
+  const Sizes s{1, p.support.count(t), p.query.count(t), p.classes.count(t, p.N), p.D, 0, 0};
+  const Features query = p.query.of(t);
+  return is_invalid(block, 0, s, p.classes.table.labels + p.support.first(t), true, p.support.of(t), &query);
+}
+
+// out [first row of t ..][width], of all rows of task t
+template <class B, class C = typename B::Scalar>
+__host__ __device__ __forceinline__ void fill_rows_nan(B& block, const TaskRows& rows, int64_t t,
+                                                       int64_t width, C* out) {
+  fill_nan(block, out ? out + rows.first(t) * width : nullptr, rows.count(t) * width);
+}
+
+template <class B>
+struct ProgramForwardLayout {
+  using C = typename B::Scalar;
+
+  FoldedMlp<C> mlp;
+  ProgramTask<B> task;
+  KeptMemory<C> kept;
+
+  __host__ __device__ __forceinline__ ProgramForwardLayout(Arena<C>& arena, B& block, const Sizes& of_mlp,
+                                                           const ProgramForward<C>& f,
+                                                           const ProgramDeviceCall<C>& call, int64_t t)
+      : mlp(arena, of_mlp, call.running != nullptr),
+        task(arena, block, f.problem, call.phases, mlp, t),
+        kept(arena, program_trace_size(f.problem, task.shape), f.trace != nullptr) {
+    task.bind(kept.at(f.trace ? f.trace + t * call.stride : nullptr));
+  }
+};
+
+template <class B, class C = typename B::Scalar>
+__host__ __device__ __forceinline__ void program_forward_body(void* place, const ProgramForward<C>& f,
+                                                              const ProgramDeviceCall<C>& call,
+                                                              Arena<C> arena, Share share) {
+  const ProgramProblem<C>& p = f.problem;
+  bool begun = false;
+  for (int64_t t = share.first; t < p.T; t += share.step) {
+    B block;
+    C* kept = f.trace ? f.trace + t * call.stride : nullptr;
+    if (task_is_invalid(block, p, t)) {
+      fill_rows_nan(block, p.query, t, p.N, f.logits);
+      fill_rows_nan(block, p.support, t, p.N, f.support_coefficients);
+      fill_rows_nan(block, p.query, t, p.N, f.query_coefficients);
+      fill_nan(block, f.start_coefficients ? f.start_coefficients + t * p.N : nullptr, p.N);
+      fill_nan(block, kept, call.stride);
+      continue;
+    }
+    auto& w = Frame<B, ProgramForwardLayout<B>>::make(place, arena, call.sizes, f, call, t).w;
+    if (p.H && !begun) fold(block, call.mlp, call.running, call.sizes, w.mlp);
+    begun = true;
+    block.unfenced().features_zero(1, w.kept.elements, w.kept.at(kept));
+    w.task.forward(f);
+    w.kept.copy_out(block, kept);
+  }
+}
+
+template <class B>
+struct ProgramBackwardLayout {
+  using C = typename B::Scalar;
+
+  FoldedMlp<C> mlp;
+  BlockSums<ProgramGrad<C>, C> sums;
+  ProgramTask<B> task;
+  typename ProgramLoop<B>::Adjoint adjoint;
+  KeptMemory<C> kept;
+  typename ProgramFeatures<B>::Scratch scratch;
+  C* gtheta0;
+
+  __host__ __device__ __forceinline__ ProgramBackwardLayout(Arena<C>& arena, B& block, const Sizes& of_mlp,
+                                                            const ProgramBackward<C>& f,
+                                                            const ProgramDeviceCall<C>& call, int64_t t)
+      : mlp(arena, of_mlp, call.running != nullptr),
+        sums(arena, f.problem),
+        task(arena, block, f.problem, call.phases, mlp, t),
+        adjoint(arena, task.shape),
+        kept(arena, program_trace_size(f.problem, task.shape), true),
+        scratch(arena, task.shape, f.grad_support || f.grad_query),
+        gtheta0(arena.take(f.problem.start == Start::kClassMeans ? task.shape.N * f.problem.D : 0)) {
+    task.bind(kept.at(f.trace + t * call.stride));
+  }
+};
+
+// partial: the block's own sums over its tasks, a ProgramGrad of `size` elements.
+template <class B, class C = typename B::Scalar>
+__host__ __device__ __forceinline__ void program_backward_body(void* place, const ProgramBackward<C>& f,
+                                                               const ProgramDeviceCall<C>& call, C* partial,
+                                                               int64_t size, Arena<C> arena, Share share) {
+  using BlockFrame = Frame<B, ProgramBackwardLayout<B>>;
+  const ProgramProblem<C>& p = f.problem;
+  B block;
+  bool begun = false, broken = false;
+  for (int64_t t = share.first; t < p.T; t += share.step) {
+    if (task_is_invalid(block, p, t)) {
+      fill_rows_nan(block, p.support, t, p.D, f.grad_support);
+      fill_rows_nan(block, p.query, t, p.D, f.grad_query);
+      broken = true;
+      continue;
+    }
+    auto& w = BlockFrame::make(place, arena, call.sizes, f, call, t).w;
+    if (!begun) {
+      if (p.H) fold(block, call.mlp, call.running, call.sizes, w.mlp);
+      w.sums.clear(block);
+      begun = true;
+    }
+    w.kept.copy_in(block, f.trace + t * call.stride);
+    w.task.backward(f, w.sums.grad, w.adjoint, w.scratch, w.gtheta0);
+  }
+  if (broken)
+    fill_nan(block, partial, size);
+  else if (begun)
+    static_cast<BlockFrame*>(place)->w.sums.copy_out(block, partial);
+  else
+    block.features_zero(1, size, partial);
+}
+
+template <class B>
+struct RidgeForwardLayout {
+  using C = typename B::Scalar;
+
+  RidgeTask<B> task;
+  KeptMemory<C> kept;
+  bool regular;  // a singular system has given NaN already
+
+  __host__ __device__ __forceinline__ RidgeForwardLayout(Arena<C>& arena, B& block, const Sizes&,
+                                                         const RidgeForward<C>& f, int64_t stride, int64_t t)
+      : task(arena, block, f.problem, t), kept(arena, ridge_trace_size<C>(task.s), f.trace != nullptr) {
+    task.bind(kept.at(f.trace ? f.trace + t * stride : nullptr));
+  }
+};
+
+template <class B, class C = typename B::Scalar>
+__host__ __device__ __forceinline__ void ridge_forward_body(void* place, const RidgeForward<C>& f,
+                                                            int64_t stride, Arena<C> arena, Share share) {
+  const RidgeProblem<C>& p = f.problem;
+  for (int64_t t = share.first; t < p.T; t += share.step) {
+    B block;
+    C* kept = f.trace ? f.trace + t * stride : nullptr;
+    if (task_is_invalid(block, p, t)) {
+      fill_rows_nan(block, p.query, t, p.N, f.logits);
+      fill_rows_nan(block, p.support, t, p.N, f.coefficients);
+      fill_nan(block, kept, stride);
+      continue;
+    }
+    auto& w = Frame<B, RidgeForwardLayout<B>>::make(place, arena, Sizes{}, f, stride, t).w;
+    block.features_zero(1, w.kept.elements, w.kept.at(kept));
+    w.task.forward(f, &w.regular);
+    w.kept.copy_out(block, kept);
+  }
+}
+
+template <class B>
+struct RidgeBackwardLayout {
+  using C = typename B::Scalar;
+
+  BlockSums<RidgeGrad<C>, C> sums;
+  RidgeTask<B> task;
+  KeptMemory<C> kept;
+  typename Ridge<B>::Scratch scratch;
+
+  __host__ __device__ __forceinline__ RidgeBackwardLayout(Arena<C>& arena, B& block, const Sizes&,
+                                                          const RidgeBackward<C>& f, int64_t stride,
+                                                          int64_t t)
+      : sums(arena),
+        task(arena, block, f.problem, t),
+        kept(arena, ridge_trace_size<C>(task.s), true),
+        scratch(arena, task.s, f.grad_support || f.grad_query) {
+    task.bind(kept.at(f.trace + t * stride));
+  }
+};
+
+// partial: the block's own sums over its tasks, a RidgeGrad of `size` elements.
+template <class B, class C = typename B::Scalar>
+__host__ __device__ __forceinline__ void ridge_backward_body(void* place, const RidgeBackward<C>& f,
+                                                             int64_t stride, C* partial, int64_t size,
+                                                             Arena<C> arena, Share share) {
+  using BlockFrame = Frame<B, RidgeBackwardLayout<B>>;
+  const RidgeProblem<C>& p = f.problem;
+  B block;
+  bool begun = false, broken = false;
+  for (int64_t t = share.first; t < p.T; t += share.step) {
+    if (task_is_invalid(block, p, t)) {
+      fill_rows_nan(block, p.support, t, p.D, f.grad_support);
+      fill_rows_nan(block, p.query, t, p.D, f.grad_query);
+      broken = true;
+      continue;
+    }
+    auto& w = BlockFrame::make(place, arena, Sizes{}, f, stride, t).w;
+    if (!begun) w.sums.clear(block);
+    begun = true;
+    w.kept.copy_in(block, f.trace + t * stride);
+    w.task.backward(f, w.sums.grad, w.scratch);
+  }
+  if (broken)
+    fill_nan(block, partial, size);
+  else if (begun)
+    static_cast<BlockFrame*>(place)->w.sums.copy_out(block, partial);
+  else
+    block.features_zero(1, size, partial);
+}
+
+}  // namespace kernelmeta
