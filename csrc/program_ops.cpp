@@ -30,9 +30,10 @@ struct PreparedProgram : ProgramArguments<C> {
       : ProgramArguments<C>(args...), classes(this->labels, this->support, problem.N) {
     problem.classes = classes.with(problem.classes);
     if (mlp) folded.emplace(*mlp, this->sizes());
+    const ProgramProblem<C> known = this->on_host();
     std::vector<int64_t> work;
     for (int64_t t = 0; t < problem.T; ++t) {
-      const ProgramShape s = this->shape(t);
+      const ProgramShape s = known.shape(t, phases.data());
       trace_offsets.push_back(trace_offsets.back() + program_trace_size(problem, s));
       work.push_back(task_work(s));
     }

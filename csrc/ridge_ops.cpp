@@ -26,9 +26,10 @@ struct PreparedRidge : RidgeArguments<C> {
   explicit PreparedRidge(const Args&... args)
       : RidgeArguments<C>(args...), classes(this->labels, this->support, problem.N) {
     problem.classes = classes.with(problem.classes);
+    const RidgeProblem<C> known = this->on_host();
     std::vector<int64_t> work;
     for (int64_t t = 0; t < problem.T; ++t) {
-      const Sizes s = this->sizes(t);
+      const Sizes s = known.sizes(t);
       trace_offsets.push_back(trace_offsets.back() + ridge_trace_size<C>(s));
       work.push_back(s.S * (s.S / 2 + s.Q) * s.D + s.S * s.S * s.S / 3 + s.S * s.N * (s.S + s.Q));
     }

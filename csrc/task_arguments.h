@@ -5,6 +5,7 @@
 #pragma once
 
 #include <array>
+#include <set>
 
 #include "arguments.h"
 #include "engine/program_task.h"
@@ -153,6 +154,19 @@ struct TaskLabels {
   }
 };
 
+// One task of every size (support rows, query rows, ways) that there is.
+inline std::vector<int64_t> tasks_of_each_size(const TaskRowTensor& support, const TaskRowTensor& query,
+                                               const TaskLabels& labels) {
+  std::set<std::array<int64_t, 3>> sizes;
+  std::vector<int64_t> tasks;
+  for (int64_t t = 0; t < support.T(); ++t) {
+    if (sizes.insert({support.count(t), query.count(t), labels.ways_of[size_t(t)]}).second)
+      tasks.push_back(t);
+    if (!support.ragged()) break;
+  }
+  return tasks;
+}
+
 // [oracle, of query rows, mean, steps] of every phase, one after the other.
 inline std::vector<Phase> phases_of(const std::vector<int64_t>& numbers, bool cosine, bool has_mlp) {
   require(numbers.size() % 4 == 0, "phases: expected four numbers a phase");
@@ -240,14 +254,17 @@ struct ProgramArguments {
   }
   ProgramArguments(const ProgramArguments&) = delete;
 
-  // Of task t, by what the host knows.
-  ProgramShape shape(int64_t t) const {
-    ProgramProblem<C> of_host = problem;
-    of_host.support.offsets = support.offsets.data();
-    of_host.query.offsets = query.offsets.data();
-    of_host.classes.ways = labels.ways_of.data();
-    return of_host.shape(t, phases.data());
+  // The problem as the host can look at it, sizes of tasks and all.
+  ProgramProblem<C> on_host() const {
+    ProgramProblem<C> p = problem;
+    p.support.offsets = support.offsets.data();
+    p.query.offsets = query.offsets.data();
+    p.classes.ways = labels.ways_of.data();
+    p.scale = p.bias = p.target = nullptr;
+    return p;
   }
+  // One task of every size that there is.
+  std::vector<int64_t> tasks_of_each_size() const { return ::tasks_of_each_size(support, query, labels); }
   // The MLP's sizes.
   Sizes sizes() const { return {1, 1, 1, problem.H ? problem.N : 0, problem.D, problem.H, problem.K}; }
 
@@ -330,10 +347,18 @@ struct RidgeArguments {
   }
   RidgeArguments(const RidgeArguments&) = delete;
 
-  // Of task t, by what the host knows.
-  Sizes sizes(int64_t t) const {
-    return {1, support.count(t), query.count(t), labels.ways_of[size_t(t)], problem.D, 0, 0};
+  // The problem as the host can look at it, sizes of tasks and all.
+  RidgeProblem<C> on_host() const {
+    static const C one = C(1);
+    RidgeProblem<C> p = problem;
+    p.support.offsets = support.offsets.data();
+    p.query.offsets = query.offsets.data();
+    p.classes.ways = labels.ways_of.data();
+    p.lambda = p.scale = p.bias = &one;
+    return p;
   }
+  // One task of every size that there is.
+  std::vector<int64_t> tasks_of_each_size() const { return ::tasks_of_each_size(support, query, labels); }
 };
 
 // What ridge_backward takes beside them, and its results.

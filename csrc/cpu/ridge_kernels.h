@@ -28,6 +28,7 @@ void ridge_forward(const RidgeForward<C>& f, const int64_t* trace_offsets, bool*
     C* trace = keeps_trace ? f.trace + trace_offsets[t] : w.own_trace;
     memset(trace, 0, sizeof(C) * ridge_trace_size<C>(w.task.s));
     w.task.bind(trace);
+    w.task.prepare();
     bool regular = true;
     w.task.forward(f, &regular);
     singular[t] = !regular;

@@ -43,12 +43,17 @@ struct Memory {
 
 __device__ __forceinline__ Share share() { return {int64_t(blockIdx.x), int64_t(gridDim.x)}; }
 
-// How to run a kernel whose blocks lay out a Layout, constructed from an arena, the block and the sizes, then
-// args.
-template <class B, class Layout, class C = typename B::Scalar, class... Args>
-Plan make_plan(const void* kernel, const Sizes& sizes, int device, const Args&... args) {
+// Elements that a block lays out, in shared memory and in the workspace.
+struct Used {
+  int64_t shared = 0, workspace = 0;
+};
+
+// How to run a kernel on T tasks; used(capacity): what a block lays out with so much shared memory.
+template <class B, class Fn>
+Plan make_plan_of(const void* kernel, int64_t T, int device, Fn used) {
+  using C = typename B::Scalar;
   Plan plan;
-  if (sizes.T == 0) return plan;
+  if (T == 0) return plan;
   const int64_t stage = Staging<C>::kElements * int64_t(sizeof(C));
   cudaFuncAttributes of_kernel;
   check(cudaFuncGetAttributes(&of_kernel, kernel),
@@ -56,12 +61,9 @@ Plan make_plan(const void* kernel, const Sizes& sizes, int device, const Args&..
   const int64_t most =
       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - int64_t(of_kernel.sharedSizeBytes);
   plan.capacity = (most - stage) / int64_t(sizeof(C)) / kAlign * kAlign;
-  Arena<C> count(nullptr, plan.capacity, nullptr);
-  B block;
-  const auto& s = as<typename B::Sizes>(sizes);
-  Layout unused(count, block, s, args...);
-  plan.workspace = count.rest_used();
-  plan.shared_bytes = stage + count.used() * int64_t(sizeof(C));
+  const Used laid_out = used(plan.capacity);
+  plan.workspace = laid_out.workspace;
+  plan.shared_bytes = stage + laid_out.shared * int64_t(sizeof(C));
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most)),
         "asking for shared memory");
   int resident = 0;
@@ -70,8 +72,19 @@ Plan make_plan(const void* kernel, const Sizes& sizes, int device, const Args&..
         "asking for the occupancy");
   if (resident < 1) throw std::runtime_error("kernelmeta: a kernel does not fit this device");
   const int64_t all = int64_t(resident) * attribute(cudaDevAttrMultiProcessorCount, device);
-  plan.blocks = sizes.T < all ? sizes.T : all;
+  plan.blocks = T < all ? T : all;
   return plan;
+}
+
+// The same for blocks that lay out a Layout, constructed from an arena, the block and the sizes, then args.
+template <class B, class Layout, class C = typename B::Scalar, class... Args>
+Plan make_plan(const void* kernel, const Sizes& sizes, int device, const Args&... args) {
+  return make_plan_of<B>(kernel, sizes.T, device, [&](int64_t capacity) {
+    Arena<C> count(nullptr, capacity, nullptr);
+    B block;
+    Layout unused(count, block, as<typename B::Sizes>(sizes), args...);
+    return Used{count.used(), count.rest_used()};
+  });
 }
 
 // Memory for a Frame.

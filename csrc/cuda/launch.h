@@ -3,10 +3,14 @@
 // headers.
 #pragma once
 
+#include <vector>
+
 #include "cuda/pieces.h"
+#include "cuda/program_call.h"
 #include "engine/linear_head_task.h"
 #include "engine/mlp_task.h"
 #include "engine/problem.h"
+#include "engine/ridge_task.h"
 
 namespace kernelmeta::cuda {
 
@@ -66,6 +70,39 @@ Plan plan_linear_head_backward(const HeadBackward<C>& f, int device);
 template <class C>
 void launch_linear_head_backward(const HeadBackward<C>& f, const Plan& plan, C* workspace, C* partials,
                                  const Where& where);
+
+// Plans of kernels whose tasks may differ: `tasks` has one of each size, and what the plan looks at besides,
+// it looks at on the host.
+template <class C>
+Plan plan_program_forward(const ProgramForward<C>& f, const ProgramDeviceCall<C>& call,
+                          const std::vector<int64_t>& tasks, int device);
+template <class C>
+void launch_program_forward(const ProgramForward<C>& f, const ProgramDeviceCall<C>& call, const Plan& plan,
+                            C* workspace, const Where& where);
+
+template <class C>
+Plan plan_program_backward(const ProgramBackward<C>& f, const ProgramDeviceCall<C>& call,
+                           const std::vector<int64_t>& tasks, int device);
+// partials [blocks][ProgramGrad]
+template <class C>
+void launch_program_backward(const ProgramBackward<C>& f, const ProgramDeviceCall<C>& call, const Plan& plan,
+                             C* workspace, C* partials, const Where& where);
+
+// stride: from one task's trace to the next one's
+template <class C>
+Plan plan_ridge_forward(const RidgeForward<C>& f, int64_t stride, const std::vector<int64_t>& tasks,
+                        int device);
+template <class C>
+void launch_ridge_forward(const RidgeForward<C>& f, int64_t stride, const Plan& plan, C* workspace,
+                          const Where& where);
+
+template <class C>
+Plan plan_ridge_backward(const RidgeBackward<C>& f, int64_t stride, const std::vector<int64_t>& tasks,
+                         int device);
+// partials [blocks][RidgeGrad]
+template <class C>
+void launch_ridge_backward(const RidgeBackward<C>& f, int64_t stride, const Plan& plan, C* workspace,
+                           C* partials, const Where& where);
 
 // to = factor * the sum of partials[b][..size] over b < count, in order.
 template <class C>

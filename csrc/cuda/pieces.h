@@ -18,9 +18,7 @@ struct Pieces {
 
   Pieces() = default;
   Pieces(C* to, int64_t size) { add(0, size, to); }
-  void add(int64_t offset, int64_t size, C* to) {
-    if (to) pieces[count++] = {offset, size, to};
-  }
+  void add(int64_t offset, int64_t size, C* to) { pieces[count++] = {offset, size, to}; }
   __host__ __device__ __forceinline__ void store(int64_t at, C value) const {
     for (int i = 0; i < count; ++i) {
       const int64_t of_piece = at - pieces[i].offset;

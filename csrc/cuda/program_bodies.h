@@ -156,6 +156,7 @@ __host__ __device__ __forceinline__ void ridge_forward_body(void* place, const R
       continue;
     }
     auto& w = Frame<B, RidgeForwardLayout<B>>::make(place, arena, Sizes{}, f, stride, t).w;
+    w.task.prepare();
     block.features_zero(1, w.kept.elements, w.kept.at(kept));
     w.task.forward(f, &w.regular);
     w.kept.copy_out(block, kept);

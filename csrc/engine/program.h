@@ -109,7 +109,7 @@ struct ProgramParameters {
   bool first_order;      // steps are constants (linear only)
 };
 
-// Gradients of the parameters, added to; null where there is no such parameter.
+// Gradients of the parameters, added to.
 template <class C>
 struct ProgramLoopGrad {
   C *scale, *bias, *target;  // [1] each
@@ -184,7 +184,7 @@ struct ProgramLoop {
     const int64_t N = s.N, ld = s.ld();
     const C* u = trace.u + s.K * N * ld + s.query().first;
     const C scale = with.scale, bias = with.bias;
-    block.each_item(s.Q * ways, [&](int64_t i) {
+    block.unfenced().each_item(s.Q * ways, [&](int64_t i) {
       const int64_t n = i % ways;
       out[i] = n < N ? scale * (u[n * ld + i / ways] + bias) : -C(__builtin_inff());
     });
@@ -230,7 +230,7 @@ struct ProgramLoop {
                                                     const ProgramLoopGrad<C>& grad) {
     const int64_t N = s.N, ld = s.ld();
     const RowPart query = s.query();
-    block.rows(N, ld, [&](int64_t n, auto row) {
+    block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
       row.one([&] { adj.gr2[n] = adj.gscale[n] = adj.gbias[n] = adj.gtarget[n] = 0; });
       row.each([&](auto q) { q.store(adj.gu + n * ld, q.zero()); });
     });
@@ -260,16 +260,18 @@ struct ProgramLoop {
           cosine_backward(trace, part, k, adj, gs);
         else
           linear_backward(trace, part, k, adj, gs);
-        block.each_item(1, [&](int64_t) {
+        block.unfenced().each_item(1, [&](int64_t) {
           for (int64_t n = 0; n < N; ++n) grad.rates[k] += adj.grate[n];
         });
         if (with.first_order) continue;
         // gg += A gag, of the phase's rows.
         block.dots(N, Rows<C>{gag, ld, nullptr}, part.count, Rows<C>{trace.gram(phase.query), ld, nullptr},
                    ld, g, part.ld());
-        block.rows(N, part.count, [&](int64_t n, auto row) {
+        block.rows(N, ld, [&](int64_t n, auto row) {
           C* gg = adj.gg + n * part.ld();
-          row.each([&](auto q) { q.store(gg, q.load(gg) + q.load(g + n * part.ld())); });
+          row.part(part.first, part.count).each([&](auto q) {
+            q.store(gg, q.load(gg) + q.load(g + n * part.ld()));
+          });
         });
         ask_backward(phase, part, gs, adj, grad);
         through_classifier(u, part, adj);
@@ -277,12 +279,10 @@ struct ProgramLoop {
       k = start;
       if (assigns) through_anchor(trace, start, adj);
     }
-    block.each_item(1, [&](int64_t) {
-      for (int64_t n = 0; n < N; ++n) {
-        if (grad.scale) *grad.scale += adj.gscale[n];
-        if (grad.bias) *grad.bias += adj.gbias[n];
-        if (grad.target) *grad.target += adj.gtarget[n];
-      }
+    block.unfenced().each_item(3, [&](int64_t which) {
+      C* total = which == 0 ? grad.scale : which == 1 ? grad.bias : grad.target;
+      const C* each = which == 0 ? adj.gscale : which == 1 ? adj.gbias : adj.gtarget;
+      for (int64_t n = 0; n < N; ++n) *total += each[n];
     });
   }
 
@@ -306,9 +306,11 @@ struct ProgramLoop {
   // z = scale (U + bias) of one part.
   __host__ __device__ __forceinline__ void classify(const C* u, RowPart part) {
     const int64_t ld = s.ld();
-    block.rows(s.N, part.count, [&](int64_t n, auto row) {
+    block.rows(s.N, ld, [&](int64_t n, auto row) {
       const C* from = u + n * ld + part.first;
-      row.each([&](auto q) { q.store(z + n * part.ld(), (q.load(from) + with.bias) * with.scale); });
+      row.part(part.first, part.count).each([&](auto q) {
+        q.store(z + n * part.ld(), (q.load(from) + with.bias) * with.scale);
+      });
     });
   }
 
@@ -340,9 +342,11 @@ struct ProgramLoop {
     }
     const OracleRows<B> rows = oracle_rows(phase, part);
     if (phase.oracle == Oracle::kSquaredError) {
-      block.rows(s.N, part.count, [&](int64_t n, auto row) {
+      block.unfenced().rows(s.N, s.ld(), [&](int64_t n, auto row) {
         const int64_t i = n * part.ld();
-        const C along = row.sum([&](auto q) { return q.load(rows.y + i) * q.load(adj.gg + i); });
+        const C along = row.part(part.first, part.count).sum([&](auto q) {
+          return q.load(rows.y + i) * q.load(adj.gg + i);
+        });
         row.one([&] { adj.gtarget[n] -= along * rows.share; });
       });
     }
@@ -350,27 +354,28 @@ struct ProgramLoop {
   }
 
   __host__ __device__ __forceinline__ void scale_rows(C* array, RowPart part, C factor) {
-    block.rows(s.N, part.count, [&](int64_t n, auto row) {
+    block.rows(s.N, s.ld(), [&](int64_t n, auto row) {
       C* a = array + n * part.ld();
-      row.each([&](auto q) { q.store(a, q.load(a) * factor); });
+      row.part(part.first, part.count).each([&](auto q) { q.store(a, q.load(a) * factor); });
     });
   }
 
   // adj.gz, the gradient of a part's z = scale (U + bias), goes into gu, gscale and gbias.
   __host__ __device__ __forceinline__ void through_classifier(const C* u, RowPart part, const Adjoint& adj) {
     const int64_t ld = s.ld();
-    block.rows(s.N, part.count, [&](int64_t n, auto row) {
+    block.rows(s.N, ld, [&](int64_t n, auto row) {
       const C *gz = adj.gz + n * part.ld(), *un = u + n * ld + part.first;
       C* gu = adj.gu + n * ld + part.first;
+      const auto of_part = row.part(part.first, part.count);
       if (s.cosine) {
-        const C sum = row.sum([&](auto q) { return q.load(gz); });
-        const C along = row.sum([&](auto q) { return q.load(gz) * q.load(un); });
+        const C sum = of_part.sum([&](auto q) { return q.load(gz); });
+        const C along = of_part.sum([&](auto q) { return q.load(gz) * q.load(un); });
         row.one([&] {
           adj.gscale[n] += along + with.bias * sum;
           adj.gbias[n] += with.scale * sum;
         });
       }
-      row.each([&](auto q) { q.store(gu, q.load(gu) + q.load(gz) * with.scale); });
+      of_part.each([&](auto q) { q.store(gu, q.load(gu) + q.load(gz) * with.scale); });
     });
   }
 
@@ -657,7 +662,7 @@ struct ProgramLoop {
 
   __host__ __device__ __forceinline__ void clear_anchor(const Adjoint& adj) {
     const int64_t ld = s.ld();
-    block.rows(s.N, ld, [&](int64_t n, auto row) {
+    block.unfenced().rows(s.N, ld, [&](int64_t n, auto row) {
       row.one([&] { adj.ganchor[n] = adj.gna[n] = adj.gaa[n] = 0; });
       row.each([&](auto q) {
         q.store(adj.gra + n * ld, q.zero());
@@ -670,7 +675,7 @@ struct ProgramLoop {
   __host__ __device__ __forceinline__ void through_anchor(const ProgramTrace<C>& trace, int64_t start,
                                                           const Adjoint& adj) {
     const int64_t N = s.N, ld = s.ld();
-    block.rows(N, ld, [&](int64_t n, auto row) {
+    block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
       const C *u = trace.u + (start * N + n) * ld, *gra = adj.gra + n * ld;
       C* gu = adj.gu + n * ld;
       const C r = B::sqrt(trace.r2[start * N + n]);

@@ -28,16 +28,16 @@ struct ProgramFeatures {
     });
     if (s.cosine) {
       normalise();
-      block.features(N, D, [&](int64_t n, auto row) {
+      block.unfenced().features(N, D, [&](int64_t n, auto row) {
         const C* t = theta0 + n * D;
         const C squares = row.sum([&](auto d) { return d.load(t) * d.load(t); });
         row.one([&] { trace.r2[n] = squares; });
       });
     } else if (start_bias) {
       each_part([&](RowPart part, Rows<F>) {
-        block.rows(N, part.count, [&](int64_t n, auto row) {
+        block.rows(N, ld, [&](int64_t n, auto row) {
           C* u = trace.u + n * ld + part.first;
-          row.each([&](auto q) { q.store(u, q.load(u) + start_bias[n]); });
+          row.part(part.first, part.count).each([&](auto q) { q.store(u, q.load(u) + start_bias[n]); });
         });
       });
     }
@@ -127,7 +127,7 @@ struct ProgramFeatures {
     each_part([&](RowPart part, Rows<F> rows) {
       C* to = part.first == s.query().first ? gquery : gsupport;
       if (!to) return;
-      block.features(part.count, D, [&](int64_t i, auto row) {
+      block.unfenced().features(part.count, D, [&](int64_t i, auto row) {
         const C inverse = trace.inverse[part.first + i];
         if (!(inverse < C(1 / kNormFloor))) return;
         const F* x = rows(i);
@@ -174,7 +174,7 @@ struct ProgramFeatures {
       C* gram = trace.gram(of_query);
       if (!gram) continue;
       each_part([&](RowPart to, Rows<F>) {
-        block.rows(s.part(of_query).count, to.count, [&](int64_t i, auto row) {
+        block.unfenced().rows(s.part(of_query).count, to.count, [&](int64_t i, auto row) {
           C* a = gram + i * ld + to.first;
           row.each([&](auto q) { q.store(a, q.load(a) + C(1)); });
         });
@@ -206,7 +206,7 @@ struct ProgramFeatures {
       if (!gram) continue;
       scale_gram(of_query, gram);
     }
-    block.rows(s.N, ld, [&](int64_t n, auto row) {
+    block.unfenced().rows(s.N, ld, [&](int64_t n, auto row) {
       C* u = trace.u + n * ld;
       row.each([&](auto q) { q.store(u, q.load(u) * q.load(trace.inverse)); });
     });

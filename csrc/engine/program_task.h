@@ -184,11 +184,11 @@ struct ProgramTask {
     C* gsupport = f.grad_support ? f.grad_support + support_first * D : nullptr;
     C* gquery = f.grad_query ? f.grad_query + query_first * D : nullptr;
     C* gstart = from_means ? gtheta0 : p.start == Start::kLearned ? grad.theta0 : nullptr;
-    if (from_means) block.features_zero(shape.N, D, gstart);
+    if (from_means) block.unfenced().features_zero(shape.N, D, gstart);
+    if (gsupport && !from_means) block.unfenced().features_zero(shape.S, D, gsupport);
+    if (gquery) block.unfenced().features_zero(shape.Q, D, gquery);
     features.start_backward(adjoint, scratch, gstart, p.cosine ? nullptr : grad.start_bias);
-    if (gsupport && !from_means) block.features_zero(shape.S, D, gsupport);
     if (from_means) class_means().backward(gstart, gsupport, p.weight ? grad.weight : nullptr);
-    if (gquery) block.features_zero(shape.Q, D, gquery);
     if (gsupport || gquery) features.rows_backward(adjoint, scratch, gsupport, gquery);
   }
 
@@ -201,6 +201,7 @@ struct ProgramTask {
       const C* all = whole_w1;
       block.unfenced().each_item(H * N, [&](int64_t i) { w1[i] = all[i / N * p.N + i % N]; });
     }
+    block.features_zero(1, N * padded(shape.S), y);
     one_hot(block, members.members, shape.S, N, y, class_sizes);
   }
 
@@ -216,13 +217,13 @@ struct ProgramTask {
     const bool given = f.grad_start_coefficients != nullptr;
     const C* of_support = given ? f.grad_support_coefficients + p.support.first(t) * p.N : nullptr;
     const C* of_query = given ? f.grad_query_coefficients + p.query.first(t) * p.N : nullptr;
-    block.each_item(ld, [&](int64_t i) {
+    block.unfenced().each_item(ld, [&](int64_t i) {
       const int64_t of_part = i < query.first ? i : i - query.first;
       const C* from = i < query.first ? of_support : of_query;
       const bool there = given && of_part < (i < query.first ? support.count : query.count);
       for (int64_t n = 0; n < N; ++n) adjoint.gp[n * ld + i] = there ? from[of_part * p.N + n] : C(0);
     });
-    block.each_item(
+    block.unfenced().each_item(
         N, [&](int64_t n) { adjoint.ga[n] = given ? f.grad_start_coefficients[t * p.N + n] : C(0); });
   }
 };

@@ -52,7 +52,7 @@ struct Ridge {
 
   // [Q][ways], minus infinity beyond the task's own N.
   __host__ __device__ __forceinline__ void logits(int64_t ways, C* out) const {
-    block.each_item(s.Q * ways, [&](int64_t i) {
+    block.unfenced().each_item(s.Q * ways, [&](int64_t i) {
       const int64_t n = i % ways;
       out[i] = n < s.N ? scale * trace.fit[n * s.ld() + i / ways] + bias : -C(__builtin_inff());
     });
@@ -98,8 +98,8 @@ struct Ridge {
       });
       row.each([&](auto q) { q.store(g, q.load(g) * scale); });
     });
-    block.rows(N, lds,
-               [&](int64_t n, auto row) { row.each([&](auto q) { q.store(t.v + n * lds, q.zero()); }); });
+    block.unfenced().rows(
+        N, lds, [&](int64_t n, auto row) { row.each([&](auto q) { q.store(t.v + n * lds, q.zero()); }); });
     block.dots(N, Rows<C>{t.gfit, ld, nullptr}, S, Rows<C>{trace.cross, ld, nullptr}, Q, t.v, lds);
     if (grad_alpha) {
       block.each_item(N * S,
@@ -112,30 +112,28 @@ struct Ridge {
       row.one([&] { t.glambda[n] = -along; });
       row.each([&](auto q) { q.store(t.negative_v + n * lds, -q.load(v)); });
     });
-    block.each_item(1, [&](int64_t) {
-      for (int64_t n = 0; n < N; ++n) {
-        *glambda += t.glambda[n];
-        *gscale += t.gscale[n];
-        *gbias += t.gbias[n];
-      }
+    block.each_item(3, [&](int64_t which) {
+      C* total = which == 0 ? glambda : which == 1 ? gscale : gbias;
+      const C* each = which == 0 ? t.glambda : which == 1 ? t.gscale : t.gbias;
+      for (int64_t n = 0; n < N; ++n) *total += each[n];
     });
     if (!gsupport && !gquery) return;
     // The gradient of X X^T is -v alpha^T, that of the cross products alpha gfit^T; N is small: through
     // [N][D].
     block.features_zero(N, D, t.weights);
-    block.features_mm_add(N, S, D, {trace.alpha, lds, 1}, support, t.weights);
+    block.unfenced().features_mm_add(N, S, D, {trace.alpha, lds, 1}, support, t.weights);
     const Rows<C> weights{t.weights, D, nullptr}, gweights{t.gweights, D, nullptr};
     if (gquery) {
       block.features_zero(Q, D, gquery);
-      block.features_mm_add(Q, N, D, {t.gfit, 1, ld}, weights, gquery);
+      block.unfenced().features_mm_add(Q, N, D, {t.gfit, 1, ld}, weights, gquery);
     }
     if (!gsupport) return;
     block.features_zero(N, D, t.gweights);
-    block.features_mm_add(N, Q, D, {t.gfit, ld, 1}, query, t.gweights);
-    block.features_mm_add(N, S, D, {t.negative_v, lds, 1}, support, t.gweights);
+    block.unfenced().features_mm_add(N, Q, D, {t.gfit, ld, 1}, query, t.gweights);
+    block.unfenced().features_mm_add(N, S, D, {t.negative_v, lds, 1}, support, t.gweights);
     block.features_zero(S, D, gsupport);
-    block.features_mm_add(S, N, D, {trace.alpha, 1, lds}, gweights, gsupport);
-    block.features_mm_add(S, N, D, {t.negative_v, 1, lds}, weights, gsupport);
+    block.unfenced().features_mm_add(S, N, D, {trace.alpha, 1, lds}, gweights, gsupport);
+    block.unfenced().features_mm_add(S, N, D, {t.negative_v, 1, lds}, weights, gsupport);
   }
 
  private:

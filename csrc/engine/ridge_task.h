@@ -89,9 +89,11 @@ struct RidgeTask {
     ridge.query = B::task_rows(p.query.of(t), 0, p.D, query_buffer);
   }
 
+  // Before forward, a barrier between them.
+  __host__ __device__ __forceinline__ void prepare() const { members.sort(block, s.S, s.N); }
+
   // False, in *regular, where the system is singular: the results are NaN then, or nothing of use.
   __host__ __device__ __forceinline__ void forward(const RidgeForward<C>& f, bool* regular) {
-    members.sort(block, s.S, s.N);
     one_hot(block, members.members, s.S, s.N, trace.alpha, static_cast<C*>(nullptr));
     ridge.forward(regular);
     ridge.logits(p.N, f.logits + p.query.first(t) * p.N);

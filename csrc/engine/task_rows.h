@@ -66,13 +66,13 @@ struct TaskMembers {
   }
 };
 
-// y [N][padded(S)]: the labels, one-hot; sizes [N], or null: rows of each class. After members.sort().
+// y [N][padded(S)], zeros -> the labels, one-hot; sizes [N], or null: rows of each class. Without a barrier
+// at the end.
 template <class B, class C = typename B::Scalar>
 __host__ __device__ __forceinline__ void one_hot(B& block, const ClassMembers& classes, int64_t S, int64_t N,
                                                  C* y, C* sizes) {
   const int64_t ld = padded(S);
-  block.features_zero(1, N * ld, y);
-  block.each_item(N, [&](int64_t n) {
+  block.unfenced().each_item(N, [&](int64_t n) {
     if (sizes) sizes[n] = C(classes.count(n));
     for (int32_t j = classes.offsets[n]; j < classes.offsets[n + 1]; ++j) y[n * ld + classes.members[j]] = 1;
   });

@@ -14,7 +14,7 @@ namespace kernelmeta {
 
 // What the threads of a team share.
 struct HostTeamState {
-  static constexpr int kThreads = 16, kLanes = 4;
+  static constexpr int kThreads = 12, kLanes = 4;
 
   std::barrier<> all{kThreads};
   std::vector<std::unique_ptr<std::barrier<>>> warps;

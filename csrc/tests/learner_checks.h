@@ -366,9 +366,11 @@ std::vector<ProgramCase> program_cases() {
   auto& rows = add("unequal tasks, cosine from a learned start", 40, 3, 0, {3, 19}, {17, 2}, {3, 2},
                    {entropy, cross_entropy}, true, Start::kLearned);
   rows.need_support = false;
-  auto& none = add("parameters alone", 16, 2, 5, {4}, {5}, {2}, {asks_support}, false, Start::kLearned);
+  auto& none = add("parameters alone", 15, 2, 5, {4}, {5}, {2}, {asks_support}, false, Start::kLearned);
   none.need_support = none.need_query = none.weight = false;
-  add("no steps", 8, 2, 0, {3}, {4}, {2}, {}, true, Start::kClassMeans).coefficients = true;
+  add("no steps", 8, 2, 0, {3}, {5}, {2}, {}, true, Start::kClassMeans).coefficients = true;
+  add("no steps, linear", 8, 2, 0, {3}, {5}, {2}, {}, false, Start::kLearned);
+  add("support alone", 17, 3, 0, {6}, {5}, {3}, {squares, entropy}, false, Start::kZero).need_query = false;
   return cases;
 }
 

@@ -1,0 +1,46 @@
+#include "cuda/program.cuh"
+
+namespace kernelmeta::cuda {
+
+namespace {
+
+template <class B, class C = typename B::Scalar>
+__global__ void __launch_bounds__(B::kThreads)
+    program_bwd_kernel(const __grid_constant__ ProgramBackward<C> f,
+                       const __grid_constant__ ProgramDeviceCall<C> call, C* partials, int64_t size,
+                       Memory<C> memory) {
+  program_backward_body<B>(frame<B, ProgramBackwardLayout<B>>(), f, call, partials + blockIdx.x * size, size,
+                           memory.template arena<B>(), share());
+}
+
+}  // namespace
+
+template <class C>
+Plan plan_program_backward(const ProgramBackward<C>& f, const ProgramDeviceCall<C>& call,
+                           const std::vector<int64_t>& tasks, int device) {
+  return with_task_block<C>(f.problem, [&](auto block) {
+    using B = typename decltype(block)::type;
+    return make_task_plan<B, ProgramBackwardLayout<B>>(reinterpret_cast<const void*>(&program_bwd_kernel<B>),
+                                                       f.problem.T, tasks, call.sizes, device, f, call);
+  });
+}
+
+template <class C>
+void launch_program_backward(const ProgramBackward<C>& f, const ProgramDeviceCall<C>& call, const Plan& plan,
+                             C* workspace, C* partials, const Where& where) {
+  with_task_block<C>(f.problem, [&](auto block) {
+    launch("program_backward", &program_bwd_kernel<typename decltype(block)::type>, kThreads, plan, where, f,
+           call, partials, size_of<ProgramGrad<C>, C>(f.problem),
+           Memory<C>{plan.capacity, workspace, plan.workspace});
+  });
+}
+
+#define INSTANTIATE(C)                                                                                       \
+  template Plan plan_program_backward(const ProgramBackward<C>&, const ProgramDeviceCall<C>&,                \
+                                      const std::vector<int64_t>&, int);                                     \
+  template void launch_program_backward(const ProgramBackward<C>&, const ProgramDeviceCall<C>&, const Plan&, \
+                                        C*, C*, const Where&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+
+}  // namespace kernelmeta::cuda
