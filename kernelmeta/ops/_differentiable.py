@@ -11,6 +11,7 @@ registered by the compiled library or, where that is missing, by the reference. 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ class DifferentiableOp:
         ):
             LIBRARY.define(full_name + declared)
             LIBRARY.impl(full_name, implementation, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"kernelmeta::{full_name}", fake_kernel, lib=LIBRARY)
+            torch.library.register_fake(f"kernelmeta::{full_name}", _on_one_device(fake_kernel), lib=LIBRARY)
             for device in ("cpu", "cuda"):
                 torch.library.register_autocast(f"kernelmeta::{full_name}", device, torch.float32, lib=LIBRARY)
         self.raw = getattr(torch.ops.kernelmeta, name).default
@@ -121,13 +122,15 @@ class DifferentiableOp:
 
     def gradients(self, grads: Any, args: Args, needs: Sequence[bool]) -> list[Any]:
         """One gradient (or None) for each argument from the results of the backward op."""
-        if isinstance(grads, Tensor):
-            grads = (grads,)
-        result: list[Any] = [None] * len(args)
-        for position, grad in zip(self.differentiable, grads, strict=True):
+        result = self._placed(grads, len(args), needs)
+        return [g if g is None or g.dtype is a.dtype else g.to(a.dtype) for g, a in zip(result, args, strict=True)]
+
+    def _placed(self, grads: Any, count: int, needs: Sequence[bool]) -> list[Any]:
+        """The same in the precision of the backward op."""
+        result: list[Any] = [None] * count
+        for position, grad in zip(self.differentiable, _as_tuple(grads), strict=True):
             if needs[position]:
-                dtype = args[position].dtype
-                result[position] = grad if grad.dtype is dtype else grad.to(dtype)
+                result[position] = grad
         return result
 
     def _register_formulas(self) -> None:
@@ -189,7 +192,7 @@ def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], type[torch.aut
             else:
                 with torch._C._AutoDispatchBelowAutograd():
                     results = op.raw_backward(*call)
-            return (None, *op.gradients(results, args, needs)[: op.n_tensors])
+            return (None, *op._placed(results, op.n_tensors, needs))  # the engine converts what has another dtype
 
     class Functional(torch.autograd.Function):
         @staticmethod
@@ -212,6 +215,19 @@ def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], type[torch.aut
 
     # Function.apply looks after torch.func's transforms first; none is active where the eager one is called.
     return super(torch.autograd.Function, Eager).apply, Functional
+
+
+def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The dispatcher calls a fake kernel even if only one tensor is a meta tensor: kernels see all others' devices."""
+
+    @functools.wraps(fake)
+    def checked(*args: Any) -> Any:
+        devices = {a.device for a in args if isinstance(a, Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"tensors are on {' and '.join(sorted(map(str, devices)))}: all must be on one device")
+        return fake(*args)
+
+    return checked
 
 
 def _one_by_one(function: Any, batch_size: int, in_dims: Args, args: Args) -> tuple[Any, Any]:
