@@ -310,8 +310,10 @@ def _run(check: Callable[[Args, Args], None], given: Args, options: Args, return
     query, query_index, start, start_index, labels, weight, scale, bias, mlp, running_stats = given
     steps, inner_lr, reduction, norm_stats, return_norm_stats = options
     backend = select(query.device.type)
-    trusted = norm_stats == "task" and (labels is None) is (check is _check_inner_loop)
-    if not trusted or (start_index is None) != (query_index is None) or not _checks.by_kernel(backend):
+    # What the kernel would take in another sense than meant here, it must not see.
+    clear = check is _check_inner_loop or (labels is not None and weight is not None)
+    clear = clear and norm_stats == "task" and (start_index is None) is (query_index is None)
+    if not clear or not _checks.by_kernel(backend):
         check(given, options)
     T, Q = query.shape[:2] if query_index is None else query_index.shape
     lr = _checks.step_size(steps, inner_lr, reduction, Q)
