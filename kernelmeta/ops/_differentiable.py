@@ -88,6 +88,8 @@ class DifferentiableOp:
                 torch.library.register_autocast(f"kernelmeta::{full_name}", device, torch.float32, lib=LIBRARY)
         self.raw = getattr(torch.ops.kernelmeta, name).default
         self.raw_backward = getattr(torch.ops.kernelmeta, f"{name}_backward").default
+        # What their __call__ calls.
+        self._run, self._run_backward = self.raw._op, self.raw_backward._op
         self._register_formulas()
         self._eager, self._functional = _functions(self)
 
@@ -106,7 +108,7 @@ class DifferentiableOp:
                     args = self.save(args)
                     return self._eager(args[self.n_tensors :], *args[: self.n_tensors])
         with torch._C._AutoDispatchBelowAutograd():
-            return self.raw(*args)
+            return self._run(*args)
 
     def define_on(self, backend: str, kernel: Callable[..., Any], kernel_backward: Callable[..., Any]) -> None:
         """The same op under the name ``<backend>_<name>``, for a backend that `backends.select` may choose.
@@ -173,7 +175,7 @@ def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], type[torch.aut
         @staticmethod
         def forward(ctx: Any, constants: Args, *tensors: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                results = op.raw(*tensors, *constants)
+                results = op._run(*tensors, *constants)
             residuals = _as_tuple(results)[op.n_outputs :]
             ctx.mark_non_differentiable(*residuals)
             ctx.set_materialize_grads(False)
@@ -191,7 +193,7 @@ def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], type[torch.aut
                 results = Backward.apply(*call)
             else:
                 with torch._C._AutoDispatchBelowAutograd():
-                    results = op.raw_backward(*call)
+                    results = op._run_backward(*call)
             return (None, *op._placed(results, op.n_tensors, needs))  # the engine converts what has another dtype
 
     class Functional(torch.autograd.Function):
