@@ -305,22 +305,23 @@ struct CpuBlock {
 
   template <int R, bool overlapping>
   static void mm_strip(const Tile& t, int64_t whole, int64_t length) {
-    if (overlapping && whole < length) mm_tile<R, 1>(t, length - W, length - whole);
+    if (overlapping && whole < length) mm_tile<R, 1, overlapping>(t, length - W, length - whole);
     int64_t at = 0;
-    for (; at + kMmVectors * W <= whole; at += kMmVectors * W) mm_tile<R, kMmVectors>(t, at, W);
+    for (; at + kMmVectors * W <= whole; at += kMmVectors * W) mm_tile<R, kMmVectors, overlapping>(t, at, W);
     const int64_t rest = (whole - at) / W;
     if (kMmVectors > 4 && rest == 4)
-      mm_tile<R, 4>(t, at, W);
+      mm_tile<R, 4, overlapping>(t, at, W);
     else if (kMmVectors > 3 && rest == 3)
-      mm_tile<R, 3>(t, at, W);
+      mm_tile<R, 3, overlapping>(t, at, W);
     else if (kMmVectors > 2 && rest == 2)
-      mm_tile<R, 2>(t, at, W);
+      mm_tile<R, 2, overlapping>(t, at, W);
     else if (rest == 1)
-      mm_tile<R, 1>(t, at, W);
+      mm_tile<R, 1, overlapping>(t, at, W);
   }
 
-  // R rows by NV vectors from `at` on; of the last vector only the last `count` lanes are stored.
-  template <int R, int NV>
+  // R rows by NV vectors from `at` on; of the last vector only the last `count` lanes are stored. ahead: asks
+  // for what the next tile reads (feature rows are far apart, where no hardware does).
+  template <int R, int NV, bool ahead>
   static __attribute__((noinline)) void mm_tile(const Tile& t, int64_t at, int64_t count) {
     V acc[R][NV];
     const Matrix<C> w = t.w;
@@ -336,6 +337,9 @@ struct CpuBlock {
       const C* x = t.in(j) + at;
       V xv[NV];
       for (int v = 0; v < NV; ++v) xv[v] = ::load(x + v * W);
+      if constexpr (ahead) {
+        for (int v = 0; v < NV; ++v) __builtin_prefetch(x + (NV + v) * W);
+      }
       for (int r = 0; r < R; ++r) {
         const V weight = V{} + w.data[r * w.row + j * w.column];
         for (int v = 0; v < NV; ++v) acc[r][v] += weight * xv[v];
@@ -388,13 +392,15 @@ struct CpuBlock {
     }
   }
 
-  // tile[r][c] = <a(i + r), b(j + c)>; rows beyond m and n repeat the last one.
+  // tile[r][c] = <a(i + r), b(j + c)>; rows beyond m and n repeat the last one. Where j is 0, rows of a are
+  // met for the first time: those of the next tile are asked for meanwhile.
   static __attribute__((noinline)) void dot_tile(Rows<C> a, int64_t i, int64_t m, Rows<C> b, int64_t j,
                                                  int64_t n, int64_t D, C* tile) {
     constexpr int R = kDotTile;
-    const C *ar[R], *br[R];
+    const C *ar[R], *br[R], *next[R];
     for (int r = 0; r < R; ++r) {
       ar[r] = a(i + r < m ? i + r : m - 1);
+      next[r] = a(i + R + r < m ? i + R + r : m - 1);
       br[r] = b(j + r < n ? j + r : n - 1);
     }
     constexpr int64_t kSums = (R * R + W - 1) / W * W;
@@ -408,9 +414,19 @@ struct CpuBlock {
       }
     };
     int64_t d = 0;
-    for (; d + W <= D; d += W) {
-      const auto at = [d](const C* p) { return ::load(p + d); };
-      step(at, at);
+    const auto whole_vectors = [&](auto meanwhile) {
+      for (; d + W <= D; d += W) {
+        const auto at = [d](const C* p) { return ::load(p + d); };
+        meanwhile();
+        step(at, at);
+      }
+    };
+    if (j == 0) {
+      whole_vectors([&] {
+        for (int r = 0; r < R; ++r) __builtin_prefetch(next[r] + d);
+      });
+    } else {
+      whole_vectors([] {});
     }
     if (d < D && D >= W) {  // the last vector overlaps: its old lanes count as zeros
       const auto at = [D](const C* p) { return ::load(p + D - W); };

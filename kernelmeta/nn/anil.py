@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kernelmeta import ops
@@ -46,7 +47,17 @@ class ANIL(Program):
             raise ValueError(f"oracle: expected cross_entropy or hinge, got {oracle!r}")
         phase = Phase(oracle, steps, inner_lr, learn_rates=learn_rates)
         super().__init__(n_way, n_features, [phase], classifier="linear", start="learned")
-        self.steps, self.first_order = steps, first_order
+        self.steps, self.first_order, self.learn_rates = steps, first_order, learn_rates
+        self._kept_rates: Tensor | None = None
+
+    def _constant_rates(self) -> Tensor:
+        """inner_lr for each step, in the precision of the head; kept, since making it costs as much as a check."""
+        bias, kept = self.bias, self._kept_rates
+        if kept is None or kept.dtype is not bias.dtype or kept.device != bias.device:
+            kept = torch.full((self.phases[0].steps,), self.phases[0].lr, dtype=bias.dtype, device=bias.device)
+            if not torch.compiler.is_compiling():
+                self._kept_rates = kept
+        return kept
 
     def _adapt(
         self,
@@ -56,25 +67,28 @@ class ANIL(Program):
         *,
         return_weights: bool = False,
         support_offsets: Tensor | None = None,
+        query_offsets: Tensor | None = None,
+        n_ways: Tensor | None = None,
         **options: Any,
     ) -> Any:
         if support_offsets is not None:
-            options |= {"return_weights": return_weights, "support_offsets": support_offsets}
-            return super()._adapt(support, support_labels, query, **options)
-        for name in ("query_offsets", "n_ways"):
-            if options.pop(name, None) is not None:
-                raise ValueError(f"{name}: needs support_offsets")
+            return super()._adapt(
+                support, support_labels, query, return_weights=return_weights, support_offsets=support_offsets,
+                query_offsets=query_offsets, n_ways=n_ways, **options,
+            )  # fmt: skip
+        if query_offsets is not None or n_ways is not None:
+            raise ValueError("query_offsets and n_ways: need support_offsets")
         S = support_labels.shape[-1]
         if self.n_way > S:  # the op itself takes classes without a row; programs do not
             raise ValueError(
                 f"support: task 0 has {self.n_way} ways and {S} support rows; every class needs at least one"
             )
-        rates = self.step_rates()
-        if rates is None:
-            rates = self.weight.new_full((self.phases[0].steps,), self.phases[0].lr)
+        rates = self.rates[0] if self.learn_rates else self._constant_rates()
+        if rates.shape[0] != self.steps:
+            rates = rates[: self.steps]
         results = ops.linear_head(
-            support, support_labels, query, self.weight, self.bias, rates[: self.steps],
-            oracle=self.phases[0].oracle, first_order=self.first_order, return_weights=return_weights, **options,
+            support, support_labels, query, self.weight, self.bias, rates, oracle=self.phases[0].oracle,
+            first_order=self.first_order, return_weights=return_weights, **options,
         )  # fmt: skip
         if not return_weights:
             return results

@@ -75,7 +75,7 @@ class SIB(nn.Module):
         self.scale = nn.Parameter(torch.full((1,), 10.0))
         self.bias = nn.Parameter(torch.zeros(1))
         self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats)
-        self._shares = torch.empty(0)
+        self._shares = torch.empty(1, 0)
 
     def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False) -> Any:
         """Classify the query rows of T tasks.
@@ -144,10 +144,12 @@ class SIB(nn.Module):
         """One exponential update a step, [K, 2, 2, H], all steps in one product."""
         running = self.mlp.running_stats
         K, keep, shares = self.steps, 1 - self.momentum, self._shares
-        if shares.shape[0] != K or shares.dtype is not running.dtype or shares.device != running.device:
+        if shares.shape[1] != K or shares.dtype is not running.dtype or shares.device != running.device:
             # What each step's statistics weigh in the running ones after the last step.
-            shares = self._shares = running.new_tensor([self.momentum * keep ** (K - 1 - k) for k in range(K)])
-        running.view(-1).addmv_(stats.view(K, -1).to(running.dtype).t(), shares, beta=keep**K)
+            shares = self._shares = running.new_tensor([[self.momentum * keep ** (K - 1 - k) for k in range(K)]])
+        if stats.dtype is not running.dtype:
+            stats = stats.to(running.dtype)
+        running.view(1, -1).addmm_(shares, stats.view(K, -1), beta=keep**K)
 
     @staticmethod
     def from_xfer(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from kernelmeta.ops._differentiable import is_traced
 from kernelmeta.reference import MLPParameters
 
 _FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -15,6 +17,20 @@ _COMPUTED_IN = frozenset({torch.float32, torch.float64})
 
 NORM_STATS = ("task", "batch", "running")
 REDUCTIONS = ("sum", "mean")
+
+
+def by_kernel(backend: str) -> bool:
+    """Whether the kernels look at their arguments themselves, so that looking twice would cost time for nothing."""
+    return backend in ("cpu", "cuda") and not is_traced()
+
+
+def explain(error: Exception, check: Callable[..., None], *given: Any) -> NoReturn:
+    """Raise what ``check`` says about what was given, or if it finds no fault, the error itself."""
+    try:
+        check(*given)
+    except (TypeError, ValueError) as better:
+        raise better from None
+    raise error
 
 
 def shape_text(tensor: Tensor) -> str:

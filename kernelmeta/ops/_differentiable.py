@@ -11,6 +11,7 @@ registered by the compiled library or, where that is missing, by the reference. 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -82,11 +83,13 @@ class DifferentiableOp:
         ):
             LIBRARY.define(full_name + declared)
             LIBRARY.impl(full_name, implementation, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"kernelmeta::{full_name}", fake_kernel, lib=LIBRARY)
+            torch.library.register_fake(f"kernelmeta::{full_name}", _on_one_device(fake_kernel), lib=LIBRARY)
             for device in ("cpu", "cuda"):
                 torch.library.register_autocast(f"kernelmeta::{full_name}", device, torch.float32, lib=LIBRARY)
         self.raw = getattr(torch.ops.kernelmeta, name).default
         self.raw_backward = getattr(torch.ops.kernelmeta, f"{name}_backward").default
+        # What their __call__ calls.
+        self._run, self._run_backward = self.raw._op, self.raw_backward._op
         self._register_formulas()
         self._eager, self._functional = _functions(self)
 
@@ -105,7 +108,7 @@ class DifferentiableOp:
                     args = self.save(args)
                     return self._eager(args[self.n_tensors :], *args[: self.n_tensors])
         with torch._C._AutoDispatchBelowAutograd():
-            return self.raw(*args)
+            return self._run(*args)
 
     def define_on(self, backend: str, kernel: Callable[..., Any], kernel_backward: Callable[..., Any]) -> None:
         """The same op under the name ``<backend>_<name>``, for a backend that `backends.select` may choose.
@@ -121,13 +124,15 @@ class DifferentiableOp:
 
     def gradients(self, grads: Any, args: Args, needs: Sequence[bool]) -> list[Any]:
         """One gradient (or None) for each argument from the results of the backward op."""
-        if isinstance(grads, Tensor):
-            grads = (grads,)
-        result: list[Any] = [None] * len(args)
-        for position, grad in zip(self.differentiable, grads, strict=True):
+        result = self._placed(grads, len(args), needs)
+        return [g if g is None or g.dtype is a.dtype else g.to(a.dtype) for g, a in zip(result, args, strict=True)]
+
+    def _placed(self, grads: Any, count: int, needs: Sequence[bool]) -> list[Any]:
+        """The same in the precision of the backward op."""
+        result: list[Any] = [None] * count
+        for position, grad in zip(self.differentiable, _as_tuple(grads), strict=True):
             if needs[position]:
-                dtype = args[position].dtype
-                result[position] = grad if grad.dtype is dtype else grad.to(dtype)
+                result[position] = grad
         return result
 
     def _register_formulas(self) -> None:
@@ -170,7 +175,7 @@ def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], type[torch.aut
         @staticmethod
         def forward(ctx: Any, constants: Args, *tensors: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                results = op.raw(*tensors, *constants)
+                results = op._run(*tensors, *constants)
             residuals = _as_tuple(results)[op.n_outputs :]
             ctx.mark_non_differentiable(*residuals)
             ctx.set_materialize_grads(False)
@@ -188,8 +193,8 @@ def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], type[torch.aut
                 results = Backward.apply(*call)
             else:
                 with torch._C._AutoDispatchBelowAutograd():
-                    results = op.raw_backward(*call)
-            return (None, *op.gradients(results, args, needs)[: op.n_tensors])
+                    results = op._run_backward(*call)
+            return (None, *op._placed(results, op.n_tensors, needs))  # the engine converts what has another dtype
 
     class Functional(torch.autograd.Function):
         @staticmethod
@@ -212,6 +217,19 @@ def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], type[torch.aut
 
     # Function.apply looks after torch.func's transforms first; none is active where the eager one is called.
     return super(torch.autograd.Function, Eager).apply, Functional
+
+
+def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The dispatcher calls a fake kernel even if only one tensor is a meta tensor: kernels see all others' devices."""
+
+    @functools.wraps(fake)
+    def checked(*args: Any) -> Any:
+        devices = {a.device for a in args if isinstance(a, Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"tensors are on {' and '.join(sorted(map(str, devices)))}: all must be on one device")
+        return fake(*args)
+
+    return checked
 
 
 def _one_by_one(function: Any, batch_size: int, in_dims: Args, args: Args) -> tuple[Any, Any]:

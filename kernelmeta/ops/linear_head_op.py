@@ -181,6 +181,25 @@ def linear_head(
         ValueError: shapes, devices, labels or options that do not fit, named.
         TypeError: features that are not floating point, labels or indices that are not int64.
     """
+    given = (support, support_index, support_labels, query, query_index, weight, bias, rates, oracle)
+    try:
+        logits, heads = _run(given, first_order, return_weights)
+    except Exception as error:
+        _checks.explain(error, _check, *given)
+    return (logits, heads) if return_weights else logits
+
+
+def _check(
+    support: Tensor,
+    support_index: Tensor | None,
+    support_labels: Tensor,
+    query: Tensor,
+    query_index: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    rates: Tensor,
+    oracle: str,
+) -> None:
     _checks.tensors(support=support, query=query, weight=weight, bias=bias, rates=rates)
     T, S, Q = _checks.episode(support, support_index, query, query_index)
     if T and (S == 0 or Q == 0):
@@ -194,6 +213,13 @@ def linear_head(
     _checks.labels("support_labels", support_labels, (T, S), support)
     if oracle not in LABELLED:
         raise ValueError(f"oracle: expected one of {', '.join(LABELLED)}, got {oracle!r}")
+
+
+def _run(given: Args, first_order: bool, return_weights: bool) -> tuple[Tensor, Tensor]:
+    support, support_index, support_labels, query, query_index, weight, bias, rates, oracle = given
+    backend = select(query.device.type)
+    if (support_index is None) != (query_index is None) or not _checks.by_kernel(backend):
+        _check(*given)
     if support_index is not None and (support.requires_grad or query.requires_grad):
         support, query = _rows(support, support_index), _rows(query, query_index)
         support_index = query_index = None
@@ -203,7 +229,6 @@ def linear_head(
         parameters = [p.to(precision[0]) for p in parameters]
         if precision[0] is torch.float64:
             support, query = support.to(precision[0]), query.to(precision[0])
-    backend = select(query.device.type)
     if backend == "reference":
         support, query = (_rows(*p).to(parameters[0].dtype) for p in ((support, support_index), (query, query_index)))
         form = _traceable if is_traced() else reference.linear_head
@@ -217,7 +242,7 @@ def linear_head(
         )[:2]  # fmt: skip
     if precision is not None:
         logits, heads = logits.to(precision[1]), heads.to(precision[1])
-    return (logits, heads) if return_weights else logits
+    return logits, heads
 
 
 def _traceable(

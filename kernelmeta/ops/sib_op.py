@@ -8,6 +8,7 @@ work in the dual form (kernelmeta/reference/dual.py, csrc/engine/inner_loop.h).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -211,14 +212,12 @@ def sib_inner_loop(
         ValueError: shapes, devices or options that do not fit, named.
         TypeError: tensors that are not floating point.
     """
-    _checks.tensors(theta0=theta0, query=query, scale=scale, bias=bias)
-    N, _ = _checks.mlp(mlp)
-    _checks.dimensions("query", query, "[T, Q, D]")
-    _checks.shape("theta0", theta0, (query.shape[0], N, query.shape[2]), "[T, N, D]")
-    return _run(
-        query, None, theta0, None, None, None, scale, bias, mlp, steps, inner_lr, reduction, norm_stats,
-        running_stats, return_weights, return_norm_stats,
-    )  # fmt: skip
+    given = (query, None, theta0, None, None, None, scale, bias, mlp, running_stats)
+    options = (steps, inner_lr, reduction, norm_stats, return_norm_stats)
+    try:
+        return _run(_check_inner_loop, given, options, return_weights)
+    except Exception as error:
+        _checks.explain(error, _check_inner_loop, given, options)
 
 
 def sib(
@@ -258,50 +257,71 @@ def sib(
         ValueError: shapes, devices, labels or options that do not fit, named; a class without a support row.
         TypeError: features that are not floating point, labels or indices that are not int64.
     """
+    given = (query, query_index, support, support_index, support_labels, weight, scale, bias, mlp, running_stats)
+    options = (steps, inner_lr, reduction, norm_stats, return_norm_stats)
+    try:
+        return _run(_check_episode, given, options, return_weights)
+    except Exception as error:
+        _checks.explain(error, _check_episode, given, options)
+
+
+def _check_inner_loop(given: Args, options: Args) -> None:
+    query, _, theta0, _, _, _, scale, bias, mlp, running_stats = given
+    _checks.tensors(theta0=theta0, query=query, scale=scale, bias=bias)
+    N, _ = _checks.mlp(mlp)
+    _checks.dimensions("query", query, "[T, Q, D]")
+    _checks.shape("theta0", theta0, (query.shape[0], N, query.shape[2]), "[T, N, D]")
+    _check_options(query, query.shape[1], scale, bias, mlp, running_stats, *options)
+
+
+def _check_episode(given: Args, options: Args) -> None:
+    query, query_index, support, support_index, labels, weight, scale, bias, mlp, running_stats = given
     _checks.tensors(support=support, query=query, weight=weight, scale=scale, bias=bias)
     _checks.mlp(mlp)
-    T, S, _ = _checks.episode(support, support_index, query, query_index)
-    if support_index is not None and (query.requires_grad or support.requires_grad):
-        support, query = _gathered(support, support_index), _gathered(query, query_index)
-        support_index = query_index = None
-    D = query.shape[-1]
-    _checks.shape("weight", weight, (D,), "[D]")
-    _checks.labels("support_labels", support_labels, (T, S), support)
-    return _run(
-        query, query_index, support, support_index, support_labels, weight, scale, bias, mlp, steps, inner_lr,
-        reduction, norm_stats, running_stats, return_weights, return_norm_stats,
-    )  # fmt: skip
+    T, S, Q = _checks.episode(support, support_index, query, query_index)
+    _checks.shape("weight", weight, (query.shape[-1],), "[D]")
+    _checks.labels("support_labels", labels, (T, S), support)
+    _check_options(query, Q, scale, bias, mlp, running_stats, *options)
 
 
-def _run(
+def _check_options(
     query: Tensor,
-    query_index: Tensor | None,
-    start: Tensor,
-    start_index: Tensor | None,
-    labels: Tensor | None,
-    weight: Tensor | None,
+    Q: int,
     scale: Tensor,
     bias: Tensor,
     mlp: MLPParameters,
+    running_stats: Tensor | None,
     steps: int,
     inner_lr: float,
     reduction: str,
     norm_stats: str,
-    running_stats: Tensor | None,
-    return_weights: bool,
     return_norm_stats: bool,
-) -> Any:
-    """Both public functions, their features checked: ``start`` is theta0, or support rows if labels are given."""
-    T, Q = query.shape[:2] if query_index is None else query_index.shape
+) -> None:
     if Q == 0 or query.shape[-1] == 0:
         raise ValueError(f"query: expected at least one row and one feature, got {_checks.shape_text(query)}")
     _checks.one_value("scale", scale)
     _checks.one_value("bias", bias)
     _checks.norm_stats(norm_stats, running_stats, mlp[0].shape[0], return_norm_stats)
+    _checks.step_size(steps, inner_lr, reduction, Q)
+
+
+def _run(check: Callable[[Args, Args], None], given: Args, options: Args, return_weights: bool) -> Any:
+    """Both public functions: ``start`` is theta0, or support rows if labels are given."""
+    query, query_index, start, start_index, labels, weight, scale, bias, mlp, running_stats = given
+    steps, inner_lr, reduction, norm_stats, return_norm_stats = options
+    backend = select(query.device.type)
+    # What the kernel would take in another sense than meant here, it must not see.
+    clear = check is _check_inner_loop or (labels is not None and weight is not None)
+    clear = clear and norm_stats == "task" and (start_index is None) is (query_index is None)
+    if not clear or not _checks.by_kernel(backend):
+        check(given, options)
+    T, Q = query.shape[:2] if query_index is None else query_index.shape
     lr = _checks.step_size(steps, inner_lr, reduction, Q)
     if norm_stats != "running":
         running_stats = None
-
+    if start_index is not None and (query.requires_grad or start.requires_grad):
+        start, query = _gathered(start, start_index), _gathered(query, query_index)
+        start_index = query_index = None
     parameters: Any = (weight, scale, bias, *mlp)
     precision = _checks.precisions((query, start, *parameters))
     if precision is not None:
@@ -311,7 +331,6 @@ def _run(
         if compute is torch.float64:
             query, start = query.to(compute), start.to(compute)
 
-    backend = select(query.device.type)
     plain = backend == "reference"
     if plain or (norm_stats == "batch" and T != 1):
         weight, scale, bias, *rest = parameters

@@ -327,7 +327,11 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("weight of another size", {"weight": torch.ones(12)}, ValueError, "weight: expected shape"),
     ("scale of two values", {"scale": torch.ones(2)}, ValueError, "scale: expected one value"),
     ("mixed devices", {"weight": torch.ones(13, device="meta")}, ValueError, "weight is on meta"),
+    ("one meta parameter", {"bias": torch.ones(1, device="meta")}, ValueError, "bias is on meta"),
     ("a list", {"query": [1.0]}, TypeError, "query: expected a tensor, got list"),
+    ("no labels", {"labels": None}, TypeError, "support_labels: expected a tensor, got NoneType"),
+    ("no weight", {"weight": None}, TypeError, "weight: expected a tensor, got NoneType"),
+    ("three MLP tensors", {"mlp": (torch.ones(8, 3),) * 3}, TypeError, "mlp: expected the ten tensors"),
 ]  # fmt: skip
 
 
