@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from benchmarks import agreement, counts, metadata
 from benchmarks.peers import PEERS, PeerRunner, Result, Unavailable
 from benchmarks.problem import Problem, Size, draw
-from kernelmeta import nn
+from kernelmeta import nn, use_backend
 from kernelmeta.reference import MLPParameters
 
 BUDGET = 480  # seconds, for everything
@@ -196,6 +196,41 @@ def training_step() -> dict[str, Any]:
     return {"times": found, "seconds_of_50000": 50_000 * found["CUDA graph"]["median"]}
 
 
+def learners(T: int) -> dict[str, Any]:
+    """Forward and backward of the other learners, into parameters and features: 5-way 5-shot, 75 query rows."""
+    N, S, Q, D = 5, 25, 75, 640
+    labels = (torch.arange(S, device="cuda") % N).expand(T, S).contiguous()
+    support, query = (torch.randn(T, rows, D, device="cuda", requires_grad=True) for rows in (S, Q))
+    heads: dict[str, torch.nn.Module] = {
+        "ANIL, 5 steps": nn.ANIL(N, D, steps=5, inner_lr=0.01),
+        "cross entropy, then synthetic gradient": nn.Program(
+            N, D, [nn.Phase("cross_entropy", 3, 0.1), nn.Phase("synthetic_gradient", 3, 1e-3)], hidden=40
+        ),
+        "soft k-means": nn.SoftKMeans(N, D),
+        "ridge": nn.RidgeHead(N, D),
+    }
+    found = {}
+    for name, module in heads.items():
+        head = module.cuda()
+        leaves = [support, query, *(p for p in head.parameters() if p.requires_grad)]
+
+        def run(_: int, head: torch.nn.Module = head, leaves: list[torch.Tensor] = leaves) -> None:
+            torch.autograd.grad(head(support, labels, query).square().mean(), leaves, allow_unused=True)
+
+        def plain(i: int, run: Callable[[int], Any] = run) -> None:
+            with use_backend("reference"):
+                run(i)
+
+        runners = {"kernelmeta": run, "plain PyTorch": plain}
+        try:
+            runners["kernelmeta, CUDA graph"] = graphed(run)
+        except RuntimeError as reason:
+            print(f"{name}: no CUDA graph: {reason}")
+            torch.cuda.synchronize()
+        found[name] = interleave(runners, rounds=5)
+    return {"T": T, "times": found}
+
+
 def main() -> int:
     if not torch.cuda.is_available():
         print(f"no GPU: PyTorch {torch.__version__} finds none; nothing was checked or measured")
@@ -233,6 +268,8 @@ def measure() -> int:
         for mode in ("forward", "train"):
             record["cells"].append(benchmark(size, mode, record["ceilings"]))
             path.write_text(json.dumps(record, indent=1) + "\n")
+    record["learners"] = [learners(T) for T in (1, 64, 1024)]
+    path.write_text(json.dumps(record, indent=1) + "\n")
     record["training_step"] = training_step()
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record, indent=1))

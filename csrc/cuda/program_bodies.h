@@ -5,6 +5,7 @@
 
 #include "cuda/bodies.h"
 #include "cuda/program_call.h"
+#include "engine/ridge_task.h"
 
 namespace kernelmeta {
 

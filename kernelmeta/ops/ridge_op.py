@@ -145,8 +145,8 @@ def ridge(
         [T, S, N] or [sum S, N].
 
     Raises:
-        ValueError: shapes, devices or labels that do not fit, named; a singular system, its task named (the Triton
-            kernels give that task NaN); a class without a support row; more ways than a task has rows.
+        ValueError: shapes, devices or labels that do not fit, named; a singular system, its task named (on a GPU
+            that task gets NaN); a class without a support row; more ways than a task has rows.
         TypeError: features that are not floating point, labels, indices, offsets or ways that are not int64.
     """
     _checks.tensors(support=support, query=query, regularization=regularization, scale=scale, bias=bias)
