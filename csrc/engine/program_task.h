@@ -197,11 +197,11 @@ struct ProgramTask {
   __host__ __device__ __forceinline__ void prepare() {
     const int64_t N = shape.N, H = p.H;
     members.sort(block, shape.S, N);
+    block.features_zero(1, N * padded(shape.S), y);
     if (w1) {
       const C* all = whole_w1;
       block.unfenced().each_item(H * N, [&](int64_t i) { w1[i] = all[i / N * p.N + i % N]; });
     }
-    block.features_zero(1, N * padded(shape.S), y);
     one_hot(block, members.members, shape.S, N, y, class_sizes);
   }
 

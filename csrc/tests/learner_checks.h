@@ -360,7 +360,7 @@ std::vector<ProgramCase> program_cases() {
   auto& means = add("cross entropy, then soft assignment", 19, 3, 0, {7, 7}, {18, 18}, {3, 3},
                     {cross_entropy, assigns}, true, Start::kClassMeans);
   means.coefficients = means.weight = true;
-  auto& ragged = add("unequal tasks", 12, 4, 6, {4, 9, 17}, {3, 20, 1}, {4, 2, 3},
+  auto& ragged = add("unequal tasks", 12, 4, 6, {9, 4, 17}, {20, 3, 1}, {2, 4, 3},
                      {hinge, asks, asks_support}, true, Start::kClassMeans);
   ragged.coefficients = ragged.running = ragged.bank = true;
   auto& rows = add("unequal tasks, cosine from a learned start", 40, 3, 0, {3, 19}, {17, 2}, {3, 2},
