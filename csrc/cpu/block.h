@@ -5,6 +5,8 @@
 //   rows(n, Q, f)          f(i, row) for every row of a padded array; row.each, row.sum, row.one, row.value;
 //                          row.part(first, n): the same for n entries of the row, from one on; it sees what
 //                          the row stored before, and the row what it stored
+//   row_steps(n, Q, K, f)  f(i, k, row) for every row and, one after the other, for every k; rows look at
+//                          nothing that other rows' steps store
 //   columns(Q, f)          f(at) for every entry of a row: at walks over the rows of padded arrays by itself
 //   row_sums(n, Q, out, f) out[i] = the sum of f(i, at) over row i, for many rows at once; f may store
 //   features(n, D, f)      the same for rows of plain, unpadded memory
@@ -155,6 +157,12 @@ struct CpuBlock {
   template <class F>
   __forceinline__ void rows(int64_t n, int64_t length, F f) const {
     for (int64_t i = 0; i < n; ++i) f(i, Row<kPadded>{length});
+  }
+  template <class F>
+  __forceinline__ void row_steps(int64_t n, int64_t length, int64_t steps, F f) const {
+    for (int64_t k = 0; k < steps; ++k) {
+      for (int64_t i = 0; i < n; ++i) f(i, k, Row<kPadded>{length});
+    }
   }
   template <class F>
   __forceinline__ void features(int64_t n, int64_t length, F f) const {

@@ -176,6 +176,14 @@ struct TeamBlock {
     fence({file, line});
   }
   template <class Fn>
+  __host__ __device__ __forceinline__ void row_steps(int64_t n, int64_t length, int64_t steps, Fn f,
+                                                     KERNELMETA_CALLER) const {
+    for (int64_t i = Team::thread() / kLanes; i < n; i += kWarps) {
+      for (int64_t k = 0; k < steps; ++k) f(i, k, Row<true>{length});
+    }
+    fence({file, line});
+  }
+  template <class Fn>
   __host__ __device__ __forceinline__ void columns(int64_t length, Fn f, KERNELMETA_CALLER) const {
     for (int64_t i = Team::thread(); i < padded(length); i += kThreads) f(PaddedAt{{i}, i < length});
     fence({file, line});

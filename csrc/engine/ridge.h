@@ -172,17 +172,19 @@ struct Ridge {
   // x [N][padded(S)] <- the solution for these right-hand sides.
   __host__ __device__ __forceinline__ void solve(C* x) const {
     const int64_t S = s.S, ld = padded(S);
-    block.rows(s.N, ld, [&](int64_t n, auto row) {
+    block.unfenced().row_steps(s.N, ld, S, [&](int64_t n, int64_t j, auto row) {
       C* xn = x + n * ld;
-      for (int64_t j = 0; j < S; ++j) {
-        const C known = row.value(xn + j);
-        row.each([&](auto q) { q.store(xn, q.load(xn) - q.load(trace.u + j * ld) * known); });
-      }
-      row.part(0, S).each([&](auto q) { q.store(xn, q.load(xn) / q.load(trace.d)); });
-      for (int64_t j = S - 2; j >= 0; --j) {
-        const C rest = row.sum([&](auto q) { return q.load(trace.u + j * ld) * q.load(xn); });
-        row.one([&] { xn[j] -= rest; });
-      }
+      const C known = row.value(xn + j);
+      row.each([&](auto q) { q.store(xn, q.load(xn) - q.load(trace.u + j * ld) * known); });
+    });
+    block.unfenced().rows(s.N, S, [&](int64_t n, auto row) {
+      row.each([&](auto q) { q.store(x + n * ld, q.load(x + n * ld) / q.load(trace.d)); });
+    });
+    block.row_steps(s.N, ld, S - 1, [&](int64_t n, int64_t i, auto row) {
+      C* xn = x + n * ld;
+      const int64_t j = S - 2 - i;
+      const C rest = row.sum([&](auto q) { return q.load(trace.u + j * ld) * q.load(xn); });
+      row.one([&] { xn[j] -= rest; });
     });
   }
 };

@@ -155,7 +155,7 @@ def on_device(case: Case) -> Case:
 
 @pytest.mark.parametrize("name", ["synthetic gradient", "linear head", "soft k-means", "unequal tasks"])
 def test_program_in_float32(name: str) -> None:
-    check(on_device(PROGRAMS[name]), torch.float32, 1e-3)
+    check(on_device(PROGRAMS[name]), torch.float32, 1e-2)
 
 
 def head_case(T: int, S: int, Q: int, N: int, D: int, **options: Any) -> Case:
