@@ -63,8 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sib(
     Tensor logits = empty({s.T, s.Q, s.N}, kType<C>, a.on);
     Tensor weights = empty(return_weights ? std::vector{s.T, s.N, s.D} : none, kType<C>, a.on);
     Tensor stats = empty(return_stats ? std::vector<int64_t>{s.K, 2, 2, s.H} : none, kType<C>, a.on);
-    Tensor trace =
-        empty(save_trace ? std::vector{s.T, trace_size<C>(s, return_weights)} : none, kType<C>, a.on);
+    Tensor trace = empty_trace<C>(save_trace ? std::vector{s.T, trace_size<C>(s, return_weights)} : none);
     std::unique_ptr<C[]> task_stats;
     if (return_stats && s.T > 1) task_stats.reset(new C[size_t(s.T * stats_size)]);
     C* stats_out = !return_stats ? nullptr : task_stats ? task_stats.get() : data<C>(stats);
@@ -316,7 +315,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_head(const Tensor& support, const Opti
     const std::vector<int64_t> none{0};
     Tensor logits = empty({s.T, s.Q, s.N}, kType<C>);
     Tensor heads = empty(return_weights ? std::vector{s.T, s.N, s.D + 1} : none, kType<C>);
-    Tensor trace = empty(save_trace ? std::vector{s.T, kernels<C>().head_trace_size(s)} : none, kType<C>);
+    Tensor trace = empty_trace<C>(save_trace ? std::vector{s.T, kernels<C>().head_trace_size(s)} : none);
     const HeadForward<C> run{a.problem, data<C>(logits), return_weights ? data<C>(heads) : nullptr,
                              save_trace ? data<C>(trace) : nullptr};
     over_tasks(s.T, linear_head_work(s),
