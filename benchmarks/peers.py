@@ -81,15 +81,34 @@ def _of_form(head: forms.Head) -> Callable[[Problem, str], PeerRunner]:
     return prepare
 
 
-def _kernelmeta(problem: Problem, mode: str) -> PeerRunner:
+def _module(problem: Problem) -> tuple[nn.SIB, list[Tensor]]:
+    """km.nn.SIB with the problem's parameters."""
     size = problem.size
     module = nn.SIB(size.N, size.D, size.K, problem.inner_lr).to(problem.parameters.weight)
     leaves = [module.weight, module.scale, module.bias, *module.mlp.tensors()]
     with torch.no_grad():
         for leaf, value in zip(leaves, problem.parameters.leaves(), strict=True):
             leaf.copy_(value)
+    return module, leaves
+
+
+def _kernelmeta(problem: Problem, mode: str) -> PeerRunner:
+    module, leaves = _module(problem)
     module.train(mode != "forward")
     return _torch_runner(problem, mode, lambda b: module(b.support, b.labels, b.query), leaves)
+
+
+def _at_once(problem: Problem, mode: str) -> PeerRunner:
+    if mode != "train":
+        raise Unavailable("it gives the gradients of the parameters, no more and no less")
+    module, leaves = _module(problem)
+
+    def train(i: int) -> Result:
+        batch = problem.inputs[i % len(problem.inputs)]
+        logits = module.gradients(batch.support, batch.labels, batch.query, batch.answers).logits
+        return logits, [leaf.grad for leaf in leaves]
+
+    return train
 
 
 def _too_large(size: Size, limit: int) -> None:
@@ -231,6 +250,7 @@ def _jax(problem: Problem, mode: str) -> PeerRunner:
 
 PEERS = {
     "kernelmeta": Peer("kernelmeta, km.nn.SIB", _kernelmeta),
+    "at_once": Peer("kernelmeta, km.nn.SIB.gradients", _at_once),
     "published": Peer("published form, eager (batch statistics)", _published, "batch"),
     "dual": Peer("dual form, eager, batched", _dual),
     "loop": Peer("published form, eager, task by task", _loop),

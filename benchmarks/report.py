@@ -33,7 +33,8 @@ SWEEPS: dict[str, Sequence[Size]] = {
 }
 # CPUs kept busy by other processes above which a run is not to be quoted.
 DISTURBED = 0.1
-QUICK = ("kernelmeta", "published", "dual", "vmap", "jax")
+OWN = ("kernelmeta", "at_once")
+QUICK = (*OWN, "published", "dual", "vmap", "jax")
 
 
 def measure(
@@ -160,7 +161,7 @@ def against_best_peer(cells: Sequence[dict[str, Any]]) -> str:
     """How the best peer of each cell compares with kernelmeta there, in one line."""
     ratios = {}
     for cell in cells:
-        peers = {name: found["times_kernelmeta"][0] for name, found in cell["peers"].items() if name != "kernelmeta"}
+        peers = {name: found["times_kernelmeta"][0] for name, found in cell["peers"].items() if name not in OWN}
         if peers:
             name = min(peers, key=peers.__getitem__)
             ratios[f"{Size(**cell['size'])}: {PEERS[name].title}"] = peers[name]
@@ -183,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--headline", action="store_true", help="T = 1 and 64 only, no sweep and no plots")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
-    names = ["kernelmeta", *(n for n in options.peers.split(",") if n and n != "kernelmeta")]
+    names = [*OWN, *(n for n in options.peers.split(",") if n and n not in OWN)]
     unknown = set(names) - set(PEERS)
     if unknown:
         parser.error(f"--peers: {', '.join(sorted(unknown))} unknown; there are {', '.join(PEERS)}")

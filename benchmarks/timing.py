@@ -50,7 +50,8 @@ def interleave(
         rounds: blocks of each, at most; fewer if a call takes longer than its share.
         warm_up: calls of each before anything counts.
 
-    A block's first fifth (its caches hold the runner before) does not count.
+    A block's first fifth, at least one call, does not count: its caches hold the runner before, which may still be
+    freeing its memory on threads of its own.
     """
     clock = time.perf_counter_ns
     blocks: dict[str, int] = {}
@@ -62,7 +63,7 @@ def interleave(
             run(index[name])
             index[name] += 1
             spent.append((clock() - start) * 1e-9)
-        blocks[name] = max(1, min(2000, int(seconds / rounds / max(min(spent), 1e-7))))
+        blocks[name] = max(3, min(2000, int(seconds / rounds / max(min(spent), 1e-7))))
     # A slow runner gets fewer rounds, but never less than three.
     samples: dict[str, list[list[float]]] = {name: [] for name in runners}
     began = clock()
@@ -80,7 +81,7 @@ def interleave(
                     times.append((clock() - start) * 1e-9)
                     i += 1
                 index[name] = i
-                samples[name].append(times[len(times) // 5 :])
+                samples[name].append(times[max(1, len(times) // 5) :])
     return {name: summary(rounds_of) for name, rounds_of in samples.items()}
 
 

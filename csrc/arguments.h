@@ -194,6 +194,15 @@ class Labels {
   Tensor tensor_;
 };
 
+// Labels [T][rows] of a CPU are in 0..N-1.
+inline void require_label_values(const int64_t* label, int64_t T, int64_t rows, int64_t N, const char* name) {
+  for (int64_t i = 0; i < T * rows; ++i) {
+    if (label[i] >= 0 && label[i] < N) continue;
+    refuse(std::string(name) + ": task " + std::to_string(i / rows) + " has label " +
+           std::to_string(label[i]) + "; labels must be in 0.." + std::to_string(N - 1));
+  }
+}
+
 struct MlpTensors {
   const Tensor &weight1, &bias1, &gain1, &shift1, &weight2, &bias2, &gain2, &shift2, &weight3, &bias3;
 };
@@ -423,7 +432,7 @@ struct HeadArguments {
       require(f->features.storage == own || (sizeof(C) == 4 && f->features.storage != Storage::kFloat64),
               "float64 features need float64 parameters, and float64 parameters float64 features");
     }
-    if (on.cpu) check_labels(s);
+    if (on.cpu) require_label_values(labels.get(), s.T, s.S, s.N, "support_labels");
     problem = {s,
                support.features,
                query.features,
@@ -433,16 +442,6 @@ struct HeadArguments {
                rates,
                static_cast<Oracle>(oracle),
                first_order};
-  }
-
- private:
-  void check_labels(const Sizes& s) const {
-    const int64_t* label = labels.get();
-    for (int64_t i = 0; i < s.T * s.S; ++i) {
-      if (label[i] >= 0 && label[i] < s.N) continue;
-      refuse("support_labels: task " + std::to_string(i / s.S) + " has label " + std::to_string(label[i]) +
-             "; labels must be in 0.." + std::to_string(s.N - 1));
-    }
   }
 };
 

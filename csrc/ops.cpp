@@ -29,6 +29,13 @@ void average(const C* per_task, int64_t T, int64_t size, C* out) {
   }
 }
 
+// Labels [T, rows] in 0..N-1.
+void require_labels(const Tensor& labels, int64_t T, int64_t rows, int64_t N, const char* name) {
+  require_shape(Place(), labels, {T, rows}, name);
+  if (labels.scalar_type() != ScalarType::Long) refuse(std::string(name) + " must be int64");
+  require_label_values(static_cast<const int64_t*>(labels.const_data_ptr()), T, rows, N, name);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> sib(
     const Tensor& query, const Optional& query_index, const Tensor& start, const Optional& start_index,
     const Optional& labels, const Optional& weight, const Tensor& scale, const Tensor& bias,
@@ -50,8 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sib(
     Tensor logits = empty({s.T, s.Q, s.N}, kType<C>, a.on);
     Tensor weights = empty(return_weights ? std::vector{s.T, s.N, s.D} : none, kType<C>, a.on);
     Tensor stats = empty(return_stats ? std::vector<int64_t>{s.K, 2, 2, s.H} : none, kType<C>, a.on);
-    Tensor trace =
-        empty(save_trace ? std::vector{s.T, trace_size<C>(s, return_weights)} : none, kType<C>, a.on);
+    Tensor trace = empty_trace<C>(save_trace ? std::vector{s.T, trace_size<C>(s, return_weights)} : none);
     std::unique_ptr<C[]> task_stats;
     if (return_stats && s.T > 1) task_stats.reset(new C[size_t(s.T * stats_size)]);
     C* stats_out = !return_stats ? nullptr : task_stats ? task_stats.get() : data<C>(stats);
@@ -98,6 +104,61 @@ SibGradients sib_backward(const Tensor& grad_logits, const Optional& grad_weight
     *data<C>(b.grad_bias) = *total.bias;
     if (a.problem.weight) std::copy(total.weight, total.weight + s.D, data<C>(b.grad_weight));
     return SibGradients{b.results()};
+  });
+}
+
+using SibTrainingResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                                      Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+SibTrainingResults sib_gradients(const Tensor& query, const Optional& query_index, const Tensor& support,
+                                 const Optional& support_index, const Tensor& support_labels,
+                                 const Tensor& weight, const Tensor& scale, const Tensor& bias,
+                                 const Tensor& weight1, const Tensor& bias1, const Tensor& gain1,
+                                 const Tensor& shift1, const Tensor& weight2, const Tensor& bias2,
+                                 const Tensor& gain2, const Tensor& shift2, const Tensor& weight3,
+                                 const Tensor& bias3, const Optional& running, const Tensor& query_labels,
+                                 int64_t steps, double lr, bool return_stats) {
+  return with_type(scale, [&](auto zero) {
+    using C = decltype(zero);
+    using Sums = typename SibTraining<C>::Sums;
+    SibArguments<C> a(query, query_index, support, support_index, support_labels, weight, scale, bias,
+                      {weight1, bias1, gain1, shift1, weight2, bias2, gain2, shift2, weight3, bias3}, running,
+                      steps, lr, false);
+    const Sizes& s = a.problem.s;
+    const ClassLists classes(a.labels->get(), s.T, s.S, s.N);
+    a.problem.classes = classes.table();
+    const Tensor answers = dense(query_labels);
+    require_labels(answers, s.T, s.Q, s.N, "query_labels");
+    const Folded<C> mlp(a.mlp, s);
+    const int64_t stats_size = s.K * 4 * s.H;
+    Tensor logits = empty({s.T, s.Q, s.N}, kType<C>);
+    Tensor stats =
+        empty(return_stats ? std::vector<int64_t>{s.K, 2, 2, s.H} : std::vector<int64_t>{0}, kType<C>);
+    std::unique_ptr<C[]> task_stats;
+    if (return_stats && s.T > 1) task_stats.reset(new C[size_t(s.T * stats_size)]);
+    C* stats_out = !return_stats ? nullptr : task_stats ? task_stats.get() : data<C>(stats);
+    const SibTraining<C> run{{a.problem, data<C>(logits), nullptr, stats_out, nullptr},
+                             static_cast<const int64_t*>(answers.const_data_ptr()),
+                             C(1) / C(s.T * s.Q)};
+    const auto sums = sum_over_tasks<C>(s.T, 3 * sib_work(s), size_of<Sums, C>(s),
+                                        [&](C* partial, int64_t begin, int64_t end) {
+                                          Arena<C> arena(partial);
+                                          kernels<C>().sib_training(run, mlp, Sums(arena, s), begin, end);
+                                        });
+    if (return_stats && s.T != 1) average(stats_out, s.T, stats_size, data<C>(stats));
+    Arena<C> arena(sums.get());
+    const Sums total(arena, s);
+    Tensor measures = empty({2}, kType<C>), grad_weight = empty({s.D}, kType<C>);
+    Tensor grad_scale = empty(sizes(scale), kType<C>), grad_bias = empty(sizes(bias), kType<C>);
+    const MlpGradTensors g(s, kType<C>);
+    unfold_into<C>(g, a.mlp, total.grad.mlp, s);
+    *data<C>(grad_scale) = *total.grad.scale;
+    *data<C>(grad_bias) = *total.grad.bias;
+    std::copy(total.grad.weight, total.grad.weight + s.D, data<C>(grad_weight));
+    for (int64_t i = 0; i < 2; ++i) data<C>(measures)[i] = total.measures[i] * run.share;
+    return SibTrainingResults{measures,  logits,   stats,     grad_weight, grad_scale, grad_bias,
+                              g.weight1, g.bias1,  g.gain1,   g.shift1,    g.weight2,  g.bias2,
+                              g.gain2,   g.shift2, g.weight3, g.bias3};
   });
 }
 
@@ -207,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_head(const Tensor& support, const Opti
     const std::vector<int64_t> none{0};
     Tensor logits = empty({s.T, s.Q, s.N}, kType<C>);
     Tensor heads = empty(return_weights ? std::vector{s.T, s.N, s.D + 1} : none, kType<C>);
-    Tensor trace = empty(save_trace ? std::vector{s.T, head_trace_size<C>(s)} : none, kType<C>);
+    Tensor trace = empty_trace<C>(save_trace ? std::vector{s.T, head_trace_size<C>(s)} : none);
     const HeadForward<C> run{a.problem, data<C>(logits), return_weights ? data<C>(heads) : nullptr,
                              save_trace ? data<C>(trace) : nullptr};
     over_tasks(s.T, linear_head_work(s),
@@ -247,6 +308,7 @@ HeadGradients linear_head_backward(const Tensor& grad_logits, const Optional& gr
 STABLE_TORCH_LIBRARY_IMPL(kernelmeta, CPU, library) {
   library.impl("sib", TORCH_BOX(&sib));
   library.impl("sib_backward", TORCH_BOX(&sib_backward));
+  library.impl("sib_gradients", TORCH_BOX(&sib_gradients));
   library.impl("synthetic_gradient_mlp", TORCH_BOX(&synthetic_gradient_mlp));
   library.impl("synthetic_gradient_mlp_backward", TORCH_BOX(&synthetic_gradient_mlp_backward));
   library.impl("class_means", TORCH_BOX(&class_means));

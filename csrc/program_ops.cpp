@@ -84,7 +84,7 @@ ProgramResults program(const Tensor& query, const Optional& query_index, const T
     Tensor of_support = empty(coefficients ? a.support.shape(n_way) : none, type);
     Tensor of_query = empty(coefficients ? a.query.shape(n_way) : none, type);
     Tensor of_start = empty(coefficients ? std::vector{a.problem.T, n_way} : none, type);
-    Tensor trace = empty({save_trace ? a.trace_offsets.back() : 0}, type);
+    Tensor trace = empty_trace<C>({save_trace ? a.trace_offsets.back() : 0});
     ProgramForward<C> run{a.problem, data<C>(logits), nullptr,
                           nullptr,   nullptr,         save_trace ? data<C>(trace) : nullptr};
     if (coefficients) {

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor> ridge(const Tensor& query, const Optional& qu
                              query_offsets, n_ways, lambda, scale, bias, n_way);
     Tensor logits = empty(a.query.shape(n_way), kType<C>);
     Tensor coefficients = empty(a.support.shape(n_way), kType<C>);
-    Tensor trace = empty({save_trace ? a.trace_offsets.back() : 0}, kType<C>);
+    Tensor trace = empty_trace<C>({save_trace ? a.trace_offsets.back() : 0});
     const std::unique_ptr<bool[]> singular(new bool[size_t(a.problem.T)]());
     const RidgeForward<C> run{a.problem, data<C>(logits), data<C>(coefficients),
                               save_trace ? data<C>(trace) : nullptr};

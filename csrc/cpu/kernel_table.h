@@ -6,12 +6,30 @@
 
 namespace kernelmeta {
 
+// sib and its backward in one pass over the tasks, for a loss known beforehand: the mean cross entropy.
+template <class C>
+struct SibTraining {
+  SibForward<C> forward;  // without a trace
+  const int64_t* labels;  // [T][Q], of the query rows
+  C share;                // of one row in the mean
+
+  // Sums over a chunk of tasks.
+  struct Sums {
+    SibParameterGrad<C> grad;
+    C* measures;  // [2]; see QueryLoss
+
+    __forceinline__ Sums(Arena<C>& arena, const Sizes& s) : grad(arena, s), measures(arena.take(2)) {}
+  };
+};
+
 template <class C>
 struct Kernels {
   void (*sib_forward)(const SibForward<C>&, const FoldedMlp<C>& mlp, int64_t begin, int64_t end);
   // Adds to `grad`, which is zero at the start of a chunk.
   void (*sib_backward)(const SibBackward<C>&, const FoldedMlp<C>& mlp, const SibParameterGrad<C>& grad,
                        int64_t begin, int64_t end);
+  void (*sib_training)(const SibTraining<C>&, const FoldedMlp<C>& mlp,
+                       const typename SibTraining<C>::Sums& sums, int64_t begin, int64_t end);
   void (*mlp_forward)(const MlpProblem<C>&, const FoldedMlp<C>& mlp, C* out, int64_t begin, int64_t end);
   void (*mlp_backward)(const MlpProblem<C>&, const FoldedMlp<C>& mlp, const C* grad_out, C* grad_logits,
                        const FoldedMlpGrad<C>& grad, int64_t begin, int64_t end);

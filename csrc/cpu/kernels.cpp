@@ -4,6 +4,7 @@
 #include "cpu/block.h"
 #include "cpu/kernel_table.h"
 #include "engine/mlp_task.h"
+#include "engine/query_loss.h"
 #include "engine/sib_task.h"
 
 #define KERNELMETA_STRING_(x) #x
@@ -85,6 +86,36 @@ void sib_backward(const SibBackward<C>& f, const FoldedMlp<C>& mlp, const SibPar
     Arena<C> arena(const_cast<C*>(f.trace) + t * stride);
     const Trace<C> trace(arena, arena, s, gram_formed, f.problem.weights);
     w.task.backward(f, t, trace, w.adjoint, grad, w.gtheta0);
+  }
+}
+
+template <class C>
+struct SibTrainingWorkspace {
+  CpuBlock<C> block;
+  QueryLoss<CpuBlock<C>> loss;
+  Trace<C> trace;
+  SibBackwardWorkspace<C> backward;
+  C* grad_logits;
+
+  SibTrainingWorkspace(Arena<C>& arena, const SibProblem<C>& p, const FoldedMlp<C>& mlp, bool gram_formed)
+      : loss(arena, block, p.s),
+        trace(arena, arena, p.s, gram_formed, false),
+        backward(arena, p, mlp, gram_formed, false, false),
+        grad_logits(arena.take(p.s.Q * p.s.N)) {}
+};
+
+template <class C>
+void sib_training(const SibTraining<C>& f, const FoldedMlp<C>& mlp, const typename SibTraining<C>::Sums& sums,
+                  int64_t begin, int64_t end) {
+  const SibProblem<C>& p = f.forward.problem;
+  const Sizes& s = p.s;
+  auto w = in_scratch<SibTrainingWorkspace<C>, C>(p, mlp, forms_gram(s, true));
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t logits = t * s.Q * s.N;
+    w.backward.task.forward(f.forward, t, w.trace);
+    w.loss(f.forward.logits + logits, f.labels + t * s.Q, f.share, w.grad_logits, sums.measures);
+    const SibBackward<C> back{p, nullptr, w.grad_logits - logits, nullptr, nullptr, nullptr};
+    w.backward.task.backward(back, t, w.trace, w.backward.adjoint, sums.grad, w.backward.gtheta0);
   }
 }
 
@@ -190,9 +221,9 @@ void linear_head_backward(const HeadBackward<C>& f, const HeadParameterGrad<C>& 
 }
 
 template <class C>
-constexpr Kernels<C> kKernels = {sib_forward<C>,         sib_backward<C>,        mlp_forward<C>,
-                                 mlp_backward<C>,        class_means_forward<C>, class_means_backward<C>,
-                                 linear_head_forward<C>, linear_head_backward<C>};
+constexpr Kernels<C> kKernels = {sib_forward<C>,          sib_backward<C>,        sib_training<C>,
+                                 mlp_forward<C>,          mlp_backward<C>,        class_means_forward<C>,
+                                 class_means_backward<C>, linear_head_forward<C>, linear_head_backward<C>};
 
 }  // namespace
 

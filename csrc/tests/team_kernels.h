@@ -146,7 +146,7 @@ void team_linear_head_backward(const HeadBackward<C>& f, const HeadParameterGrad
 
 template <class C>
 constexpr Kernels<C> kTeamKernels = {
-    team_sib_forward<C>,         team_sib_backward<C>,        nullptr, nullptr, nullptr, nullptr,
+    team_sib_forward<C>,         team_sib_backward<C>,        nullptr, nullptr, nullptr, nullptr, nullptr,
     team_linear_head_forward<C>, team_linear_head_backward<C>};
 
 template <class C>

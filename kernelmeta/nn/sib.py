@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kernelmeta import ops
 from kernelmeta.nn import xfer
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
+from kernelmeta.reference import MLPParameters
 
 # The published names of what SyntheticGradientMLP calls weight1, bias1, ...
 _XFER_MLP = {
@@ -99,6 +100,42 @@ class SIB(nn.Module):
         logits: Tensor = self._adapt(bank, support_labels, bank, False, support_index, query_index)
         return logits
 
+    def gradients(
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        query_labels: Tensor,
+        *,
+        support_index: Tensor | None = None,
+        query_index: Tensor | None = None,
+    ) -> ops.SIBGradients:
+        """A training step's worth in one launch, outside of autograd: see :func:`kernelmeta.ops.sib_gradients`.
+
+        The mean cross entropy of the query rows, and its gradient in every parameter, which becomes its ``grad``
+        (what was there is gone; hooks are not called). Then comes the optimizer's step.
+
+        Args:
+            support, support_labels, query: as in :meth:`forward`; or banks [n, D], with an index each as in
+                :meth:`from_bank`.
+            query_labels: [T, Q] int64 in 0..N-1.
+        """
+        mlp = self.mlp
+        parameters = (self.weight, self.scale, self.bias, *mlp.tensors())
+        track = self._tracks(support_labels)
+        results = ops.sib_gradients(
+            support, support_labels, query, query_labels, *parameters[:3], MLPParameters(*parameters[3:]),
+            steps=self.steps, inner_lr=self.inner_lr, reduction=self.reduction, norm_stats=self.norm_stats,
+            running_stats=mlp.running_stats, return_norm_stats=track, support_index=support_index,
+            query_index=query_index,
+        )  # fmt: skip
+        for parameter, gradient in zip(parameters, results.gradients, strict=True):
+            if parameter.requires_grad:
+                parameter.grad = gradient
+        if results.norm_stats is not None:
+            self._update_running_stats(results.norm_stats)
+        return results
+
     def _adapt(
         self,
         support: Tensor,
@@ -109,36 +146,28 @@ class SIB(nn.Module):
         query_index: Tensor | None,
     ) -> Any:
         mlp = self.mlp
-        track = (
+        track = self._tracks(labels)
+        results = ops.sib(
+            support, labels, query, self.weight, self.scale, self.bias, mlp.tensors(), steps=self.steps,
+            inner_lr=self.inner_lr, reduction=self.reduction, norm_stats=self.norm_stats,
+            running_stats=mlp.running_stats, return_weights=return_weights, return_norm_stats=track,
+            support_index=support_index, query_index=query_index,
+        )  # fmt: skip
+        if not track:
+            return results
+        *results, stats = results
+        self._update_running_stats(stats)
+        return tuple(results) if return_weights else results[0]
+
+    def _tracks(self, labels: Tensor) -> bool:
+        """Whether a call updates the running statistics."""
+        return (
             self.training
             and self.norm_stats != "running"
             and self.steps > 0
             and labels.shape[0] > 0
             and not torch._C._are_functorch_transforms_active()
         )
-        results = ops.sib(
-            support,
-            labels,
-            query,
-            self.weight,
-            self.scale,
-            self.bias,
-            mlp.tensors(),
-            steps=self.steps,
-            inner_lr=self.inner_lr,
-            reduction=self.reduction,
-            norm_stats=self.norm_stats,
-            running_stats=mlp.running_stats,
-            return_weights=return_weights,
-            return_norm_stats=track,
-            support_index=support_index,
-            query_index=query_index,
-        )
-        if not track:
-            return results
-        *results, stats = results
-        self._update_running_stats(stats)
-        return tuple(results) if return_weights else results[0]
 
     def _update_running_stats(self, stats: Tensor) -> None:
         """One exponential update a step, [K, 2, 2, H], all steps in one product."""

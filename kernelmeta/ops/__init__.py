@@ -4,7 +4,18 @@ from kernelmeta.ops.class_means_op import class_means
 from kernelmeta.ops.linear_head_op import linear_head
 from kernelmeta.ops.program_op import program
 from kernelmeta.ops.ridge_op import ridge
+from kernelmeta.ops.sib_gradients_op import SIBGradients, sib_gradients
 from kernelmeta.ops.sib_op import sib, sib_inner_loop
 from kernelmeta.ops.synthetic_gradient_mlp_op import synthetic_gradient_mlp
 
-__all__ = ["class_means", "linear_head", "program", "ridge", "sib", "sib_inner_loop", "synthetic_gradient_mlp"]
+__all__ = [
+    "SIBGradients",
+    "class_means",
+    "linear_head",
+    "program",
+    "ridge",
+    "sib",
+    "sib_gradients",
+    "sib_inner_loop",
+    "synthetic_gradient_mlp",
+]

@@ -24,7 +24,7 @@ def by_kernel(backend: str) -> bool:
     return backend in ("cpu", "cuda") and not is_traced()
 
 
-def explain(error: Exception, check: Callable[..., None], *given: Any) -> NoReturn:
+def explain(error: Exception, check: Callable[..., object], *given: Any) -> NoReturn:
     """Raise what ``check`` says about what was given, or if it finds no fault, the error itself."""
     try:
         check(*given)
@@ -67,12 +67,12 @@ def one_value(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected one value, got shape {shape_text(tensor)}")
 
 
-def labels(name: str, tensor: Tensor, expected: tuple[int, int], features: Tensor) -> None:
+def labels(name: str, tensor: Tensor, expected: tuple[int, ...], features: Tensor, meaning: str = "[T, S]") -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype is not torch.int64:
         raise TypeError(f"{name}: expected int64, got {str(tensor.dtype).removeprefix('torch.')}")
-    shape(name, tensor, expected, "[T, S]")
+    shape(name, tensor, expected, meaning)
     if tensor.device != features.device:
         raise ValueError(f"{name} is on {tensor.device}, but the features are on {features.device}")
 
@@ -194,7 +194,7 @@ def task_rows(
         shape("n_ways", n_ways, (support_offsets.shape[0] - 1,), "[T]")
 
 
-def mlp(parameters: MLPParameters) -> tuple[int, int]:
+def mlp(parameters: Sequence[Tensor]) -> tuple[int, int]:
     """N and H of an MLP whose ten tensors fit each other."""
     if len(parameters) != 10:
         raise TypeError(f"mlp: expected the ten tensors of MLPParameters, got {len(parameters)}")

@@ -83,7 +83,7 @@ class DifferentiableOp:
         ):
             LIBRARY.define(full_name + declared)
             LIBRARY.impl(full_name, implementation, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"kernelmeta::{full_name}", _on_one_device(fake_kernel), lib=LIBRARY)
+            torch.library.register_fake(f"kernelmeta::{full_name}", on_one_device(fake_kernel), lib=LIBRARY)
             for device in ("cpu", "cuda"):
                 torch.library.register_autocast(f"kernelmeta::{full_name}", device, torch.float32, lib=LIBRARY)
         self.raw = getattr(torch.ops.kernelmeta, name).default
@@ -219,7 +219,7 @@ def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], type[torch.aut
     return super(torch.autograd.Function, Eager).apply, Functional
 
 
-def _on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
+def on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:
     """The dispatcher calls a fake kernel even if only one tensor is a meta tensor: kernels see all others' devices."""
 
     @functools.wraps(fake)

@@ -33,7 +33,7 @@ _ARGUMENTS = (
 )
 
 
-def _sizes(args: Args) -> tuple[int, int, int, int, int, int, int]:
+def sizes(args: Args) -> tuple[int, int, int, int, int, int, int]:
     """T, S, Q, N, D, H, K of the raw op's arguments."""
     query, query_index, start, start_index = args[:4]
     T, Q = query.shape[:2] if query_index is None else query_index.shape
@@ -58,7 +58,7 @@ def trace_size(N: int, Q: int, D: int, K: int, return_weights: bool) -> int:
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
-    T, _, Q, N, D, H, K = _sizes(args)
+    T, _, Q, N, D, H, K = sizes(args)
     return_weights, return_stats, save_trace = args[_RETURN_WEIGHTS:]
     new_empty = args[_SCALE].new_empty
     return (
@@ -70,7 +70,7 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_backward(grad_logits: Tensor, grad_weights: Tensor | None, trace: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    T, S, Q, N, D, _, _ = _sizes(args)
+    T, S, Q, N, D, _, _ = sizes(args)
     need_query, need_start = args[-2:]
     new_empty = args[_SCALE].new_empty
     return (
@@ -148,7 +148,7 @@ def _fallback_backward(
 def _backward_args(args: Args, residuals: Args, grads: Args, needs: Any) -> Args:
     grad_logits, grad_weights = grads
     if grad_logits is None:
-        T, _, Q, N, _, _, _ = _sizes(args)
+        T, _, Q, N, _, _, _ = sizes(args)
         grad_logits = args[_SCALE].new_zeros(T, Q, N)
     if not args[_RETURN_WEIGHTS]:
         grad_weights = None  # of an empty tensor

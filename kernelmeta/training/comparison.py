@@ -172,7 +172,7 @@ class Comparison:
                 config = self._train_config(learner, shot, balance, candidate, self.config.episodes)
                 config.make_sampler(self.bank, "train")
                 with torch.device("meta"):
-                    LEARNERS[learner].build(config, Rows(self.bank.n_features, self.bank.image_shape))
+                    LEARNERS[learner].make(config, Rows(self.bank.n_features, self.bank.image_shape))
         except (TypeError, ValueError) as error:
             raise ValueError(f"candidates: {learner} {describe(candidate)}: {error}") from None
 

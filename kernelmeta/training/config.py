@@ -111,7 +111,7 @@ class TrainConfig:
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return LEARNERS[self.learner].build(self, Rows(n_features, image_shape))
+            return LEARNERS[self.learner].make(self, Rows(n_features, image_shape))
 
     def make_sampler(self, bank: FeatureBank, split: str) -> EpisodeSampler:
         """The episodes of a split. Raises ValueError if the bank has not enough for them."""

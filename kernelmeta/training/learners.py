@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from kernelmeta import nn as km_nn
-
-if TYPE_CHECKING:
-    from kernelmeta.training.config import TrainConfig
 
 # Settings of a run that only some learners take.
 SETTINGS = (
@@ -45,7 +42,7 @@ class LearnerKind:
 
     Args:
         title: as tables print it.
-        build: makes the module, untrained, for a configuration and the rows of a bank.
+        build: makes the module, untrained: takes the rows, ``way`` and the settings in ``defaults``.
         defaults: the `SETTINGS` that it takes, and what they are if not given.
         training: defaults of settings that all learners have (the optimizer's, say) where they differ.
         over_steps: after training, K may be lowered (``module.steps``) to see the accuracy after fewer steps.
@@ -53,31 +50,27 @@ class LearnerKind:
     """
 
     title: str
-    build: Callable[[TrainConfig, Rows], Any]
+    build: Callable[..., Any]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     over_steps: bool = False
     whole_network: bool = False
 
-
-def _prototypes(config: TrainConfig, rows: Rows) -> nn.Module:
-    return km_nn.Prototypes(config.way, rows.n_features)
-
-
-def _anil(config: TrainConfig, rows: Rows) -> nn.Module:
-    assert config.steps is not None and config.inner_lr is not None
-    return km_nn.ANIL(
-        config.way,
-        rows.n_features,
-        config.steps,
-        config.inner_lr,
-        first_order=bool(config.first_order),
-        learn_rates=bool(config.learn_rates),
-    )
+    def make(self, config: Any, rows: Rows) -> Any:
+        """The module for a configuration, an object with ``way`` and those settings as attributes."""
+        return self.build(rows, config.way, **{name: getattr(config, name) for name in self.defaults})
 
 
-def _ridge(config: TrainConfig, rows: Rows) -> nn.Module:
-    return km_nn.RidgeHead(config.way, rows.n_features)
+def _prototypes(rows: Rows, way: int) -> nn.Module:
+    return km_nn.Prototypes(way, rows.n_features)
+
+
+def _anil(rows: Rows, way: int, steps: int, inner_lr: float, first_order: bool, learn_rates: bool) -> nn.Module:
+    return km_nn.ANIL(way, rows.n_features, steps, inner_lr, first_order=first_order, learn_rates=learn_rates)
+
+
+def _ridge(rows: Rows, way: int) -> nn.Module:
+    return km_nn.RidgeHead(way, rows.n_features)
 
 
 def parse_phases(text: str, learn_rates: bool = False) -> list[km_nn.Phase]:
@@ -95,63 +88,34 @@ def parse_phases(text: str, learn_rates: bool = False) -> list[km_nn.Phase]:
     return phases
 
 
-def _program(config: TrainConfig, rows: Rows) -> nn.Module:
-    assert config.phases is not None and config.norm_stats is not None
-    assert config.classifier is not None and config.start is not None and config.scale is not None
-    return km_nn.Program(
-        config.way,
-        rows.n_features,
-        parse_phases(config.phases, bool(config.learn_rates)),
-        classifier=config.classifier,
-        start=config.start,
-        hidden=config.hidden,
-        norm_stats=config.norm_stats,
-        scale=config.scale,
-    )
+def _program(rows: Rows, way: int, phases: str, learn_rates: bool, **settings: Any) -> nn.Module:
+    return km_nn.Program(way, rows.n_features, parse_phases(phases, learn_rates), **settings)
 
 
-def _sib(config: TrainConfig, rows: Rows) -> nn.Module:
-    assert config.steps is not None and config.inner_lr is not None and config.norm_stats is not None
-    return km_nn.SIB(
-        n_way=config.way,
-        n_features=rows.n_features,
-        steps=config.steps,
-        inner_lr=config.inner_lr,
-        hidden=config.hidden,
-        norm_stats=config.norm_stats,
-    )
+def _sib(rows: Rows, way: int, **settings: Any) -> nn.Module:
+    return km_nn.SIB(way, rows.n_features, **settings)
 
 
-def _maml(config: TrainConfig, rows: Rows) -> nn.Module:
-    assert config.steps is not None and config.inner_lr is not None
+def _maml(rows: Rows, way: int, steps: int, inner_lr: float, channels: int, hidden: int, **orders: Any) -> nn.Module:
+    network = _network(rows, way, channels, hidden)
     # Eight tasks of 80 images at a time take about 100 MB a layer.
-    return km_nn.MAML(
-        _network(config, rows),
-        config.way,
-        config.steps,
-        config.inner_lr,
-        first_order=bool(config.first_order),
-        learn_rates=bool(config.learn_rates),
-        chunk_size=8,
-        n_features=rows.n_features,
-    )
+    return km_nn.MAML(network, way, steps, inner_lr, chunk_size=8, n_features=rows.n_features, **orders)
 
 
-def _network(config: TrainConfig, rows: Rows) -> nn.Module:
+def _network(rows: Rows, way: int, channels: int, hidden: int) -> nn.Module:
     """Conv-4 and a linear layer for images; one hidden layer for features."""
-    assert config.channels is not None and config.hidden is not None
     if rows.image_shape is None:
         return nn.Sequential(
             nn.LayerNorm(rows.n_features, elementwise_affine=False),
-            nn.Linear(rows.n_features, config.hidden),
+            nn.Linear(rows.n_features, hidden),
             nn.ReLU(),
-            nn.Linear(config.hidden, config.way),
+            nn.Linear(hidden, way),
         )
     in_channels, height, width = rows.image_shape
     if min(height, width) < 16:
         raise ValueError(f"learner: maml needs images of at least 16 x 16 pixels, got {height} x {width}")
-    backbone = km_nn.Conv4(config.channels, in_channels)
-    head = nn.Linear(backbone.n_features(height, width), config.way)
+    backbone = km_nn.Conv4(channels, in_channels)
+    head = nn.Linear(backbone.n_features(height, width), way)
     return nn.Sequential(nn.Unflatten(1, rows.image_shape), backbone, head)
 
 

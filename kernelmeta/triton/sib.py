@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kernelmeta.ops.sib_op import _fallback, _fallback_backward, _sizes, trace_size
+from kernelmeta.ops.sib_op import _fallback, _fallback_backward, sizes, trace_size
 from kernelmeta.triton import class_means_kernels, mlp_kernels
 from kernelmeta.triton.launch import launch, plain, precision
 from kernelmeta.triton.loop_kernels import loop_backward_kernel, loop_forward_kernel
@@ -50,7 +50,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     """The raw op ``sib``. What one program cannot hold (`mlp_kernels.fits`) runs in plain PyTorch, without trace."""
     query, query_index, start, start_index, labels, weight, scale, bias, *mlp = args[:18]
     running_stats, K, lr, return_weights, return_stats, save_trace = args[18:]
-    T, _, Q, N, D, H, _ = _sizes(args)
+    T, _, Q, N, D, H, _ = sizes(args)
     if T == 0 or not mlp_kernels.fits(Q, N, H, scale.dtype):
         logits, weights, stats, no_trace = _fallback(*args)
         if save_trace:
@@ -100,7 +100,7 @@ def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tenso
     """The raw op ``sib_backward``."""
     query, query_index, start, start_index, labels, weight, scale, bias, *mlp = args[:18]
     running_stats, K, lr, return_weights, need_query, need_start = args[18:]
-    T, _, Q, N, D, H, _ = _sizes(args)
+    T, _, Q, N, D, H, _ = sizes(args)
     if T == 0 or not mlp_kernels.fits(Q, N, H, scale.dtype):
         return plain(_fallback_backward, grad_logits, grad_weights, trace_data, *args)
     query, start = query.contiguous(), start.contiguous()
