@@ -20,7 +20,7 @@ struct ProgramFeatures {
   bool first_order;
 
   // -> trace.inverse, grams, u[0] = rows times theta0 (plus bias), r2[0] = |theta0|^2.
-  __host__ __device__ __forceinline__ void forward() {
+  __host__ __device__ KERNELMETA_GPU_CALL void forward() {
     const int64_t N = s.N, D = s.D, ld = s.ld();
     form_gram();
     each_part([&](RowPart part, Rows<F> rows) {
