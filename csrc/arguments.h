@@ -181,27 +181,31 @@ struct FeatureTensor {
   }
 };
 
-// Labels [T, S]; their values are looked at by ClassLists on a CPU, by the kernels on a GPU.
+// Labels [T, rows]; their values are looked at by ClassLists or require_below on a CPU, by the kernels on a
+// GPU.
 class Labels {
  public:
-  Labels(const Place& on, const Tensor& labels, int64_t T, int64_t S) : tensor_(dense(labels)) {
-    require_shape(on, labels, {T, S}, "support_labels");
-    require(labels.scalar_type() == ScalarType::Long, "support_labels must be int64");
+  Labels(const Place& on, const Tensor& labels, int64_t T, int64_t rows, const char* name = "support_labels")
+      : tensor_(dense(labels)), T_(T), rows_(rows), name_(name) {
+    require_shape(on, labels, {T, rows}, name);
+    if (labels.scalar_type() != ScalarType::Long) refuse(std::string(name) + " must be int64");
   }
   const int64_t* get() const { return static_cast<const int64_t*>(tensor_.const_data_ptr()); }
 
+  void require_below(int64_t N) const {
+    const int64_t* label = get();
+    for (int64_t i = 0; i < T_ * rows_; ++i) {
+      if (label[i] >= 0 && label[i] < N) continue;
+      refuse(std::string(name_) + ": task " + std::to_string(i / rows_) + " has label " +
+             std::to_string(label[i]) + "; labels must be in 0.." + std::to_string(N - 1));
+    }
+  }
+
  private:
   Tensor tensor_;
+  int64_t T_, rows_;
+  const char* name_;
 };
-
-// Labels [T][rows] of a CPU are in 0..N-1.
-inline void require_label_values(const int64_t* label, int64_t T, int64_t rows, int64_t N, const char* name) {
-  for (int64_t i = 0; i < T * rows; ++i) {
-    if (label[i] >= 0 && label[i] < N) continue;
-    refuse(std::string(name) + ": task " + std::to_string(i / rows) + " has label " +
-           std::to_string(label[i]) + "; labels must be in 0.." + std::to_string(N - 1));
-  }
-}
 
 struct MlpTensors {
   const Tensor &weight1, &bias1, &gain1, &shift1, &weight2, &bias2, &gain2, &shift2, &weight3, &bias3;
@@ -432,7 +436,7 @@ struct HeadArguments {
       require(f->features.storage == own || (sizeof(C) == 4 && f->features.storage != Storage::kFloat64),
               "float64 features need float64 parameters, and float64 parameters float64 features");
     }
-    if (on.cpu) require_label_values(labels.get(), s.T, s.S, s.N, "support_labels");
+    if (on.cpu) labels.require_below(s.N);
     problem = {s,
                support.features,
                query.features,

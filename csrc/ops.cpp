@@ -29,13 +29,6 @@ void average(const C* per_task, int64_t T, int64_t size, C* out) {
   }
 }
 
-// Labels [T, rows] in 0..N-1.
-void require_labels(const Tensor& labels, int64_t T, int64_t rows, int64_t N, const char* name) {
-  require_shape(Place(), labels, {T, rows}, name);
-  if (labels.scalar_type() != ScalarType::Long) refuse(std::string(name) + " must be int64");
-  require_label_values(static_cast<const int64_t*>(labels.const_data_ptr()), T, rows, N, name);
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> sib(
     const Tensor& query, const Optional& query_index, const Tensor& start, const Optional& start_index,
     const Optional& labels, const Optional& weight, const Tensor& scale, const Tensor& bias,
@@ -127,8 +120,8 @@ SibTrainingResults sib_gradients(const Tensor& query, const Optional& query_inde
     const Sizes& s = a.problem.s;
     const ClassLists classes(a.labels->get(), s.T, s.S, s.N);
     a.problem.classes = classes.table();
-    const Tensor answers = dense(query_labels);
-    require_labels(answers, s.T, s.Q, s.N, "query_labels");
+    const Labels answers(a.on, query_labels, s.T, s.Q, "query_labels");
+    answers.require_below(s.N);
     const Folded<C> mlp(a.mlp, s);
     const int64_t stats_size = s.K * 4 * s.H;
     Tensor logits = empty({s.T, s.Q, s.N}, kType<C>);
@@ -137,9 +130,8 @@ SibTrainingResults sib_gradients(const Tensor& query, const Optional& query_inde
     std::unique_ptr<C[]> task_stats;
     if (return_stats && s.T > 1) task_stats.reset(new C[size_t(s.T * stats_size)]);
     C* stats_out = !return_stats ? nullptr : task_stats ? task_stats.get() : data<C>(stats);
-    const SibTraining<C> run{{a.problem, data<C>(logits), nullptr, stats_out, nullptr},
-                             static_cast<const int64_t*>(answers.const_data_ptr()),
-                             C(1) / C(s.T * s.Q)};
+    const SibTraining<C> run{
+        {a.problem, data<C>(logits), nullptr, stats_out, nullptr}, answers.get(), C(1) / C(s.T * s.Q)};
     const auto sums = sum_over_tasks<C>(s.T, 3 * sib_work(s), size_of<Sums, C>(s),
                                         [&](C* partial, int64_t begin, int64_t end) {
                                           Arena<C> arena(partial);
