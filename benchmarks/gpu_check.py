@@ -221,7 +221,7 @@ def learners(T: int) -> dict[str, Any]:
             with use_backend("reference"):
                 run(i)
 
-        runners = {"kernelmeta": run, "plain PyTorch": plain}
+        runners: dict[str, Callable[[int], Any]] = {"kernelmeta": run, "plain PyTorch": plain}
         try:
             runners["kernelmeta, CUDA graph"] = graphed(run)
         except RuntimeError as reason:
