@@ -50,9 +50,9 @@ class ANIL(Program):
         self.steps, self.first_order, self.learn_rates = steps, first_order, learn_rates
         self._kept_rates: Tensor | None = None
 
-    def _constant_rates(self) -> Tensor:
+    def _constant_rates(self, bias: Tensor) -> Tensor:
         """inner_lr for each step, in the precision of the head; kept, since making it costs as much as a check."""
-        bias, kept = self.bias, self._kept_rates
+        kept = self._kept_rates
         if kept is None or kept.dtype is not bias.dtype or kept.device != bias.device:
             kept = torch.full((self.phases[0].steps,), self.phases[0].lr, dtype=bias.dtype, device=bias.device)
             if not torch.compiler.is_compiling():
@@ -83,11 +83,12 @@ class ANIL(Program):
             raise ValueError(
                 f"support: task 0 has {self.n_way} ways and {S} support rows; every class needs at least one"
             )
-        rates = self.rates[0] if self.learn_rates else self._constant_rates()
+        bias = self.bias
+        rates = self.rates[0] if self.learn_rates else self._constant_rates(bias)
         if rates.shape[0] != self.steps:
             rates = rates[: self.steps]
         results = ops.linear_head(
-            support, support_labels, query, self.weight, self.bias, rates, oracle=self.phases[0].oracle,
+            support, support_labels, query, self.weight, bias, rates, oracle=self.phases[0].oracle,
             first_order=self.first_order, return_weights=return_weights, **options,
         )  # fmt: skip
         if not return_weights:
