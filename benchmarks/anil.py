@@ -92,12 +92,27 @@ def _query_loss(logits: Tensor, answers: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), answers.flatten())
 
 
-def _kernelmeta(problem: AnilProblem) -> PeerRunner:
+def _module(problem: AnilProblem) -> nn.ANIL:
     size = problem.size
     module = nn.ANIL(size.N, size.D, size.K, LR).to(problem.weight.dtype)
     with torch.no_grad():
         module.weight.copy_(problem.weight)
         module.bias.copy_(problem.bias)
+    return module
+
+
+def _at_once(problem: AnilProblem) -> PeerRunner:
+    module = _module(problem)
+
+    def train(i: int) -> Result:
+        logits = module.gradients(*problem.batches[i % len(problem.batches)]).logits
+        return logits, [module.weight.grad, module.bias.grad]
+
+    return train
+
+
+def _kernelmeta(problem: AnilProblem) -> PeerRunner:
+    module = _module(problem)
 
     def train(i: int) -> Result:
         support, labels, query, answers = problem.batches[i % len(problem.batches)]
@@ -246,6 +261,7 @@ def _jax(problem: AnilProblem) -> PeerRunner:
 
 PEERS: dict[str, tuple[str, Callable[[AnilProblem], PeerRunner]]] = {
     "kernelmeta": ("kernelmeta, km.nn.ANIL", _kernelmeta),
+    "at_once": ("kernelmeta, km.nn.ANIL.gradients", _at_once),
     "loop": ("eager, task by task", _loop),
     "higher": ("higher, task by task", _higher),
     "batched": ("eager, all tasks at once", _batched),

@@ -38,20 +38,24 @@ QUICK = (*OWN, "published", "dual", "vmap", "jax")
 
 
 def measure(
-    size: Size, mode: str, names: Sequence[str], *, seconds: float, memory: bool = False
+    size: Size, mode: str, names: Sequence[str], *, seconds: float, memory: bool = False, checked_in: str | None = None
 ) -> tuple[dict[str, Any], str]:
     """One cell, every peer checked against float64 first. Returns its record and what was left out, and why.
+
+    ``checked_in`` is the precision of that check where it is not the cell's own.
 
     Raises:
         Disagreement: kernelmeta itself disagrees; a peer that does is left out.
     """
     problem = draw(size)
+    checked = draw(size._replace(dtype=checked_in), copies=1) if checked_in else None
     runners, notes = {}, []
     record: dict[str, dict[str, Any]] = {}
     for name in names:
         try:
             runner = PEERS[name].prepare(problem, mode)
-            errors = agreement.check(name, PEERS[name], runner, problem, mode)
+            judged = PEERS[name].prepare(checked, mode) if checked else runner
+            errors = agreement.check(name, PEERS[name], judged, checked or problem, mode)
         except (Unavailable, agreement.Disagreement) as reason:
             if name == "kernelmeta":
                 raise

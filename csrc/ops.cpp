@@ -297,6 +297,38 @@ HeadGradients linear_head_backward(const Tensor& grad_logits, const Optional& gr
   });
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_head_gradients(
+    const Tensor& support, const Optional& support_index, const Tensor& labels, const Tensor& query,
+    const Optional& query_index, const Tensor& weight, const Tensor& bias, const Tensor& rates,
+    int64_t oracle, bool first_order, const Tensor& query_labels) {
+  return with_type(weight, [&](auto zero) {
+    using C = decltype(zero);
+    using Sums = typename HeadTraining<C>::Sums;
+    const HeadArguments<C> a(support, support_index, labels, query, query_index, weight, bias, rates, oracle,
+                             first_order);
+    const Sizes& s = a.problem.s;
+    const Labels answers(a.on, query_labels, s.T, s.Q, "query_labels");
+    answers.require_below(s.N);
+    Tensor logits = empty({s.T, s.Q, s.N}, kType<C>), measures = empty({2}, kType<C>);
+    Tensor grad_weight = empty({s.N, s.D}, kType<C>), grad_bias = empty({s.N}, kType<C>);
+    Tensor grad_rates = empty({s.K}, kType<C>);
+    const HeadTraining<C> run{
+        {a.problem, data<C>(logits), nullptr, nullptr}, answers.get(), C(1) / C(s.T * s.Q)};
+    const auto sums = sum_over_tasks<C>(s.T, 3 * linear_head_work(s), size_of<Sums, C>(s),
+                                        [&](C* partial, int64_t begin, int64_t end) {
+                                          Arena<C> arena(partial);
+                                          kernels<C>().linear_head_training(run, Sums(arena, s), begin, end);
+                                        });
+    Arena<C> arena(sums.get());
+    const Sums total(arena, s);
+    std::copy(total.grad.weight, total.grad.weight + s.N * s.D, data<C>(grad_weight));
+    std::copy(total.grad.bias, total.grad.bias + s.N, data<C>(grad_bias));
+    std::copy(total.grad.rates, total.grad.rates + s.K, data<C>(grad_rates));
+    for (int64_t i = 0; i < 2; ++i) data<C>(measures)[i] = total.measures[i] * run.share;
+    return std::tuple{measures, logits, grad_weight, grad_bias, grad_rates};
+  });
+}
+
 STABLE_TORCH_LIBRARY_IMPL(kernelmeta, CPU, library) {
   library.impl("sib", TORCH_BOX(&sib));
   library.impl("sib_backward", TORCH_BOX(&sib_backward));
@@ -307,6 +339,7 @@ STABLE_TORCH_LIBRARY_IMPL(kernelmeta, CPU, library) {
   library.impl("class_means_backward", TORCH_BOX(&class_means_backward));
   library.impl("linear_head", TORCH_BOX(&linear_head));
   library.impl("linear_head_backward", TORCH_BOX(&linear_head_backward));
+  library.impl("linear_head_gradients", TORCH_BOX(&linear_head_gradients));
 }
 
 }  // namespace

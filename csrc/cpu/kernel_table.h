@@ -6,21 +6,25 @@
 
 namespace kernelmeta {
 
-// sib and its backward in one pass over the tasks, for a loss known beforehand: the mean cross entropy.
-template <class C>
-struct SibTraining {
-  SibForward<C> forward;  // without a trace
+// An op and its backward in one pass over the tasks, for a loss known beforehand: the mean cross entropy.
+template <class C, class Forward, class Grad>
+struct Training {
+  Forward forward;        // without a trace
   const int64_t* labels;  // [T][Q], of the query rows
   C share;                // of one row in the mean
 
   // Sums over a chunk of tasks.
   struct Sums {
-    SibParameterGrad<C> grad;
+    Grad grad;
     C* measures;  // [2]; see QueryLoss
 
     __forceinline__ Sums(Arena<C>& arena, const Sizes& s) : grad(arena, s), measures(arena.take(2)) {}
   };
 };
+template <class C>
+using SibTraining = Training<C, SibForward<C>, SibParameterGrad<C>>;
+template <class C>
+using HeadTraining = Training<C, HeadForward<C>, HeadParameterGrad<C>>;
 
 template <class C>
 struct Kernels {
@@ -40,6 +44,8 @@ struct Kernels {
   void (*linear_head_forward)(const HeadForward<C>&, int64_t begin, int64_t end);
   void (*linear_head_backward)(const HeadBackward<C>&, const HeadParameterGrad<C>& grad, int64_t begin,
                                int64_t end);
+  void (*linear_head_training)(const HeadTraining<C>&, const typename HeadTraining<C>::Sums& sums,
+                               int64_t begin, int64_t end);
 };
 
 }  // namespace kernelmeta

@@ -221,9 +221,41 @@ void linear_head_backward(const HeadBackward<C>& f, const HeadParameterGrad<C>& 
 }
 
 template <class C>
+struct HeadTrainingWorkspace {
+  CpuBlock<C> block;
+  QueryLoss<CpuBlock<C>> loss;
+  HeadForwardWorkspace<C> forward;
+  typename LinearHead<CpuBlock<C>>::Adjoint adjoint;
+  C* grad_logits;
+
+  HeadTrainingWorkspace(Arena<C>& arena, const HeadProblem<C>& p)
+      : loss(arena, block, p.s),
+        forward(arena, p, true),
+        adjoint(arena, p.s, false),
+        grad_logits(arena.take(p.s.Q * p.s.N)) {}
+};
+
+template <class C>
+void linear_head_training(const HeadTraining<C>& f, const typename HeadTraining<C>::Sums& sums, int64_t begin,
+                          int64_t end) {
+  const HeadProblem<C>& p = f.forward.problem;
+  const Sizes& s = p.s;
+  auto w = in_scratch<HeadTrainingWorkspace<C>, C>(p);
+  for (int64_t t = begin; t < end; ++t) {
+    const int64_t logits = t * s.Q * s.N;
+    LinearHead<CpuBlock<C>> head = w.forward.task.head(t, w.forward.trace);
+    w.forward.task.forward(head, f.forward, t, w.forward.scratch);
+    w.loss(f.forward.logits + logits, f.labels + t * s.Q, f.share, w.grad_logits, sums.measures);
+    const HeadBackward<C> back{p, nullptr, w.grad_logits - logits, nullptr, nullptr, nullptr};
+    w.forward.task.backward(head, back, t, w.adjoint, sums.grad);
+  }
+}
+
+template <class C>
 constexpr Kernels<C> kKernels = {sib_forward<C>,          sib_backward<C>,        sib_training<C>,
                                  mlp_forward<C>,          mlp_backward<C>,        class_means_forward<C>,
-                                 class_means_backward<C>, linear_head_forward<C>, linear_head_backward<C>};
+                                 class_means_backward<C>, linear_head_forward<C>, linear_head_backward<C>,
+                                 linear_head_training<C>};
 
 }  // namespace
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from kernelmeta import ops
 from kernelmeta.nn.program import Program
@@ -78,15 +79,7 @@ class ANIL(Program):
             )  # fmt: skip
         if query_offsets is not None or n_ways is not None:
             raise ValueError("query_offsets and n_ways: need support_offsets")
-        S = support_labels.shape[-1]
-        if self.n_way > S:  # the op itself takes classes without a row; programs do not
-            raise ValueError(
-                f"support: task 0 has {self.n_way} ways and {S} support rows; every class needs at least one"
-            )
-        bias = self.bias
-        rates = self.rates[0] if self.learn_rates else self._constant_rates(bias)
-        if rates.shape[0] != self.steps:
-            rates = rates[: self.steps]
+        bias, rates = self._learned(support_labels)
         results = ops.linear_head(
             support, support_labels, query, self.weight, bias, rates, oracle=self.phases[0].oracle,
             first_order=self.first_order, return_weights=return_weights, **options,
@@ -95,3 +88,49 @@ class ANIL(Program):
             return results
         logits, heads = results
         return logits, (heads[..., :-1], heads[..., -1])
+
+    def gradients(
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        query_labels: Tensor,
+        *,
+        support_index: Tensor | None = None,
+        query_index: Tensor | None = None,
+    ) -> ops.HeadGradients:
+        """A training step's worth in one launch, outside of autograd: see :func:`kernelmeta.ops.linear_head_gradients`.
+
+        The mean cross entropy of the query rows, and its gradient in every parameter, which becomes its ``grad``
+        (what was there is gone; hooks are not called). Then comes the optimizer's step.
+
+        Args:
+            support, support_labels, query: as in :meth:`forward`; or banks [n, D], with an index each as in
+                :meth:`from_bank`.
+            query_labels: [T, Q] int64 in 0..N-1.
+        """
+        weight, (bias, rates) = self.weight, self._learned(support_labels)
+        results = ops.linear_head_gradients(
+            support, support_labels, query, query_labels, weight, bias, rates, oracle=self.phases[0].oracle,
+            first_order=self.first_order, support_index=support_index, query_index=query_index,
+        )  # fmt: skip
+        of_weight, of_bias, of_rates = results.gradients
+        if weight.requires_grad:
+            weight.grad = of_weight
+        if bias.requires_grad:
+            bias.grad = of_bias
+        if self.learn_rates and self.rates[0].requires_grad:
+            own = self.rates[0]
+            own.grad = pad(of_rates, (0, len(own) - len(of_rates)))
+        return results
+
+    def _learned(self, support_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The head's bias, and the rates of the steps."""
+        S = support_labels.shape[-1]
+        if self.n_way > S:  # the op itself takes classes without a row; programs do not
+            raise ValueError(
+                f"support: task 0 has {self.n_way} ways and {S} support rows; every class needs at least one"
+            )
+        bias = self.bias
+        rates = self.rates[0] if self.learn_rates else self._constant_rates(bias)
+        return bias, rates if rates.shape[0] == self.steps else rates[: self.steps]

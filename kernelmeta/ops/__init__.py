@@ -1,6 +1,7 @@
 """The ops: functions of tensors, batched over tasks, differentiable; each runs on the best backend there is."""
 
 from kernelmeta.ops.class_means_op import class_means
+from kernelmeta.ops.linear_head_gradients_op import HeadGradients, linear_head_gradients
 from kernelmeta.ops.linear_head_op import linear_head
 from kernelmeta.ops.program_op import program
 from kernelmeta.ops.ridge_op import ridge
@@ -9,9 +10,11 @@ from kernelmeta.ops.sib_op import sib, sib_inner_loop
 from kernelmeta.ops.synthetic_gradient_mlp_op import synthetic_gradient_mlp
 
 __all__ = [
+    "HeadGradients",
     "SIBGradients",
     "class_means",
     "linear_head",
+    "linear_head_gradients",
     "program",
     "ridge",
     "sib",

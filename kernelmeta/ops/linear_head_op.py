@@ -22,7 +22,7 @@ from kernelmeta.reference.program import oracle_gradient
 # Positions of the raw op's arguments.
 _SUPPORT, _QUERY, _WEIGHT, _BIAS, _RATES = 0, 3, 5, 6, 7
 _DIFFERENTIABLE = (_SUPPORT, _QUERY, _WEIGHT, _BIAS, _RATES)
-_ARGUMENTS = (
+ARGUMENTS = (
     "Tensor support, Tensor? support_index, Tensor support_labels, Tensor query, Tensor? query_index, Tensor weight, "
     "Tensor bias, Tensor rates, int oracle, bool first_order"
 )
@@ -43,7 +43,7 @@ def _rows(features: Tensor, index: Tensor | None) -> Tensor:
     return features if index is None else features[index]
 
 
-def _sizes(args: Args) -> tuple[int, int, int, int, int, int]:
+def sizes(args: Args) -> tuple[int, int, int, int, int, int]:
     """T, S, Q, N, D, K of the raw op's arguments."""
     support, support_index, _, query, query_index, weight, _, rates = args[:8]
     T, S = support.shape[:2] if support_index is None else support_index.shape
@@ -52,7 +52,7 @@ def _sizes(args: Args) -> tuple[int, int, int, int, int, int]:
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
-    T, S, Q, N, D, K = _sizes(args)
+    T, S, Q, N, D, K = sizes(args)
     return_weights, save_trace = args[_RETURN_WEIGHTS:]
     new_empty = args[_WEIGHT].new_empty
     return (
@@ -63,7 +63,7 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _fake_backward(grad_logits: Tensor, grad_heads: Tensor | None, trace: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    T, S, Q, N, D, K = _sizes(args)
+    T, S, Q, N, D, K = sizes(args)
     need_support, need_query = args[-2:]
     new_empty = args[_WEIGHT].new_empty
     return (
@@ -117,7 +117,7 @@ def _fallback_backward(grad_logits: Tensor, grad_heads: Tensor | None, trace: Te
 def _backward_args(args: Args, residuals: Args, grads: Args, needs: Any) -> Args:
     grad_logits, grad_heads = grads
     if grad_logits is None:
-        T, _, Q, N, _, _ = _sizes(args)
+        T, _, Q, N, _, _ = sizes(args)
         grad_logits = args[_WEIGHT].new_zeros(T, Q, N)
     if not args[_RETURN_WEIGHTS]:
         grad_heads = None  # of an empty tensor
@@ -126,8 +126,8 @@ def _backward_args(args: Args, residuals: Args, grads: Args, needs: Any) -> Args
 
 OP = DifferentiableOp(
     "linear_head",
-    schema=f"({_ARGUMENTS}, bool return_weights, bool save_trace) -> (Tensor, Tensor, Tensor)",
-    backward_schema=f"(Tensor grad_logits, Tensor? grad_heads, Tensor trace, {_ARGUMENTS}, bool need_support, "
+    schema=f"({ARGUMENTS}, bool return_weights, bool save_trace) -> (Tensor, Tensor, Tensor)",
+    backward_schema=f"(Tensor grad_logits, Tensor? grad_heads, Tensor trace, {ARGUMENTS}, bool need_support, "
     f"bool need_query) -> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})",
     fake=_fake,
     fake_backward=_fake_backward,

@@ -6,16 +6,13 @@ still in the cache and without a trace of all tasks in between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from kernelmeta.backends import select
-from kernelmeta.ops import _checks
-from kernelmeta.ops._differentiable import LIBRARY, is_traced, on_one_device
+from kernelmeta.ops import _checks, _training_step
+from kernelmeta.ops._differentiable import LIBRARY, on_one_device
 from kernelmeta.ops.sib_op import sib, sizes
 from kernelmeta.reference import MLPParameters
 
@@ -89,8 +86,13 @@ def sib_gradients(
         "running_stats": running_stats, "return_norm_stats": return_norm_stats, "support_index": support_index,
         "query_index": query_index,
     }  # fmt: skip
+    given = (support, support_labels, query, query_labels, parameters, options)
     try:
-        if _is_fused(support, query, parameters, options):
+        if (
+            norm_stats == "task"
+            and (support_index is None) is (query_index is None)
+            and _training_step.is_fused(query, support, parameters)
+        ):
             rows = query if query_index is None else query_index
             lr = _checks.step_size(steps, inner_lr, reduction, rows.shape[1])
             features = (query, query_index, support, support_index, support_labels)
@@ -101,18 +103,8 @@ def sib_gradients(
             loss, accuracy = measures.unbind()
             return SIBGradients(loss, accuracy, logits, stats if return_norm_stats else None, tuple(gradients))
     except Exception as error:
-        _checks.explain(error, _one_after_the_other, support, support_labels, query, query_labels, parameters, options)
-    return _one_after_the_other(support, support_labels, query, query_labels, parameters, options)
-
-
-def _is_fused(support: Tensor, query: Tensor, parameters: Sequence[Tensor], options: dict[str, Any]) -> bool:
-    if options["norm_stats"] != "task" or (options["support_index"] is None) is not (options["query_index"] is None):
-        return False
-    if select(query.device.type) != "cpu" or is_traced():
-        return False
-    precision = _checks.precisions((support, query, *parameters))
-    # (narrower features are read as they are)
-    return precision is None or (precision[1] is torch.float32 and {p.dtype for p in parameters} == {torch.float32})
+        _checks.explain(error, _one_after_the_other, *given)
+    return _one_after_the_other(*given)
 
 
 def _one_after_the_other(
@@ -126,26 +118,12 @@ def _one_after_the_other(
     weight, scale, bias, *mlp = parameters
     _checks.tensors(support=support, query=query, weight=weight, scale=scale, bias=bias)
     _checks.mlp(mlp)
-    with torch.enable_grad():
-        leaves = [p.detach().requires_grad_() for p in (weight, scale, bias, *mlp)]
+
+    def forward(leaves: list[Tensor]) -> tuple[Tensor, ...]:
         own, (s, b), of_mlp = leaves[0], leaves[1:3], MLPParameters(*leaves[3:])
-        logits, *stats = _as_tuple(sib(support.detach(), support_labels, query.detach(), own, s, b, of_mlp, **options))
-        _checks.labels("query_labels", query_labels, tuple(logits.shape[:2]), query, "[T, Q]")
-        _check_range(query_labels, logits.shape[-1])
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = cross_entropy(wide.flatten(0, -2), query_labels.flatten())
-        gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
-    accuracy = (logits.argmax(-1) == query_labels).to(loss.dtype).mean()
-    return SIBGradients(loss.detach(), accuracy, logits.detach(), stats[0] if stats else None, gradients)
+        results = sib(support.detach(), support_labels, query.detach(), own, s, b, of_mlp, **options)
+        return results if isinstance(results, tuple) else (results,)
 
-
-def _check_range(labels: Tensor, n_way: int) -> None:
-    if labels.device.type != "cpu" or not labels.numel():
-        return  # (a GPU would have to be waited for)
-    for label in labels.aminmax():
-        if not 0 <= label < n_way:
-            raise ValueError(f"query_labels: label {int(label)}; labels must be in 0..{n_way - 1}")
-
-
-def _as_tuple(results: Any) -> tuple[Tensor, ...]:
-    return results if isinstance(results, tuple) else (results,)
+    *found, stats = _training_step.one_after_the_other(forward, parameters, query_labels)
+    loss, accuracy, logits, gradients = found
+    return SIBGradients(loss, accuracy, logits, stats[0] if stats else None, gradients)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelmeta.ops.linear_head_op import _fallback, _fallback_backward, _sizes, trace_size
+from kernelmeta.ops.linear_head_op import _fallback, _fallback_backward, sizes, trace_size
 from kernelmeta.triton import phases
 from kernelmeta.triton.launch import plain
 from kernelmeta.triton.phases import Gradients, Learned, Live, Phase
@@ -27,7 +27,7 @@ def _trace(data: Tensor, S: int, N: int, K: int) -> Trace:
 
 def _program(args: Any) -> tuple[Live, list[Phase], Learned]:
     labels, rates, oracle = args[2], args[7], args[8]
-    _, S, _, _, _, K = _sizes(args)
+    _, S, _, _, _, K = sizes(args)
     ones = rates.new_ones(1)
     learned = Learned(torch.cat([ones, ones.new_zeros(1), ones]), rates.contiguous(), labels.contiguous(), None, None)
     return Live(S, 0, padded(S), padded(S), None), [Phase(oracle, False, True, K)] if K else [], learned
@@ -37,7 +37,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     """The raw op ``linear_head``. What one program cannot hold runs in plain PyTorch, without trace."""
     support, support_index, labels, query, query_index, weight, bias = args[:7]
     return_weights, save_trace = args[10:]
-    T, S, Q, N, D, K = _sizes(args)
+    T, S, Q, N, D, K = sizes(args)
     data = weight.new_zeros((T, trace_size(N, S, D, K)) if save_trace or T else 0)
     if T == 0 or not phases.fits(padded(S), N, 0, weight.dtype):
         logits, heads, _ = _fallback(*args)
@@ -68,7 +68,7 @@ def backward(grad_logits: Tensor, grad_heads: Tensor | None, data: Tensor, *args
     """The raw op ``linear_head_backward``."""
     support, support_index, _, query, query_index, weight, bias, rates = args[:8]
     first_order, need_support, need_query = args[9:]
-    T, S, Q, N, D, K = _sizes(args)
+    T, S, Q, N, D, K = sizes(args)
     if T == 0 or not phases.fits(padded(S), N, 0, weight.dtype):
         return plain(_fallback_backward, grad_logits, grad_heads, data, *args)
     support, query, grad_logits = support.contiguous(), query.contiguous(), grad_logits.contiguous()
