@@ -14,6 +14,12 @@ BIN := $(VENV)/bin
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 HAS_COMPILER := $(shell command -v $(firstword $(CXX)) || command -v c++ || command -v clang++)
 
+# Without a GPU: what runs needs no CUDA kernels; what is tested, those of two architectures. (All take long.)
+ifeq ($(shell command -v nvidia-smi),)
+demo bench: export KERNELMETA_BUILD ?= cpu
+test: export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0
+endif
+
 .PHONY: help install test lint cpp-test py-test format demo bench gpu-check clean
 
 help:
