@@ -59,9 +59,9 @@ void sib_forward(const SibForward<C>& f, const FoldedMlp<C>& mlp, int64_t begin,
   }
 }
 
-template <class C>
+template <class C, bool kKeeps = false>
 struct SibBackwardWorkspace {
-  using Task = SibTask<CpuBlock<C>>;
+  using Task = SibTask<CpuBlock<C>, kKeeps>;
   CpuBlock<C> block;
   Task task;
   typename Task::Adjoint adjoint;
@@ -71,7 +71,9 @@ struct SibBackwardWorkspace {
                        bool query_grad, bool weights)
       : task(arena, block, p.s, p, mlp, *p.scale, *p.bias, gram_formed, true),
         adjoint(arena, p.s, gram_formed, query_grad, weights),
-        gtheta0(arena.take(p.s.N * p.s.D)) {}
+        gtheta0(arena.take(p.s.N * p.s.D)) {
+    if (kKeeps) adjoint.loop.gs = task.loop.g;
+  }
 };
 
 template <class C>
@@ -89,12 +91,12 @@ void sib_backward(const SibBackward<C>& f, const FoldedMlp<C>& mlp, const SibPar
   }
 }
 
-template <class C>
+template <class C, bool kKeeps>
 struct SibTrainingWorkspace {
   CpuBlock<C> block;
   QueryLoss<CpuBlock<C>> loss;
   Trace<C> trace;
-  SibBackwardWorkspace<C> backward;
+  SibBackwardWorkspace<C, kKeeps> backward;
   C* grad_logits;
 
   SibTrainingWorkspace(Arena<C>& arena, const SibProblem<C>& p, const FoldedMlp<C>& mlp, bool gram_formed)
@@ -104,12 +106,12 @@ struct SibTrainingWorkspace {
         grad_logits(arena.take(p.s.Q * p.s.N)) {}
 };
 
-template <class C>
+template <bool kKeeps, class C>
 void sib_training(const SibTraining<C>& f, const FoldedMlp<C>& mlp, const typename SibTraining<C>::Sums& sums,
                   int64_t begin, int64_t end) {
   const SibProblem<C>& p = f.forward.problem;
   const Sizes& s = p.s;
-  auto w = in_scratch<SibTrainingWorkspace<C>, C>(p, mlp, forms_gram(s, true));
+  auto w = in_scratch<SibTrainingWorkspace<C, kKeeps>, C>(p, mlp, forms_gram(s, true));
   for (int64_t t = begin; t < end; ++t) {
     const int64_t logits = t * s.Q * s.N;
     w.backward.task.forward(f.forward, t, w.trace);
@@ -117,6 +119,20 @@ void sib_training(const SibTraining<C>& f, const FoldedMlp<C>& mlp, const typena
     const SibBackward<C> back{p, nullptr, w.grad_logits - logits, nullptr, nullptr, nullptr};
     w.backward.task.backward(back, t, w.trace, w.backward.adjoint, sums.grad, w.backward.gtheta0);
   }
+}
+
+// Activations are kept as long as they stay in a core's share of the caches.
+inline constexpr int64_t kKeptBytes = 4 << 20;
+
+template <class C>
+void sib_training(const SibTraining<C>& f, const FoldedMlp<C>& mlp, const typename SibTraining<C>::Sums& sums,
+                  int64_t begin, int64_t end) {
+  const Sizes& s = f.forward.problem.s;
+  const int64_t bytes = s.K * InnerLoop<CpuBlock<C>, true>::kept_size(s) * int64_t(sizeof(C));
+  if (bytes <= kKeptBytes)
+    sib_training<true>(f, mlp, sums, begin, end);
+  else
+    sib_training<false>(f, mlp, sums, begin, end);
 }
 
 template <class C>

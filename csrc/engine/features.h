@@ -153,8 +153,7 @@ struct QueryFeatures {
   }
 
   // Gradient of theta_K -> gradients of P_K (adj.gp) and a_K (adj.ga).
-  __host__ __device__ __forceinline__ void weights_backward(const C* gweights,
-                                                            const typename InnerLoop<B>::Adjoint& adj) {
+  __host__ __device__ __forceinline__ void weights_backward(const C* gweights, const LoopAdjoint<B>& adj) {
     block.dots(s.N, Rows<C>{gweights, s.D, nullptr}, s.Q, query, s.D, adj.gp, s.ld());
     scaled_rows(adj.gp, adj.gp);
     block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
@@ -179,8 +178,8 @@ struct QueryFeatures {
   };
 
   // adj.gu, adj.gr2 of the start -> gtheta0 [N][D]. gweights [N][D] or null.
-  __host__ __device__ __forceinline__ void theta0_backward(const typename InnerLoop<B>::Adjoint& adj,
-                                                           const C* gweights, const Scratch& t, C* gtheta0) {
+  __host__ __device__ __forceinline__ void theta0_backward(const LoopAdjoint<B>& adj, const C* gweights,
+                                                           const Scratch& t, C* gtheta0) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     block.unfenced().rows(N, Q, [&](int64_t n, auto row) {
       const C r2 = trace.r2[n];
@@ -205,8 +204,8 @@ struct QueryFeatures {
 
   // After theta0_backward: -> gquery [Q][D].
   __host__ __device__ __forceinline__ void query_backward(const GramMatrix<B>& gram,
-                                                          const typename InnerLoop<B>::Adjoint& adj,
-                                                          const C* gweights, const Scratch& t, C* gquery) {
+                                                          const LoopAdjoint<B>& adj, const C* gweights,
+                                                          const Scratch& t, C* gquery) {
     const int64_t N = s.N, Q = s.Q, D = s.D, ld = s.ld(), KN = s.K * s.N;
     block.unfenced().features_zero(Q, D, gquery);
     // First the gradient of the normalised rows, divided by |x|; from A, whose gradient is the sum over the

@@ -78,16 +78,48 @@ struct StepScalars {
         beta(e / (r * r_next)) {}
 };
 
+// Scratch of the backward pass of an inner loop.
 template <class B>
+struct LoopAdjoint {
+  using C = typename B::Scalar;
+
+  C* gu;              // [N][ld]   gradient of U, in: of U_K, out: of U_0
+  C* gr2;             // [N]       gradient of r2, likewise
+  C *gp, *ga;         // [N][ld], [N]: of P and a, with weights only
+  C *gg, *gz;         // [N][ld]
+  C* gag;             // [K][N][ld] gradient of AG; all steps are kept for the Gram matrix' gradient
+  C* gs;              // [K][N][ld] G of every step, likewise
+  C* g2;              // [H][ld]: of the MLP
+  C *gscale, *gbias;  // [N] each: one sum per class, added up in order at the end
+
+  __host__ __device__ __forceinline__ LoopAdjoint(Arena<C>& arena, const typename B::Sizes& s, bool weights)
+      : gu(arena.take(s.N * s.ld())),
+        gr2(arena.take(s.N)),
+        gp(weights ? arena.take(s.N * s.ld()) : nullptr),
+        ga(weights ? arena.take(s.N) : nullptr),
+        gg(arena.take(s.N * s.ld())),
+        gz(arena.take(s.N * s.ld())),
+        gag(arena.take(s.K * s.N * s.ld())),
+        gs(arena.take(s.K * s.N * s.ld())),
+        g2(arena.take(s.H * s.ld())),
+        gscale(arena.take(s.N)),
+        gbias(arena.take(s.N)) {}
+};
+
+// kKeeps: a task's backward pass follows its forward pass at once, and finds the activations and G of every
+// step where that left them. Otherwise it computes them anew, from U.
+template <class B, bool kKeeps = false>
 struct InnerLoop {
   using C = typename B::Scalar;
+  using Adjoint = LoopAdjoint<B>;
 
   B& block;
   const typename B::Sizes& s;
   C scale, bias, lr;
   C e;  // step size for U, whose gradient is s times that of Z
   Mlp<B> mlp;
-  C *z, *g;  // [N][ld], [N][ld]
+  C* kept;   // [K][kept_size]: activations of every step
+  C *z, *g;  // [N][ld], [N][ld]; of g one for every step that is kept
 
   __host__ __device__ __forceinline__ InnerLoop(B& block, const typename B::Sizes& s,
                                                 const FoldedMlp<C>& weights, C scale, C bias, C lr,
@@ -98,9 +130,17 @@ struct InnerLoop {
         bias(bias),
         lr(lr),
         e(lr * scale),
-        mlp(block, s, weights, backward, arena),
+        mlp(block, s, weights, backward && !kKeeps, arena),
+        kept(kKeeps ? arena.take(s.K * kept_size(s)) : nullptr),
         z(arena.take(s.N * s.ld())),
-        g(arena.take(s.N * s.ld())) {}
+        g(arena.take((kKeeps ? s.K : 1) * s.N * s.ld())) {}
+
+  // Elements of the activations of a step.
+  __host__ __device__ __forceinline__ static int64_t kept_size(const typename B::Sizes& s) {
+    Arena<C> count;
+    typename Mlp<B>::Activations unused(count, s, true);
+    return count.used();
+  }
 
   // From trace.u[0] = C (rows times theta0) and trace.r2[0] = |theta0|^2 on: fills the trace.
   // stats: [K][2][2][H] or null.
@@ -129,33 +169,8 @@ struct InnerLoop {
     block.unfenced().each_item(s.Q * N, [&](int64_t i) { out[i] = scale * (u[i % N * ld + i / N] + bias); });
   }
 
-  // Scratch of the backward pass.
-  struct Adjoint {
-    C* gu;              // [N][ld]   gradient of U, in: of U_K, out: of U_0
-    C* gr2;             // [N]       gradient of r2, likewise
-    C *gp, *ga;         // [N][ld], [N]: of P and a, with weights only
-    C *gg, *gz;         // [N][ld]
-    C* gag;             // [K][N][ld] gradient of AG; all steps are kept for the Gram matrix' gradient
-    C* gs;              // [K][N][ld] G of every step, likewise
-    C* g2;              // [H][ld]: of the MLP
-    C *gscale, *gbias;  // [N] each: one sum per class, added up in order at the end
-
-    __host__ __device__ __forceinline__ Adjoint(Arena<C>& arena, const typename B::Sizes& s, bool weights)
-        : gu(arena.take(s.N * s.ld())),
-          gr2(arena.take(s.N)),
-          gp(weights ? arena.take(s.N * s.ld()) : nullptr),
-          ga(weights ? arena.take(s.N) : nullptr),
-          gg(arena.take(s.N * s.ld())),
-          gz(arena.take(s.N * s.ld())),
-          gag(arena.take(s.K * s.N * s.ld())),
-          gs(arena.take(s.K * s.N * s.ld())),
-          g2(arena.take(s.H * s.ld())),
-          gscale(arena.take(s.N)),
-          gbias(arena.take(s.N)) {}
-  };
-
   // grad_logits [Q][N] -> adjoint.gu, gr2 of the start; MLP gradients are added to `grad`.
-  // gp and ga must hold the gradients of P_K and a_K where the trace has weights.
+  // gp and ga must hold the gradients of P_K and a_K where the trace has weights. With kKeeps, adj.gs is g.
   __host__ __device__ __forceinline__ void backward(const Trace<C>& trace, const GramMatrix<B>& gram,
                                                     const C* grad_logits, const Adjoint& adj,
                                                     const FoldedMlpGrad<C>& grad) {
@@ -174,6 +189,11 @@ struct InnerLoop {
   }
 
  private:
+  __host__ __device__ __forceinline__ typename Mlp<B>::Activations activations(int64_t k) const {
+    Arena<C> memory(kept + k * kept_size(s));
+    return {memory, s, true};
+  }
+
   __host__ __device__ __forceinline__ void classify(const C* u) {
     const int64_t ld = s.ld();
     block.rows(s.N, s.Q, [&](int64_t n, auto row) {
@@ -202,11 +222,13 @@ struct InnerLoop {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     const C* u = trace.u + k * N * ld;
     C* ag = trace.ag + k * N * ld;
+    C* gs = kKeeps ? g + k * N * ld : g;
     classify(u);
-    mlp.forward(z, g, stats);
-    gram.multiply(g, ag, false);
+    if constexpr (kKeeps) mlp.act = activations(k);
+    mlp.forward(z, gs, stats);
+    gram.multiply(gs, ag, false);
     block.rows(N, Q, [&](int64_t n, auto row) {
-      const C *un = u + n * ld, *gn = g + n * ld, *agn = ag + n * ld;
+      const C *un = u + n * ld, *gn = gs + n * ld, *agn = ag + n * ld;
       const C dot = row.sum([&](auto q) { return q.load(un) * q.load(gn); });
       const C gag = row.sum([&](auto q) { return q.load(gn) * q.load(agn); });
       const StepScalars<B> v(e, trace.r2[k * N + n], dot, gag);
@@ -232,7 +254,10 @@ struct InnerLoop {
     const C *u = trace.u + k * N * ld, *ag = trace.ag + k * N * ld;
     C *gs = adj.gs + k * N * ld, *gag = adj.gag + k * N * ld;
     classify(u);
-    mlp.forward(z, gs, nullptr);
+    if constexpr (kKeeps)
+      mlp.act = activations(k);
+    else
+      mlp.forward(z, gs, nullptr);
     block.rows(N, Q, [&](int64_t n, auto row) {
       const C *un = u + n * ld, *gn = gs + n * ld, *agn = ag + n * ld;
       C *gu = adj.gu + n * ld, *gg = adj.gg + n * ld, *gagn = gag + n * ld;

@@ -74,8 +74,8 @@ __host__ __device__ __forceinline__ void fill_nan(B& block, typename B::Scalar* 
   if (out) block.each_item(n, [&](int64_t i) { out[i] = typename B::Scalar(__builtin_nan("")); });
 }
 
-// What forward and backward both need to work on one task.
-template <class B>
+// What forward and backward both need to work on one task. kKeeps: see InnerLoop.
+template <class B, bool kKeeps = false>
 struct SibTask {
   using C = typename B::Scalar;
   using Sizes = typename B::Sizes;
@@ -83,7 +83,7 @@ struct SibTask {
   B& block;
   const Sizes& s;
   const SibProblem<C>& p;
-  InnerLoop<B> loop;
+  InnerLoop<B, kKeeps> loop;
   C* support_inverse;
   SortedClasses<B> classes;
   C *query_buffer, *start_buffer;
@@ -126,7 +126,7 @@ struct SibTask {
 
   // Scratch of the backward pass.
   struct Adjoint {
-    typename InnerLoop<B>::Adjoint loop;
+    LoopAdjoint<B> loop;
     typename QueryFeatures<B>::Scratch features;
 
     __host__ __device__ __forceinline__ Adjoint(Arena<C>& arena, const Sizes& s, bool gram_formed,
