@@ -11,7 +11,9 @@ import argparse
 import datetime
 import itertools
 import json
+import math
 import os
+import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,9 +21,10 @@ from typing import Any
 import torch
 
 from benchmarks import counts, floors, metadata
-from benchmarks.peers import PEERS
-from benchmarks.problem import MODES, Size
-from benchmarks.report import DISTURBED, OWN, RESULTS, against_best_peer, measure
+from benchmarks.peers import PEERS, parts_of_training
+from benchmarks.problem import MODES, Size, draw
+from benchmarks.report import DISTURBED, OWN, RESULTS, measure
+from benchmarks.timing import interleave
 
 GRID = [
     Size(T=T, N=N, S=S, K=K, D=D, dtype=dtype)
@@ -46,28 +49,55 @@ def summary(cell: dict[str, Any], ceilings: floors.Ceilings, names: Sequence[str
 
 
 def verdict(cells: Sequence[dict[str, Any]], ceilings: floors.Ceilings) -> list[str]:
-    """What holds over all cells."""
-    lost = [c for c in cells if min(_peer_ratios(c), default=9) < 1]
-    single = [min(_peer_ratios(c)) for c in cells if c["size"]["T"] == 1 and _peer_ratios(c)]
-    many = [
-        c["peers"]["kernelmeta"]["median"] / ceilings.floor(counts.Work(c["flops"], c["bytes"]))
-        for c in cells
-        if c["size"]["T"] >= 64
-    ]
-    lines = [against_best_peer(cells), f"Cells in which a peer is faster: {len(lost)} of {len(cells)}."]
-    lines += [f"  {Size(**c['size'])}: {min(_peer_ratios(c)):.2f}" for c in lost]
+    """What holds over all cells, for each way of calling kernelmeta that was timed."""
+    return [line for own in OWN if own in cells[0]["peers"] for line in _verdict_on(own, cells, ceilings)]
+
+
+def _verdict_on(own: str, cells: Sequence[dict[str, Any]], ceilings: floors.Ceilings) -> list[str]:
+    best = {Size(**c["size"]): min(ratios) for c in cells if (ratios := _peer_ratios(c, own))}
+    lines = [f"{PEERS[own].title}:"]
+    if best:
+        mean = math.exp(statistics.fmean(map(math.log, best.values())))
+        lines.append(f"* The best peer takes {mean:.1f} times as long in the geometric mean over {len(best)} cells.")
+        lost = {size: ratio for size, ratio in best.items() if ratio < 1}
+        named = "".join(f"; {size}: {ratio:.2f}" for size, ratio in lost.items())
+        lines.append(f"* A peer is faster in {len(lost)} of {len(best)} cells{named}.")
+    single = {size: ratio for size, ratio in best.items() if size.T == 1}
     if single:
-        lines.append(f"T = 1: the best peer takes {min(single):.1f} times as long where that is least.")
+        least = min(single, key=single.__getitem__)
+        lines.append(f"* T = 1: the best peer takes {single[least]:.1f} times as long where that is least ({least}).")
+    many = {Size(**c["size"]): times_floor(c, own, ceilings) for c in cells if c["size"]["T"] >= 64}
     if many:
-        within = sum(x <= 2 for x in many)
+        within, worst = sum(x <= 2 for x in many.values()), max(many, key=many.__getitem__)
         lines.append(
-            f"T >= 64: {within} of {len(many)} cells within twice the floor, the worst at {max(many):.1f} times."
+            f"* T >= 64: {within} of {len(many)} cells within twice the floor, the worst at {many[worst]:.1f} times "
+            f"({worst})."
         )
     return lines
 
 
-def _peer_ratios(cell: dict[str, Any]) -> list[float]:
-    return [found["times_kernelmeta"][0] for name, found in cell["peers"].items() if name not in OWN]
+def times_floor(cell: dict[str, Any], own: str, ceilings: floors.Ceilings) -> float:
+    """The time over the floor."""
+    return float(cell["peers"][own]["median"] / ceilings.floor(counts.Work(cell["flops"], cell["bytes"])))
+
+
+def _peer_ratios(cell: dict[str, Any], own: str) -> list[float]:
+    """How many times as long as ``own`` the peers take."""
+    mine = cell["peers"][own]["times_kernelmeta"][0]
+    return [found["times_kernelmeta"][0] / mine for name, found in cell["peers"].items() if name not in OWN]
+
+
+def parts(size: Size, seconds: float) -> str:
+    """Which part of a training step's time is what."""
+    problem = draw(size)
+    runners = parts_of_training(problem)
+    found = {name: timing.median * 1e3 for name, timing in interleave(runners, seconds=seconds).items()}
+    backward = found["all"] - found["forward"] - found["cross entropy"]
+    return (
+        f"{size}: {found['all']:.2f} ms = forward {found['forward']:.2f}, cross entropy and its backward pass "
+        f"{found['cross entropy']:.2f}, backward {backward:.2f}; the MLP's share of forward and backward, timed "
+        f"alone: {found['mlp']:.2f}"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     lines = [about, "", "| " + " | ".join(head) + " |", "|" + " ---: |" * len(head)]
     print("\n".join(lines), flush=True)
-    cells, notes = [], []
+    cells, notes, shares = [], [], []
     for size in sizes:
         if size in left_out:
             continue
@@ -104,15 +134,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             notes.append(f"{size}: {note}")
         lines.append(summary(cell, ceilings, names))
         print(lines[-1], flush=True)
+        if options.mode == "train" and size.T >= 64 and times_floor(cell, "kernelmeta", ceilings) > 2:
+            shares.append(parts(size, options.seconds))
     busy = max((c["others_cpus"] or 0 for c in cells), default=0)
     tail = ["", *verdict(cells, ceilings)]
+    if shares:
+        tail += ["", "Where the time goes in cells above twice the floor:", *(f"* {line}" for line in shares), ""]
     tail.append(f"Left out for their length: {', '.join(map(str, left_out)) or 'none'}.")
     if busy > DISTURBED:
         tail.append(f"DISTURBED: other processes kept up to {busy:.2f} CPUs busy.")
     print("\n".join(tail))
-    stem = RESULTS / f"{metadata.machine_name()}-{datetime.date.today().isoformat()}-grid-{options.dtype}"
+    about_cells = "-".join(
+        [options.dtype, *([options.mode] if options.mode != "train" else []), *map("".join, only.items())]
+    )
+    stem = RESULTS / f"{metadata.machine_name()}-{datetime.date.today().isoformat()}-grid-{about_cells}"
     record = {"metadata": facts, "ceilings": ceilings._asdict(), "disturbed": busy > DISTURBED, "cells": cells}
-    stem.with_suffix(".json").write_text(json.dumps(record | {"notes": notes}) + "\n")
+    stem.with_suffix(".json").write_text(json.dumps(record | {"notes": notes, "parts": shares}) + "\n")
     stem.with_suffix(".md").write_text("\n".join([*lines, *tail]) + "\n")
     return 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from benchmarks import forms
 from benchmarks.problem import Inputs, Problem, Size
-from kernelmeta import nn
+from kernelmeta import nn, ops
+from kernelmeta.reference import MLPParameters
 
 Result = tuple[Any, list[Any]]  # logits [T, Q, N]; gradients (none in mode "forward")
 PeerRunner = Callable[[int], Result]
@@ -109,6 +111,35 @@ def _at_once(problem: Problem, mode: str) -> PeerRunner:
         return logits, [leaf.grad for leaf in leaves]
 
     return train
+
+
+def parts_of_training(problem: Problem) -> dict[str, Callable[[int], Any]]:
+    """A training step through autograd, and what it consists of; "mlp": its K passes forward and K back."""
+    module, leaves = _module(problem)
+    size = problem.size
+    weights = MLPParameters(*leaves[3:])
+    own_logits = torch.randn(size.T, size.Q, size.N, requires_grad=True)
+
+    def forward(i: int) -> Tensor:
+        batch = problem.inputs[i % len(problem.inputs)]
+        found: Tensor = module(batch.support, batch.labels, batch.query)
+        return found
+
+    def loss(logits: Tensor, i: int) -> None:
+        for leaf in (*leaves, own_logits):
+            leaf.grad = None
+        _cross_entropy(logits, problem.inputs[i % len(problem.inputs)].answers).backward()
+
+    def mlp(_: int) -> None:
+        for _ in range(size.K):
+            ops.synthetic_gradient_mlp(own_logits, weights).backward(own_logits.detach())
+
+    return {
+        "all": lambda i: loss(forward(i), i),
+        "forward": forward,
+        "cross entropy": partial(loss, own_logits),
+        "mlp": mlp,
+    }
 
 
 def _too_large(size: Size, limit: int) -> None:

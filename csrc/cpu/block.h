@@ -147,9 +147,11 @@ struct CpuBlock {
   template <class F>
   __forceinline__ void row_sums(int64_t n, int64_t length, C* out, F f) const {
     for (int64_t i = 0; i < n; i += W) {
-      V sums[W] = {};
-      for (int64_t r = 0; r < W && i + r < n; ++r) {
-        Row<kPadded>{length}.each([&](auto at) { sums[r] += at.first(f(i + r, at)); });
+      V sums[W];
+      for (int64_t r = 0; r < W; ++r) {
+        V sum = {};
+        if (i + r < n) Row<kPadded>{length}.each([&](auto at) { sum += at.first(f(i + r, at)); });
+        sums[r] = sum;
       }
       ::store(out + i, sum_each<C>(sums));
     }

@@ -166,7 +166,9 @@ struct InnerLoop {
   __host__ __device__ __forceinline__ void logits(const Trace<C>& trace, C* out) {
     const C* u = trace.u + s.K * s.N * s.ld();
     const int64_t N = s.N, ld = s.ld();
-    block.unfenced().each_item(s.Q * N, [&](int64_t i) { out[i] = scale * (u[i % N * ld + i / N] + bias); });
+    block.unfenced().each_item(s.Q, [&](int64_t q) {
+      for (int64_t n = 0; n < N; ++n) out[q * N + n] = scale * (u[n * ld + q] + bias);
+    });
   }
 
   // grad_logits [Q][N] -> adjoint.gu, gr2 of the start; MLP gradients are added to `grad`.
@@ -175,7 +177,9 @@ struct InnerLoop {
                                                     const C* grad_logits, const Adjoint& adj,
                                                     const FoldedMlpGrad<C>& grad) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
-    block.each_item(N * Q, [&](int64_t i) { adj.gz[i / Q * ld + i % Q] = grad_logits[i % Q * N + i / Q]; });
+    block.each_item(Q, [&](int64_t q) {
+      for (int64_t n = 0; n < N; ++n) adj.gz[n * ld + q] = grad_logits[q * N + n];
+    });
     block.unfenced().rows(N, Q, [&](int64_t n, auto row) {
       row.one([&] {
         adj.gr2[n] = 0;
