@@ -21,6 +21,9 @@ TOLERANCES = {"float32": (1e-4, 2e-2), "bfloat16": (1e-4, 2e-2), "float64": (1e-
 # Statistics over all T*Q rows, summed in float32 by PyTorch's own batch_norm: at T = 512 the largest error of a logit
 # was 3.1e-4, and 3.5e-13 for the same function in float64.
 BATCH_LOGITS = 1e-3
+# Many steps through ReLUs multiply rounding errors by millions: in float64, after 50 steps, the kernel's gradients were
+# up to 3e-9 from the specification's, the eager dual form's 2e-8.
+MANY_STEPS, AFTER_MANY_STEPS = 10, (1e-8, 1e-6)
 _CHUNK = 16  # tasks of the reference at a time, for its memory
 
 
@@ -76,6 +79,8 @@ def check(
     """
     found = errors(runner(0), want or reference(problem, mode, peer.norm_stats))
     allowed = TOLERANCES[problem.size.dtype]
+    if problem.size.K > MANY_STEPS and problem.size.dtype == "float64":
+        allowed = AFTER_MANY_STEPS
     if peer.norm_stats == "batch" and problem.size.dtype != "float64":
         allowed = (BATCH_LOGITS, allowed[1])
     if found[0] > allowed[0] or found[1] > allowed[1]:

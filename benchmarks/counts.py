@@ -66,6 +66,26 @@ def sib(size: Size, mode: str) -> Work:
     return Work(T * flops, T * data)
 
 
+def learner(size: Size, support_steps: int = 0, query_steps: int = 0, mlp_steps: int = 0) -> Work:
+    """Forward and backward of a classifier that takes steps by the gradients of support rows, then of query rows.
+
+    In the space of the rows or in D dimensions, whichever is cheaper; no gradient of the features.
+    """
+    T, N, S, D, _, _ = size
+    Q = size.Q
+    once, live = 2.0 * Q * N * D, 0.0
+    if support_steps:
+        once += S * (S + 1) * D + 2.0 * Q * S * D + 2.0 * S * N * D
+        live += support_steps * 2.0 * S * S * N + 2.0 * Q * S * N
+    if query_steps:
+        once += Q * (Q + 1) * D
+        live += query_steps * 2.0 * Q * Q * N
+    direct = 2.0 * N * D * (2 * (support_steps * S + query_steps * Q) + Q)
+    flops = min(once + live, direct) + min(live + 2.0 * Q * N * D, direct) + 3 * mlp_steps * _mlp_flops(Q, N, size.H)
+    element = DTYPES[size.dtype].itemsize
+    return Work(T * flops, T * (2.0 * (S + Q) * D * element + 3 * Q * N * 4.0))
+
+
 def mlp(size: Size, mode: str) -> Work:
     """:func:`kernelmeta.ops.synthetic_gradient_mlp` on [T, Q, N]."""
     rows = size.T * size.Q

@@ -2,7 +2,7 @@
 
 One line a cell: the time of km.nn.SIB, forward, mean cross entropy and backward; that over its floor; and how many
 times longer each peer takes. Cells that would take seconds a call are left out, and said. Half an hour with two cores
-and the peers taken by default; writes benchmarks/results/<machine>-<date>-grid-<dtype>.json and .md.
+and the peers taken by default; writes benchmarks/results/<machine>-<date>-grid-<dtype>-<mode>[-<sizes>].json and .md.
 """
 
 from __future__ import annotations
@@ -144,10 +144,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if busy > DISTURBED:
         tail.append(f"DISTURBED: other processes kept up to {busy:.2f} CPUs busy.")
     print("\n".join(tail))
-    about_cells = "-".join(
-        [options.dtype, *([options.mode] if options.mode != "train" else []), *map("".join, only.items())]
-    )
-    stem = RESULTS / f"{metadata.machine_name()}-{datetime.date.today().isoformat()}-grid-{about_cells}"
+    cut = [options.dtype, options.mode, *(f"{name}{value}" for name, value in only.items())]
+    stem = RESULTS / f"{metadata.machine_name()}-{datetime.date.today().isoformat()}-grid-{'-'.join(cut)}"
     record = {"metadata": facts, "ceilings": ceilings._asdict(), "disturbed": busy > DISTURBED, "cells": cells}
     stem.with_suffix(".json").write_text(json.dumps(record | {"notes": notes, "parts": shares}) + "\n")
     stem.with_suffix(".md").write_text("\n".join([*lines, *tail]) + "\n")

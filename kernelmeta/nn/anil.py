@@ -10,10 +10,11 @@ from torch.nn.functional import pad
 
 from kernelmeta import ops
 from kernelmeta.nn.program import Program
+from kernelmeta.nn.training_step import TrainsAtOnce
 from kernelmeta.reference.phases import Phase
 
 
-class ANIL(Program):
+class ANIL(TrainsAtOnce, Program):
     """MAML's inner loop on the head alone (Raghu et al. 2020): the mean loss of the labelled support rows.
 
     The meta-gradient is that of MAML (Finn et al. 2017): exact, through all steps. A :class:`Program` of one phase, on
@@ -89,40 +90,20 @@ class ANIL(Program):
         logits, heads = results
         return logits, (heads[..., :-1], heads[..., -1])
 
-    def gradients(
-        self,
-        support: Tensor,
-        support_labels: Tensor,
-        query: Tensor,
-        query_labels: Tensor,
-        *,
-        support_index: Tensor | None = None,
-        query_index: Tensor | None = None,
-    ) -> ops.HeadGradients:
-        """A training step's worth in one launch, outside of autograd: see :func:`kernelmeta.ops.linear_head_gradients`.
-
-        The mean cross entropy of the query rows, and its gradient in every parameter, which becomes its ``grad``
-        (what was there is gone; hooks are not called). Then comes the optimizer's step.
-
-        Args:
-            support, support_labels, query: as in :meth:`forward`; or banks [n, D], with an index each as in
-                :meth:`from_bank`.
-            query_labels: [T, Q] int64 in 0..N-1.
-        """
-        weight, (bias, rates) = self.weight, self._learned(support_labels)
+    def _gradients(
+        self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, **index: Any
+    ) -> tuple[ops.HeadGradients, list[tuple[Tensor, Tensor]]]:
+        bias, rates = self._learned(support_labels)
         results = ops.linear_head_gradients(
-            support, support_labels, query, query_labels, weight, bias, rates, oracle=self.phases[0].oracle,
-            first_order=self.first_order, support_index=support_index, query_index=query_index,
+            support, support_labels, query, query_labels, self.weight, bias, rates, oracle=self.phases[0].oracle,
+            first_order=self.first_order, **index,
         )  # fmt: skip
         of_weight, of_bias, of_rates = results.gradients
-        if weight.requires_grad:
-            weight.grad = of_weight
-        if bias.requires_grad:
-            bias.grad = of_bias
-        if self.learn_rates and self.rates[0].requires_grad:
+        found: list[tuple[Tensor, Tensor]] = [(self.weight, of_weight), (self.bias, of_bias)]
+        if self.learn_rates:
             own = self.rates[0]
-            own.grad = pad(of_rates, (0, len(own) - len(of_rates)))
-        return results
+            found.append((own, pad(of_rates, (0, len(own) - len(of_rates)))))
+        return results, found
 
     def _learned(self, support_labels: Tensor) -> tuple[Tensor, Tensor]:
         """The head's bias, and the rates of the steps."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kernelmeta import ops
 from kernelmeta.nn import xfer
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
+from kernelmeta.nn.training_step import TrainsAtOnce
 from kernelmeta.reference import MLPParameters
 
 # The published names of what SyntheticGradientMLP calls weight1, bias1, ...
@@ -29,7 +30,7 @@ _XFER_MLP = {
 _XFER_STATS = [f"dni.layer{i}.2.running_{kind}" for i in (1, 2) for kind in ("mean", "var")]
 
 
-class SIB(nn.Module):
+class SIB(TrainsAtOnce):
     """Proposes a cosine classifier from the support set and refines it on the unlabelled query rows.
 
     Args:
@@ -100,41 +101,19 @@ class SIB(nn.Module):
         logits: Tensor = self._adapt(bank, support_labels, bank, False, support_index, query_index)
         return logits
 
-    def gradients(
-        self,
-        support: Tensor,
-        support_labels: Tensor,
-        query: Tensor,
-        query_labels: Tensor,
-        *,
-        support_index: Tensor | None = None,
-        query_index: Tensor | None = None,
-    ) -> ops.SIBGradients:
-        """A training step's worth in one launch, outside of autograd: see :func:`kernelmeta.ops.sib_gradients`.
-
-        The mean cross entropy of the query rows, and its gradient in every parameter, which becomes its ``grad``
-        (what was there is gone; hooks are not called). Then comes the optimizer's step.
-
-        Args:
-            support, support_labels, query: as in :meth:`forward`; or banks [n, D], with an index each as in
-                :meth:`from_bank`.
-            query_labels: [T, Q] int64 in 0..N-1.
-        """
+    def _gradients(
+        self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, **index: Any
+    ) -> tuple[ops.SIBGradients, Iterable[tuple[Tensor, Tensor]]]:
         mlp = self.mlp
         parameters = (self.weight, self.scale, self.bias, *mlp.tensors())
-        track = self._tracks(support_labels)
         results = ops.sib_gradients(
             support, support_labels, query, query_labels, *parameters[:3], MLPParameters(*parameters[3:]),
             steps=self.steps, inner_lr=self.inner_lr, reduction=self.reduction, norm_stats=self.norm_stats,
-            running_stats=mlp.running_stats, return_norm_stats=track, support_index=support_index,
-            query_index=query_index,
+            running_stats=mlp.running_stats, return_norm_stats=self._tracks(support_labels), **index,
         )  # fmt: skip
-        for parameter, gradient in zip(parameters, results.gradients, strict=True):
-            if parameter.requires_grad:
-                parameter.grad = gradient
         if results.norm_stats is not None:
             self._update_running_stats(results.norm_stats)
-        return results
+        return results, zip(parameters, results.gradients, strict=True)
 
     def _adapt(
         self,

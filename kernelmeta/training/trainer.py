@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.files import one_line
-from kernelmeta.nn import ANIL, SIB
+from kernelmeta.nn.training_step import TrainsAtOnce
 from kernelmeta.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.distributed import Ranks
@@ -200,7 +200,7 @@ class Trainer:
         episodes = self.sampler.draw(self.step * T, n * T)
         device, mine = self.features.device, slice(self.first_task, self.first_task + self.tasks)
         support_index, support_labels, query_index, answers = (t.view(n, T, -1)[:, mine].to(device) for t in episodes)
-        step = self._step_at_once if isinstance(self.head, SIB | ANIL) else self._step_by_autograd
+        step = self._step_at_once if isinstance(self.head, TrainsAtOnce) else self._step_by_autograd
         measures = []
         for episode in zip(support_index, support_labels, query_index, answers, strict=True):
             measures.append(step(*episode))
