@@ -22,6 +22,10 @@ class Ceilings(NamedTuple):
     def floor(self, work: Work) -> float:
         return work.floor(self.sgemm, self.copy)
 
+    def or_better(self, other: Ceilings) -> Ceilings:
+        """The best of two measurements: whatever disturbs one can only lower it."""
+        return Ceilings(max(self.sgemm, other.sgemm), max(self.copy, other.copy), min(self.dispatch, other.dispatch))
+
     def __str__(self) -> str:
         return (
             f"sgemm {self.sgemm / 1e9:.0f} GFLOP/s, copy {self.copy / 1e9:.1f} GB/s, "

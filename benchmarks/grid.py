@@ -87,10 +87,10 @@ def _peer_ratios(cell: dict[str, Any], own: str) -> list[float]:
     return [found["times_kernelmeta"][0] / mine for name, found in cell["peers"].items() if name not in OWN]
 
 
-def parts(size: Size, seconds: float) -> str:
+def parts(size: Size, mode: str, seconds: float) -> str:
     """Which part of a training step's time is what."""
     problem = draw(size)
-    runners = parts_of_training(problem)
+    runners = parts_of_training(problem, mode)
     found = {name: timing.median * 1e3 for name, timing in interleave(runners, seconds=seconds).items()}
     backward = found["all"] - found["forward"] - found["cross entropy"]
     return (
@@ -115,13 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = [s for s in GRID if s.dtype == options.dtype and all(getattr(s, k) == int(v) for k, v in only.items())]
     left_out = [s for s in sizes if counts.sib(s, options.mode).flops > MOST_FLOPS]
     facts = metadata.collect()
-    ceilings = floors.measure()
+    before = floors.measure()
     head = ["T", "N", "S", "D", "K", "features", "ms", "x floor", *(n for n in names if n != "kernelmeta")]
-    about = (
-        f"{facts['processor']}, {options.threads} threads, commit {facts['commit']}, mode {options.mode}; {ceilings}"
-    )
-    lines = [about, "", "| " + " | ".join(head) + " |", "|" + " ---: |" * len(head)]
-    print("\n".join(lines), flush=True)
+    heading = ["| " + " | ".join(head) + " |", "|" + " ---: |" * len(head)]
+    print("\n".join([str(before), *heading]), flush=True)
     cells, notes, shares = [], [], []
     for size in sizes:
         if size in left_out:
@@ -132,11 +129,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cells.append(cell)
         if note:
             notes.append(f"{size}: {note}")
-        lines.append(summary(cell, ceilings, names))
-        print(lines[-1], flush=True)
-        if options.mode == "train" and size.T >= 64 and times_floor(cell, "kernelmeta", ceilings) > 2:
-            shares.append(parts(size, options.seconds))
+        print(summary(cell, before, names), flush=True)
+        if options.mode != "forward" and size.T >= 64 and times_floor(cell, "kernelmeta", before) > 2:
+            shares.append(parts(size, options.mode, options.seconds))
+    ceilings = before.or_better(floors.measure())
     busy = max((c["others_cpus"] or 0 for c in cells), default=0)
+    about = (
+        f"{facts['processor']}, {options.threads} threads, commit {facts['commit']}, mode {options.mode}; {ceilings}"
+    )
     tail = ["", *verdict(cells, ceilings)]
     if shares:
         tail += ["", "Where the time goes in cells above twice the floor:", *(f"* {line}" for line in shares), ""]
@@ -144,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if busy > DISTURBED:
         tail.append(f"DISTURBED: other processes kept up to {busy:.2f} CPUs busy.")
     print("\n".join(tail))
+    lines = [about, "", *heading, *(summary(cell, ceilings, names) for cell in cells)]
     cut = [options.dtype, options.mode, *(f"{name}{value}" for name, value in only.items())]
     stem = RESULTS / f"{metadata.machine_name()}-{datetime.date.today().isoformat()}-grid-{'-'.join(cut)}"
     record = {"metadata": facts, "ceilings": ceilings._asdict(), "disturbed": busy > DISTURBED, "cells": cells}

@@ -113,22 +113,24 @@ def _at_once(problem: Problem, mode: str) -> PeerRunner:
     return train
 
 
-def parts_of_training(problem: Problem) -> dict[str, Callable[[int], Any]]:
+def parts_of_training(problem: Problem, mode: str) -> dict[str, Callable[[int], Any]]:
     """A training step through autograd, and what it consists of; "mlp": its K passes forward and K back."""
     module, leaves = _module(problem)
     size = problem.size
     weights = MLPParameters(*leaves[3:])
+    batches = [_ready(i, mode) for i in problem.inputs]
     own_logits = torch.randn(size.T, size.Q, size.N, requires_grad=True)
 
     def forward(i: int) -> Tensor:
-        batch = problem.inputs[i % len(problem.inputs)]
+        batch = batches[i % len(batches)]
         found: Tensor = module(batch.support, batch.labels, batch.query)
         return found
 
     def loss(logits: Tensor, i: int) -> None:
-        for leaf in (*leaves, own_logits):
+        batch = batches[i % len(batches)]
+        for leaf in (*leaves, own_logits, batch.support, batch.query):
             leaf.grad = None
-        _cross_entropy(logits, problem.inputs[i % len(problem.inputs)].answers).backward()
+        _cross_entropy(logits, batch.answers).backward()
 
     def mlp(_: int) -> None:
         for _ in range(size.K):

@@ -210,10 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     headline = [run(size, True) for size in HEADLINE]
     if not options.headline:
         sweeps = {axis: [run(size, False) for size in sizes] for axis, sizes in SWEEPS.items()}
-    after = floors.measure()
-    ceilings = floors.Ceilings(
-        max(before.sgemm, after.sgemm), max(before.copy, after.copy), min(before.dispatch, after.dispatch)
-    )
+    ceilings = before.or_better(floors.measure())
 
     cells = [*headline, *(cell for swept in sweeps.values() for cell in swept)]
     known = [cell["others_cpus"] for cell in cells if cell["others_cpus"] is not None]
