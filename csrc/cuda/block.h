@@ -14,7 +14,7 @@
 
 #include <cmath>
 
-#include "cuda/dots.h"
+#include "cuda/narrow_dots.h"
 #include "cuda/products.h"
 #include "cuda/row.h"
 #include "engine/problem.h"
@@ -29,6 +29,7 @@ struct TeamBlock {
   using Feature = F;
   using Sizes = Z;
   static constexpr int kThreads = Team::kThreads, kLanes = Team::kLanes, kWarps = kThreads / kLanes;
+  static constexpr bool kNarrow = sizeof(F) == 2 && sizeof(C) == 4;  // features for the tensor cores
 
   static __host__ __device__ __forceinline__ C sqrt(C x) { return ::sqrt(x); }
   static __host__ __device__ __forceinline__ C exp(C x) { return ::exp(x); }
@@ -134,13 +135,19 @@ struct TeamBlock {
   template <class X, class Y>
   __host__ __device__ __forceinline__ void dots(int64_t m, Rows<X> a, int64_t n, Rows<Y> b, int64_t D, C* out,
                                                 int64_t ldo) const {
-    Dots<Team, C>::dots(m, a, n, b, D, out, ldo);
+    if constexpr (kNarrow && sizeof(X) == 2 && sizeof(Y) == 2)
+      NarrowDots<Team, F>::dots(m, a, n, b, D, out, ldo);
+    else
+      Dots<Team, C>::dots(m, a, n, b, D, out, ldo);
   }
 
   // dots of x with itself, computed for half of the pairs.
   __host__ __device__ __forceinline__ void self_dots(int64_t m, Rows<F> x, int64_t D, C* out,
                                                      int64_t ldo) const {
-    Dots<Team, C>::stacked(m, x, 0, nullptr, D, out, nullptr, ldo, nullptr);
+    if constexpr (kNarrow)
+      NarrowDots<Team, F>::self_dots(m, x, D, out, ldo);
+    else
+      Dots<Team, C>::stacked(m, x, 0, nullptr, D, out, nullptr, ldo, nullptr);
   }
 
   // gram[i][j] = <x(i), x(j)>, cross[n][i] = <theta0[n], x(i)>, squares[n] = |theta0[n]|^2, from one stack of
@@ -148,7 +155,10 @@ struct TeamBlock {
   __host__ __device__ __forceinline__ void stacked_dots(int64_t Q, Rows<F> x, int64_t N, const C* theta0,
                                                         int64_t D, C* gram, C* cross, int64_t ld,
                                                         C* squares) const {
-    Dots<Team, C>::stacked(Q, x, N, theta0, D, gram, cross, ld, squares);
+    if constexpr (kNarrow)
+      NarrowDots<Team, F>::stacked(Q, x, N, theta0, D, gram, cross, ld, squares);
+    else
+      Dots<Team, C>::stacked(Q, x, N, theta0, D, gram, cross, ld, squares);
   }
 
   static __host__ __device__ __forceinline__ C* stage() { return Team::template stage<C>(); }

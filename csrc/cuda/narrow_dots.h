@@ -1,0 +1,266 @@
+// Dot products of feature rows stored in 16 bits, on the tensor cores.
+//
+// A product of two such features is exact in float32. The tensor cores add with less care than float32
+// arithmetic does (they cut off, they do not round), so they add the products of one chunk of features only;
+// the chunks' sums meet in float32.
+//
+// A warp owns a tile of kTile x kTile pairs of rows. The Team gives its parts: Left<F>, 16 rows of 16
+// features in the stage, Right<F>, 8 of them, and Sums, of their 16 x 8 pairs: add(Left, Right), each(f(i, j,
+// sum)), values[kValues]: those of one lane.
+#pragma once
+
+#include "cuda/dots.h"
+#include "cuda/row.h"
+
+namespace kernelmeta {
+
+template <class Team, class F>
+struct NarrowDots {
+  static_assert(sizeof(F) == 2);
+  using Stage = Staging<float>;
+  // The same rows in bytes, and the same number of them: neighbouring rows lie four banks apart.
+  static constexpr int kChunk = 2 * Stage::kChunk, kStride = 2 * Stage::kStride, kTile = 32, kParts = 3;
+  static constexpr int kThreads = Team::kThreads, kLanes = Team::kLanes, kWarps = kThreads / kLanes;
+
+  // out[i][j] = <a(i), b(j)>
+  static __host__ __device__ KERNELMETA_NOINLINE void dots(int64_t m, Rows<F> a, int64_t n, Rows<F> b,
+                                                           int64_t D, float* out, int64_t ldo) {
+    for (int64_t i = 0; i < m; i += Stage::kFewRows) {
+      for (int64_t j = 0; j < n; j += Stage::kManyRows) {
+        tiles<false>(
+            least(m - i, Stage::kFewRows), least(n - j, Stage::kManyRows), D,
+            [&](int r, int64_t d, Pack<F>& to) { read(a(i + r) + d, D - d, to); },
+            [&](int r, int64_t d, Pack<F>& to) { read(b(j + r) + d, D - d, to); },
+            [&](int r, int c, float value) { out[(i + r) * ldo + j + c] = value; });
+      }
+    }
+  }
+
+  // dots of x with itself, computed for half of the pairs.
+  static __host__ __device__ KERNELMETA_NOINLINE void self_dots(int64_t m, Rows<F> x, int64_t D, float* out,
+                                                                int64_t ldo) {
+    const auto store = [=](int64_t i, int64_t j, float value) {
+      out[i * ldo + j] = value;
+      out[j * ldo + i] = value;
+    };
+    if (m <= Stage::kManyRows) {
+      const auto read_row = [=](int r, int64_t d, Pack<F>& to) { read(x(r) + d, D - d, to); };
+      tiles<true>(int(m), int(m), D, read_row, read_row, store);
+      return;
+    }
+    for (int64_t j = 0; j < m; j += Stage::kManyRows) {
+      const int64_t end = least(j + Stage::kManyRows, m);
+      for (int64_t i = 0; i < end; i += Stage::kFewRows) {
+        tiles<false>(
+            least(end - i, Stage::kFewRows), int(end - j), D,
+            [&](int r, int64_t d, Pack<F>& to) { read(x(i + r) + d, D - d, to); },
+            [&](int r, int64_t d, Pack<F>& to) { read(x(j + r) + d, D - d, to); },
+            [&](int r, int c, float value) {
+              if (i + r <= j + c) store(j + c, i + r, value);
+            });
+      }
+    }
+  }
+
+  // gram[i][j] = <x(i), x(j)>, cross[n][i] = <theta0[n], x(i)>, squares[n] = |theta0[n]|^2. Where they fit
+  // the stage, x and theta0 are one stack of rows that is read once: theta0 as the sum of kParts rows each.
+  // `cross` and the stage are free after the caller's next barrier.
+  static __host__ __device__ KERNELMETA_NOINLINE void stacked(int64_t Q, Rows<F> x, int64_t N,
+                                                              const float* theta0, int64_t D, float* gram,
+                                                              float* cross, int64_t ld, float* squares) {
+    for (int64_t n = Team::thread() / kLanes; n < N; n += kWarps) {
+      const Row<Team, float, false> row{D};
+      const float* t = theta0 + n * D;
+      const float sum = row.sum([&](auto d) { return d.load(t) * d.load(t); });
+      row.one([&] { squares[n] = sum; });
+    }
+    Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
+    const int64_t stack = Q + kParts * N;
+    if (stack > Stage::kManyRows) {
+      self_dots(Q, x, D, gram, ld);
+      Dots<Team, float>::dots(N, Rows<float>{theta0, D, nullptr}, Q, x, D, cross, ld);
+      return;
+    }
+    // [kParts * N][Q], at the end of the stage: what the tiles' sums meet in lies before it.
+    float* const of_parts = Team::template stage<float>() + Stage::kElements - kParts * N * Q;
+    const auto read_row = [=](int r, int64_t d, Pack<F>& to) {
+      if (r < Q) {
+        read(x(r) + d, D - d, to);
+      } else {
+        const int n = (r - int(Q)) / kParts;
+        read_part((r - int(Q)) % kParts, theta0 + n * D + d, D - d, scale_of(squares[n]), to);
+      }
+    };
+    tiles<true>(int(stack), int(stack), D, read_row, read_row, [=](int i, int j, float value) {
+      if (i < Q) {
+        gram[i * ld + j] = value;
+        gram[j * ld + i] = value;
+      } else if (j < Q) {
+        of_parts[(i - Q) * Q + j] = value;
+      }
+    });
+    for (int64_t i = Team::thread(); i < N * Q; i += kThreads) {
+      const int64_t n = i / Q, q = i % Q;
+      float sum = 0;
+      for (int part = kParts - 1; part >= 0; --part) sum += of_parts[(n * kParts + part) * Q + q];
+      cross[n * ld + q] = sum / scale_of(squares[n]);
+    }
+  }
+
+ private:
+  static __host__ __device__ __forceinline__ int least(int64_t a, int b) { return a < b ? int(a) : b; }
+
+  // A pack of features, of which `left` are there; the others are zero.
+  static __host__ __device__ __forceinline__ void read(const F* from, int64_t left, Pack<F>& to) {
+    if (left >= Pack<F>::kSize && reinterpret_cast<uintptr_t>(from) % sizeof(Pack<F>) == 0) {
+      to = *reinterpret_cast<const Pack<F>*>(from);
+    } else {
+#pragma unroll
+      for (int l = 0; l < Pack<F>::kSize; ++l) to.v[l] = l < left ? from[l] : F(0.0f);
+    }
+  }
+
+  // A row of float32 times scale_of(its square) is the sum of kParts rows of 16 bits: each takes as many
+  // digits as it can of what those before it leave.
+  static __host__ __device__ __forceinline__ void read_part(int part, const float* from, int64_t left,
+                                                            float scale, Pack<F>& to) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float values[4];
+      read_four(from + half * 4, left - half * 4, values);
+#pragma unroll
+      for (int l = 0; l < 4; ++l) {
+        float rest = values[l] * scale;
+        for (int p = 0; p < part; ++p) rest -= float(F(rest));
+        to.v[half * 4 + l] = F(rest);
+      }
+    }
+  }
+
+  // A power of two that brings a row of this square close to 2^15, and none of its entries above: half
+  // precision's range is small, and what lies below the parts' least bit is lost.
+  static __host__ __device__ __forceinline__ float scale_of(float squares) {
+    if (!(squares > 0 && squares * 0 == 0)) return 1;
+    return ::ldexp(1.0f, 14 - ::ilogb(squares) / 2);
+  }
+
+  // a(i, d, to) reads a pack of features of row i, from d on. store(i, j, <a(i), b(j)>) for i < m, j < n;
+  // with kSelf a and b are the same, and j <= i. Where there are more warps than tiles, groups of warps take
+  // turns along D and their sums meet in the stage.
+  template <bool kSelf, class A, class B, class Store>
+  static __host__ __device__ __forceinline__ void tiles(int m, int n, int64_t D, A a, B b, Store store) {
+    using Sums = typename Team::Sums;
+    constexpr int kDown = kTile / 16, kAcross = kTile / 8, kSteps = kChunk / 16, kPack = Pack<F>::kSize;
+    constexpr int kRows = kSelf ? Stage::kManyRows : Stage::kManyRows + Stage::kFewRows;
+    constexpr int kPacks = kChunk / kPack, kLoads = (kRows * kPacks + kThreads - 1) / kThreads;
+    constexpr int kTileSums = kTile * kTile, kMeet = Stage::kElements / kTileSums;
+    const int down = (m + kTile - 1) / kTile, across = (n + kTile - 1) / kTile;
+    const int count = kSelf ? down * (down + 1) / 2 : down * across;
+    int groups = kWarps / count < kSteps ? kWarps / count : kSteps;
+    while (groups > 1 && (groups - 1) * count > kMeet) --groups;
+    if (groups < 1) groups = 1;
+    float* const meet = Team::template stage<float>();
+    F* const stage = reinterpret_cast<F*>(meet);
+    const int staged = kSelf ? m : m + n;
+    const int offset = kSelf ? 0 : m;  // of b's rows in the stage
+    const int thread = Team::thread(), lane = thread % kLanes, warp = thread / kLanes;
+
+    for (int first = 0; first < count; first += kWarps) {
+      const int group = groups > 1 ? warp / count : 0;
+      const int tile = groups > 1 ? warp % count : first + warp;
+      const bool works = groups > 1 ? group < groups : tile < count;
+      int i0 = 0, j0 = 0;
+      Dots<Team, float>::template place<kSelf>(tile, across, i0, j0);
+      i0 *= kTile;
+      j0 *= kTile;
+      Sums sums[kDown][kAcross];
+      Pack<F> next[kLoads];
+      const auto fetch = [&](int64_t d0) {
+#pragma unroll
+        for (int l = 0; l < kLoads; ++l) {
+          const int e = thread + l * kThreads, row = e / kPacks;
+          const int64_t d = d0 + e % kPacks * kPack;
+          if (row >= staged) continue;
+          if (kSelf || row < offset)
+            a(row, d, next[l]);
+          else
+            b(row - offset, d, next[l]);
+        }
+      };
+      fetch(0);
+      for (int64_t d0 = 0; d0 < D; d0 += kChunk) {
+#pragma unroll
+        for (int l = 0; l < kLoads; ++l) {
+          const int e = thread + l * kThreads;
+          if (e / kPacks >= staged) continue;
+          *reinterpret_cast<Pack<F>*>(stage + e / kPacks * kStride + e % kPacks * kPack) = next[l];
+        }
+        Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
+        if (d0 + kChunk < D) fetch(d0 + kChunk);
+        if (works) {
+          // Rows beyond m or n are whatever the stage holds there; their sums are stored nowhere.
+          Sums of_chunk[kDown][kAcross];
+#pragma unroll 1
+          for (int step = group; step < kSteps; step += groups) {
+            typename Team::template Left<F> left[kDown];
+#pragma unroll
+            for (int r = 0; r < kDown; ++r) {
+              left[r] = {stage + (i0 + r * 16) * kStride + step * 16, kStride};
+            }
+#pragma unroll
+            for (int s = 0; s < kAcross; ++s) {
+              const typename Team::template Right<F> right{
+                  stage + (offset + j0 + s * 8) * kStride + step * 16, kStride};
+#pragma unroll
+              for (int r = 0; r < kDown; ++r) of_chunk[r][s].add(left[r], right);
+            }
+          }
+#pragma unroll
+          for (int r = 0; r < kDown; ++r) {
+#pragma unroll
+            for (int s = 0; s < kAcross; ++s) {
+#pragma unroll
+              for (int v = 0; v < Sums::kValues; ++v) sums[r][s].values[v] += of_chunk[r][s].values[v];
+            }
+          }
+        }
+        Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
+      }
+      if (groups > 1) {
+        const auto each_sum = [&](int g, auto f) {
+          float* const of_tile = meet + (g * count + tile) * kTileSums + lane;
+#pragma unroll
+          for (int r = 0; r < kDown; ++r) {
+#pragma unroll
+            for (int s = 0; s < kAcross; ++s) {
+#pragma unroll
+              for (int v = 0; v < Sums::kValues; ++v) {
+                f(of_tile[((r * kAcross + s) * Sums::kValues + v) * kLanes], sums[r][s].values[v]);
+              }
+            }
+          }
+        };
+        if (works && group > 0) each_sum(group - 1, [](float& met, float& own) { met = own; });
+        Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
+        if (works && group == 0) {
+          for (int g = 0; g < groups - 1; ++g) each_sum(g, [](float& met, float& own) { own += met; });
+        }
+      }
+      if (works && group == 0) {
+#pragma unroll
+        for (int r = 0; r < kDown; ++r) {
+#pragma unroll
+          for (int s = 0; s < kAcross; ++s) {
+            sums[r][s].each([&](int i, int j, float value) {
+              const int row = i0 + r * 16 + i, column = j0 + s * 8 + j;
+              if (row < m && column < (kSelf ? row + 1 : n)) store(row, column, value);
+            });
+          }
+        }
+      }
+      Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
+    }
+  }
+};
+
+}  // namespace kernelmeta
