@@ -147,9 +147,11 @@ struct RawMlp {
 
 // Rows and labels of tasks that may differ in size.
 struct Tasks {
-  int64_t D, N;                     // N: of the task that has most
-  std::vector<int64_t> S, Q, ways;  // of each task
-  bool ragged, bank;                // if not ragged, all tasks are as the first
+  int64_t D, N;                        // N: of the task that has most
+  std::vector<int64_t> S, Q, ways;     // of each task
+  bool ragged, bank;                   // if not ragged, all tasks are as the first
+  int64_t most[2] = {-1, -1};          // support and query rows that a task may have; -1: offsets are right
+  std::vector<int64_t> wrong_offsets;  // what the kernels are told of the support rows, if it is wrong
   std::vector<int64_t> support_offsets{0}, query_offsets{0}, labels, support_index, query_index;
   Vec support, query;
 
@@ -183,7 +185,13 @@ struct Tasks {
     return {{data.data(), kStorage<F>, ragged ? 0 : counts[0], even ? counts[0] * D : 0, D,
              bank ? (of_query ? query_index : support_index).data() : nullptr, bank ? rows(of_query) : 0},
             ragged ? (of_query ? query_offsets : support_offsets).data() : nullptr,
-            even};
+            even,
+            rows(of_query),
+            most[of_query]};
+  }
+  // What the kernels are told, where it is not what it should be.
+  void mislead(TaskRows& of_support) const {
+    if (!wrong_offsets.empty()) of_support.offsets = wrong_offsets.data();
   }
   TaskClasses classes() const { return {{labels.data(), nullptr, nullptr}, ragged ? ways.data() : nullptr}; }
   std::string text() const {
@@ -285,6 +293,7 @@ struct ProgramEpisode {
     std::vector<int64_t> trace_offsets;
     for (int64_t t = 0; t <= T; ++t) trace_offsets.push_back(t * stride);
     call.trace_offsets = trace_offsets.data();
+    tasks.mislead(p.support);
 
     const int64_t all_s = tasks.rows(false), all_q = tasks.rows(true);
     Output<C> logits(all_q * N), again(all_q * N), of_support(all_s * N), of_query(all_q * N),
@@ -419,12 +428,13 @@ struct RidgeEpisode {
     const auto la = exactly<C>(lambda), sc = exactly<C>(scale), b = exactly<C>(bias),
                gz = exactly<C>(grad_logits), ga = exactly<C>(grad_coefficients);
     const int64_t T = tasks.T();
-    const RidgeProblem<C> p{
-        T, c.N, c.D, tasks.of(false, x), tasks.of(true, q), tasks.classes(), la.data(), sc.data(), b.data()};
+    RidgeProblem<C> p{T,         c.N,       c.D,     tasks.of(false, x), tasks.of(true, q), tasks.classes(),
+                      la.data(), sc.data(), b.data()};
     int64_t stride = 0;
     for (int64_t t = 0; t < T; ++t) stride = std::max(stride, ridge_trace_size<C>(p.sizes(t)));
     std::vector<int64_t> trace_offsets;
     for (int64_t t = 0; t <= T; ++t) trace_offsets.push_back(t * stride);
+    tasks.mislead(p.support);
     const int64_t all_s = tasks.rows(false), all_q = tasks.rows(true);
     Output<C> logits(all_q * c.N), again(all_q * c.N), alpha(all_s * c.N), trace(T * stride),
         gsupport(all_s * c.D), gquery(all_q * c.D);

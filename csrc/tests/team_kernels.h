@@ -27,6 +27,7 @@ struct TeamOptions {
   std::vector<Spot> barriers;  // all that were met, the missing one too
 };
 inline TeamOptions team_options;
+constexpr int64_t kMostShared = 1 << 16;  // for blocks that take all that there is
 
 // body() on a new team, with its stage full of NaN.
 template <class C, class Body>
@@ -44,7 +45,7 @@ void on_team(Body body) {
 
 // body(place, arena, share, b) for every block b, in memory full of NaN of the size counted.
 template <class Layout, class C, class F, class Body>
-void run_blocks_in(int64_t used, int64_t rest_used, Body body) {
+void run_blocks_in(int64_t used, int64_t rest_used, int64_t capacity, Body body) {
   using BlockFrame = Frame<HostBlock<C, F>, Layout>;
   for (int64_t b = 0; b < team_options.blocks; ++b) {
     // aligned as shared memory
@@ -54,8 +55,7 @@ void run_blocks_in(int64_t used, int64_t rest_used, Body body) {
         for (C& x : p.v) x = C(NAN);
       }
     }
-    const Arena<C> arena(reinterpret_cast<C*>(fast.data()), team_options.capacity,
-                         reinterpret_cast<C*>(slow.data()));
+    const Arena<C> arena(reinterpret_cast<C*>(fast.data()), capacity, reinterpret_cast<C*>(slow.data()));
     alignas(16) unsigned char place[sizeof(BlockFrame)];
     on_team<C>([&] { body(place, arena, Share{b, team_options.blocks}, b); });
   }
@@ -67,21 +67,27 @@ void run_blocks(const Sizes& s, Body body, const Args&... args) {
   Arena<C> count(nullptr, team_options.capacity, nullptr);
   HostBlock<C, F> block;
   Layout unused(count, block, s, args...);
-  run_blocks_in<Layout, C, F>(count.used(), count.rest_used(), body);
+  run_blocks_in<Layout, C, F>(count.used(), count.rest_used(), team_options.capacity, body);
 }
 
-// Blocks that lay out a Layout for each of T tasks.
-template <class Layout, class C, class F, class Body, class... Args>
-void run_task_blocks(int64_t T, const Sizes& s, Body body, const Args&... args) {
-  int64_t used = 0, rest_used = 0;
-  for (int64_t t = 0; t < T; ++t) {
-    Arena<C> count(nullptr, team_options.capacity, nullptr);
-    HostBlock<C, F> block;
-    Layout unused(count, block, s, args..., t);
-    used = std::max(used, count.used());
-    rest_used = std::max(rest_used, count.rest_used());
+// Blocks that lay out a Layout for each of the tasks of `run`; where their sizes are unknown, with memory for
+// one that is as large as any.
+template <class Layout, class C, class F, class Run, class Body, class... Args>
+void run_task_blocks(const Run& run, const Sizes& s, Body body, const Args&... args) {
+  Run known = run;
+  auto& p = known.problem;
+  const int64_t support[] = {0, p.support.most}, query[] = {0, p.query.most}, ways = p.N;
+  std::vector<int64_t> tasks{0};
+  if (p.support.most >= 0) {
+    p.support.offsets = support;
+    p.query.offsets = query;
+    p.classes.ways = &ways;
+  } else {
+    for (int64_t t = 1; t < p.T; ++t) tasks.push_back(t);
   }
-  run_blocks_in<Layout, C, F>(used, rest_used, body);
+  const int64_t capacity = std::min(team_options.capacity, kMostShared);
+  const Used used = task_memory<HostBlock<C, F>, Layout>(known, tasks, capacity, s, args...);
+  run_blocks_in<Layout, C, F>(used.shared, used.workspace, capacity, body);
 }
 
 template <class C, class F>
@@ -166,11 +172,11 @@ template <class C, class F>
 void team_program_forward(const ProgramForward<C>& f, const ProgramCall<C>& call, int64_t, int64_t) {
   const ProgramDeviceCall<C> own = device_call(f.problem, call);
   run_task_blocks<ProgramForwardLayout<HostBlock<C, F>>, C, F>(
-      f.problem.T, own.sizes,
+      f, own.sizes,
       [&](void* place, const Arena<C>& arena, Share share, int64_t) {
         program_forward_body<HostBlock<C, F>>(place, f, own, arena, share);
       },
-      f, own);
+      own);
 }
 
 template <class C, class F>
@@ -180,11 +186,11 @@ void team_program_backward(const ProgramBackward<C>& f, const ProgramCall<C>& ca
   const int64_t size = size_of<ProgramGrad<C>, C>(f.problem);
   std::vector<C> partials(size_t(size * team_options.blocks), C(NAN));
   run_task_blocks<ProgramBackwardLayout<HostBlock<C, F>>, C, F>(
-      f.problem.T, own.sizes,
+      f, own.sizes,
       [&](void* place, const Arena<C>& arena, Share share, int64_t b) {
         program_backward_body<HostBlock<C, F>>(place, f, own, partials.data() + b * size, size, arena, share);
       },
-      f, own);
+      own);
   add_partials(partials, size, grad.theta0);  // where the sums begin
 }
 
@@ -192,11 +198,11 @@ template <class C, class F>
 void team_ridge_forward(const RidgeForward<C>& f, const int64_t* trace_offsets, bool*, int64_t, int64_t) {
   const int64_t stride = trace_offsets[1];
   run_task_blocks<RidgeForwardLayout<HostBlock<C, F>>, C, F>(
-      f.problem.T, Sizes{},
+      f, Sizes{},
       [&](void* place, const Arena<C>& arena, Share share, int64_t) {
         ridge_forward_body<HostBlock<C, F>>(place, f, stride, arena, share);
       },
-      f, stride);
+      stride);
 }
 
 template <class C, class F>
@@ -205,12 +211,12 @@ void team_ridge_backward(const RidgeBackward<C>& f, const int64_t* trace_offsets
   const int64_t stride = trace_offsets[1], size = size_of<RidgeGrad<C>, C>();
   std::vector<C> partials(size_t(size * team_options.blocks), C(NAN));
   run_task_blocks<RidgeBackwardLayout<HostBlock<C, F>>, C, F>(
-      f.problem.T, Sizes{},
+      f, Sizes{},
       [&](void* place, const Arena<C>& arena, Share share, int64_t b) {
         ridge_backward_body<HostBlock<C, F>>(place, f, stride, partials.data() + b * size, size, arena,
                                              share);
       },
-      f, stride);
+      stride);
   add_partials(partials, size, grad.lambda);  // where the sums begin
 }
 

@@ -4,6 +4,7 @@
 #include "cpu/dispatch.h"
 #include "tests/learner_checks.h"
 #include "tests/narrow_float.h"
+#include "tests/size_checks.h"
 #include "tests/team_kernels.h"
 
 int main() {
@@ -15,6 +16,7 @@ int main() {
     const std::string name = "shared memory for " + std::to_string(capacities[i]) + ":";
     status |= check_all(name, kTeamKernels<double>, kTeamKernels<float>, true);
     status |= check_learners(name, kernel_table(), kTeamTable<float>);
+    status |= check_sizes(name, kTeamTable<float>);
   }
   team_options = {};
   status |= check_narrow<BrainFloat>("bfloat16:", kTeamKernels<double>, kTeamKernels<float, BrainFloat>);

@@ -24,8 +24,10 @@ class _Program:
 
     def __init__(self, args: Any) -> None:
         self.theta0, self.weight, scale, bias, target, rates, *mlp = args[_THETA0:_RUNNING]
-        running_stats, self.N, numbers, self.cosine, self.start, self.first_order, self.coefficients = args[_RUNNING:]
-        self.tasks = tasks = Tasks(args, self.N)
+        running_stats, self.N, numbers, self.cosine, self.start, self.first_order, self.coefficients, *most = args[
+            _RUNNING:
+        ]
+        self.tasks = tasks = Tasks(args, self.N, *most)
         self.bias = bias
         self.given = args[_THETA0:_MLP]
         self.phases = [
