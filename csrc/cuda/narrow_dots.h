@@ -23,51 +23,32 @@ struct NarrowDots {
   static constexpr int kThreads = Team::kThreads, kLanes = Team::kLanes, kWarps = kThreads / kLanes;
 
   // out[i][j] = <a(i), b(j)>
-  static __host__ __device__ KERNELMETA_NOINLINE void dots(int64_t m, Rows<F> a, int64_t n, Rows<F> b,
-                                                           int64_t D, float* out, int64_t ldo) {
+  static __host__ __device__ KERNELMETA_NOINLINE void dots(int64_t m, Rows<F> a, int64_t n, Rows<F> b, int D,
+                                                           float* out, int64_t ldo) {
     for (int64_t i = 0; i < m; i += Stage::kFewRows) {
       for (int64_t j = 0; j < n; j += Stage::kManyRows) {
-        tiles<false>(
-            least(m - i, Stage::kFewRows), least(n - j, Stage::kManyRows), D,
-            [&](int r, int64_t d, Pack<F>& to) { read(a(i + r) + d, D - d, to); },
-            [&](int r, int64_t d, Pack<F>& to) { read(b(j + r) + d, D - d, to); },
-            [&](int r, int c, float value) { out[(i + r) * ldo + j + c] = value; });
+        tiles<false>(least(m - i, Stage::kFewRows), least(n - j, Stage::kManyRows), D, FeatureRows{a, i, D},
+                     FeatureRows{b, j, D},
+                     [&](int r, int c, float value) { out[(i + r) * ldo + j + c] = value; });
       }
     }
   }
 
   // dots of x with itself, computed for half of the pairs.
-  static __host__ __device__ KERNELMETA_NOINLINE void self_dots(int64_t m, Rows<F> x, int64_t D, float* out,
-                                                                int64_t ldo) {
-    const auto store = [=](int64_t i, int64_t j, float value) {
-      out[i * ldo + j] = value;
-      out[j * ldo + i] = value;
-    };
-    if (m <= Stage::kManyRows) {
-      const auto read_row = [=](int r, int64_t d, Pack<F>& to) { read(x(r) + d, D - d, to); };
-      tiles<true>(int(m), int(m), D, read_row, read_row, store);
-      return;
-    }
-    for (int64_t j = 0; j < m; j += Stage::kManyRows) {
-      const int64_t end = least(j + Stage::kManyRows, m);
-      for (int64_t i = 0; i < end; i += Stage::kFewRows) {
-        tiles<false>(
-            least(end - i, Stage::kFewRows), int(end - j), D,
-            [&](int r, int64_t d, Pack<F>& to) { read(x(i + r) + d, D - d, to); },
-            [&](int r, int64_t d, Pack<F>& to) { read(x(j + r) + d, D - d, to); },
-            [&](int r, int c, float value) {
-              if (i + r <= j + c) store(j + c, i + r, value);
-            });
-      }
-    }
+  static __host__ __device__ __forceinline__ void self_dots(int64_t m, Rows<F> x, int D, float* out,
+                                                            int64_t ldo) {
+    if (m <= Stage::kManyRows)
+      few_self_dots(int(m), x, D, out, ldo);
+    else
+      many_self_dots(m, x, D, out, ldo);
   }
 
   // gram[i][j] = <x(i), x(j)>, cross[n][i] = <theta0[n], x(i)>, squares[n] = |theta0[n]|^2. Where they fit
   // the stage, x and theta0 are one stack of rows that is read once: theta0 as the sum of kParts rows each.
   // `cross` and the stage are free after the caller's next barrier.
-  static __host__ __device__ KERNELMETA_NOINLINE void stacked(int64_t Q, Rows<F> x, int64_t N,
-                                                              const float* theta0, int64_t D, float* gram,
-                                                              float* cross, int64_t ld, float* squares) {
+  static __host__ __device__ __forceinline__ void stacked(int64_t Q, Rows<F> x, int64_t N,
+                                                          const float* theta0, int D, float* gram,
+                                                          float* cross, int64_t ld, float* squares) {
     for (int64_t n = Team::thread() / kLanes; n < N; n += kWarps) {
       const Row<Team, float, false> row{D};
       const float* t = theta0 + n * D;
@@ -75,23 +56,50 @@ struct NarrowDots {
       row.one([&] { squares[n] = sum; });
     }
     Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
-    const int64_t stack = Q + kParts * N;
-    if (stack > Stage::kManyRows) {
+    if (Q + kParts * N <= Stage::kManyRows) {
+      few_stacked_dots(int(Q), x, int(N), theta0, D, gram, cross, ld, squares);
+    } else {
       self_dots(Q, x, D, gram, ld);
       Dots<Team, float>::dots(N, Rows<float>{theta0, D, nullptr}, Q, x, D, cross, ld);
-      return;
     }
+  }
+
+ private:
+  // Functions of their own, none of which calls another: what a call needs comes on top of its caller's
+  // registers.
+  static __host__ __device__ KERNELMETA_NOINLINE void few_self_dots(int m, Rows<F> x, int D, float* out,
+                                                                    int64_t ldo) {
+    const FeatureRows rows{x, 0, D};
+    tiles<true>(m, m, D, rows, rows, [=](int64_t i, int64_t j, float value) {
+      out[i * ldo + j] = value;
+      out[j * ldo + i] = value;
+    });
+  }
+
+  static __host__ __device__ KERNELMETA_NOINLINE void many_self_dots(int64_t m, Rows<F> x, int D, float* out,
+                                                                     int64_t ldo) {
+    for (int64_t j = 0; j < m; j += Stage::kManyRows) {
+      const int64_t end = least(j + Stage::kManyRows, m);
+      for (int64_t i = 0; i < end; i += Stage::kFewRows) {
+        tiles<false>(least(end - i, Stage::kFewRows), int(end - j), D, FeatureRows{x, i, D},
+                     FeatureRows{x, j, D}, [&](int r, int c, float value) {
+                       if (i + r > j + c) return;
+                       out[(i + r) * ldo + j + c] = value;
+                       out[(j + c) * ldo + i + r] = value;
+                     });
+      }
+    }
+  }
+
+  static __host__ __device__ KERNELMETA_NOINLINE void few_stacked_dots(int Q, Rows<F> x, int N,
+                                                                       const float* theta0, int D,
+                                                                       float* gram, float* cross, int64_t ld,
+                                                                       const float* squares) {
     // [kParts * N][Q], at the end of the stage: what the tiles' sums meet in lies before it.
     float* const of_parts = Team::template stage<float>() + Stage::kElements - kParts * N * Q;
-    const auto read_row = [=](int r, int64_t d, Pack<F>& to) {
-      if (r < Q) {
-        read(x(r) + d, D - d, to);
-      } else {
-        const int n = (r - int(Q)) / kParts;
-        read_part((r - int(Q)) % kParts, theta0 + n * D + d, D - d, scale_of(squares[n]), to);
-      }
-    };
-    tiles<true>(int(stack), int(stack), D, read_row, read_row, [=](int i, int j, float value) {
+    const int count = Q + kParts * N;
+    const Stack stack{{x, 0, D}, Q, theta0, squares};
+    tiles<true>(count, count, D, stack, stack, [=](int i, int j, float value) {
       if (i < Q) {
         gram[i * ld + j] = value;
         gram[j * ld + i] = value;
@@ -99,43 +107,15 @@ struct NarrowDots {
         of_parts[(i - Q) * Q + j] = value;
       }
     });
-    for (int64_t i = Team::thread(); i < N * Q; i += kThreads) {
-      const int64_t n = i / Q, q = i % Q;
+    for (int i = Team::thread(); i < N * Q; i += kThreads) {
+      const int n = i / Q, q = i % Q;
       float sum = 0;
       for (int part = kParts - 1; part >= 0; --part) sum += of_parts[(n * kParts + part) * Q + q];
       cross[n * ld + q] = sum / scale_of(squares[n]);
     }
   }
 
- private:
   static __host__ __device__ __forceinline__ int least(int64_t a, int b) { return a < b ? int(a) : b; }
-
-  // A pack of features, of which `left` are there; the others are zero.
-  static __host__ __device__ __forceinline__ void read(const F* from, int64_t left, Pack<F>& to) {
-    if (left >= Pack<F>::kSize && reinterpret_cast<uintptr_t>(from) % sizeof(Pack<F>) == 0) {
-      to = *reinterpret_cast<const Pack<F>*>(from);
-    } else {
-#pragma unroll
-      for (int l = 0; l < Pack<F>::kSize; ++l) to.v[l] = l < left ? from[l] : F(0.0f);
-    }
-  }
-
-  // A row of float32 times scale_of(its square) is the sum of kParts rows of 16 bits: each takes as many
-  // digits as it can of what those before it leave.
-  static __host__ __device__ __forceinline__ void read_part(int part, const float* from, int64_t left,
-                                                            float scale, Pack<F>& to) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float values[4];
-      read_four(from + half * 4, left - half * 4, values);
-#pragma unroll
-      for (int l = 0; l < 4; ++l) {
-        float rest = values[l] * scale;
-        for (int p = 0; p < part; ++p) rest -= float(F(rest));
-        to.v[half * 4 + l] = F(rest);
-      }
-    }
-  }
 
   // A power of two that brings a row of this square close to 2^15, and none of its entries above: half
   // precision's range is small, and what lies below the parts' least bit is lost.
@@ -144,11 +124,58 @@ struct NarrowDots {
     return ::ldexp(1.0f, 14 - ::ilogb(squares) / 2);
   }
 
-  // a(i, d, to) reads a pack of features of row i, from d on. store(i, j, <a(i), b(j)>) for i < m, j < n;
-  // with kSelf a and b are the same, and j <= i. Where there are more warps than tiles, groups of warps take
-  // turns along D and their sums meet in the stage.
+  // Rows for the stage, a pack of features at a time: whole(row, d) is where the pack from d on can be read
+  // at once, or null; write(row, d, to) copies it wherever it lies, with zeros for what is beyond D.
+  struct FeatureRows {
+    Rows<F> rows;
+    int64_t first;
+    int D;
+
+    __host__ __device__ __forceinline__ const Pack<F>* whole(int row, int d) const {
+      const F* from = rows(first + row) + d;
+      const bool at_once =
+          D - d >= Pack<F>::kSize && reinterpret_cast<uintptr_t>(from) % sizeof(Pack<F>) == 0;
+      return at_once ? reinterpret_cast<const Pack<F>*>(from) : nullptr;
+    }
+    __host__ __device__ __forceinline__ void write(int row, int d, F* to) const {
+      const F* from = rows(first + row) + d;
+#pragma unroll 1
+      for (int l = 0; l < Pack<F>::kSize; ++l) to[l] = l < D - d ? from[l] : F(0.0f);
+    }
+  };
+
+  // A row of float32 times scale_of(its square) is the sum of kParts rows: each takes as many digits as it
+  // can of what those before it leave.
+  static __host__ __device__ KERNELMETA_NOINLINE void write_part(int part, const float* from, int left,
+                                                                 float scale, F* to) {
+#pragma unroll 2
+    for (int l = 0; l < Pack<F>::kSize; ++l) {
+      float rest = l < left ? from[l] * scale : 0.0f;
+      for (int p = 0; p < part; ++p) rest -= float(F(rest));
+      to[l] = F(rest);
+    }
+  }
+
+  // Q rows of features, then the kParts rows of each row of theta0.
+  struct Stack {
+    FeatureRows x;
+    int Q;
+    const float *theta0, *squares;
+
+    __host__ __device__ __forceinline__ const Pack<F>* whole(int row, int d) const {
+      return row < Q ? x.whole(row, d) : nullptr;
+    }
+    __host__ __device__ __forceinline__ void write(int row, int d, F* to) const {
+      if (row < Q) return x.write(row, d, to);
+      const int n = (row - Q) / kParts;
+      write_part((row - Q) % kParts, theta0 + int64_t(n) * x.D + d, x.D - d, scale_of(squares[n]), to);
+    }
+  };
+
+  // store(i, j, <a(i), b(j)>) for i < m, j < n; with kSelf a and b are the same, and j <= i. Where there are
+  // more warps than tiles, groups of warps take turns along D and their sums meet in the stage.
   template <bool kSelf, class A, class B, class Store>
-  static __host__ __device__ __forceinline__ void tiles(int m, int n, int64_t D, A a, B b, Store store) {
+  static __host__ __device__ __forceinline__ void tiles(int m, int n, int D, A a, B b, Store store) {
     using Sums = typename Team::Sums;
     constexpr int kDown = kTile / 16, kAcross = kTile / 8, kSteps = kChunk / 16, kPack = Pack<F>::kSize;
     constexpr int kRows = kSelf ? Stage::kManyRows : Stage::kManyRows + Stage::kFewRows;
@@ -175,52 +202,60 @@ struct NarrowDots {
       j0 *= kTile;
       Sums sums[kDown][kAcross];
       Pack<F> next[kLoads];
-      const auto fetch = [&](int64_t d0) {
+      uint32_t fetched[(kLoads + 31) / 32];  // bit l: next[l] is there
+      // f(l, operand, its row, d): the packs of a chunk that are this thread's
+      const auto each_pack = [&](int d0, auto f) {
 #pragma unroll
         for (int l = 0; l < kLoads; ++l) {
-          const int e = thread + l * kThreads, row = e / kPacks;
-          const int64_t d = d0 + e % kPacks * kPack;
+          const int e = thread + l * kThreads, row = e / kPacks, d = d0 + e % kPacks * kPack;
           if (row >= staged) continue;
           if (kSelf || row < offset)
-            a(row, d, next[l]);
+            f(l, a, row, d);
           else
-            b(row - offset, d, next[l]);
+            f(l, b, row - offset, d);
         }
       };
-      fetch(0);
-      for (int64_t d0 = 0; d0 < D; d0 += kChunk) {
+      const auto fetch = [&](int d0) {
 #pragma unroll
-        for (int l = 0; l < kLoads; ++l) {
+        for (uint32_t& bits : fetched) bits = 0;
+        each_pack(d0, [&](int l, const auto& rows, int row, int d) {
+          if (const Pack<F>* from = rows.whole(row, d)) {
+            next[l] = *from;
+            fetched[l / 32] |= 1u << l % 32;
+          }
+        });
+      };
+      fetch(0);
+      for (int d0 = 0; d0 < D; d0 += kChunk) {
+        each_pack(d0, [&](int l, const auto& rows, int row, int d) {
           const int e = thread + l * kThreads;
-          if (e / kPacks >= staged) continue;
-          *reinterpret_cast<Pack<F>*>(stage + e / kPacks * kStride + e % kPacks * kPack) = next[l];
-        }
+          F* to = stage + e / kPacks * kStride + e % kPacks * kPack;
+          if (fetched[l / 32] >> l % 32 & 1)
+            *reinterpret_cast<Pack<F>*>(to) = next[l];
+          else
+            rows.write(row, d, to);
+        });
         Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
         if (d0 + kChunk < D) fetch(d0 + kChunk);
         if (works) {
           // Rows beyond m or n are whatever the stage holds there; their sums are stored nowhere.
-          Sums of_chunk[kDown][kAcross];
-#pragma unroll 1
-          for (int step = group; step < kSteps; step += groups) {
-            typename Team::template Left<F> left[kDown];
-#pragma unroll
-            for (int r = 0; r < kDown; ++r) {
-              left[r] = {stage + (i0 + r * 16) * kStride + step * 16, kStride};
-            }
-#pragma unroll
-            for (int s = 0; s < kAcross; ++s) {
-              const typename Team::template Right<F> right{
-                  stage + (offset + j0 + s * 8) * kStride + step * 16, kStride};
-#pragma unroll
-              for (int r = 0; r < kDown; ++r) of_chunk[r][s].add(left[r], right);
-            }
-          }
 #pragma unroll
           for (int r = 0; r < kDown; ++r) {
+            Sums of_chunk[kAcross];
+#pragma unroll 1
+            for (int step = group; step < kSteps; step += groups) {
+              const typename Team::template Left<F> left{stage + (i0 + r * 16) * kStride + step * 16,
+                                                         kStride};
+#pragma unroll
+              for (int s = 0; s < kAcross; ++s) {
+                of_chunk[s].add(left, typename Team::template Right<F>{
+                                          stage + (offset + j0 + s * 8) * kStride + step * 16, kStride});
+              }
+            }
 #pragma unroll
             for (int s = 0; s < kAcross; ++s) {
 #pragma unroll
-              for (int v = 0; v < Sums::kValues; ++v) sums[r][s].values[v] += of_chunk[r][s].values[v];
+              for (int v = 0; v < Sums::kValues; ++v) sums[r][s].values[v] += of_chunk[s].values[v];
             }
           }
         }
