@@ -34,7 +34,9 @@ Used task_memory(const F& f, const std::vector<int64_t>& tasks, int64_t capacity
     used = {std::max(used.shared, of_task.shared), std::max(used.workspace, of_task.workspace)};
   }
   const bool unknown = f.problem.support.most >= 0;
-  if (unknown && used.workspace > 0) used = {capacity, laid_out(tasks[0], 0).workspace};
+  if (unknown && laid_out(tasks[0], INT64_MAX).shared > capacity) {
+    used = {capacity, laid_out(tasks[0], 0).workspace};
+  }
   return used;
 }
 

@@ -331,7 +331,9 @@ def program(
     precision = _checks.precisions((query, support, *own[:-1]))
     compute = query.dtype if precision is None else precision[0]
     if own[5] is None:
-        own[5] = torch.tensor([p.lr for p in phases for _ in range(p.steps)], dtype=compute, device=query.device)
+        # (not a tensor of numbers: a copy to a GPU waits for it)
+        steps = [torch.full((p.steps,), float(p.lr), dtype=compute, device=query.device) for p in phases]
+        own[5] = torch.cat(steps) if steps else query.new_empty(0, dtype=compute)
     if precision is not None:
         own = [None if t is None else t.to(compute) for t in own]
         if compute is torch.float64:
