@@ -4,9 +4,9 @@
 // arithmetic does (they cut off, they do not round), so they add the products of one chunk of features only;
 // the chunks' sums meet in float32.
 //
-// A warp owns a tile of kTile x kTile pairs of rows. The Team gives its parts: Left<F>, 16 rows of 16
-// features in the stage, Right<F>, 8 of them, and Sums, of their 16 x 8 pairs: add(Left, Right), each(f(i, j,
-// sum)), values[kValues]: those of one lane.
+// A warp owns a tile of kTile x kTile pairs of rows, or of half as many. The Team gives its parts: Left<F>,
+// 16 rows of 16 features in the stage, Right<F>, 8 of them, and Sums, of their 16 x 8 pairs: add(Left,
+// Right), each(f(i, j, sum)), values[kValues]: those of one lane.
 #pragma once
 
 #include "cuda/dots.h"
@@ -18,16 +18,23 @@ template <class Team, class F>
 struct NarrowDots {
   static_assert(sizeof(F) == 2);
   using Stage = Staging<float>;
-  // The same rows in bytes, and the same number of them: neighbouring rows lie four banks apart.
+  // The same rows, in bytes: neighbouring ones lie four banks apart.
   static constexpr int kChunk = 2 * Stage::kChunk, kStride = 2 * Stage::kStride, kTile = 32, kParts = 3;
   static constexpr int kThreads = Team::kThreads, kLanes = Team::kLanes, kWarps = kThreads / kLanes;
+
+  // Whether there is a warp for each of the tiles of as many rows as the stage holds.
+  static constexpr int kMostTiles = Stage::kManyRows / kTile;
+  static constexpr bool kOnePass = kWarps >= kMostTiles * (kMostTiles + 1) / 2;
+
+  // Up to kManyRows rows meet themselves; up to kFewRows meet up to kOtherRows others.
+  static constexpr int kOtherRows = Stage::kManyRows - Stage::kFewRows;
 
   // out[i][j] = <a(i), b(j)>
   static __host__ __device__ KERNELMETA_NOINLINE void dots(int64_t m, Rows<F> a, int64_t n, Rows<F> b, int D,
                                                            float* out, int64_t ldo) {
     for (int64_t i = 0; i < m; i += Stage::kFewRows) {
-      for (int64_t j = 0; j < n; j += Stage::kManyRows) {
-        tiles<false>(least(m - i, Stage::kFewRows), least(n - j, Stage::kManyRows), D, FeatureRows{a, i, D},
+      for (int64_t j = 0; j < n; j += kOtherRows) {
+        tiles<false>(least(m - i, Stage::kFewRows), least(n - j, kOtherRows), D, FeatureRows{a, i, D},
                      FeatureRows{b, j, D},
                      [&](int r, int c, float value) { out[(i + r) * ldo + j + c] = value; });
       }
@@ -56,7 +63,10 @@ struct NarrowDots {
       row.one([&] { squares[n] = sum; });
     }
     Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
-    if (Q + kParts * N <= Stage::kManyRows) {
+    const int64_t stack = Q + kParts * N;
+    // Where warps take their tiles in several passes, the sums of one must lie behind the rows of the next.
+    const bool sums_fit = kOnePass || kParts * N * Q <= Stage::kElements - stack * Stage::kStride;
+    if (stack <= Stage::kManyRows && sums_fit) {
       few_stacked_dots(int(Q), x, int(N), theta0, D, gram, cross, ld, squares);
     } else {
       self_dots(Q, x, D, gram, ld);
@@ -78,14 +88,16 @@ struct NarrowDots {
 
   static __host__ __device__ KERNELMETA_NOINLINE void many_self_dots(int64_t m, Rows<F> x, int D, float* out,
                                                                      int64_t ldo) {
-    for (int64_t j = 0; j < m; j += Stage::kManyRows) {
-      const int64_t end = least(j + Stage::kManyRows, m);
+    for (int64_t j = 0; j < m; j += kOtherRows) {
+      const int64_t end = least(j + kOtherRows, m);
       for (int64_t i = 0; i < end; i += Stage::kFewRows) {
+        float *down = out + i * ldo + j, *across = out + j * ldo + i;
+        const int below = int(j - i);
         tiles<false>(least(end - i, Stage::kFewRows), int(end - j), D, FeatureRows{x, i, D},
-                     FeatureRows{x, j, D}, [&](int r, int c, float value) {
-                       if (i + r > j + c) return;
-                       out[(i + r) * ldo + j + c] = value;
-                       out[(j + c) * ldo + i + r] = value;
+                     FeatureRows{x, j, D}, [=](int r, int c, float value) {
+                       if (r > below + c) return;
+                       down[r * ldo + c] = value;
+                       across[c * ldo + r] = value;
                      });
       }
     }
@@ -177,11 +189,12 @@ struct NarrowDots {
   template <bool kSelf, class A, class B, class Store>
   static __host__ __device__ __forceinline__ void tiles(int m, int n, int D, A a, B b, Store store) {
     using Sums = typename Team::Sums;
-    constexpr int kDown = kTile / 16, kAcross = kTile / 8, kSteps = kChunk / 16, kPack = Pack<F>::kSize;
-    constexpr int kRows = kSelf ? Stage::kManyRows : Stage::kManyRows + Stage::kFewRows;
+    constexpr int kTileDown = kSelf ? kTile : kTile / 2;  // as many warps as can be have one
+    constexpr int kDown = kTileDown / 16, kAcross = kTile / 8, kSteps = kChunk / 16, kPack = Pack<F>::kSize;
+    constexpr int kRows = Stage::kManyRows;
     constexpr int kPacks = kChunk / kPack, kLoads = (kRows * kPacks + kThreads - 1) / kThreads;
-    constexpr int kTileSums = kTile * kTile, kMeet = Stage::kElements / kTileSums;
-    const int down = (m + kTile - 1) / kTile, across = (n + kTile - 1) / kTile;
+    constexpr int kTileSums = kTileDown * kTile, kMeet = Stage::kElements / kTileSums;
+    const int down = (m + kTileDown - 1) / kTileDown, across = (n + kTile - 1) / kTile;
     const int count = kSelf ? down * (down + 1) / 2 : down * across;
     int groups = kWarps / count < kSteps ? kWarps / count : kSteps;
     while (groups > 1 && (groups - 1) * count > kMeet) --groups;
@@ -198,7 +211,7 @@ struct NarrowDots {
       const bool works = groups > 1 ? group < groups : tile < count;
       int i0 = 0, j0 = 0;
       Dots<Team, float>::template place<kSelf>(tile, across, i0, j0);
-      i0 *= kTile;
+      i0 *= kTileDown;
       j0 *= kTile;
       Sums sums[kDown][kAcross];
       Pack<F> next[kLoads];
