@@ -70,12 +70,13 @@ ProgramResults program(const Tensor& query, const Optional& query_index, const T
                        const Optional& weight2, const Optional& bias2, const Optional& gain2,
                        const Optional& shift2, const Optional& weight3, const Optional& bias3,
                        const Optional& running, int64_t n_way, std::vector<int64_t> phases, bool cosine,
-                       int64_t start, bool first_order, bool coefficients, bool save_trace) {
+                       int64_t start, bool first_order, bool coefficients, int64_t max_support,
+                       int64_t max_query, bool save_trace) {
   return with_type(rates, [&](auto zero) {
     using C = decltype(zero);
     const PreparedProgram<C> a(
-        query, query_index, support, support_index, labels, support_offsets, query_offsets, n_ways, theta0,
-        weight, scale, bias, target, rates,
+        query, query_index, support, support_index, labels, support_offsets, query_offsets, n_ways,
+        max_support, max_query, theta0, weight, scale, bias, target, rates,
         MlpOptionals{&weight1, &bias1, &gain1, &shift1, &weight2, &bias2, &gain2, &shift2, &weight3, &bias3},
         running, n_way, phases, cosine, start, first_order, coefficients);
     const auto type = kType<C>;
@@ -113,12 +114,13 @@ ProgramGradients program_backward(const Tensor& grad_logits, const Optional& gra
                                   const Optional& bias2, const Optional& gain2, const Optional& shift2,
                                   const Optional& weight3, const Optional& bias3, const Optional& running,
                                   int64_t n_way, std::vector<int64_t> phases, bool cosine, int64_t start,
-                                  bool first_order, bool coefficients, bool need_query, bool need_support) {
+                                  bool first_order, bool coefficients, int64_t max_support, int64_t max_query,
+                                  bool need_query, bool need_support) {
   return with_type(rates, [&](auto zero) {
     using C = decltype(zero);
     const PreparedProgram<C> a(
-        query, query_index, support, support_index, labels, support_offsets, query_offsets, n_ways, theta0,
-        weight, scale, bias, target, rates,
+        query, query_index, support, support_index, labels, support_offsets, query_offsets, n_ways,
+        max_support, max_query, theta0, weight, scale, bias, target, rates,
         MlpOptionals{&weight1, &bias1, &gain1, &shift1, &weight2, &bias2, &gain2, &shift2, &weight3, &bias3},
         running, n_way, phases, cosine, start, first_order, coefficients);
     const ProgramProblem<C>& p = a.problem;

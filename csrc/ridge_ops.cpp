@@ -42,11 +42,12 @@ std::tuple<Tensor, Tensor, Tensor> ridge(const Tensor& query, const Optional& qu
                                          const Tensor& labels, const Optional& support_offsets,
                                          const Optional& query_offsets, const Optional& n_ways,
                                          const Tensor& lambda, const Tensor& scale, const Tensor& bias,
-                                         int64_t n_way, bool save_trace) {
+                                         int64_t n_way, int64_t max_support, int64_t max_query,
+                                         bool save_trace) {
   return with_type(scale, [&](auto zero) {
     using C = decltype(zero);
     const PreparedRidge<C> a(query, query_index, support, support_index, labels, support_offsets,
-                             query_offsets, n_ways, lambda, scale, bias, n_way);
+                             query_offsets, n_ways, max_support, max_query, lambda, scale, bias, n_way);
     Tensor logits = empty(a.query.shape(n_way), kType<C>);
     Tensor coefficients = empty(a.support.shape(n_way), kType<C>);
     Tensor trace = empty_trace<C>({save_trace ? a.trace_offsets.back() : 0});
@@ -70,12 +71,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ridge_backward(
     const Tensor& grad_logits, const Optional& grad_coefficients, const Tensor& trace, const Tensor& query,
     const Optional& query_index, const Tensor& support, const Optional& support_index, const Tensor& labels,
     const Optional& support_offsets, const Optional& query_offsets, const Optional& n_ways,
-    const Tensor& lambda, const Tensor& scale, const Tensor& bias, int64_t n_way, bool need_query,
-    bool need_support) {
+    const Tensor& lambda, const Tensor& scale, const Tensor& bias, int64_t n_way, int64_t max_support,
+    int64_t max_query, bool need_query, bool need_support) {
   return with_type(scale, [&](auto zero) {
     using C = decltype(zero);
     const PreparedRidge<C> a(query, query_index, support, support_index, labels, support_offsets,
-                             query_offsets, n_ways, lambda, scale, bias, n_way);
+                             query_offsets, n_ways, max_support, max_query, lambda, scale, bias, n_way);
     const RidgeBackwardArguments<C> b(a, grad_logits, grad_coefficients, trace, a.trace_offsets.back(),
                                       lambda, scale, bias, need_query, need_support);
     const auto sums = sum_over_chunks<C>(

@@ -1,7 +1,7 @@
 // Arguments of raw ops on tasks that may differ in size (program, ridge), checked and turned into what the
 // kernels take; the same for every device. Where tasks on a GPU do differ, their sizes are copied to the
-// host, which waits for the device: the sizes of results depend on them. Labels and indices on a GPU are left
-// to the kernels.
+// host, which waits for the device: memory depends on them. Where the caller says how many rows a task has at
+// most, offsets and ways on a GPU are left to the kernels, as labels and indices there always are.
 #pragma once
 
 #include <array>
@@ -23,15 +23,15 @@ std::vector<int64_t> numbers(const Tensor& t) {
 }
 
 // Features [T, rows, D], or, with offsets [T + 1], [all rows, D]; or a bank [n, D] with an index [T, rows] or
-// [all rows] into it.
+// [all rows] into it. `most`: the most rows of a task, or -1; with offsets alone.
 struct TaskRowTensor {
   Tensor tensor, index;
-  std::vector<int64_t> offsets;
+  std::vector<int64_t> offsets;  // of every task; if they are unknown, of one that has the most rows
   int64_t D;
   TaskRows rows;
 
   TaskRowTensor(const Place& on, const Tensor& t, const Optional& row_index, const Optional& task_offsets,
-                const char* name)
+                int64_t most, const char* name)
       : tensor(t), index(row_index ? dense(*row_index) : t) {
     const int64_t own = task_offsets ? 1 : 2;  // dimensions that count rows
     const int64_t wanted = row_index ? 2 : own + 1;
@@ -44,11 +44,14 @@ struct TaskRowTensor {
     if (row_index) check_index(on, own, t.size(0), name);
     const Tensor& counted = row_index ? index : t;
     rows_ = task_offsets ? -1 : counted.size(1);
+    all_rows_ = counted.size(0) * (task_offsets ? 1 : rows_);
     const int64_t* of_tasks = nullptr;
     if (task_offsets) {
-      of_tasks = take_offsets(on, *task_offsets, counted.size(0), name);
+      of_tasks = take_offsets(on, *task_offsets, most, name);
     } else {
-      for (int64_t i = 0; i <= counted.size(0); ++i) offsets.push_back(i * rows_);
+      require(most == -1, "max_support and max_query are for tasks with offsets");
+      T_ = counted.size(0);
+      for (int64_t i = 0; i <= T_; ++i) offsets.push_back(i * rows_);
     }
     const bool even = !task_offsets && !row_index;
     rows = {{tensor.const_data_ptr(), storage(t), std::max<int64_t>(rows_, 0), even ? tensor.stride(0) : 0,
@@ -56,21 +59,28 @@ struct TaskRowTensor {
              row_index ? static_cast<const int64_t*>(index.const_data_ptr()) : nullptr,
              row_index ? t.size(0) : 0},
             of_tasks,
-            even};
+            even,
+            all_rows_,
+            known_ ? -1 : most};
   }
   TaskRowTensor(const TaskRowTensor&) = delete;
 
-  int64_t T() const { return int64_t(offsets.size()) - 1; }
+  int64_t T() const { return T_; }
+  int64_t all_rows() const { return all_rows_; }
+  // Whether the offsets were looked at.
+  bool known() const { return known_; }
   int64_t count(int64_t t) const { return offsets[size_t(t + 1)] - offsets[size_t(t)]; }
   bool ragged() const { return rows_ < 0; }
   // Of a tensor with so many entries for each row.
   std::vector<int64_t> shape(int64_t entries) const {
-    if (ragged()) return {offsets.back(), entries};
+    if (ragged()) return {all_rows_, entries};
     return {T(), rows_, entries};
   }
 
  private:
+  int64_t T_, all_rows_;
   int64_t rows_;  // of every task; -1 where they differ
+  bool known_ = true;
   Tensor held_offsets_;
 
   void check_index(const Place& on, int64_t dims, int64_t n, const char* name) const {
@@ -88,18 +98,35 @@ struct TaskRowTensor {
   }
 
   // -> the offsets where the kernels read them
-  const int64_t* take_offsets(const Place& on, const Tensor& t, int64_t all_rows, const char* name) {
+  const int64_t* take_offsets(const Place& on, const Tensor& t, int64_t most, const char* name) {
     require(on.holds(t) && t.dim() == 1 && t.numel() >= 1 && t.scalar_type() == ScalarType::Long,
             "offsets must be a tensor [T + 1] of int64 on the features' device");
-    offsets = numbers(t);
-    bool rising = offsets.front() == 0 && offsets.back() == all_rows;
-    for (size_t i = 1; i < offsets.size(); ++i) rising = rising && offsets[i - 1] <= offsets[i];
+    require(most >= -1, "max_support and max_query must not be negative");
+    T_ = t.numel() - 1;
+    held_offsets_ = dense(t);
+    known_ = on.cpu || most == -1;
+    if (known_) {
+      offsets = numbers(t);
+      check_offsets(most, name);
+    } else {
+      offsets = {0, most};
+      if (T_ == 0 && all_rows_ > 0) refuse(std::string(name) + ": expected no rows without a task");
+    }
+    return static_cast<const int64_t*>(held_offsets_.const_data_ptr());
+  }
+
+  void check_offsets(int64_t most, const char* name) const {
+    bool rising = offsets.front() == 0 && offsets.back() == all_rows_;
+    for (int64_t t = 0; t < T_; ++t) rising = rising && count(t) >= 0;
     if (!rising) {
       refuse(std::string(name) + "_offsets: expected numbers that rise from 0 to the number of rows, " +
-             std::to_string(all_rows));
+             std::to_string(all_rows_));
     }
-    held_offsets_ = dense(t);
-    return static_cast<const int64_t*>(held_offsets_.const_data_ptr());
+    for (int64_t t = 0; most >= 0 && t < T_; ++t) {
+      if (count(t) <= most) continue;
+      refuse("max_" + std::string(name) + ": task " + std::to_string(t) + " has " + std::to_string(count(t)) +
+             " rows, more than " + std::to_string(most));
+    }
   }
 };
 
@@ -117,23 +144,25 @@ void require_storage(const TaskRowTensor& support, const TaskRowTensor& query) {
 struct TaskLabels {
   Tensor labels;
   Optional ways;
-  std::vector<int64_t> ways_of;  // each task
+  std::vector<int64_t> ways_of;  // each task; if sizes are unknown, of one that has the most ways
 
   TaskLabels(const Place& on, const Tensor& support_labels, const TaskRowTensor& support,
              const TaskRowTensor& query, const Optional& n_ways, int64_t N)
-      : labels(dense(support_labels)), ways_of(size_t(support.T()), N) {
+      : labels(dense(support_labels)), ways_of(support.known() ? size_t(support.T()) : 1, N) {
     const int64_t T = support.T();
     require(T == query.T() && support.D == query.D, "support and query must have the same T and D");
+    require(support.known() == query.known(), "max_support and max_query: both or none");
     require(N >= 1 && query.D >= 1, "ways and features: at least one each");
-    require(on.holds(labels) && labels.scalar_type() == ScalarType::Long &&
-                labels.numel() == support.offsets.back(),
-            "support_labels: expected a tensor of int64 on the features' device, one for each support row");
+    require(
+        on.holds(labels) && labels.scalar_type() == ScalarType::Long && labels.numel() == support.all_rows(),
+        "support_labels: expected a tensor of int64 on the features' device, one for each support row");
     if (n_ways) {
       require_shape(on, *n_ways, {T}, "n_ways");
       require(n_ways->scalar_type() == ScalarType::Long, "n_ways must be int64");
       ways = dense(*n_ways);
-      ways_of = numbers(*n_ways);
+      if (support.known()) ways_of = numbers(*n_ways);
     }
+    if (!support.known()) return;
     for (int64_t t = 0; t < T; ++t) {
       const std::string task = "task " + std::to_string(t);
       const int64_t own = ways_of[size_t(t)], rows = support.count(t);
@@ -154,7 +183,7 @@ struct TaskLabels {
   }
 };
 
-// One task of every size (support rows, query rows, ways) that there is.
+// One task of every size (support rows, query rows, ways) that there is, or may be at most.
 inline std::vector<int64_t> tasks_of_each_size(const TaskRowTensor& support, const TaskRowTensor& query,
                                                const TaskLabels& labels) {
   std::set<std::array<int64_t, 3>> sizes;
@@ -162,7 +191,7 @@ inline std::vector<int64_t> tasks_of_each_size(const TaskRowTensor& support, con
   for (int64_t t = 0; t < support.T(); ++t) {
     if (sizes.insert({support.count(t), query.count(t), labels.ways_of[size_t(t)]}).second)
       tasks.push_back(t);
-    if (!support.ragged()) break;
+    if (!support.ragged() || !support.known()) break;
   }
   return tasks;
 }
@@ -201,14 +230,14 @@ struct ProgramArguments {
   ProgramArguments(const Tensor& query_rows, const Optional& query_index, const Tensor& support_rows,
                    const Optional& support_index, const Tensor& support_labels,
                    const Optional& support_offsets, const Optional& query_offsets, const Optional& n_ways,
-                   const Optional& theta0_tensor, const Optional& weight_tensor, const Optional& scale_tensor,
-                   const Optional& bias_tensor, const Optional& target_tensor, const Tensor& rates_tensor,
-                   const MlpOptionals& m, const Optional& running, int64_t n_way,
-                   const std::vector<int64_t>& phase_numbers, bool cosine, int64_t start, bool first_order,
-                   bool coefficients)
+                   int64_t max_support, int64_t max_query, const Optional& theta0_tensor,
+                   const Optional& weight_tensor, const Optional& scale_tensor, const Optional& bias_tensor,
+                   const Optional& target_tensor, const Tensor& rates_tensor, const MlpOptionals& m,
+                   const Optional& running, int64_t n_way, const std::vector<int64_t>& phase_numbers,
+                   bool cosine, int64_t start, bool first_order, bool coefficients)
       : on(query_rows),
-        support(on, support_rows, support_index, support_offsets, "support"),
-        query(on, query_rows, query_index, query_offsets, "query"),
+        support(on, support_rows, support_index, support_offsets, max_support, "support"),
+        query(on, query_rows, query_index, query_offsets, max_query, "query"),
         labels(on, support_labels, support, query, n_ways, n_way) {
     const int64_t D = query.D, N = n_way;
     require(start >= 0 && start <= 2, "start must be 0, 1 or 2");
@@ -327,11 +356,12 @@ struct RidgeArguments {
 
   RidgeArguments(const Tensor& query_rows, const Optional& query_index, const Tensor& support_rows,
                  const Optional& support_index, const Tensor& support_labels, const Optional& support_offsets,
-                 const Optional& query_offsets, const Optional& n_ways, const Tensor& lambda,
-                 const Tensor& scale, const Tensor& bias, int64_t n_way)
+                 const Optional& query_offsets, const Optional& n_ways, int64_t max_support,
+                 int64_t max_query, const Tensor& lambda, const Tensor& scale, const Tensor& bias,
+                 int64_t n_way)
       : on(query_rows),
-        support(on, support_rows, support_index, support_offsets, "support"),
-        query(on, query_rows, query_index, query_offsets, "query"),
+        support(on, support_rows, support_index, support_offsets, max_support, "support"),
+        query(on, query_rows, query_index, query_offsets, max_query, "query"),
         labels(on, support_labels, support, query, n_ways, n_way) {
     require_storage<C>(support, query);
     const char* complaint = "regularization, scale and bias must be one value each, of one dtype";

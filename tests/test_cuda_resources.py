@@ -1,10 +1,15 @@
 """Registers, stack and static shared memory of the CUDA kernels, as ptxas reported them when the library was built
-in this tree, against the limits in the table of docs/cuda.md. No GPU needed."""
+in this tree, against the limits in the table of docs/cuda.md; and their instructions, where a disassembler is there. No
+GPU needed."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -22,7 +27,7 @@ BLOCK = re.compile(r"CudaTeamILi256EEE(?P<compute>[fd])(?P<storage>f|d|6__half|1
 class Kernel:
     name: str
     architecture: str
-    single: bool  # float32 features and arithmetic
+    single: bool  # float32 arithmetic, whatever the features are
     registers: int
     stack: int
     spilled: int
@@ -41,7 +46,7 @@ def kernels() -> list[Kernel]:
             assert name and block and used and frames, mangled
             found.append(
                 Kernel(
-                    name[1], architecture, block["compute"] == "f" and block["storage"] == "f", int(used[1]),
+                    name[1], architecture, block["compute"] == "f", int(used[1]),
                     max(f[0] for f in frames), sum(f[1] + f[2] for f in frames), int(shared[1]) if shared else 0,
                 )
             )  # fmt: skip
@@ -67,3 +72,33 @@ def test_kernels_stay_within_the_limits_of_the_table() -> None:
         if got > limit
     ]
     assert not beyond
+
+
+def cuobjdump() -> str | None:
+    """The CUDA toolkit's disassembler, or Triton's copy of it."""
+    folders = [f"{home}/bin" for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
+    triton = find_spec("triton")
+    for folder in triton.submodule_search_locations or () if triton else ():
+        folders.append(f"{folder}/backends/nvidia/bin")
+    return shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(folders))
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_features_of_16_bits_meet_on_the_tensor_cores(architecture: str) -> None:
+    objects = sorted(ROOT.glob("build/cmake-*/**/ridge.cu.o"))
+    tool = cuobjdump()
+    if not objects or tool is None or architecture not in {k.architecture for k in kernels()}:
+        pytest.skip(f"needs CUDA kernels compiled for {architecture} in this tree, and cuobjdump")
+    command = [tool, "-sass", "-arch", architecture, str(objects[0])]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {}
+    for function in sass.split("Function : ")[1:]:
+        block = BLOCK.search(function)
+        if block and "ridge_fwd" in function[: function.index("\n")]:
+            used[block["storage"]] = set(re.findall(r"HMMA\.[.\w]+", function))
+    assert used == {
+        "f": set(),
+        "d": set(),
+        "6__half": {"HMMA.16816.F32"},
+        "13__nv_bfloat16": {"HMMA.16816.F32.BF16"},
+    }

@@ -15,6 +15,11 @@
 
 namespace kernelmeta {
 
+// Elements that a block lays out, in shared memory and in the workspace.
+struct Used {
+  int64_t shared = 0, workspace = 0;
+};
+
 // Which tasks a block takes: first, first + step, ...
 struct Share {
   int64_t first, step;

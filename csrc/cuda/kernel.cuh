@@ -43,11 +43,6 @@ struct Memory {
 
 __device__ __forceinline__ Share share() { return {int64_t(blockIdx.x), int64_t(gridDim.x)}; }
 
-// Elements that a block lays out, in shared memory and in the workspace.
-struct Used {
-  int64_t shared = 0, workspace = 0;
-};
-
 // How to run a kernel on T tasks; used(capacity): what a block lays out with so much shared memory.
 template <class B, class Fn>
 Plan make_plan_of(const void* kernel, int64_t T, int device, Fn used) {

@@ -71,8 +71,8 @@ template <class C>
 void launch_linear_head_backward(const HeadBackward<C>& f, const Plan& plan, C* workspace, C* partials,
                                  const Where& where);
 
-// Plans of kernels whose tasks may differ: `tasks` has one of each size, and what the plan looks at besides,
-// it looks at on the host.
+// Plans of kernels whose tasks may differ: `tasks` has one of each size, or, where sizes are unknown, one
+// that is as large as any; what the plan looks at besides, it looks at on the host.
 template <class C>
 Plan plan_program_forward(const ProgramForward<C>& f, const ProgramDeviceCall<C>& call,
                           const std::vector<int64_t>& tasks, int device);

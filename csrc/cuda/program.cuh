@@ -8,20 +8,12 @@
 
 namespace kernelmeta::cuda {
 
-// As make_plan, for a Layout that is laid out for each task: `tasks` has one of each size.
-template <class B, class Layout, class C = typename B::Scalar, class... Args>
-Plan make_task_plan(const void* kernel, int64_t T, const std::vector<int64_t>& tasks, const Sizes& sizes,
+// As make_plan, for a Layout that is laid out for each task.
+template <class B, class Layout, class F, class... Args>
+Plan make_task_plan(const void* kernel, const F& f, const std::vector<int64_t>& tasks, const Sizes& sizes,
                     int device, const Args&... args) {
-  return make_plan_of<B>(kernel, T, device, [&](int64_t capacity) {
-    Used used;
-    for (const int64_t t : tasks) {
-      Arena<C> count(nullptr, capacity, nullptr);
-      B block;
-      Layout unused(count, block, sizes, args..., t);
-      used.shared = std::max(used.shared, count.used());
-      used.workspace = std::max(used.workspace, count.rest_used());
-    }
-    return used;
+  return make_plan_of<B>(kernel, f.problem.T, device, [&](int64_t capacity) {
+    return task_memory<B, Layout>(f, tasks, capacity, sizes, args...);
   });
 }
 

@@ -21,7 +21,7 @@ Plan plan_program_backward(const ProgramBackward<C>& f, const ProgramDeviceCall<
   return with_task_block<C>(f.problem, [&](auto block) {
     using B = typename decltype(block)::type;
     return make_task_plan<B, ProgramBackwardLayout<B>>(reinterpret_cast<const void*>(&program_bwd_kernel<B>),
-                                                       f.problem.T, tasks, call.sizes, device, f, call);
+                                                       f, tasks, call.sizes, device, call);
   });
 }
 

@@ -1,7 +1,14 @@
 // What one thread block does for programs and for ridge regression; see bodies.h. Tasks may differ in size:
 // a block's memory is laid out anew for each. What lasts for all of a block's tasks comes first, and so
 // always in the same place.
+//
+// Where nobody has looked at the offsets before (TaskRows::most), the blocks do: if they do not rise from 0
+// to the number of rows, all results are NaN; a task with more rows than it may have, or fewer ways than 1 or
+// more than N, is invalid, as one with wrong labels.
 #pragma once
+
+#include <algorithm>
+#include <vector>
 
 #include "cuda/bodies.h"
 #include "cuda/program_call.h"
@@ -9,11 +16,62 @@
 
 namespace kernelmeta {
 
-// Whether the labels or indices of task t cannot be used. Its barrier also parts the task from what is left
-// to do of the one before.
+// What blocks lay out that run on any of `tasks`, in so much shared memory. Where their sizes are unknown,
+// one task is as large as any: a smaller one may fit arrays into shared memory that the large one does not,
+// and leave others out.
+template <class B, class Layout, class F, class... Args>
+Used task_memory(const F& f, const std::vector<int64_t>& tasks, int64_t capacity, const Sizes& sizes,
+                 const Args&... args) {
+  const auto laid_out = [&](int64_t t, int64_t capacity) {
+    Arena<typename B::Scalar> count(nullptr, capacity, nullptr);
+    B block;
+    Layout unused(count, block, sizes, f, args..., t);
+    return Used{count.used(), count.rest_used()};
+  };
+  Used used;
+  for (const int64_t t : tasks) {
+    const Used of_task = laid_out(t, capacity);
+    used = {std::max(used.shared, of_task.shared), std::max(used.workspace, of_task.workspace)};
+  }
+  const bool unknown = f.problem.support.most >= 0;
+  if (unknown && laid_out(tasks[0], INT64_MAX).shared > capacity) {
+    used = {capacity, laid_out(tasks[0], 0).workspace};
+  }
+  return used;
+}
+
+// Whether the offsets rise from 0 to the number of rows, where nobody has looked before.
+template <class B>
+__host__ __device__ __forceinline__ bool offsets_rise(B& block, const TaskRows& rows, int64_t T) {
+  if (rows.most < 0) return true;
+  return !block.any(T + 1, [&](int64_t t) {
+    const int64_t at = rows.offsets[t];
+    return at < (t == 0 ? 0 : rows.offsets[t - 1]) || (t == 0 && at > 0) || (t == T && at != rows.all);
+  });
+}
+
+template <class B, class Problem>
+__host__ __device__ __forceinline__ bool offsets_rise(B& block, const Problem& p) {
+  return offsets_rise(block, p.support, p.T) && offsets_rise(block, p.query, p.T);
+}
+
+// The block's share of out [n] (or null)
+template <class B, class C = typename B::Scalar>
+__host__ __device__ __forceinline__ void fill_share_nan(B& block, C* out, int64_t n, Share share) {
+  const int64_t first = n * share.first / share.step;
+  fill_nan(block, out ? out + first : nullptr, n * (share.first + 1) / share.step - first);
+}
+
+// Whether the sizes, labels or indices of task t cannot be used. Its barrier also parts the task from what is
+// left to do of the one before.
 template <class B, class Problem>
 __host__ __device__ __forceinline__ bool task_is_invalid(B& block, const Problem& p, int64_t t) {
-  const Sizes s{1, p.support.count(t), p.query.count(t), p.classes.count(t, p.N), p.D, 0, 0};
+  const int64_t ways = p.classes.count(t, p.N);
+  if (p.support.most >= 0 && (p.support.count(t) > p.support.most || p.query.count(t) > p.query.most ||
+                              p.query.count(t) < 1 || ways < 1 || ways > p.N)) {
+    return true;
+  }
+  const Sizes s{1, p.support.count(t), p.query.count(t), ways, p.D, 0, 0};
   const Features query = p.query.of(t);
   return is_invalid(block, 0, s, p.classes.table.labels + p.support.first(t), true, p.support.of(t), &query);
 }
@@ -49,6 +107,14 @@ __host__ __device__ __forceinline__ void program_forward_body(void* place, const
                                                               Arena<C> arena, Share share) {
   const ProgramProblem<C>& p = f.problem;
   bool begun = false;
+  if (B block; !offsets_rise(block, p)) {
+    fill_share_nan(block, f.logits, p.query.all * p.N, share);
+    fill_share_nan(block, f.support_coefficients, p.support.all * p.N, share);
+    fill_share_nan(block, f.query_coefficients, p.query.all * p.N, share);
+    fill_share_nan(block, f.start_coefficients, p.T * p.N, share);
+    fill_share_nan(block, f.trace, p.T * call.stride, share);
+    return;
+  }
   for (int64_t t = share.first; t < p.T; t += share.step) {
     B block;
     C* kept = f.trace ? f.trace + t * call.stride : nullptr;
@@ -104,6 +170,12 @@ __host__ __device__ __forceinline__ void program_backward_body(void* place, cons
   const ProgramProblem<C>& p = f.problem;
   B block;
   bool begun = false, broken = false;
+  if (!offsets_rise(block, p)) {
+    fill_share_nan(block, f.grad_support, p.support.all * p.D, share);
+    fill_share_nan(block, f.grad_query, p.query.all * p.D, share);
+    fill_nan(block, partial, size);
+    return;
+  }
   for (int64_t t = share.first; t < p.T; t += share.step) {
     if (task_is_invalid(block, p, t)) {
       fill_rows_nan(block, p.support, t, p.D, f.grad_support);
@@ -147,6 +219,12 @@ template <class B, class C = typename B::Scalar>
 __host__ __device__ __forceinline__ void ridge_forward_body(void* place, const RidgeForward<C>& f,
                                                             int64_t stride, Arena<C> arena, Share share) {
   const RidgeProblem<C>& p = f.problem;
+  if (B block; !offsets_rise(block, p)) {
+    fill_share_nan(block, f.logits, p.query.all * p.N, share);
+    fill_share_nan(block, f.coefficients, p.support.all * p.N, share);
+    fill_share_nan(block, f.trace, p.T * stride, share);
+    return;
+  }
   for (int64_t t = share.first; t < p.T; t += share.step) {
     B block;
     C* kept = f.trace ? f.trace + t * stride : nullptr;
@@ -193,6 +271,12 @@ __host__ __device__ __forceinline__ void ridge_backward_body(void* place, const 
   const RidgeProblem<C>& p = f.problem;
   B block;
   bool begun = false, broken = false;
+  if (!offsets_rise(block, p)) {
+    fill_share_nan(block, f.grad_support, p.support.all * p.D, share);
+    fill_share_nan(block, f.grad_query, p.query.all * p.D, share);
+    fill_nan(block, partial, size);
+    return;
+  }
   for (int64_t t = share.first; t < p.T; t += share.step) {
     if (task_is_invalid(block, p, t)) {
       fill_rows_nan(block, p.support, t, p.D, f.grad_support);

@@ -19,7 +19,7 @@ Plan plan_program_forward(const ProgramForward<C>& f, const ProgramDeviceCall<C>
   return with_task_block<C>(f.problem, [&](auto block) {
     using B = typename decltype(block)::type;
     return make_task_plan<B, ProgramForwardLayout<B>>(reinterpret_cast<const void*>(&program_fwd_kernel<B>),
-                                                      f.problem.T, tasks, call.sizes, device, f, call);
+                                                      f, tasks, call.sizes, device, call);
   });
 }
 

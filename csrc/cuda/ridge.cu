@@ -25,8 +25,8 @@ Plan plan_ridge_forward(const RidgeForward<C>& f, int64_t stride, const std::vec
                         int device) {
   return with_task_block<C>(f.problem, [&](auto block) {
     using B = typename decltype(block)::type;
-    return make_task_plan<B, RidgeForwardLayout<B>>(reinterpret_cast<const void*>(&ridge_fwd_kernel<B>),
-                                                    f.problem.T, tasks, Sizes{}, device, f, stride);
+    return make_task_plan<B, RidgeForwardLayout<B>>(reinterpret_cast<const void*>(&ridge_fwd_kernel<B>), f,
+                                                    tasks, Sizes{}, device, stride);
   });
 }
 
@@ -35,8 +35,8 @@ Plan plan_ridge_backward(const RidgeBackward<C>& f, int64_t stride, const std::v
                          int device) {
   return with_task_block<C>(f.problem, [&](auto block) {
     using B = typename decltype(block)::type;
-    return make_task_plan<B, RidgeBackwardLayout<B>>(reinterpret_cast<const void*>(&ridge_bwd_kernel<B>),
-                                                     f.problem.T, tasks, Sizes{}, device, f, stride);
+    return make_task_plan<B, RidgeBackwardLayout<B>>(reinterpret_cast<const void*>(&ridge_bwd_kernel<B>), f,
+                                                     tasks, Sizes{}, device, stride);
   });
 }
 

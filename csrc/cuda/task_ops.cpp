@@ -1,5 +1,5 @@
-// The CUDA implementations of program and ridge; see ops.cpp. Where tasks differ in size, and only there, a
-// call waits for the device, to read the sizes.
+// The CUDA implementations of program and ridge; see ops.cpp. Where tasks differ in size and the caller does
+// not say how large they are at most, and only there, a call waits for the device, to read the sizes.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -13,7 +13,7 @@ namespace {
 template <class C>
 struct CudaProgram : ProgramArguments<C> {
   using ProgramArguments<C>::problem, ProgramArguments<C>::phases, ProgramArguments<C>::mlp;
-  std::vector<int64_t> tasks;  // one of each size
+  std::vector<int64_t> tasks;  // one of each size, or of the largest
   ProgramDeviceCall<C> call{};
 
   template <class... Args>
@@ -48,14 +48,15 @@ ProgramResults program(const Tensor& query, const Optional& query_index, const T
                        const Optional& weight2, const Optional& bias2, const Optional& gain2,
                        const Optional& shift2, const Optional& weight3, const Optional& bias3,
                        const Optional& running, int64_t n_way, std::vector<int64_t> phases, bool cosine,
-                       int64_t start, bool first_order, bool coefficients, bool save_trace) {
+                       int64_t start, bool first_order, bool coefficients, int64_t max_support,
+                       int64_t max_query, bool save_trace) {
   return with_type(rates, [&](auto zero) {
     using C = decltype(zero);
     const OnDevice where{Place(query)};
     const ReadableFeatures<C> features(query, support, true);
     const CudaProgram<C> a(
         features.query, query_index, features.start, support_index, labels, support_offsets, query_offsets,
-        n_ways, theta0, weight, scale, bias, target, rates,
+        n_ways, max_support, max_query, theta0, weight, scale, bias, target, rates,
         MlpOptionals{&weight1, &bias1, &gain1, &shift1, &weight2, &bias2, &gain2, &shift2, &weight3, &bias3},
         running, n_way, phases, cosine, start, first_order, coefficients);
     const auto type = kType<C>;
@@ -97,14 +98,15 @@ ProgramGradients program_backward(const Tensor& grad_logits, const Optional& gra
                                   const Optional& bias2, const Optional& gain2, const Optional& shift2,
                                   const Optional& weight3, const Optional& bias3, const Optional& running,
                                   int64_t n_way, std::vector<int64_t> phases, bool cosine, int64_t start,
-                                  bool first_order, bool coefficients, bool need_query, bool need_support) {
+                                  bool first_order, bool coefficients, int64_t max_support, int64_t max_query,
+                                  bool need_query, bool need_support) {
   return with_type(rates, [&](auto zero) {
     using C = decltype(zero);
     const OnDevice where{Place(query)};
     const ReadableFeatures<C> features(query, support, true);
     const CudaProgram<C> a(
         features.query, query_index, features.start, support_index, labels, support_offsets, query_offsets,
-        n_ways, theta0, weight, scale, bias, target, rates,
+        n_ways, max_support, max_query, theta0, weight, scale, bias, target, rates,
         MlpOptionals{&weight1, &bias1, &gain1, &shift1, &weight2, &bias2, &gain2, &shift2, &weight3, &bias3},
         running, n_way, phases, cosine, start, first_order, coefficients);
     const ProgramProblem<C>& p = a.problem;
@@ -153,7 +155,7 @@ ProgramGradients program_backward(const Tensor& grad_logits, const Optional& gra
 // The arguments and how the kernels run.
 template <class C>
 struct CudaRidge : RidgeArguments<C> {
-  std::vector<int64_t> tasks;  // one of each size
+  std::vector<int64_t> tasks;  // one of each size, or of the largest
   int64_t stride = 0;
 
   template <class... Args>
@@ -168,13 +170,14 @@ std::tuple<Tensor, Tensor, Tensor> ridge(const Tensor& query, const Optional& qu
                                          const Tensor& labels, const Optional& support_offsets,
                                          const Optional& query_offsets, const Optional& n_ways,
                                          const Tensor& lambda, const Tensor& scale, const Tensor& bias,
-                                         int64_t n_way, bool save_trace) {
+                                         int64_t n_way, int64_t max_support, int64_t max_query,
+                                         bool save_trace) {
   return with_type(scale, [&](auto zero) {
     using C = decltype(zero);
     const OnDevice where{Place(query)};
     const ReadableFeatures<C> features(query, support, true);
     const CudaRidge<C> a(features.query, query_index, features.start, support_index, labels, support_offsets,
-                         query_offsets, n_ways, lambda, scale, bias, n_way);
+                         query_offsets, n_ways, max_support, max_query, lambda, scale, bias, n_way);
     Tensor logits = empty(a.query.shape(n_way), kType<C>, a.on);
     Tensor coefficients = empty(a.support.shape(n_way), kType<C>, a.on);
     Tensor trace = empty({save_trace ? a.problem.T * a.stride : 0}, kType<C>, a.on);
@@ -193,14 +196,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> ridge_backward(
     const Tensor& grad_logits, const Optional& grad_coefficients, const Tensor& trace, const Tensor& query,
     const Optional& query_index, const Tensor& support, const Optional& support_index, const Tensor& labels,
     const Optional& support_offsets, const Optional& query_offsets, const Optional& n_ways,
-    const Tensor& lambda, const Tensor& scale, const Tensor& bias, int64_t n_way, bool need_query,
-    bool need_support) {
+    const Tensor& lambda, const Tensor& scale, const Tensor& bias, int64_t n_way, int64_t max_support,
+    int64_t max_query, bool need_query, bool need_support) {
   return with_type(scale, [&](auto zero) {
     using C = decltype(zero);
     const OnDevice where{Place(query)};
     const ReadableFeatures<C> features(query, support, true);
     const CudaRidge<C> a(features.query, query_index, features.start, support_index, labels, support_offsets,
-                         query_offsets, n_ways, lambda, scale, bias, n_way);
+                         query_offsets, n_ways, max_support, max_query, lambda, scale, bias, n_way);
     const RidgeBackwardArguments<C> b(a, grad_logits, grad_coefficients, trace, a.problem.T * a.stride,
                                       lambda, scale, bias, need_query, need_support);
     RidgeBackward<C> known = b.run;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/block.h"
+#include "cuda/tensor_core.h"
 
 namespace kernelmeta {
 
@@ -43,6 +44,38 @@ struct CudaTeam {
 #endif
     return value;
   }
+  // Rows of features for the tensor cores, and the sums of their products; see narrow_dots.h.
+  template <class F>
+  struct Left : MmaLeft<F> {
+    Left() = default;
+    __host__ __device__ __forceinline__ Left(const F* rows, int stride)
+        : MmaLeft<F>(rows, stride, thread() % kLanes) {}
+  };
+  template <class F>
+  struct Right : MmaRight<F> {
+    Right() = default;
+    __host__ __device__ __forceinline__ Right(const F* rows, int stride)
+        : MmaRight<F>(rows, stride, thread() % kLanes) {}
+  };
+  struct Sums {
+    static constexpr int kValues = MmaLanes::kSums;
+    float values[kValues] = {};
+
+    template <class F>
+    __host__ __device__ __forceinline__ void add(const Left<F>& a, const Right<F>& b) {
+#ifdef __CUDA_ARCH__
+      mma<F>(values, a, b);
+#endif
+    }
+    template <class Fn>
+    __host__ __device__ __forceinline__ void each(Fn f) const {
+      const int lane = thread() % kLanes;
+#pragma unroll
+      for (int r = 0; r < kValues; ++r)
+        f(MmaLanes::sum_left(lane, r), MmaLanes::sum_right(lane, r), values[r]);
+    }
+  };
+
   // The beginning of the block's dynamic shared memory.
   template <class C>
   static __host__ __device__ __forceinline__ C* stage() {

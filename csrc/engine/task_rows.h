@@ -11,10 +11,13 @@ __host__ __device__ __forceinline__ int64_t storage_bytes(Storage storage) {
 
 // Task t owns rows first(t) .. first(t + 1) of those counted through all tasks. Such a row lies in
 // `features`, which is [T][rows][D] where all tasks have as many (and `even` says so), else [all rows][D].
+// Where nobody has looked at the offsets yet, `most` says how many rows a task may have.
 struct TaskRows {
   Features features;
   const int64_t* offsets;  // [T + 1], or null: all tasks have features.rows
   bool even;
+  int64_t all = 0;    // rows, of all tasks
+  int64_t most = -1;  // -1: the offsets are right
 
   __host__ __device__ __forceinline__ int64_t first(int64_t t) const {
     return offsets ? offsets[t] : t * features.rows;

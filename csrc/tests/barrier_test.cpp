@@ -9,6 +9,7 @@
 #include <map>
 
 #include "tests/learner_checks.h"
+#include "tests/narrow_float.h"
 #include "tests/team_kernels.h"
 
 namespace {
@@ -74,12 +75,14 @@ void append(std::vector<float>& all, const std::vector<C>& more) {
   all.insert(all.end(), more.begin(), more.end());
 }
 
+// F: how the features are stored.
+template <class F = float>
 int check_problem(const std::string& name, const Sizes& s, bool from_support, bool running,
                   const Wanted& wanted) {
   const Episode e(s, from_support, running, 0.02);
   const Vec weights_z = draw(s.T * s.Q * s.N), weights_theta = draw(s.T * s.N * s.D);
   const auto all = [&] {
-    const Results<float> r = run<float>(kTeamKernels<float>, e, true, weights_z, weights_theta, wanted);
+    const Results<float> r = run<float, F>(kTeamKernels<float, F>, e, true, weights_z, weights_theta, wanted);
     std::vector<float> values;
     for (const auto* part : {&r.logits, &r.grad_query, &r.grad_start, &r.weight, &r.scale, &r.bias}) {
       append(values, *part);
@@ -94,7 +97,8 @@ template <class E>
 int check_episode(const E& episode) {
   return check_barriers(episode.text().c_str(), [&] {
     std::vector<float> values;
-    for (const auto& [name, of_name] : episode.template run<float>(kTeamTable)) append(values, of_name);
+    for (const auto& [name, of_name] : episode.template run<float>(kTeamTable<float>))
+      append(values, of_name);
     return values;
   });
 }
@@ -113,6 +117,9 @@ int main() {
   for (const HeadCase& c : head_cases()) status |= check_episode(HeadEpisode(c));
   for (const ProgramCase& c : program_cases()) status |= check_episode(ProgramEpisode(c));
   for (const RidgeCase& c : ridge_cases()) status |= check_episode(RidgeEpisode(c));
+  // Rows of 16 bits: in one tile, whose features all warps share out, and in three.
+  status |= check_problem<BrainFloat>("bfloat16", {1, 3, 9, 3, 72, 6, 1}, true, true, {});
+  status |= check_problem<BrainFloat>("bfloat16, three tiles", {1, 3, 33, 2, 72, 6, 3}, true, true, {});
   int64_t needless = 0;
   for (const auto& [where, place] : places) {
     if (place.seen) continue;

@@ -177,11 +177,25 @@ double objective(const Episode& e, const Vec& weights_z, const Vec& weights_thet
 
 // ---- the engine
 
+// The same numbers as F stores them.
+template <class F>
+Vec rounded(const Vec& v) {
+  Vec to;
+  for (const double x : v) to.push_back(double(float(F(float(x)))));
+  return to;
+}
+
 // A heap block of exactly this size, so that AddressSanitizer sees one element too many.
 template <class C>
 std::vector<C> exactly(const Vec& v) {
   return std::vector<C>(v.begin(), v.end());
 }
+
+// How features are stored, by their size: which type of 16 bits, the kernels were compiled for.
+template <class F>
+constexpr Storage kStorage = sizeof(F) == 8   ? Storage::kFloat64
+                             : sizeof(F) == 4 ? Storage::kFloat32
+                                              : Storage::kBFloat16;
 
 template <class C>
 struct Results {
@@ -194,12 +208,15 @@ struct Wanted {
   bool theta = true, grad_query = true, grad_start = true;
 };
 
-template <class C>
+// F: how the features are stored.
+template <class C, class F = C>
 Results<C> run(const Kernels<C>& kernels, const Episode& e, bool as_labels, const Vec& weights_z,
                const Vec& weights_theta, const Wanted& wanted = {}) {
   const auto& [T, S, Q, N, D, H, K] = e.s;
-  const Storage storage = sizeof(C) == 4 ? Storage::kFloat32 : Storage::kFloat64;
-  const auto query = exactly<C>(e.query), start = exactly<C>(e.start), weight = exactly<C>(e.weight);
+  const Storage of_start = e.from_support ? kStorage<F> : kStorage<C>;
+  const auto query = exactly<F>(e.query), support = exactly<F>(e.start);
+  const auto theta0 = exactly<C>(e.start), weight = exactly<C>(e.weight);
+  const void* start = e.from_support ? static_cast<const void*>(support.data()) : theta0.data();
   const auto statistics = exactly<C>(e.statistics);
   const Vec* tensors[] = {&e.weight1, &e.bias1, &e.gain1,  &e.shift1,  &e.weight2,
                           &e.bias2,   &e.gain2, &e.shift2, &e.weight3, &e.bias3};
@@ -215,8 +232,8 @@ Results<C> run(const Kernels<C>& kernels, const Episode& e, bool as_labels, cons
   fold(serial, arrays, running, e.s, mlp);
   const C scale = C(e.scale[0]), bias = C(e.bias[0]);
   const SibProblem<C> problem{e.s,
-                              {query.data(), storage, Q, Q * D, D, nullptr, 0},
-                              {start.data(), storage, S, S * D, D, nullptr, 0},
+                              {query.data(), kStorage<F>, Q, Q * D, D, nullptr, 0},
+                              {start, of_start, S, S * D, D, nullptr, 0},
                               e.classes(as_labels),
                               e.from_support ? weight.data() : nullptr,
                               &scale,
@@ -236,7 +253,7 @@ Results<C> run(const Kernels<C>& kernels, const Episode& e, bool as_labels, cons
 
   const auto gz = exactly<C>(weights_z), gt = exactly<C>(weights_theta);
   r.grad_query.resize(query.size());
-  r.grad_start.resize(start.size());
+  r.grad_start.resize(theta0.size());
   std::vector<C> sums(size_t(size_of<SibParameterGrad<C>, C>(e.s)));
   Arena<C> arena(sums.data());
   const SibParameterGrad<C> grad(arena, e.s);
@@ -330,6 +347,37 @@ void check(const std::string& name, const Kernels<double>& f64, const Kernels<fl
   one({2, 4, 10, 4, 19, 6, 2}, false, true);
   one({1, 3, 40, 2, 21, 5, 2}, true, false);  // so many rows that the Gram matrix is not formed
   std::printf(failures ? "%d failed\n" : "all passed\n", failures);
+  return failures != 0;
+}
+
+// Kernels in float that read features stored as F, against kernels in double; theta0 stays wide.
+template <class F>
+int check_narrow(const std::string& name, const Kernels<double>& right, const Kernels<float>& narrow) {
+  const auto one = [&](const Sizes& s, bool from_support) {
+    Episode e(s, from_support, false, 0.02);
+    e.query = rounded<F>(e.query);
+    e.start = from_support ? rounded<F>(e.start) : rounded<float>(e.start);
+    const Vec weights_z = draw(s.T * s.Q * s.N), weights_theta = draw(s.T * s.N * s.D);
+    const auto want = run<double>(right, e, true, weights_z, weights_theta);
+    const auto got = run<float, F>(narrow, e, true, weights_z, weights_theta);
+    const std::string where =
+        name + " Q=" + std::to_string(s.Q) + " N=" + std::to_string(s.N) + " D=" + std::to_string(s.D) + " ";
+    expect_near(where + "logits", got.logits, want.logits, 1e-5);
+    expect_near(where + "query", got.grad_query, want.grad_query, 1e-3);
+    expect_near(where + "start", got.grad_start, want.grad_start, 1e-3);
+    expect_near(where + "scale", got.scale, want.scale, 1e-3);
+    for (size_t i = 0; i < want.mlp.size(); ++i) {
+      expect_near(where + "parameter " + std::to_string(i), got.mlp[i], want.mlp[i], 1e-3);
+    }
+  };
+  //    T  S  Q   N  D   H   K
+  one({2, 7, 11, 3, 13, 5, 2}, true);
+  one({1, 2, 1, 2, 1, 1, 1}, true);
+  one({1, 5, 40, 5, 72, 8, 2}, true);    // a warp for each of three tiles
+  one({1, 5, 75, 5, 160, 8, 3}, false);  // the paper's rows: one stack
+  one({1, 5, 101, 5, 37, 8, 3}, true);   // more rows than meet at once
+  one({1, 4, 90, 3, 66, 6, 4}, false);   // ... with theta0
+  std::printf(failures ? "%d failed\n" : "narrow: all passed\n", failures);
   return failures != 0;
 }
 

@@ -61,6 +61,40 @@ class HostTeam {
     }
     return value;
   }
+  // What team.h has the tensor cores for. The lanes share out the sums; operands stay where they lie.
+  template <class F>
+  struct Rows {
+    const F* data = nullptr;
+    int stride = 0;
+
+    Rows() = default;
+    Rows(const F* data, int stride) : data(data), stride(stride) {}
+  };
+  template <class F>
+  using Left = Rows<F>;
+  template <class F>
+  using Right = Rows<F>;
+  struct Sums {
+    static constexpr int kValues = 16 * 8 / kLanes;
+    float values[kValues] = {};
+
+    template <class F>
+    void add(const Rows<F>& a, const Rows<F>& b) {
+      for (int e = 0; e < kValues; ++e) {
+        const F *x = a.data + left(e) * a.stride, *y = b.data + right(e) * b.stride;
+        for (int i = 0; i < 16; ++i) values[e] += float(x[i]) * float(y[i]);
+      }
+    }
+    template <class Fn>
+    void each(Fn f) const {
+      for (int e = 0; e < kValues; ++e) f(left(e), right(e), values[e]);
+    }
+
+   private:
+    static int left(int e) { return (e * kLanes + thread_ % kLanes) / 8; }
+    static int right(int e) { return (e * kLanes + thread_ % kLanes) % 8; }
+  };
+
   template <class C>
   static C* stage() {
     return static_cast<C*>(state_->stage);

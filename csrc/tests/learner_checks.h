@@ -21,9 +21,6 @@ struct Output {
   void keep(Named& all, const char* name) const { all.emplace_back(name, Vec(values.begin(), values.end())); }
 };
 
-template <class C>
-constexpr Storage kStorage = sizeof(C) == 4 ? Storage::kFloat32 : Storage::kFloat64;
-
 // [count] of 0..n-1
 std::vector<int64_t> draw_numbers(int64_t count, int64_t n) {
   std::uniform_int_distribution<int64_t> uniform(0, n - 1);
@@ -63,15 +60,23 @@ struct HeadEpisode {
         support_index(draw_numbers(c.s.T * c.s.S, c.s.T * c.s.S)),
         query_index(draw_numbers(c.s.T * c.s.Q, c.s.T * c.s.Q)) {}
 
-  template <class C>
+  // Features that F stores as they are.
+  template <class F>
+  void round_features() {
+    for (Vec* v : {&support, &query}) *v = rounded<F>(*v);
+  }
+
+  // F: how the features are stored.
+  template <class C, class F = C>
   Named run(const KernelTable& table) const {
     const Kernels<C>& kernels = kernels_of<C>(table);
     const Sizes& s = c.s;
-    const auto x = exactly<C>(support), q = exactly<C>(query), w = exactly<C>(weight), b = exactly<C>(bias),
-               r = exactly<C>(rates), gz = exactly<C>(grad_logits), gh = exactly<C>(grad_heads);
-    const auto features = [&](const std::vector<C>& of, int64_t rows, const std::vector<int64_t>& index) {
-      if (c.bank) return Features{of.data(), kStorage<C>, rows, 0, s.D, index.data(), s.T * rows};
-      return Features{of.data(), kStorage<C>, rows, rows * s.D, s.D, nullptr, 0};
+    const auto x = exactly<F>(support), q = exactly<F>(query);
+    const auto w = exactly<C>(weight), b = exactly<C>(bias), r = exactly<C>(rates),
+               gz = exactly<C>(grad_logits), gh = exactly<C>(grad_heads);
+    const auto features = [&](const std::vector<F>& of, int64_t rows, const std::vector<int64_t>& index) {
+      if (c.bank) return Features{of.data(), kStorage<F>, rows, 0, s.D, index.data(), s.T * rows};
+      return Features{of.data(), kStorage<F>, rows, rows * s.D, s.D, nullptr, 0};
     };
     const HeadProblem<C> problem{s,
                                  features(x, s.S, support_index),
@@ -142,9 +147,11 @@ struct RawMlp {
 
 // Rows and labels of tasks that may differ in size.
 struct Tasks {
-  int64_t D, N;                     // N: of the task that has most
-  std::vector<int64_t> S, Q, ways;  // of each task
-  bool ragged, bank;                // if not ragged, all tasks are as the first
+  int64_t D, N;                        // N: of the task that has most
+  std::vector<int64_t> S, Q, ways;     // of each task
+  bool ragged, bank;                   // if not ragged, all tasks are as the first
+  int64_t most[2] = {-1, -1};          // support and query rows that a task may have; -1: offsets are right
+  std::vector<int64_t> wrong_offsets;  // what the kernels are told of the support rows, if it is wrong
   std::vector<int64_t> support_offsets{0}, query_offsets{0}, labels, support_index, query_index;
   Vec support, query;
 
@@ -164,17 +171,27 @@ struct Tasks {
     query_index = draw_numbers(rows(true), rows(true));
   }
 
+  template <class F>
+  void round_features() {
+    for (Vec* v : {&support, &query}) *v = rounded<F>(*v);
+  }
   int64_t T() const { return int64_t(S.size()); }
   int64_t rows(bool of_query) const { return (of_query ? query_offsets : support_offsets).back(); }
 
-  template <class C>
-  TaskRows of(bool of_query, const std::vector<C>& data) const {
+  template <class F>
+  TaskRows of(bool of_query, const std::vector<F>& data) const {
     const auto& counts = of_query ? Q : S;
     const bool even = !ragged && !bank;
-    return {{data.data(), kStorage<C>, ragged ? 0 : counts[0], even ? counts[0] * D : 0, D,
+    return {{data.data(), kStorage<F>, ragged ? 0 : counts[0], even ? counts[0] * D : 0, D,
              bank ? (of_query ? query_index : support_index).data() : nullptr, bank ? rows(of_query) : 0},
             ragged ? (of_query ? query_offsets : support_offsets).data() : nullptr,
-            even};
+            even,
+            rows(of_query),
+            most[of_query]};
+  }
+  // What the kernels are told, where it is not what it should be.
+  void mislead(TaskRows& of_support) const {
+    if (!wrong_offsets.empty()) of_support.offsets = wrong_offsets.data();
   }
   TaskClasses classes() const { return {{labels.data(), nullptr, nullptr}, ragged ? ways.data() : nullptr}; }
   std::string text() const {
@@ -224,15 +241,21 @@ struct ProgramEpisode {
     grad_start = draw_floats(tasks.T() * c.N);
   }
 
-  template <class C>
+  template <class F>
+  void round_features() {
+    tasks.round_features<F>();
+  }
+
+  // F: how the features are stored.
+  template <class C, class F = C>
   Named run(const KernelTable& table) const {
     const ProgramKernels<C>& kernels = kernels_of<C>(table);
     const int64_t N = c.N, D = c.D, H = c.H, T = tasks.T();
-    const auto x = exactly<C>(tasks.support), q = exactly<C>(tasks.query), th = exactly<C>(theta0),
-               sb = exactly<C>(start_bias), w = exactly<C>(weight), sc = exactly<C>(scale),
-               b = exactly<C>(bias), ta = exactly<C>(target), r = exactly<C>(rates), m = exactly<C>(mlp),
-               ru = exactly<C>(running), gz = exactly<C>(grad_logits), gs = exactly<C>(grad_support),
-               gq = exactly<C>(grad_query), g0 = exactly<C>(grad_start);
+    const auto x = exactly<F>(tasks.support), q = exactly<F>(tasks.query);
+    const auto th = exactly<C>(theta0), sb = exactly<C>(start_bias), w = exactly<C>(weight),
+               sc = exactly<C>(scale), b = exactly<C>(bias), ta = exactly<C>(target), r = exactly<C>(rates),
+               m = exactly<C>(mlp), ru = exactly<C>(running), gz = exactly<C>(grad_logits),
+               gs = exactly<C>(grad_support), gq = exactly<C>(grad_query), g0 = exactly<C>(grad_start);
     const C* at = m.data();
     const auto next = [&](int64_t n) {
       const C* piece = at;
@@ -270,6 +293,7 @@ struct ProgramEpisode {
     std::vector<int64_t> trace_offsets;
     for (int64_t t = 0; t <= T; ++t) trace_offsets.push_back(t * stride);
     call.trace_offsets = trace_offsets.data();
+    tasks.mislead(p.support);
 
     const int64_t all_s = tasks.rows(false), all_q = tasks.rows(true);
     Output<C> logits(all_q * N), again(all_q * N), of_support(all_s * N), of_query(all_q * N),
@@ -391,19 +415,26 @@ struct RidgeEpisode {
         grad_logits(draw_floats(tasks.rows(true) * c.N)),
         grad_coefficients(draw_floats(tasks.rows(false) * c.N)) {}
 
-  template <class C>
+  template <class F>
+  void round_features() {
+    tasks.round_features<F>();
+  }
+
+  // F: how the features are stored.
+  template <class C, class F = C>
   Named run(const KernelTable& table) const {
     const RidgeKernels<C>& kernels = kernels_of<C>(table);
-    const auto x = exactly<C>(tasks.support), q = exactly<C>(tasks.query), la = exactly<C>(lambda),
-               sc = exactly<C>(scale), b = exactly<C>(bias), gz = exactly<C>(grad_logits),
-               ga = exactly<C>(grad_coefficients);
+    const auto x = exactly<F>(tasks.support), q = exactly<F>(tasks.query);
+    const auto la = exactly<C>(lambda), sc = exactly<C>(scale), b = exactly<C>(bias),
+               gz = exactly<C>(grad_logits), ga = exactly<C>(grad_coefficients);
     const int64_t T = tasks.T();
-    const RidgeProblem<C> p{
-        T, c.N, c.D, tasks.of(false, x), tasks.of(true, q), tasks.classes(), la.data(), sc.data(), b.data()};
+    RidgeProblem<C> p{T,         c.N,       c.D,     tasks.of(false, x), tasks.of(true, q), tasks.classes(),
+                      la.data(), sc.data(), b.data()};
     int64_t stride = 0;
     for (int64_t t = 0; t < T; ++t) stride = std::max(stride, ridge_trace_size<C>(p.sizes(t)));
     std::vector<int64_t> trace_offsets;
     for (int64_t t = 0; t <= T; ++t) trace_offsets.push_back(t * stride);
+    tasks.mislead(p.support);
     const int64_t all_s = tasks.rows(false), all_q = tasks.rows(true);
     Output<C> logits(all_q * c.N), again(all_q * c.N), alpha(all_s * c.N), trace(T * stride),
         gsupport(all_s * c.D), gquery(all_q * c.D);
@@ -453,26 +484,55 @@ Vec finite(const Vec& values, const Vec& want) {
   return some;
 }
 
+void compare_named(const std::string& name, const Named& got, const Named& want, double tolerance) {
+  for (size_t i = 0; i < want.size(); ++i) {
+    const std::string what = name + ": " + want[i].first;
+    if (got[i].second.size() == want[i].second.size()) {
+      expect_near(what, finite(got[i].second, want[i].second), finite(want[i].second, want[i].second),
+                  tolerance);
+    } else {
+      std::printf("FAILED %s: %zu elements for %zu\n", what.c_str(), got[i].second.size(),
+                  want[i].second.size());
+      ++failures;
+    }
+  }
+}
+
 // `got` in double and in float against `right` in double.
 template <class E>
 void compare_episode(const std::string& name, const E& episode, const KernelTable& right,
                      const KernelTable& got) {
   const Named want = episode.template run<double>(right);
-  const auto compare = [&](const Named& results, double tolerance) {
-    for (size_t i = 0; i < want.size(); ++i) {
-      const std::string what = name + " " + episode.text() + ": " + want[i].first;
-      if (results[i].second.size() == want[i].second.size()) {
-        expect_near(what, finite(results[i].second, want[i].second), finite(want[i].second, want[i].second),
-                    tolerance);
-      } else {
-        std::printf("FAILED %s: %zu elements for %zu\n", what.c_str(), results[i].second.size(),
-                    want[i].second.size());
-        ++failures;
-      }
-    }
-  };
-  compare(episode.template run<double>(got), 1e-10);
-  compare(episode.template run<float>(got), 2e-4);
+  compare_named(name + " " + episode.text(), episode.template run<double>(got), want, 1e-10);
+  compare_named(name + " " + episode.text(), episode.template run<float>(got), want, 2e-4);
+}
+
+// `got` in float, which reads features stored as F, against `right` in double.
+template <class F, class E>
+void compare_narrow(const std::string& name, E episode, const KernelTable& right, const KernelTable& got) {
+  episode.template round_features<F>();
+  compare_named(name + " " + episode.text(), episode.template run<float, F>(got),
+                episode.template run<double>(right), 2e-4);
+}
+
+// So many rows that they do not all meet at once.
+HeadCase many_head_rows() {
+  return {{1, 130, 9, 2, 71, 0, 2}, Oracle::kCrossEntropy, false, true, true, true, true};
+}
+RidgeCase many_ridge_rows() { return {70, 2, {40}, {101}, {2}, true, false, true, true}; }
+
+template <class F>
+int check_narrow_learners(const std::string& name, const KernelTable& right, const KernelTable& got) {
+  const auto of_others = generator;
+  generator.seed(2);
+  for (const HeadCase& c : head_cases()) compare_narrow<F>(name, HeadEpisode(c), right, got);
+  for (const ProgramCase& c : program_cases()) compare_narrow<F>(name, ProgramEpisode(c), right, got);
+  for (const RidgeCase& c : ridge_cases()) compare_narrow<F>(name, RidgeEpisode(c), right, got);
+  compare_narrow<F>(name, HeadEpisode(many_head_rows()), right, got);
+  compare_narrow<F>(name, RidgeEpisode(many_ridge_rows()), right, got);
+  generator = of_others;
+  std::printf(failures ? "%d failed\n" : "narrow learners: all passed\n", failures);
+  return failures != 0;
 }
 
 [[maybe_unused]] int check_learners(const std::string& name, const KernelTable& right,

@@ -37,12 +37,12 @@ std::vector<int> lanes(int64_t entries, Visit visit) {
 int main() {
   int failed = 0;
   const int64_t ld = 160;
-  const std::vector<int> row = lanes(ld, [&](auto f) { Block::Row<true>{ld}.each(f); });
+  const std::vector<int> row = lanes(ld, [&](auto f) { Block::RowOf<true>{ld}.each(f); });
   for (int64_t first = 0; first < ld; first += kAlign) {
     for (const int64_t count : {int64_t(1), int64_t(16), int64_t(33)}) {
       if (first + padded(count) > ld) continue;
       const std::vector<int> part =
-          lanes(padded(count), [&](auto f) { Block::Row<true>{ld}.part(first, count).each(f); });
+          lanes(padded(count), [&](auto f) { Block::RowOf<true>{ld}.part(first, count).each(f); });
       for (size_t i = 0; i < part.size(); ++i) {
         if (part[i] == row[size_t(first) + i]) continue;
         std::printf("FAILED: entry %zu of the part from %ld on is lane %d's, not lane %d's\n", i, long(first),

@@ -14,8 +14,9 @@ namespace {
 
 using namespace kernelmeta;
 
-template <class C>
-using HostBlock = TeamBlock<HostTeam, C, C, Sizes>;
+// F: how features are stored.
+template <class C, class F>
+using HostBlock = TeamBlock<HostTeam, C, F, Sizes>;
 
 // How much of a block's memory is "shared" (elements), in how many blocks the tasks are shared out, and which
 // barrier of the calls that follow is missing.
@@ -26,6 +27,7 @@ struct TeamOptions {
   std::vector<Spot> barriers;  // all that were met, the missing one too
 };
 inline TeamOptions team_options;
+constexpr int64_t kMostShared = 1 << 16;  // for blocks that take all that there is
 
 // body() on a new team, with its stage full of NaN.
 template <class C, class Body>
@@ -42,9 +44,9 @@ void on_team(Body body) {
 }
 
 // body(place, arena, share, b) for every block b, in memory full of NaN of the size counted.
-template <class Layout, class C, class Body>
-void run_blocks_in(int64_t used, int64_t rest_used, Body body) {
-  using BlockFrame = Frame<HostBlock<C>, Layout>;
+template <class Layout, class C, class F, class Body>
+void run_blocks_in(int64_t used, int64_t rest_used, int64_t capacity, Body body) {
+  using BlockFrame = Frame<HostBlock<C, F>, Layout>;
   for (int64_t b = 0; b < team_options.blocks; ++b) {
     // aligned as shared memory
     std::vector<Pack<C>> fast(size_t(used / Pack<C>::kSize)), slow(size_t(rest_used / Pack<C>::kSize));
@@ -53,43 +55,48 @@ void run_blocks_in(int64_t used, int64_t rest_used, Body body) {
         for (C& x : p.v) x = C(NAN);
       }
     }
-    const Arena<C> arena(reinterpret_cast<C*>(fast.data()), team_options.capacity,
-                         reinterpret_cast<C*>(slow.data()));
+    const Arena<C> arena(reinterpret_cast<C*>(fast.data()), capacity, reinterpret_cast<C*>(slow.data()));
     alignas(16) unsigned char place[sizeof(BlockFrame)];
     on_team<C>([&] { body(place, arena, Share{b, team_options.blocks}, b); });
   }
 }
 
 // Blocks that lay out a Layout.
-template <class Layout, class C, class Body, class... Args>
+template <class Layout, class C, class F, class Body, class... Args>
 void run_blocks(const Sizes& s, Body body, const Args&... args) {
   Arena<C> count(nullptr, team_options.capacity, nullptr);
-  HostBlock<C> block;
+  HostBlock<C, F> block;
   Layout unused(count, block, s, args...);
-  run_blocks_in<Layout, C>(count.used(), count.rest_used(), body);
+  run_blocks_in<Layout, C, F>(count.used(), count.rest_used(), team_options.capacity, body);
 }
 
-// Blocks that lay out a Layout for each of T tasks.
-template <class Layout, class C, class Body, class... Args>
-void run_task_blocks(int64_t T, const Sizes& s, Body body, const Args&... args) {
-  int64_t used = 0, rest_used = 0;
-  for (int64_t t = 0; t < T; ++t) {
-    Arena<C> count(nullptr, team_options.capacity, nullptr);
-    HostBlock<C> block;
-    Layout unused(count, block, s, args..., t);
-    used = std::max(used, count.used());
-    rest_used = std::max(rest_used, count.rest_used());
+// Blocks that lay out a Layout for each of the tasks of `run`; where their sizes are unknown, with memory for
+// one that is as large as any.
+template <class Layout, class C, class F, class Run, class Body, class... Args>
+void run_task_blocks(const Run& run, const Sizes& s, Body body, const Args&... args) {
+  Run known = run;
+  auto& p = known.problem;
+  const int64_t support[] = {0, p.support.most}, query[] = {0, p.query.most}, ways = p.N;
+  std::vector<int64_t> tasks{0};
+  if (p.support.most >= 0) {
+    p.support.offsets = support;
+    p.query.offsets = query;
+    p.classes.ways = &ways;
+  } else {
+    for (int64_t t = 1; t < p.T; ++t) tasks.push_back(t);
   }
-  run_blocks_in<Layout, C>(used, rest_used, body);
+  const int64_t capacity = std::min(team_options.capacity, kMostShared);
+  const Used used = task_memory<HostBlock<C, F>, Layout>(known, tasks, capacity, s, args...);
+  run_blocks_in<Layout, C, F>(used.shared, used.workspace, capacity, body);
 }
 
-template <class C>
+template <class C, class F>
 void team_sib_forward(const SibForward<C>& f, const FoldedMlp<C>&, int64_t, int64_t) {
   const int64_t stride = trace_size<C>(f.problem.s, f.problem.weights);
-  run_blocks<SibForwardLayout<HostBlock<C>>, C>(
+  run_blocks<SibForwardLayout<HostBlock<C, F>>, C, F>(
       f.problem.s,
       [&](void* place, const Arena<C>& arena, Share share, int64_t) {
-        sib_forward_body<HostBlock<C>>(place, f, stride, arena, share);
+        sib_forward_body<HostBlock<C, F>>(place, f, stride, arena, share);
       },
       f, C(0), C(0));
 }
@@ -99,55 +106,56 @@ template <class C>
 void add_partials(const std::vector<C>& partials, int64_t size, C* to) {
   std::vector<C> sums(static_cast<size_t>(size));
   on_team<C>([&] {
-    sum_partials_body<HostBlock<C>>(partials.data(), team_options.blocks, size, C(1),
-                                    Pieces<C>(sums.data(), size), Share{0, 1});
+    sum_partials_body<HostBlock<C, C>>(partials.data(), team_options.blocks, size, C(1),
+                                       Pieces<C>(sums.data(), size), Share{0, 1});
   });
   for (int64_t i = 0; i < size; ++i) to[i] += sums[size_t(i)];
 }
 
-template <class C>
+template <class C, class F>
 void team_sib_backward(const SibBackward<C>& f, const FoldedMlp<C>&, const SibParameterGrad<C>& grad, int64_t,
                        int64_t) {
   const int64_t stride = trace_size<C>(f.problem.s, f.problem.weights);
   const int64_t size = size_of<SibParameterGrad<C>, C>(f.problem.s);
   std::vector<C> partials(size_t(size * team_options.blocks), C(NAN));
-  run_blocks<SibBackwardLayout<HostBlock<C>>, C>(
+  run_blocks<SibBackwardLayout<HostBlock<C, F>>, C, F>(
       f.problem.s,
       [&](void* place, const Arena<C>& arena, Share share, int64_t b) {
-        sib_backward_body<HostBlock<C>>(place, f, stride, partials.data() + b * size, arena, share);
+        sib_backward_body<HostBlock<C, F>>(place, f, stride, partials.data() + b * size, arena, share);
       },
       f, C(0), C(0));
   add_partials(partials, size, grad.mlp.w1t);  // where the sums begin
 }
 
-template <class C>
+template <class C, class F>
 void team_linear_head_forward(const HeadForward<C>& f, int64_t, int64_t) {
-  run_blocks<HeadForwardLayout<HostBlock<C>>, C>(
+  run_blocks<HeadForwardLayout<HostBlock<C, F>>, C, F>(
       f.problem.s,
       [&](void* place, const Arena<C>& arena, Share share, int64_t) {
-        head_forward_body<HostBlock<C>>(place, f, head_trace_size<C>(f.problem.s), arena, share);
+        head_forward_body<HostBlock<C, F>>(place, f, head_trace_size<C>(f.problem.s), arena, share);
       },
       f);
 }
 
-template <class C>
+template <class C, class F>
 void team_linear_head_backward(const HeadBackward<C>& f, const HeadParameterGrad<C>& grad, int64_t, int64_t) {
   const int64_t size = size_of<HeadParameterGrad<C>, C>(f.problem.s);
   std::vector<C> partials(size_t(size * team_options.blocks), C(NAN));
-  run_blocks<HeadBackwardLayout<HostBlock<C>>, C>(
+  run_blocks<HeadBackwardLayout<HostBlock<C, F>>, C, F>(
       f.problem.s,
       [&](void* place, const Arena<C>& arena, Share share, int64_t b) {
-        head_backward_body<HostBlock<C>>(place, f, head_trace_size<C>(f.problem.s),
-                                         partials.data() + b * size, arena, share);
+        head_backward_body<HostBlock<C, F>>(place, f, head_trace_size<C>(f.problem.s),
+                                            partials.data() + b * size, arena, share);
       },
       f);
   add_partials(partials, size, grad.weight);  // where the sums begin
 }
 
-template <class C>
-constexpr Kernels<C> kTeamKernels = {
-    team_sib_forward<C>,         team_sib_backward<C>,        nullptr, nullptr, nullptr, nullptr, nullptr,
-    team_linear_head_forward<C>, team_linear_head_backward<C>};
+template <class C, class F = C>
+constexpr Kernels<C> kTeamKernels = {.sib_forward = team_sib_forward<C, F>,
+                                     .sib_backward = team_sib_backward<C, F>,
+                                     .linear_head_forward = team_linear_head_forward<C, F>,
+                                     .linear_head_backward = team_linear_head_backward<C, F>};
 
 template <class C>
 ProgramDeviceCall<C> device_call(const ProgramProblem<C>& p, const ProgramCall<C>& call) {
@@ -160,68 +168,71 @@ ProgramDeviceCall<C> device_call(const ProgramProblem<C>& p, const ProgramCall<C
   return own;
 }
 
-template <class C>
+template <class C, class F>
 void team_program_forward(const ProgramForward<C>& f, const ProgramCall<C>& call, int64_t, int64_t) {
   const ProgramDeviceCall<C> own = device_call(f.problem, call);
-  run_task_blocks<ProgramForwardLayout<HostBlock<C>>, C>(
-      f.problem.T, own.sizes,
+  run_task_blocks<ProgramForwardLayout<HostBlock<C, F>>, C, F>(
+      f, own.sizes,
       [&](void* place, const Arena<C>& arena, Share share, int64_t) {
-        program_forward_body<HostBlock<C>>(place, f, own, arena, share);
+        program_forward_body<HostBlock<C, F>>(place, f, own, arena, share);
       },
-      f, own);
+      own);
 }
 
-template <class C>
+template <class C, class F>
 void team_program_backward(const ProgramBackward<C>& f, const ProgramCall<C>& call,
                            const ProgramGrad<C>& grad, int64_t, int64_t) {
   const ProgramDeviceCall<C> own = device_call(f.problem, call);
   const int64_t size = size_of<ProgramGrad<C>, C>(f.problem);
   std::vector<C> partials(size_t(size * team_options.blocks), C(NAN));
-  run_task_blocks<ProgramBackwardLayout<HostBlock<C>>, C>(
-      f.problem.T, own.sizes,
+  run_task_blocks<ProgramBackwardLayout<HostBlock<C, F>>, C, F>(
+      f, own.sizes,
       [&](void* place, const Arena<C>& arena, Share share, int64_t b) {
-        program_backward_body<HostBlock<C>>(place, f, own, partials.data() + b * size, size, arena, share);
+        program_backward_body<HostBlock<C, F>>(place, f, own, partials.data() + b * size, size, arena, share);
       },
-      f, own);
+      own);
   add_partials(partials, size, grad.theta0);  // where the sums begin
 }
 
-template <class C>
+template <class C, class F>
 void team_ridge_forward(const RidgeForward<C>& f, const int64_t* trace_offsets, bool*, int64_t, int64_t) {
   const int64_t stride = trace_offsets[1];
-  run_task_blocks<RidgeForwardLayout<HostBlock<C>>, C>(
-      f.problem.T, Sizes{},
+  run_task_blocks<RidgeForwardLayout<HostBlock<C, F>>, C, F>(
+      f, Sizes{},
       [&](void* place, const Arena<C>& arena, Share share, int64_t) {
-        ridge_forward_body<HostBlock<C>>(place, f, stride, arena, share);
+        ridge_forward_body<HostBlock<C, F>>(place, f, stride, arena, share);
       },
-      f, stride);
+      stride);
 }
 
-template <class C>
+template <class C, class F>
 void team_ridge_backward(const RidgeBackward<C>& f, const int64_t* trace_offsets, const RidgeGrad<C>& grad,
                          int64_t, int64_t) {
   const int64_t stride = trace_offsets[1], size = size_of<RidgeGrad<C>, C>();
   std::vector<C> partials(size_t(size * team_options.blocks), C(NAN));
-  run_task_blocks<RidgeBackwardLayout<HostBlock<C>>, C>(
-      f.problem.T, Sizes{},
+  run_task_blocks<RidgeBackwardLayout<HostBlock<C, F>>, C, F>(
+      f, Sizes{},
       [&](void* place, const Arena<C>& arena, Share share, int64_t b) {
-        ridge_backward_body<HostBlock<C>>(place, f, stride, partials.data() + b * size, size, arena, share);
+        ridge_backward_body<HostBlock<C, F>>(place, f, stride, partials.data() + b * size, size, arena,
+                                             share);
       },
-      f, stride);
+      stride);
   add_partials(partials, size, grad.lambda);  // where the sums begin
 }
 
-template <class C>
-constexpr ProgramKernels<C> kTeamProgramKernels = {team_program_forward<C>, team_program_backward<C>};
-template <class C>
-constexpr RidgeKernels<C> kTeamRidgeKernels = {team_ridge_forward<C>, team_ridge_backward<C>};
+template <class C, class F>
+constexpr ProgramKernels<C> kTeamProgramKernels = {team_program_forward<C, F>, team_program_backward<C, F>};
+template <class C, class F>
+constexpr RidgeKernels<C> kTeamRidgeKernels = {team_ridge_forward<C, F>, team_ridge_backward<C, F>};
 
+// F: how features are stored that float kernels read.
+template <class F>
 const KernelTable kTeamTable = {"team",
-                                kTeamKernels<float>,
+                                kTeamKernels<float, F>,
                                 kTeamKernels<double>,
-                                kTeamProgramKernels<float>,
-                                kTeamProgramKernels<double>,
-                                kTeamRidgeKernels<float>,
-                                kTeamRidgeKernels<double>};
+                                kTeamProgramKernels<float, F>,
+                                kTeamProgramKernels<double, double>,
+                                kTeamRidgeKernels<float, F>,
+                                kTeamRidgeKernels<double, double>};
 
 }  // namespace

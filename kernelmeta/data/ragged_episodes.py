@@ -85,6 +85,16 @@ class RaggedEpisodeSampler:
         self._draws.check_samples(shots[1], queries[1] if self.alpha is None else 0)
         self._draws.check_left(ways[1], shots[1], queries[1])
 
+    @property
+    def max_support(self) -> int:
+        """The most support rows that an episode may have."""
+        return self.ways[1] * self.shots[1]
+
+    @property
+    def max_query(self) -> int:
+        """The most query rows that an episode may have."""
+        return self.ways[1] * self.queries[1]
+
     def draw(self, first: int, n: int) -> RaggedEpisodes:
         """Episodes first .. first+n-1; the same however a range is cut into calls."""
         per_call = self._draws.per_call

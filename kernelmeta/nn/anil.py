@@ -71,15 +71,17 @@ class ANIL(TrainsAtOnce, Program):
         support_offsets: Tensor | None = None,
         query_offsets: Tensor | None = None,
         n_ways: Tensor | None = None,
+        max_support: int | None = None,
+        max_query: int | None = None,
         **options: Any,
     ) -> Any:
         if support_offsets is not None:
             return super()._adapt(
                 support, support_labels, query, return_weights=return_weights, support_offsets=support_offsets,
-                query_offsets=query_offsets, n_ways=n_ways, **options,
+                query_offsets=query_offsets, n_ways=n_ways, max_support=max_support, max_query=max_query, **options,
             )  # fmt: skip
-        if query_offsets is not None or n_ways is not None:
-            raise ValueError("query_offsets and n_ways: need support_offsets")
+        if any(given is not None for given in (query_offsets, n_ways, max_support, max_query)):
+            raise ValueError("query_offsets, n_ways, max_support and max_query: need support_offsets")
         bias, rates = self._learned(support_labels)
         results = ops.linear_head(
             support, support_labels, query, self.weight, bias, rates, oracle=self.phases[0].oracle,

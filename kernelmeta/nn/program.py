@@ -108,6 +108,8 @@ class Program(nn.Module):
         support_offsets: Tensor | None = None,
         query_offsets: Tensor | None = None,
         n_ways: Tensor | None = None,
+        max_support: int | None = None,
+        max_query: int | None = None,
     ) -> Any:
         """Classify the query rows of T tasks.
 
@@ -116,7 +118,8 @@ class Program(nn.Module):
             support_labels: [T, S] int64 in 0..N-1.
             query: [T, Q, D].
             return_weights: return the refined classifiers too.
-            support_offsets, query_offsets, n_ways: tasks of unequal size; see :func:`kernelmeta.ops.program`.
+            support_offsets, query_offsets, n_ways, max_support, max_query: tasks of unequal size; see
+                :func:`kernelmeta.ops.program`.
 
         Returns:
             Logits [T, Q, N]; with ``return_weights`` a pair of them and theta [T, N, D], or (theta, bias [T, N]) of a
@@ -127,15 +130,16 @@ class Program(nn.Module):
         """
         return self._adapt(
             support, support_labels, query, return_weights=return_weights, support_offsets=support_offsets,
-            query_offsets=query_offsets, n_ways=n_ways,
+            query_offsets=query_offsets, n_ways=n_ways, max_support=max_support, max_query=max_query,
         )  # fmt: skip
 
     def from_bank(
-        self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor, **ragged: Tensor | None
+        self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor, **ragged: Any
     ) -> Tensor:
         """The logits [T, Q, N] for rows of a feature bank [n, D], read where they lie: [T, S] and [T, Q] int64.
 
-        With ``support_offsets``, ``query_offsets`` (and ``n_ways``) the indices are [sum S] and [sum Q].
+        With ``support_offsets``, ``query_offsets`` (and ``n_ways``, ``max_support``, ``max_query``) the indices are
+        [sum S] and [sum Q].
         """
         logits: Tensor = self._adapt(
             bank, support_labels, bank, support_index=support_index, query_index=query_index, **ragged

@@ -46,6 +46,8 @@ class RidgeHead(nn.Module):
         support_offsets: Tensor | None = None,
         query_offsets: Tensor | None = None,
         n_ways: Tensor | None = None,
+        max_support: int | None = None,
+        max_query: int | None = None,
     ) -> Any:
         """Classify the query rows of T tasks.
 
@@ -54,7 +56,8 @@ class RidgeHead(nn.Module):
             support_labels: [T, S] int64 in 0..N-1.
             query: [T, Q, D].
             return_weights: return the classifiers too.
-            support_offsets, query_offsets, n_ways: tasks of unequal size; see :func:`kernelmeta.ops.program`.
+            support_offsets, query_offsets, n_ways, max_support, max_query: tasks of unequal size; see
+                :func:`kernelmeta.ops.program`.
 
         Returns:
             Logits [T, Q, N]; with ``return_weights`` a pair of them and (theta [T, N, D], bias [T, N]), the scale
@@ -66,19 +69,21 @@ class RidgeHead(nn.Module):
         if return_weights and support_offsets is not None:
             raise ValueError("return_weights: expected False for tasks of unequal size, got True")
         logits, coefficients = self._solve(
-            support, support_labels, query, support_offsets=support_offsets, query_offsets=query_offsets, n_ways=n_ways
-        )
+            support, support_labels, query, support_offsets=support_offsets, query_offsets=query_offsets,
+            n_ways=n_ways, max_support=max_support, max_query=max_query,
+        )  # fmt: skip
         if not return_weights:
             return logits
         weights = (self.scale * coefficients).transpose(-1, -2) @ support.to(coefficients.dtype)
         return logits, (weights, self.bias.to(weights.dtype).expand(weights.shape[:2]))
 
     def from_bank(
-        self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor, **ragged: Tensor | None
+        self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor, **ragged: Any
     ) -> Tensor:
         """The logits [T, Q, N] for rows of a feature bank [n, D], read where they lie: [T, S] and [T, Q] int64.
 
-        With ``support_offsets``, ``query_offsets`` (and ``n_ways``) the indices are [sum S] and [sum Q].
+        With ``support_offsets``, ``query_offsets`` (and ``n_ways``, ``max_support``, ``max_query``) the indices are
+        [sum S] and [sum Q].
         """
         logits: Tensor = self._solve(
             bank, support_labels, bank, support_index=support_index, query_index=query_index, **ragged

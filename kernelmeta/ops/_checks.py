@@ -194,6 +194,27 @@ def task_rows(
         shape("n_ways", n_ways, (support_offsets.shape[0] - 1,), "[T]")
 
 
+def task_sizes(max_support: int | None, max_query: int | None, offsets: Tensor | None) -> tuple[int, int]:
+    """The most rows that a task may have, as raw ops take them: -1 where it is not known."""
+    if max_support is None and max_query is None:
+        return -1, -1
+    if max_support is None or max_query is None:
+        raise ValueError("max_support and max_query must be given together")
+    if offsets is None:
+        raise ValueError("max_support and max_query need support_offsets and query_offsets")
+    for name, most in (("max_support", max_support), ("max_query", max_query)):
+        if isinstance(most, bool) or not isinstance(most, (int, torch.SymInt)):
+            raise TypeError(f"{name}: expected an int, got {type(most).__name__}")
+        if most < 1:
+            raise ValueError(f"{name}: expected at least 1, got {most}")
+    return max_support, max_query
+
+
+def given_sizes(max_support: int, max_query: int) -> dict[str, int | None]:
+    """The other way round, as keyword arguments."""
+    return {name: None if most < 0 else most for name, most in (("max_support", max_support), ("max_query", max_query))}
+
+
 def mlp(parameters: Sequence[Tensor]) -> tuple[int, int]:
     """N and H of an MLP whose ten tensors fit each other."""
     if len(parameters) != 10:

@@ -35,7 +35,7 @@ _ARGUMENTS = (
     "Tensor? bias, Tensor? target_scale, Tensor rates, Tensor? weight1, Tensor? bias1, Tensor? gain1, "
     "Tensor? shift1, Tensor? weight2, Tensor? bias2, Tensor? gain2, Tensor? shift2, Tensor? weight3, "
     "Tensor? bias3, Tensor? running_stats, int n_way, int[] phases, bool cosine, int start, bool first_order, "
-    "bool coefficients"
+    "bool coefficients, int max_support, int max_query"
 )
 
 
@@ -89,7 +89,7 @@ def _rows(args: Args) -> tuple[tuple[int, ...], tuple[int, ...], int]:
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
-    n_way, phases, cosine, start, _, coefficients, save_trace = args[_N_TENSORS:]
+    n_way, phases, cosine, start, _, coefficients, _, _, save_trace = args[_N_TENSORS:]
     support, query, T = _rows(args)
     new_empty = args[_RATES].new_empty
     size: Any = 0
@@ -129,7 +129,7 @@ def _fake_backward(
 def _fallback(*args: Any) -> tuple[Tensor, ...]:
     query, query_index, support, support_index, labels, support_offsets, query_offsets, n_ways = args[:8]
     theta0, weight, scale, bias, target_scale, rates, *mlp = args[_THETA0:_RUNNING]
-    n_way, numbers, cosine, start, first_order, coefficients = args[_N_TENSORS : _N_TENSORS + 6]
+    n_way, numbers, cosine, start, first_order, coefficients, *most = args[_N_TENSORS : _N_TENSORS + 8]
     phases = _decode(numbers)
     reductions = {reduction for _, reduction in phases}
     results = adapt(
@@ -139,7 +139,7 @@ def _fallback(*args: Any) -> tuple[Tensor, ...]:
         mlp=None if mlp[0] is None else MLPParameters(*mlp), running_stats=args[_RUNNING],
         reduction=reductions.pop() if len(reductions) == 1 else None, first_order=first_order,
         support_index=support_index, query_index=query_index, support_offsets=support_offsets,
-        query_offsets=query_offsets, n_ways=n_ways,
+        query_offsets=query_offsets, n_ways=n_ways, **_checks.given_sizes(*most),
     )  # fmt: skip
     none = rates.new_empty(0)
     kept = [results.support_coefficients, results.query_coefficients, results.start_coefficients]
@@ -194,7 +194,7 @@ def _backward_args(args: Args, residuals: Args, grads: Args, needs: Any) -> Args
     else:
         shapes = ((*support, n_way), (*query, n_way), (T, n_way))
         others = [new_zeros(s) if g is None else g for g, s in zip(others, shapes, strict=True)]
-    return (grad, *others, residuals[0], *args[: _N_TENSORS + 6], needs[_QUERY], needs[_SUPPORT])
+    return (grad, *others, residuals[0], *args[: _N_TENSORS + 8], needs[_QUERY], needs[_SUPPORT])
 
 
 OP = DifferentiableOp(
@@ -239,6 +239,8 @@ def program(
     support_offsets: Tensor | None = None,
     query_offsets: Tensor | None = None,
     n_ways: Tensor | None = None,
+    max_support: int | None = None,
+    max_query: int | None = None,
 ) -> Any:
     """Start a classifier for each task, refine it by phases of steps, and classify the query rows.
 
@@ -273,6 +275,11 @@ def program(
             [sum Q, D] (or of indices of those lengths).
         n_ways: [T] int64, the ways of each task, at most ``n_way``. A task with fewer uses the first ways of
             everything that is learned for all: rows of the start and of the bias, inputs and outputs of the MLP.
+        max_support, max_query: the most support and query rows that a task may have, given together, for tasks of
+            unequal size on a GPU: with them a call does not wait for the device, to read the offsets, and can be
+            captured in a CUDA graph. Memory is taken for T tasks as large. What is wrong with the offsets, the ways
+            or a task's size cannot raise an error then: a task that is larger, or has more ways than rows, comes out
+            as NaN, and all do where the offsets do not rise from 0 to the number of rows.
 
     Returns:
         Logits, [T, Q, N] or [sum Q, N], minus infinity beyond a task's own ways, in the dtype that all arguments
@@ -293,6 +300,7 @@ def program(
     _checks.task_rows(
         support, support_labels, query, support_index, query_index, support_offsets, query_offsets, n_ways
     )
+    sizes = _checks.task_sizes(max_support, max_query, support_offsets)
     D = query.shape[-1]
     _check_program(phases, n_way, classifier, start, scale, mlp, reduction, first_order)
     phases = [p for p in phases if p.steps]
@@ -323,14 +331,16 @@ def program(
     precision = _checks.precisions((query, support, *own[:-1]))
     compute = query.dtype if precision is None else precision[0]
     if own[5] is None:
-        own[5] = torch.tensor([p.lr for p in phases for _ in range(p.steps)], dtype=compute, device=query.device)
+        # (not a tensor of numbers: a copy to a GPU waits for it)
+        steps = [torch.full((p.steps,), float(p.lr), dtype=compute, device=query.device) for p in phases]
+        own[5] = torch.cat(steps) if steps else query.new_empty(0, dtype=compute)
     if precision is not None:
         own = [None if t is None else t.to(compute) for t in own]
         if compute is torch.float64:
             query, support = query.to(compute), support.to(compute)
     backend = select(query.device.type)
     kind = 1 if theta0 is not None else STARTS.index(str(start))
-    options = (n_way, encode(phases, reduction), classifier == "cosine", kind, first_order, return_weights)
+    options = (n_way, encode(phases, reduction), classifier == "cosine", kind, first_order, return_weights, *sizes)
     args = (query, query_index, support, support_index, support_labels, support_offsets, query_offsets, n_ways, *own)
     run = _fallback if backend == "reference" else OP.on(backend)
     logits, *coefficients = run(*args, *options, False)[:4]
@@ -338,7 +348,7 @@ def program(
         logits = logits.to(precision[1])
     if not return_weights:
         return logits
-    weights = _classifiers(args, coefficients, classifier, kind, n_way, first_order)
+    weights = _classifiers(args, coefficients, classifier, kind, n_way, first_order, sizes)
     dtype = compute if precision is None else precision[1]
     theta, shift = (w.to(dtype) for w in weights)
     return logits, theta if classifier == "cosine" else (theta, shift)
@@ -386,7 +396,13 @@ def check_combination(phases: Sequence[Phase], classifier: str, start: str, firs
 
 
 def _classifiers(
-    args: Args, coefficients: Sequence[Tensor], classifier: str, kind: int, n_way: int, first_order: bool
+    args: Args,
+    coefficients: Sequence[Tensor],
+    classifier: str,
+    kind: int,
+    n_way: int,
+    first_order: bool,
+    sizes: tuple[int, int],
 ) -> tuple[Tensor, Tensor]:
     """theta = a theta0 + P^T X, [T, N, D], and the bias [T, N]; of a cosine classifier zeros."""
     query, query_index, support, support_index, labels, support_offsets, query_offsets, n_ways, theta0, weight = args[
@@ -398,10 +414,11 @@ def _classifiers(
     support = (support if support_index is None else support[support_index]).to(dtype)
     query = (query if query_index is None else query[query_index]).to(dtype)
 
-    def one_batch(task: Sequence[Tensor], ways: int) -> tuple[Tensor, Tensor]:
+    def one_batch(task: Sequence[Tensor], ways: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``own`` [T, N]: the ways that each task has, if not all ``ways``. Rows that it does not have are zeros."""
         support, labels, query, of_support, of_query, a = task
         if kind == 0:
-            theta = class_means(support, labels, ways, weight)
+            theta = class_means(support, labels, ways, weight) if own is None else _means(support, labels, own, weight)
         elif kind == 1:
             theta = theta0[:ways].expand(support.shape[0], -1, -1)
         else:
@@ -415,10 +432,18 @@ def _classifiers(
         if classifier == "cosine":
             return theta, theta.new_zeros(theta.shape[:2])
         shift = P.sum(-2) + Pq.sum(-2)
-        return theta, shift if bias is None else bias[:ways] + shift
+        if bias is not None:
+            shift = shift + (bias[:ways] if own is None else bias * own)
+        return theta, shift
 
     if support_offsets is None:
         return one_batch((support, labels, query, of_support, of_query, a), n_way)
+    if sizes[0] > 0 and a.shape[0] > 0:  # not one task after the other, which has to know the offsets
+        ways = torch.arange(n_way, device=a.device)
+        own = ways.expand_as(a) >= 0 if n_ways is None else ways < n_ways[:, None]
+        of_task = [_spread(flat, support_offsets, sizes[0], fill) for flat, fill in ((support, 0), (labels, -1))]
+        of_task += [_spread(query, query_offsets, sizes[1], 0), _spread(of_support, support_offsets, sizes[0], 0)]
+        return one_batch((*of_task, _spread(of_query, query_offsets, sizes[1], 0), a), n_way, own)
     bounds = (support_offsets.tolist(), query_offsets.tolist())
     all_ways = [n_way] * (len(bounds[0]) - 1) if n_ways is None else n_ways.tolist()
     thetas, shifts = [], []
@@ -431,3 +456,19 @@ def _classifiers(
     if not thetas:
         return support.new_zeros(0, n_way, support.shape[-1]), support.new_zeros(0, n_way)
     return torch.cat(thetas), torch.cat(shifts)
+
+
+def _spread(flat: Tensor, offsets: Tensor, most: int, fill: int) -> Tensor:
+    """[all rows, ...] -> [T, most, ...], with ``fill`` where a task has no row."""
+    line = torch.arange(most, device=flat.device)
+    source = (offsets[:-1, None] + line).clamp(0, flat.shape[0] - 1)
+    absent = line >= offsets.diff()[:, None]
+    return flat[source].masked_fill(absent.view(*absent.shape, *[1] * (flat.dim() - 1)), fill)
+
+
+def _means(support: Tensor, labels: Tensor, own: Tensor, weight: Tensor | None) -> Tensor:
+    """Class means [T, N, D] of rows [T, S, D] whose labels are -1 where there is none."""
+    of_class = (labels[:, None] == torch.arange(own.shape[1], device=labels.device)[:, None]).to(support.dtype)
+    sums = of_class @ normalize(support, dim=-1, eps=1e-12)
+    means = sums / of_class.sum(-1, keepdim=True).clamp(min=1)
+    return means if weight is None else means * weight

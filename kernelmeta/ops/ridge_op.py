@@ -19,7 +19,7 @@ _DIFFERENTIABLE = (_QUERY, _SUPPORT, 8, 9, 10)
 _ARGUMENTS = (
     "Tensor query, Tensor? query_index, Tensor support, Tensor? support_index, Tensor support_labels, "
     "Tensor? support_offsets, Tensor? query_offsets, Tensor? n_ways, Tensor regularization, Tensor scale, "
-    "Tensor bias, int n_way"
+    "Tensor bias, int n_way, int max_support, int max_query"
 )
 
 
@@ -30,7 +30,7 @@ def trace_size(S: int, Q: int, N: int) -> int:
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
-    n_way, save_trace = args[-2:]
+    n_way, save_trace = args[11], args[-1]
     support, query = _checks.row_shapes(*args[:4])
     new_empty = args[_SCALE].new_empty
     size: Any = 0
@@ -54,18 +54,18 @@ def _fake_backward(grad: Tensor, of_support: Tensor | None, trace: Tensor, *args
 
 def _fallback(*args: Any) -> tuple[Tensor, ...]:
     query, query_index, support, support_index, labels, support_offsets, query_offsets, n_ways = args[:8]
-    regularization, scale, bias, n_way = args[8:12]
+    regularization, scale, bias, n_way, *most = args[8:14]
     logits, coefficients = ridge_with_coefficients(
         support.to(scale.dtype), labels, query.to(scale.dtype), regularization, scale, bias, n_way=n_way,
         support_index=support_index, query_index=query_index, support_offsets=support_offsets,
-        query_offsets=query_offsets, n_ways=n_ways,
+        query_offsets=query_offsets, n_ways=n_ways, **_checks.given_sizes(*most),
     )  # fmt: skip
     return logits.contiguous(), coefficients.contiguous(), scale.new_empty(0)
 
 
 def _fallback_backward(grad: Tensor, of_support: Tensor | None, trace: Tensor, *args: Any) -> tuple[Tensor, ...]:
     need_query, need_support = args[-2:]
-    inputs = list(args[:12])
+    inputs = list(args[:14])
     needs = dict.fromkeys(_DIFFERENTIABLE, True) | {_QUERY: need_query, _SUPPORT: need_support}
     with torch.enable_grad():
         for i in (_QUERY, _SUPPORT):  # gradients are those of the gathered rows
@@ -89,7 +89,7 @@ def _backward_args(args: Args, residuals: Args, grads: Args, needs: Any) -> Args
     if grad is None:
         _, query = _checks.row_shapes(*args[:4])
         grad = args[_SCALE].new_zeros(*query, args[11])
-    return (grad, of_support, residuals[0], *args[:12], needs[_QUERY], needs[_SUPPORT])
+    return (grad, of_support, residuals[0], *args[:14], needs[_QUERY], needs[_SUPPORT])
 
 
 OP = DifferentiableOp(
@@ -124,6 +124,8 @@ def ridge(
     support_offsets: Tensor | None = None,
     query_offsets: Tensor | None = None,
     n_ways: Tensor | None = None,
+    max_support: int | None = None,
+    max_query: int | None = None,
 ) -> Any:
     """``Z = scale x W^T + bias`` with W the ridge regression of the one-hot labels on the support rows of each task.
 
@@ -136,8 +138,8 @@ def ridge(
         regularization, scale, bias: [1] each.
         n_way: N.
         return_coefficients: return alpha = (X X^T + regularization)^-1 Y too; W = alpha^T X.
-        support_index, query_index, support_offsets, query_offsets, n_ways: rows of a bank, and tasks of unequal size,
-            as in :func:`program`.
+        support_index, query_index, support_offsets, query_offsets, n_ways, max_support, max_query: rows of a bank, and
+            tasks of unequal size, as in :func:`program`.
 
     Returns:
         Logits, [T, Q, N] or [sum Q, N], minus infinity beyond a task's own ways, in the dtype that all arguments
@@ -153,6 +155,7 @@ def ridge(
     _checks.task_rows(
         support, support_labels, query, support_index, query_index, support_offsets, query_offsets, n_ways
     )
+    sizes = _checks.task_sizes(max_support, max_query, support_offsets)
     _checks.ways(n_way)
     for name, tensor in (("regularization", regularization), ("scale", scale), ("bias", bias)):
         _checks.one_value(name, tensor)
@@ -169,7 +172,7 @@ def ridge(
     run = _fallback if backend == "reference" else OP.on(backend)
     logits, coefficients = run(
         query, query_index, support, support_index, support_labels, support_offsets, query_offsets, n_ways,
-        *parameters, n_way, False,
+        *parameters, n_way, *sizes, False,
     )[:2]  # fmt: skip
     if precision is not None:
         logits, coefficients = logits.to(precision[1]), coefficients.to(precision[1])

@@ -23,6 +23,7 @@ from kernelmeta.reference.class_means import check_labels, class_means
 from kernelmeta.reference.phases import Phase
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, synthetic_gradient_mlp
+from kernelmeta.reference.task_sizes import check_sizes
 
 _FLOOR = 1e-12  # of a norm, as F.normalize
 
@@ -171,6 +172,8 @@ def adapt(
     support_offsets: Tensor | None = None,
     query_offsets: Tensor | None = None,
     n_ways: Tensor | None = None,
+    max_support: int | None = None,
+    max_query: int | None = None,
 ) -> Adapted:
     """Everything that a program leaves; arguments as :func:`kernelmeta.ops.program`."""
     if support_index is not None:
@@ -215,6 +218,8 @@ def adapt(
     of_support, of_query = support_offsets.tolist(), query_offsets.tolist()
     ways = [n_way] * (len(of_support) - 1) if n_ways is None else n_ways.tolist()
     tasks = []
+    check_sizes(of_support, max_support, "max_support")
+    check_sizes(of_query, max_query, "max_query")
     for t, own in enumerate(ways):
         s, q = slice(*of_support[t : t + 2]), slice(*of_query[t : t + 2])
         if q.start == q.stop:

@@ -10,6 +10,7 @@ from torch.nn.functional import one_hot, pad
 
 from kernelmeta.reference.class_means import check_labels
 from kernelmeta.reference.precision import promoted, without_autocast
+from kernelmeta.reference.task_sizes import check_sizes
 
 
 def solve(
@@ -64,6 +65,8 @@ def ridge_with_coefficients(
     support_offsets: Tensor | None = None,
     query_offsets: Tensor | None = None,
     n_ways: Tensor | None = None,
+    max_support: int | None = None,
+    max_query: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits and the coefficients of W, [T, S, N] or [sum S, N]; arguments as :func:`kernelmeta.ops.ridge`."""
     if support_index is not None:
@@ -76,6 +79,8 @@ def ridge_with_coefficients(
     of_support, of_query = support_offsets.tolist(), query_offsets.tolist()
     ways = [n_way] * (len(of_support) - 1) if n_ways is None else n_ways.tolist()
     logits, coefficients = [query.new_zeros(0, n_way)], [query.new_zeros(0, n_way)]
+    check_sizes(of_support, max_support, "max_support")
+    check_sizes(of_query, max_query, "max_query")
     for t, own in enumerate(ways):
         s, q = slice(*of_support[t : t + 2]), slice(*of_query[t : t + 2])
         if q.start == q.stop:

@@ -24,8 +24,10 @@ class _Program:
 
     def __init__(self, args: Any) -> None:
         self.theta0, self.weight, scale, bias, target, rates, *mlp = args[_THETA0:_RUNNING]
-        running_stats, self.N, numbers, self.cosine, self.start, self.first_order, self.coefficients = args[_RUNNING:]
-        self.tasks = tasks = Tasks(args, self.N)
+        running_stats, self.N, numbers, self.cosine, self.start, self.first_order, self.coefficients, *most = args[
+            _RUNNING:
+        ]
+        self.tasks = tasks = Tasks(args, self.N, *most)
         self.bias = bias
         self.given = args[_THETA0:_MLP]
         self.phases = [
@@ -37,7 +39,9 @@ class _Program:
         S = tasks.S if uses_support else 0
         self.live = Live(S, tasks.Q, padded(S), padded(S) + padded(tasks.Q), tasks.counts)
         if tasks.counts is not None and not uses_support:
-            self.live = self.live._replace(counts=tasks.counts * tasks.counts.new_tensor([0, 1, 1]))
+            counts = tasks.counts.clone()
+            counts[:, 0].zero_()
+            self.live = self.live._replace(counts=counts)
         ones = rates.new_ones(1)
         values = [scale, ones.new_zeros(1) if bias is None else bias] if self.cosine else [ones, ones.new_zeros(1)]
         values.append(ones if target is None else target)

@@ -55,8 +55,8 @@ def _solve(tasks: Tasks, trace: Trace, x: Tensor) -> None:
 
 def forward(*args: Any) -> tuple[Tensor, ...]:
     """The raw op ``ridge``. What one program cannot hold runs in plain PyTorch, without trace."""
-    regularization, scale, bias, n_way, save_trace = args[8:]
-    tasks = Tasks(args, n_way)
+    regularization, scale, bias, n_way, *most, save_trace = args[8:]
+    tasks = Tasks(args, n_way, *most)
     fields, S, Q = _fields(tasks), tasks.S, tasks.Q
     if not _fits(tasks, scale.dtype):
         logits, alpha, _ = _fallback(*args)
@@ -93,8 +93,8 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
 
 def backward(grad_logits: Tensor, of_support: Tensor | None, data: Tensor, *args: Any) -> tuple[Tensor, ...]:
     """The raw op ``ridge_backward``."""
-    regularization, scale, bias, n_way, need_query, need_support = args[8:]
-    tasks = Tasks(args, n_way)
+    regularization, scale, bias, n_way, *most, need_query, need_support = args[8:]
+    tasks = Tasks(args, n_way, *most)
     if not _fits(tasks, scale.dtype):
         return plain(_fallback_backward, grad_logits, of_support, data, *args)
     S, Q, N = tasks.S, tasks.Q, n_way

@@ -138,6 +138,9 @@ PROGRAMS = {
     "unequal linear tasks": program_case(
         [CROSS_ENTROPY, Phase("entropy", 1, 0.05)], "start biases", ragged(*UNEQUAL, 33), 4, 33, **LINEAR
     ),
+    "unequal tasks, sizes given": program_case(
+        [HINGE, SYNTHETIC], f"{COSINE} mlp", ragged(*UNEQUAL, 33), 4, 33, max_support=41, max_query=20
+    ),
 }  # fmt: skip
 
 
@@ -181,15 +184,16 @@ def test_linear_head_small_ops(name: str) -> None:
     check(HEADS[name])
 
 
-def ridge_case(tasks: tuple[Values, Values], N: int) -> Case:
+def ridge_case(tasks: tuple[Values, Values], N: int, **sizes: int) -> Case:
     leaves = {**tasks[0], **learned(N, 0, "regularization scale bias")}
-    return Case(km.ops.ridge, leaves, tasks[1], {"n_way": N, "return_coefficients": True})
+    return Case(km.ops.ridge, leaves, tasks[1], {"n_way": N, "return_coefficients": True, **sizes})
 
 
 RIDGES = {
     "small": ridge_case(rows(**EVEN), 3),
     "many rows": ridge_case(rows(2, 120, 75, 5, 65), 5),
     "unequal tasks": ridge_case(ragged(*UNEQUAL, 33), 4),
+    "unequal tasks, sizes given": ridge_case(ragged(*UNEQUAL, 33), 4, max_support=40, max_query=30),
 }
 
 
@@ -250,7 +254,29 @@ def test_a_singular_system_gives_nan_to_its_task() -> None:
     assert logits[1].isnan().all()
 
 
-@pytest.mark.parametrize("case", [HEADS["small"], PROGRAMS["synthetic gradient"], RIDGES["small"]])
+@pytest.mark.parametrize("case", [PROGRAMS["unequal tasks, sizes given"], RIDGES["unequal tasks, sizes given"]])
+@pytest.mark.parametrize(
+    ("offsets", "broken"),
+    [([0, 4, 13, 53], []), ([0, 4, 11, 53], [2]), ([0, 4, 3, 53], [0, 1, 2]), ([0, 4, 1 << 40, 53], [0, 1, 2])],
+)
+def test_offsets_that_nobody_looked_at(case: Case, offsets: list[int], broken: list[int]) -> None:
+    told = case._replace(fixed={**case.fixed, "support_offsets": torch.tensor(offsets)})
+    logits = flat(call(told, "cuda", torch.float32)[0])[0]
+    bounds = case.fixed["query_offsets"].tolist()
+    for t in range(3):
+        assert bool(logits[bounds[t] : bounds[t + 1]].isnan().all()) == (t in broken)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        HEADS["small"],
+        PROGRAMS["synthetic gradient"],
+        PROGRAMS["unequal tasks, sizes given"],
+        RIDGES["small"],
+        RIDGES["unequal tasks, sizes given"],
+    ],
+)
 def test_graph_capture_and_replay(case: Case) -> None:
     leaves = {k: t.to("cuda", torch.float32).requires_grad_() for k, t in case.leaves.items()}
     fixed = {k: t.cuda() for k, t in case.fixed.items()}
@@ -261,6 +287,7 @@ def test_graph_capture_and_replay(case: Case) -> None:
 
     def step() -> list[Tensor]:
         logits = flat(case.op(**arguments, **fixed, **case.options))[0]
+        logits = logits.where(logits != -torch.inf, 0)
         return [logits, *torch.autograd.grad(logits.square().sum(), list(leaves.values()))]
 
     side = torch.cuda.Stream()

@@ -288,7 +288,7 @@ class Ragged(NamedTuple):
     support: Tensor
     labels: Tensor
     query: Tensor
-    options: dict[str, Tensor]
+    options: dict[str, Any]
     tasks: list[tuple[slice, slice, int]]
 
 
@@ -330,10 +330,15 @@ def narrowed(options: dict[str, Any], ways: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize(("cosine", "name", "start"), [c for c in CASES if c[1] in ("both", "four phases", "hinge")])
-def test_a_ragged_batch_equals_its_tasks_one_by_one(cosine: bool, name: str, start: str, backend: str) -> None:
+def test_a_ragged_batch_equals_its_tasks_one_by_one(
+    cosine: bool, name: str, start: str, bounded: bool, backend: str
+) -> None:
     problem = Problem((COSINE if cosine else LINEAR)[name], cosine, start, N=5, D=14).fresh()
     batch = draw_ragged(SIZES, 14)
+    if bounded:
+        batch.options.update(max_support=31, max_query=20)
     problem.support, problem.query = batch.support.requires_grad_(), batch.query.requires_grad_()
     options = problem.options()
     with km.use_backend(backend if CPU.available else "reference"):
@@ -412,6 +417,11 @@ BAD_RAGGED: list[tuple[dict[str, Any], str]] = [
     ({"query_offsets": None}, "given together"),
     ({"support_offsets": None, "query_offsets": None}, "n_ways needs"),
     ({"query_offsets": torch.tensor([0.0, 9, 10, 30, 33, 50])}, "query_offsets: expected int64"),
+    ({"max_support": 30, "max_query": 19}, "max_query: task 2 has 20 rows, more than 19"),
+    ({"max_support": 7, "max_query": 20}, "max_support: task 2 has 11 rows, more than 7"),
+    ({"max_support": 30}, "max_support and max_query must be given together"),
+    ({"max_support": 30, "max_query": 0}, "max_query: expected at least 1, got 0"),
+    ({"max_support": 30.0, "max_query": 20}, "max_support: expected an int, got float"),
 ]
 
 

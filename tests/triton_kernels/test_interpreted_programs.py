@@ -155,9 +155,11 @@ SIZES = [(3, 7, 9), (4, 4, 1), (2, 18, 20)]
     ("cosine", "name", "start"),
     [(True, "four phases", "class_means"), (True, "both", "learned"), (False, "both", "zero")],
 )
-def test_ragged_program(cosine: bool, name: str, start: str) -> None:
+@pytest.mark.parametrize("bounds", [{}, {"max_support": 20, "max_query": 20}])
+def test_ragged_program(cosine: bool, name: str, start: str, bounds: dict[str, int]) -> None:
     problem = Problem((COSINE if cosine else LINEAR)[name], cosine, start, N=4, D=14).fresh()
     batch = draw_ragged(SIZES, 14)
+    batch.options.update(bounds)
     problem.support, problem.query = batch.support.requires_grad_(), batch.query.requires_grad_()
 
     def run() -> tuple[Tensor, ...]:
@@ -205,6 +207,44 @@ def test_bad_offsets(change: dict[str, Tensor], message: str) -> None:
         km.ops.program(batch.support, batch.labels, batch.query, [], **problem.options(), **(batch.options | change))
 
 
+@interpreted
+@pytest.mark.parametrize("ridge", [False, True])
+@pytest.mark.parametrize(
+    ("change", "broken"),
+    [
+        ({"max_support": 17}, [2]),
+        ({"max_query": 19}, [2]),
+        ({"n_ways": torch.tensor([3, 5, 2])}, [1]),
+        ({"support_offsets": torch.tensor([0, 7, 9, 29])}, [1, 2]),  # fewer rows than ways; foreign labels
+        ({"query_offsets": torch.tensor([0, 9, 9, 30])}, [1]),
+        ({"query_offsets": torch.tensor([0, 10, 9, 30])}, [0, 1, 2]),
+        ({"support_offsets": torch.tensor([0, 7, 11, 28])}, [0, 1, 2]),
+        ({"support_offsets": torch.tensor([0, 7, 1 << 40, 29])}, [0, 1, 2]),
+    ],
+)
+def test_what_is_wrong_where_sizes_are_given_gives_nan(change: dict[str, Any], broken: list[int], ridge: bool) -> None:
+    batch = draw_ragged(SIZES, 14)
+    options = batch.options | {"max_support": 20, "max_query": 21} | change
+    offsets = options["query_offsets"].tolist()
+    one = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    rows = (batch.support, batch.labels, batch.query)
+    with km.use_backend("triton"):
+        if ridge:
+            z = km.ops.ridge(*rows, one, one, one, n_way=4, **options)
+        else:
+            start = torch.randn(4, 14).double()
+            phases = [Phase("cross_entropy", 1, 0.1)]
+            z = km.ops.program(*rows, phases, n_way=4, start=start, scale=one, **options)
+    (gradient,) = torch.autograd.grad(z.where(z != -torch.inf, 0).sum(), one)
+    assert gradient.isnan().all()
+    for t in range(3):
+        own = z[offsets[t] : offsets[t + 1]]
+        if t in broken:
+            assert own[:, 0].isnan().all() and not own.isfinite().any()
+        else:
+            assert not own.isnan().any()
+
+
 # ---- ridge regression
 
 
@@ -228,8 +268,10 @@ def test_ridge(N: int, sizes: tuple[int, ...]) -> None:
 
 
 @interpreted
-def test_ragged_ridge() -> None:
+@pytest.mark.parametrize("bounds", [{}, {"max_support": 20, "max_query": 20}])
+def test_ragged_ridge(bounds: dict[str, int]) -> None:
     batch = draw_ragged(SIZES, 14)
+    batch.options.update(bounds)
     leaves, _ = ridge_problem(1, 4, 1, 2, 14)
     leaves[:2] = batch.support.requires_grad_(), batch.query.requires_grad_()
 
@@ -329,13 +371,15 @@ def test_opcheck_and_compile() -> None:
         (support, None, labels, query, None, weight, bias, rates, 0, False, True, True),
     )  # fmt: skip
     torch.library.opcheck(
-        raw.triton_ridge.default, (query, None, support, None, labels, None, None, None, one, one, one, 3, True),
+        raw.triton_ridge.default,
+        (query, None, support, None, labels, None, None, None, one, one, one, 3, -1, -1, True),
     )  # fmt: skip
     rows = [query, None, support, None, labels, None, None, None]
     for cosine, start in ((True, 0), (False, 1)):
         own = [weight if start else None, None, one, one if cosine else bias, None, rates, *[None] * 11]
         torch.library.opcheck(
-            raw.triton_program.default, (*rows, *own, 3, [0, 0, 1, 1, 3, 1, 1, 1], cosine, start, False, True, True),
+            raw.triton_program.default,
+            (*rows, *own, 3, [0, 0, 1, 1, 3, 1, 1, 1], cosine, start, False, True, -1, -1, True),
         )  # fmt: skip
 
     def call(support: Tensor) -> Tensor:

@@ -1,0 +1,44 @@
+// Elements read in packs, and in the precision of the computation.
+#pragma once
+
+#include "engine/portability.h"
+
+namespace kernelmeta {
+
+// 16 bytes, read at once.
+template <class C>
+struct alignas(16) Pack {
+  static constexpr int kSize = 16 / int(sizeof(C));
+  C v[kSize];
+};
+
+template <class Storage_, class C>
+__host__ __device__ __forceinline__ C widened(Storage_ x) {
+  return C(float(x));
+}
+template <>
+__host__ __device__ __forceinline__ float widened<float, float>(float x) {
+  return x;
+}
+template <>
+__host__ __device__ __forceinline__ double widened<double, double>(double x) {
+  return x;
+}
+
+// Four features, of which `left` are there, widened; the others are zero.
+template <class X, class C>
+__host__ __device__ __forceinline__ void read_four(const X* from, int64_t left, C (&to)[4]) {
+  struct alignas(4 * sizeof(X)) Four {
+    X v[4];
+  };
+  if (left >= 4 && reinterpret_cast<uintptr_t>(from) % sizeof(Four) == 0) {
+    const Four four = *reinterpret_cast<const Four*>(from);
+#pragma unroll
+    for (int l = 0; l < 4; ++l) to[l] = widened<X, C>(four.v[l]);
+  } else {
+#pragma unroll
+    for (int l = 0; l < 4; ++l) to[l] = l < left ? widened<X, C>(from[l]) : C(0);
+  }
+}
+
+}  // namespace kernelmeta

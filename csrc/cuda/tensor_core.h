@@ -1,0 +1,90 @@
+// What mma.sync.m16n8k16 of the PTX ISA takes and gives: the products of 16 rows with 8 rows, 16 elements of
+// 16 bits each, added in float32. A warp holds the operands and the sums in its lanes' registers.
+#pragma once
+
+#include <type_traits>
+
+#include "engine/portability.h"
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace kernelmeta {
+
+// Which elements a lane holds. A register of an operand holds two, neighbours in a row.
+struct MmaLanes {
+  static constexpr int kCount = 32;
+  static constexpr int kLeft = 4, kRight = 2, kSums = 4;  // registers
+
+  // Register r of the 16 rows: elements `at` and at + 1 of a row.
+  __host__ __device__ static constexpr int left_row(int lane, int r) { return lane / 4 + r % 2 * 8; }
+  __host__ __device__ static constexpr int left_at(int lane, int r) { return lane % 4 * 2 + r / 2 * 8; }
+  // ... of the 8 rows
+  __host__ __device__ static constexpr int right_row(int lane, int) { return lane / 4; }
+  __host__ __device__ static constexpr int right_at(int lane, int r) { return lane % 4 * 2 + r * 8; }
+  // Register r of the sums: of a row of the 16 with one of the 8.
+  __host__ __device__ static constexpr int sum_left(int lane, int r) { return lane / 4 + r / 2 * 8; }
+  __host__ __device__ static constexpr int sum_right(int lane, int r) { return lane % 4 * 2 + r % 2; }
+};
+
+// Two neighbours, the first in the low bits; the address is a multiple of 4 bytes.
+template <class F>
+__host__ __device__ __forceinline__ uint32_t pair_at(const F* from) {
+  return *reinterpret_cast<const uint32_t*>(from);
+}
+
+// 16 rows, `stride` elements apart, as `lane` holds them.
+template <class F>
+struct MmaLeft {
+  uint32_t pairs[MmaLanes::kLeft];
+
+  MmaLeft() = default;
+  __host__ __device__ __forceinline__ MmaLeft(const F* rows, int stride, int lane) {
+#pragma unroll
+    for (int r = 0; r < MmaLanes::kLeft; ++r) {
+      pairs[r] = pair_at(rows + MmaLanes::left_row(lane, r) * stride + MmaLanes::left_at(lane, r));
+    }
+  }
+};
+
+// 8 rows
+template <class F>
+struct MmaRight {
+  uint32_t pairs[MmaLanes::kRight];
+
+  MmaRight() = default;
+  __host__ __device__ __forceinline__ MmaRight(const F* rows, int stride, int lane) {
+#pragma unroll
+    for (int r = 0; r < MmaLanes::kRight; ++r) {
+      pairs[r] = pair_at(rows + MmaLanes::right_row(lane, r) * stride + MmaLanes::right_at(lane, r));
+    }
+  }
+};
+
+#ifdef __CUDACC__
+// sums += the dot products of the rows of `a` with those of `b`; by a whole warp.
+template <class F>
+__device__ __forceinline__ void mma(float (&sums)[MmaLanes::kSums], const MmaLeft<F>& a,
+                                    const MmaRight<F>& b) {
+  static_assert(std::is_same_v<F, __nv_bfloat16> || std::is_same_v<F, __half>);
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<F, __nv_bfloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a.pairs[0]), "r"(a.pairs[1]), "r"(a.pairs[2]), "r"(a.pairs[3]), "r"(b.pairs[0]),
+          "r"(b.pairs[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(a.pairs[0]), "r"(a.pairs[1]), "r"(a.pairs[2]), "r"(a.pairs[3]), "r"(b.pairs[0]),
+          "r"(b.pairs[1]));
+  }
+#endif
+}
+#endif
+
+}  // namespace kernelmeta
