@@ -121,13 +121,17 @@ auto with_storage(Storage storage, Fn f) {
 }
 
 // f(Type of the Block): with ways and hidden units known to the compiler where float32 meets the paper's
-// sizes.
+// sizes, and where features of float32 meet those of tasks with 10 or 20 ways.
 template <class C, class Fn>
 auto with_block(const Sizes& s, Storage storage, Fn f) {
   return with_storage<C>(storage, [&](auto feature) {
     using F = typename decltype(feature)::type;
     if constexpr (sizeof(C) == 4) {
       if (s.N == 5 && s.H == 40) return f(Type<CudaBlock<C, F, FixedSizes<5, 40>>>{});
+      if constexpr (sizeof(F) == 4) {
+        if (s.N == 10 && s.H == 80) return f(Type<CudaBlock<C, F, FixedSizes<10, 80>>>{});
+        if (s.N == 20 && s.H == 160) return f(Type<CudaBlock<C, F, FixedSizes<20, 160>>>{});
+      }
     }
     return f(Type<CudaBlock<C, F>>{});
   });
