@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from benchmarks import counts, floors, metadata
-from benchmarks.peers import PEERS, parts_of_training
+from benchmarks.peers import OWN, PEERS, parts_of_training
 from benchmarks.problem import MODES, Size, draw
-from benchmarks.report import DISTURBED, OWN, RESULTS, measure
+from benchmarks.report import DISTURBED, RESULTS, measure
 from benchmarks.timing import interleave
 
 GRID = [

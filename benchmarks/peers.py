@@ -281,6 +281,8 @@ def _jax(problem: Problem, mode: str) -> PeerRunner:
     return forward if mode == "forward" else train
 
 
+# The two ways of calling kernelmeta. What they get wrong is an error; what a peer gets wrong leaves it out.
+OWN = ("kernelmeta", "at_once")
 PEERS = {
     "kernelmeta": Peer("kernelmeta, km.nn.SIB", _kernelmeta),
     "at_once": Peer("kernelmeta, km.nn.SIB.gradients", _at_once),

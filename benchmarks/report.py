@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import agreement, counts, floors, metadata, timing
-from benchmarks.peers import PEERS, Unavailable
+from benchmarks.peers import OWN, PEERS, Unavailable
 from benchmarks.problem import MODES, Size, draw
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,7 +33,6 @@ SWEEPS: dict[str, Sequence[Size]] = {
 }
 # CPUs kept busy by other processes above which a run is not to be quoted.
 DISTURBED = 0.1
-OWN = ("kernelmeta", "at_once")
 QUICK = (*OWN, "published", "dual", "vmap", "jax")
 
 
@@ -45,7 +44,7 @@ def measure(
     ``checked_in`` is the precision of that check where it is not the cell's own.
 
     Raises:
-        Disagreement: kernelmeta itself disagrees; a peer that does is left out.
+        Disagreement: kernelmeta itself disagrees, either way of calling it; a peer that does is left out.
     """
     problem = draw(size)
     checked = draw(size._replace(dtype=checked_in), copies=1) if checked_in else None
@@ -57,7 +56,7 @@ def measure(
             judged = PEERS[name].prepare(checked, mode) if checked else runner
             errors = agreement.check(name, PEERS[name], judged, checked or problem, mode)
         except (Unavailable, agreement.Disagreement) as reason:
-            if name == "kernelmeta":
+            if name in OWN and isinstance(reason, agreement.Disagreement):
                 raise
             notes.append(f"{name} left out: {reason}")
             continue

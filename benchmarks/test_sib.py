@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import agreement, counts
 from benchmarks.floors import Ceilings
-from benchmarks.peers import PEERS, Unavailable
+from benchmarks.peers import OWN, PEERS, Unavailable
 from benchmarks.problem import MODES, Problem, Size, draw
 
 FULL = [
@@ -74,7 +74,7 @@ def test_sib(size: Size, mode: str, name: str, benchmark: Any, ceilings: Ceiling
             name, peer, runner, problem, mode, want=_reference(size, mode, peer.norm_stats)
         )
     except agreement.Disagreement as error:
-        if name == "kernelmeta":
+        if name in OWN:
             raise
         pytest.skip(f"not timed: {error}")
     floor = ceilings.floor(counts.sib(size, mode))

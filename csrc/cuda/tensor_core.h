@@ -13,17 +13,22 @@
 
 namespace kernelmeta {
 
-// Which elements a lane holds. A register of an operand holds two, neighbours in a row.
+// Which elements a lane holds: register r of an operand has two, `at` and at + 1 of a row.
 struct MmaLanes {
-  static constexpr int kCount = 32;
-  static constexpr int kLeft = 4, kRight = 2, kSums = 4;  // registers
+  static constexpr int kCount = 32, kSums = 4;
 
-  // Register r of the 16 rows: elements `at` and at + 1 of a row.
-  __host__ __device__ static constexpr int left_row(int lane, int r) { return lane / 4 + r % 2 * 8; }
-  __host__ __device__ static constexpr int left_at(int lane, int r) { return lane % 4 * 2 + r / 2 * 8; }
-  // ... of the 8 rows
-  __host__ __device__ static constexpr int right_row(int lane, int) { return lane / 4; }
-  __host__ __device__ static constexpr int right_at(int lane, int r) { return lane % 4 * 2 + r * 8; }
+  // Of the 16 rows.
+  struct Left {
+    static constexpr int kRegisters = 4;
+    __host__ __device__ static constexpr int row(int lane, int r) { return lane / 4 + r % 2 * 8; }
+    __host__ __device__ static constexpr int at(int lane, int r) { return lane % 4 * 2 + r / 2 * 8; }
+  };
+  // Of the 8 rows.
+  struct Right {
+    static constexpr int kRegisters = 2;
+    __host__ __device__ static constexpr int row(int lane, int) { return lane / 4; }
+    __host__ __device__ static constexpr int at(int lane, int r) { return lane % 4 * 2 + r * 8; }
+  };
   // Register r of the sums: of a row of the 16 with one of the 8.
   __host__ __device__ static constexpr int sum_left(int lane, int r) { return lane / 4 + r / 2 * 8; }
   __host__ __device__ static constexpr int sum_right(int lane, int r) { return lane % 4 * 2 + r % 2; }
@@ -35,33 +40,23 @@ __host__ __device__ __forceinline__ uint32_t pair_at(const F* from) {
   return *reinterpret_cast<const uint32_t*>(from);
 }
 
-// 16 rows, `stride` elements apart, as `lane` holds them.
-template <class F>
-struct MmaLeft {
-  uint32_t pairs[MmaLanes::kLeft];
+// Rows, `stride` elements apart, as `lane` holds them.
+template <class F, class Operand>
+struct MmaRows {
+  uint32_t pairs[Operand::kRegisters];
 
-  MmaLeft() = default;
-  __host__ __device__ __forceinline__ MmaLeft(const F* rows, int stride, int lane) {
+  MmaRows() = default;
+  __host__ __device__ __forceinline__ MmaRows(const F* rows, int stride, int lane) {
 #pragma unroll
-    for (int r = 0; r < MmaLanes::kLeft; ++r) {
-      pairs[r] = pair_at(rows + MmaLanes::left_row(lane, r) * stride + MmaLanes::left_at(lane, r));
+    for (int r = 0; r < Operand::kRegisters; ++r) {
+      pairs[r] = pair_at(rows + Operand::row(lane, r) * stride + Operand::at(lane, r));
     }
   }
 };
-
-// 8 rows
 template <class F>
-struct MmaRight {
-  uint32_t pairs[MmaLanes::kRight];
-
-  MmaRight() = default;
-  __host__ __device__ __forceinline__ MmaRight(const F* rows, int stride, int lane) {
-#pragma unroll
-    for (int r = 0; r < MmaLanes::kRight; ++r) {
-      pairs[r] = pair_at(rows + MmaLanes::right_row(lane, r) * stride + MmaLanes::right_at(lane, r));
-    }
-  }
-};
+using MmaLeft = MmaRows<F, MmaLanes::Left>;
+template <class F>
+using MmaRight = MmaRows<F, MmaLanes::Right>;
 
 #ifdef __CUDACC__
 // sums += the dot products of the rows of `a` with those of `b`; by a whole warp.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from kernelmeta import ops
 
 
-class TrainsAtOnce(nn.Module):
+class TrainsAtOnce(nn.Module, ABC):
     """A learner that gives the mean cross entropy of the query rows and its gradients without autograd."""
 
     def gradients(
@@ -49,8 +50,8 @@ class TrainsAtOnce(nn.Module):
                 parameter.grad = gradient
         return results
 
+    @abstractmethod
     def _gradients(
         self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, **index: Any
     ) -> tuple[Any, Iterable[tuple[Tensor, Tensor]]]:
         """The op's results, and each parameter's gradient."""
-        raise NotImplementedError

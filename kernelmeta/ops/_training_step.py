@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,17 @@ from torch.nn.functional import cross_entropy
 from kernelmeta.backends import select
 from kernelmeta.ops import _checks
 from kernelmeta.ops._differentiable import is_traced
+
+
+class Step(NamedTuple):
+    """What an op was called with."""
+
+    support: Tensor
+    support_labels: Tensor
+    query: Tensor
+    query_labels: Tensor
+    parameters: tuple[Tensor, ...]
+    options: dict[str, Any]
 
 
 def is_fused(query: Tensor, support: Tensor, parameters: Sequence[Tensor]) -> bool:

@@ -68,7 +68,7 @@ def linear_head_gradients(
     options: dict[str, Any] = {
         "oracle": oracle, "first_order": first_order, "support_index": support_index, "query_index": query_index,
     }  # fmt: skip
-    given = (support, support_labels, query, query_labels, parameters, options)
+    step = _training_step.Step(support, support_labels, query, query_labels, parameters, options)
     try:
         if (support_index is None) is (query_index is None) and _training_step.is_fused(query, support, parameters):
             features = (support, support_index, support_labels, query, query_index)
@@ -79,23 +79,17 @@ def linear_head_gradients(
             loss, accuracy = measures.unbind()
             return HeadGradients(loss, accuracy, logits, tuple(gradients))
     except Exception as error:
-        _checks.explain(error, _one_after_the_other, *given)
-    return _one_after_the_other(*given)
+        _checks.explain(error, _one_after_the_other, step)
+    return _one_after_the_other(step)
 
 
-def _one_after_the_other(
-    support: Tensor,
-    support_labels: Tensor,
-    query: Tensor,
-    query_labels: Tensor,
-    parameters: tuple[Tensor, ...],
-    options: dict[str, Any],
-) -> HeadGradients:
+def _one_after_the_other(step: _training_step.Step) -> HeadGradients:
+    support, query, parameters = step.support, step.query, step.parameters
     weight, bias, rates = parameters
     _checks.tensors(support=support, query=query, weight=weight, bias=bias, rates=rates)
 
     def forward(leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        return (linear_head(support.detach(), support_labels, query.detach(), *leaves, **options),)
+        return (linear_head(support.detach(), step.support_labels, query.detach(), *leaves, **step.options),)
 
-    loss, accuracy, logits, gradients, _ = _training_step.one_after_the_other(forward, parameters, query_labels)
+    loss, accuracy, logits, gradients, _ = _training_step.one_after_the_other(forward, parameters, step.query_labels)
     return HeadGradients(loss, accuracy, logits, gradients)

@@ -86,7 +86,7 @@ def sib_gradients(
         "running_stats": running_stats, "return_norm_stats": return_norm_stats, "support_index": support_index,
         "query_index": query_index,
     }  # fmt: skip
-    given = (support, support_labels, query, query_labels, parameters, options)
+    step = _training_step.Step(support, support_labels, query, query_labels, parameters, options)
     try:
         if (
             norm_stats == "task"
@@ -103,27 +103,21 @@ def sib_gradients(
             loss, accuracy = measures.unbind()
             return SIBGradients(loss, accuracy, logits, stats if return_norm_stats else None, tuple(gradients))
     except Exception as error:
-        _checks.explain(error, _one_after_the_other, *given)
-    return _one_after_the_other(*given)
+        _checks.explain(error, _one_after_the_other, step)
+    return _one_after_the_other(step)
 
 
-def _one_after_the_other(
-    support: Tensor,
-    support_labels: Tensor,
-    query: Tensor,
-    query_labels: Tensor,
-    parameters: tuple[Tensor, ...],
-    options: dict[str, Any],
-) -> SIBGradients:
+def _one_after_the_other(step: _training_step.Step) -> SIBGradients:
+    support, query, parameters = step.support, step.query, step.parameters
     weight, scale, bias, *mlp = parameters
     _checks.tensors(support=support, query=query, weight=weight, scale=scale, bias=bias)
     _checks.mlp(mlp)
 
     def forward(leaves: list[Tensor]) -> tuple[Tensor, ...]:
         own, (s, b), of_mlp = leaves[0], leaves[1:3], MLPParameters(*leaves[3:])
-        results = sib(support.detach(), support_labels, query.detach(), own, s, b, of_mlp, **options)
+        results = sib(support.detach(), step.support_labels, query.detach(), own, s, b, of_mlp, **step.options)
         return results if isinstance(results, tuple) else (results,)
 
-    *found, stats = _training_step.one_after_the_other(forward, parameters, query_labels)
+    *found, stats = _training_step.one_after_the_other(forward, parameters, step.query_labels)
     loss, accuracy, logits, gradients = found
     return SIBGradients(loss, accuracy, logits, stats[0] if stats else None, gradients)

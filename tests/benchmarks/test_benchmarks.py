@@ -8,9 +8,10 @@ import torch
 pytest.importorskip("benchmarks", reason="the benchmarks are not part of the installed package")
 
 import itertools
+from typing import Any
 
-from benchmarks import agreement, compare, counts, timing
-from benchmarks.peers import PEERS, Unavailable
+from benchmarks import agreement, anil, compare, counts, report, timing
+from benchmarks.peers import OWN, PEERS, Unavailable
 from benchmarks.problem import MODES, Size, draw
 
 EAGER = [name for name in PEERS if not name.startswith("compile")]  # compiling takes half a minute each
@@ -36,6 +37,35 @@ def test_other_work_is_noticed(wrong: dict[str, int]) -> None:
     ])  # fmt: skip
     with pytest.raises(agreement.Disagreement):
         agreement.check("dual", PEERS["dual"], PEERS["dual"].prepare(other, "train"), problem, "train")
+
+
+@pytest.mark.parametrize("name", [*OWN, "dual"])
+def test_only_a_peer_is_left_out_for_being_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernelmeta's own wrong numbers are an error, whichever way it is called: of SIB and of ANIL."""
+    size = SMALL._replace(dtype="float32")
+    prepare = PEERS[name].prepare
+
+    def off(problem: Any, mode: str) -> Any:
+        runner = prepare(problem, mode)
+        return lambda i: (runner(i)[0] + 1, runner(i)[1])
+
+    monkeypatch.setitem(PEERS, name, PEERS[name]._replace(prepare=off))
+    if name == "dual":
+        cell, note = report.measure(size, "train", ["kernelmeta", name], seconds=0.01)
+        assert name not in cell["peers"] and "dual left out" in note
+        return
+    with pytest.raises(agreement.Disagreement):
+        report.measure(size, "train", ["kernelmeta", name], seconds=0.01)
+    title, of_anil = anil.PEERS[name]
+    problem = anil.draw(anil.AnilSize(D=16), copies=1)
+
+    def off_anil(problem: Any) -> Any:
+        runner = of_anil(problem)
+        return lambda i: (runner(i)[0] + 1, runner(i)[1])
+
+    monkeypatch.setitem(anil.PEERS, name, (title, off_anil))
+    with pytest.raises(agreement.Disagreement):
+        anil.checked(problem, [name], 1e-4)
 
 
 def test_fresh_gradients() -> None:
