@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks import timing
 from kernelmeta.nn import Phase, Program
+from kernelmeta.tasks import Ragged
 
 Head = Callable[[int, int, int], nn.Module]  # ways, features, steps
 HEADS: dict[str, Head] = {
@@ -32,12 +33,14 @@ HEADS: dict[str, Head] = {
 T = 16
 
 
-def runner(head: nn.Module, support: Tensor, labels: Tensor, query: Tensor, **offsets: Tensor) -> timing.Runner:
+def runner(
+    head: nn.Module, support: Tensor, labels: Tensor, query: Tensor, ragged: Ragged | None = None
+) -> timing.Runner:
     """Forward, and backward into the head's parameters."""
     leaves = [p for p in head.parameters() if p.requires_grad]
 
     def run(_: int) -> None:
-        torch.autograd.grad(head(support, labels, query, **offsets).square().mean(), leaves, allow_unused=True)
+        torch.autograd.grad(head(support, labels, query, ragged=ragged).square().mean(), leaves, allow_unused=True)
 
     return run
 
@@ -77,7 +80,7 @@ def ragged_costs(seconds: float) -> None:
         } | {
             "ragged": runner(
                 build(max(ways), D, 5), torch.randn(sum(S), D), labels, torch.randn(sum(Q), D),
-                support_offsets=offsets(S), query_offsets=offsets(Q), n_ways=torch.tensor(ways),
+                ragged=Ragged(offsets(S), offsets(Q), torch.tensor(ways)),
             )
         }  # fmt: skip
         found = timing.interleave(runners, seconds=seconds)

@@ -2,6 +2,7 @@
 
 - `km.ops`: the fused operators; `km.reference`: the same in plain PyTorch, the specification
 - `km.nn`: modules; `km.func`: inner loops over whole networks; `km.data`: episodes and feature banks
+- `km.Ragged`, `km.Classifier`: tasks of unequal size, and what learners make for a task
 - `km.backends()`, `km.use_backend()`: what this installation can run, and what to run
 """
 
@@ -9,6 +10,19 @@ from __future__ import annotations
 
 from kernelmeta import data, func, nn, ops, reference, triton
 from kernelmeta.backends import backends, use_backend
+from kernelmeta.tasks import Classifier, Ragged
 from kernelmeta.version import __version__
 
-__all__ = ["__version__", "backends", "data", "func", "nn", "ops", "reference", "triton", "use_backend"]
+__all__ = [
+    "Classifier",
+    "Ragged",
+    "__version__",
+    "backends",
+    "data",
+    "func",
+    "nn",
+    "ops",
+    "reference",
+    "triton",
+    "use_backend",
+]

@@ -127,6 +127,11 @@ class _Mirror:
 _mirror = _Mirror()
 
 
+def is_traced() -> bool:
+    """Inside torch.compile or a torch.func transform: what runs must be plain PyTorch or one of our ops."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def backends() -> dict[str, Backend]:
     """Name -> `Backend` (available, reason, details) for "cpu", "cuda", "triton" and "reference"."""
     return dict(_BACKENDS)

@@ -99,6 +99,13 @@ def shapes(draw: Any) -> dict[str, int]:
     }
 
 
+def flat(results: Any) -> list[Tensor]:
+    """All tensors of a result, however nested."""
+    if isinstance(results, Tensor):
+        return [results]
+    return [tensor for part in results for tensor in flat(part)]
+
+
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Largest absolute error over the largest absolute value wanted (at least 1e-3: what cancels to
     almost nothing is held to an absolute error); infinite where something is not finite.

@@ -1,43 +1,51 @@
 // Labels, checked, as lists of members of every class.
 #pragma once
 
-#include <stdexcept>
-#include <string>
-#include <vector>
+#include "ops/tasks.h"
 
-#include "engine/problem.h"
+namespace kernelmeta::cpu {
 
-namespace kernelmeta {
-
-// Raises std::invalid_argument for a label outside of 0..N-1 and for a class without a row.
+// Raises std::invalid_argument for a label that names none of a task's classes and for a class without a row.
 class ClassLists {
  public:
-  ClassLists(const int64_t* label, int64_t T, int64_t S, int64_t N) : members_(T * S), offsets_(T * (N + 1)) {
-    for (int64_t t = 0; t < T; ++t, label += S) {
-      int32_t* offset = offsets_.data() + t * (N + 1);
-      for (int64_t i = 0; i < S; ++i) {
-        if (label[i] < 0 || label[i] >= N) {
-          throw std::invalid_argument("support_labels: task " + std::to_string(t) + " has label " +
-                                      std::to_string(label[i]) + "; labels must be in 0.." +
-                                      std::to_string(N - 1));
-        }
-        ++offset[label[i] + 1];
-      }
-      for (int64_t n = 0; n < N; ++n) {
-        if (offset[n + 1] == 0) {
-          throw std::invalid_argument("support_labels: task " + std::to_string(t) + " has no row of class " +
-                                      std::to_string(n) + "; every class needs at least one support row");
-        }
-        offset[n + 1] += offset[n];
-      }
-      std::vector<int32_t> next(offset, offset + N);
-      for (int64_t i = 0; i < S; ++i) members_[t * S + next[label[i]]++] = int32_t(i);
+  // Of tasks of S rows and N ways each.
+  ClassLists(const int64_t* labels, int64_t T, int64_t S, int64_t N)
+      : members_(size_t(T * S)), offsets_(size_t(T * (N + 1))) {
+    for (int64_t t = 0; t < T; ++t) sort(t, N, N, labels, t * S, S);
+  }
+  // Of tasks that may differ; N: the most ways.
+  ClassLists(const TaskLabels& labels, const TaskFeatures& support, int64_t N)
+      : members_(size_t(support.all_rows())), offsets_(size_t(support.T() * (N + 1))) {
+    for (int64_t t = 0; t < support.T(); ++t) {
+      sort(t, N, labels.ways(t), labels.get(), support.first(t), support.count(t));
     }
   }
   ClassTable table() const { return {nullptr, members_.data(), offsets_.data()}; }
 
  private:
   std::vector<int32_t> members_, offsets_;
+
+  void sort(int64_t t, int64_t most_ways, int64_t ways, const int64_t* labels, int64_t first, int64_t rows) {
+    const std::string task = "support_labels: task " + std::to_string(t);
+    int32_t* offset = offsets_.data() + t * (most_ways + 1);
+    labels += first;
+    for (int64_t i = 0; i < rows; ++i) {
+      if (labels[i] < 0 || labels[i] >= ways) {
+        refuse(task + " has label " + std::to_string(labels[i]) + "; labels must be in 0.." +
+               std::to_string(ways - 1));
+      }
+      ++offset[labels[i] + 1];
+    }
+    for (int64_t n = 0; n < ways; ++n) {
+      if (offset[n + 1] == 0) {
+        refuse(task + " has no row of class " + std::to_string(n) +
+               "; every class needs at least one support row");
+      }
+      offset[n + 1] += offset[n];
+    }
+    std::vector<int32_t> next(offset, offset + ways);
+    for (int64_t i = 0; i < rows; ++i) members_[size_t(first + next[size_t(labels[i])]++)] = int32_t(i);
+  }
 };
 
-}  // namespace kernelmeta
+}  // namespace kernelmeta::cpu

@@ -1,35 +1,24 @@
 // What a build for one instruction set offers: functions over a range of tasks, for float and for double.
 #pragma once
 
-#include "engine/linear_head_task.h"
-#include "engine/problem.h"
+#include "engine/program_task.h"
+#include "engine/ridge_task.h"
+#include "engine/training.h"
 
 namespace kernelmeta {
 
-// An op and its backward in one pass over the tasks, for a loss known beforehand: the mean cross entropy.
-template <class C, class Forward, class Grad>
-struct Training {
-  Forward forward;        // without a trace
-  const int64_t* labels;  // [T][Q], of the query rows
-  C share;                // of one row in the mean
-
-  // Sums over a chunk of tasks.
-  struct Sums {
-    Grad grad;
-    C* measures;  // [2]; see QueryLoss
-
-    __forceinline__ Sums(Arena<C>& arena, const Sizes& s) : grad(arena, s), measures(arena.take(2)) {}
-  };
+// What a program's kernels take that is made ready once a call.
+template <class C>
+struct KernelCall {
+  const Phase* phases;
+  FoldedMlp<C> mlp;
+  const int64_t* trace_offsets;  // [T + 1], in elements
 };
-template <class C>
-using SibTraining = Training<C, SibForward<C>, SibParameterGrad<C>>;
-template <class C>
-using HeadTraining = Training<C, HeadForward<C>, HeadParameterGrad<C>>;
 
+// Those that return sums over tasks add to them; they are zero at the start of a chunk.
 template <class C>
 struct Kernels {
   void (*sib_forward)(const SibForward<C>&, const FoldedMlp<C>& mlp, int64_t begin, int64_t end);
-  // Adds to `grad`, which is zero at the start of a chunk.
   void (*sib_backward)(const SibBackward<C>&, const FoldedMlp<C>& mlp, const SibParameterGrad<C>& grad,
                        int64_t begin, int64_t end);
   void (*sib_training)(const SibTraining<C>&, const FoldedMlp<C>& mlp,
@@ -38,7 +27,7 @@ struct Kernels {
   void (*mlp_backward)(const MlpProblem<C>&, const FoldedMlp<C>& mlp, const C* grad_out, C* grad_logits,
                        const FoldedMlpGrad<C>& grad, int64_t begin, int64_t end);
   void (*class_means_forward)(const ClassMeansProblem<C>&, C* theta0, int64_t begin, int64_t end);
-  // grad_support [T][S][D] or null; adds to grad_weight [D] or null.
+  // grad_support [T][S][D] or null; grad_weight [D] or null.
   void (*class_means_backward)(const ClassMeansProblem<C>&, const C* grad_theta0, C* grad_support,
                                C* grad_weight, int64_t begin, int64_t end);
   void (*linear_head_forward)(const HeadForward<C>&, int64_t begin, int64_t end);
@@ -46,23 +35,28 @@ struct Kernels {
                                int64_t end);
   void (*linear_head_training)(const HeadTraining<C>&, const typename HeadTraining<C>::Sums& sums,
                                int64_t begin, int64_t end);
+  void (*program_forward)(const ProgramForward<C>&, const KernelCall<C>&, int64_t begin, int64_t end);
+  void (*program_backward)(const ProgramBackward<C>&, const KernelCall<C>&, const ProgramGrad<C>& grad,
+                           int64_t begin, int64_t end);
+  // trace_offsets: [T + 1], in elements; singular: [T]
+  void (*ridge_forward)(const RidgeForward<C>&, const int64_t* trace_offsets, bool* singular, int64_t begin,
+                        int64_t end);
+  void (*ridge_backward)(const RidgeBackward<C>&, const int64_t* trace_offsets, const RidgeGrad<C>& grad,
+                         int64_t begin, int64_t end);
 };
-
-}  // namespace kernelmeta
-
-#include "cpu/program_table.h"
-#include "cpu/ridge_table.h"
-
-namespace kernelmeta {
 
 struct KernelTable {
   const char* isa;
   Kernels<float> f32;
   Kernels<double> f64;
-  ProgramKernels<float> program_f32;
-  ProgramKernels<double> program_f64;
-  RidgeKernels<float> ridge_f32;
-  RidgeKernels<double> ridge_f64;
+
+  template <class C>
+  const Kernels<C>& of() const {
+    if constexpr (sizeof(C) == 4)
+      return f32;
+    else
+      return f64;
+  }
 };
 
 // The table for this machine, or for the instruction set that KERNELMETA_ISA names; throws

@@ -267,21 +267,24 @@ void linear_head_training(const HeadTraining<C>& f, const typename HeadTraining<
   }
 }
 
-template <class C>
-constexpr Kernels<C> kKernels = {sib_forward<C>,          sib_backward<C>,        sib_training<C>,
-                                 mlp_forward<C>,          mlp_backward<C>,        class_means_forward<C>,
-                                 class_means_backward<C>, linear_head_forward<C>, linear_head_backward<C>,
-                                 linear_head_training<C>};
-
 }  // namespace
 
 #include "cpu/ridge_kernels.h"
 
 namespace kernelmeta {
+namespace {
+
+template <class C>
+constexpr Kernels<C> kKernels = {sib_forward<C>,          sib_backward<C>,        sib_training<C>,
+                                 mlp_forward<C>,          mlp_backward<C>,        class_means_forward<C>,
+                                 class_means_backward<C>, linear_head_forward<C>, linear_head_backward<C>,
+                                 linear_head_training<C>, program_forward<C>,     program_backward<C>,
+                                 ridge_forward<C>,        ridge_backward<C>};
+
+}  // namespace
 
 extern const KernelTable KERNELMETA_JOIN(kernels_, KERNELMETA_ISA);
-const KernelTable KERNELMETA_JOIN(kernels_, KERNELMETA_ISA) = {
-    KERNELMETA_STRING(KERNELMETA_ISA), kKernels<float>,      kKernels<double>,     kProgramKernels<float>,
-    kProgramKernels<double>,           kRidgeKernels<float>, kRidgeKernels<double>};
+const KernelTable KERNELMETA_JOIN(kernels_, KERNELMETA_ISA) = {KERNELMETA_STRING(KERNELMETA_ISA),
+                                                               kKernels<float>, kKernels<double>};
 
 }  // namespace kernelmeta

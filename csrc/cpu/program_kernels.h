@@ -26,14 +26,14 @@ struct ProgramForwardWorkspace {
   CpuBlock<C> block;
   ProgramTask<CpuBlock<C>> task;
   C* own_trace;
-  ProgramForwardWorkspace(Arena<C>& arena, const ProgramProblem<C>& p, const ProgramCall<C>& call,
+  ProgramForwardWorkspace(Arena<C>& arena, const ProgramProblem<C>& p, const KernelCall<C>& call,
                           bool keeps_trace, int64_t t)
       : task(arena, block, p, call.phases, call.mlp, t),
         own_trace(keeps_trace ? nullptr : arena.take(program_trace_size(p, task.shape))) {}
 };
 
 template <class C>
-void program_forward(const ProgramForward<C>& f, const ProgramCall<C>& call, int64_t begin, int64_t end) {
+void program_forward(const ProgramForward<C>& f, const KernelCall<C>& call, int64_t begin, int64_t end) {
   const ProgramProblem<C>& p = f.problem;
   const bool keeps_trace = f.trace != nullptr;
   C* memory = scratch_for_tasks<ProgramForwardWorkspace<C>, C>(begin, end, p, call, keeps_trace);
@@ -56,7 +56,7 @@ struct ProgramBackwardWorkspace {
   typename ProgramFeatures<Block>::Scratch scratch;
   C* gtheta0;
 
-  ProgramBackwardWorkspace(Arena<C>& arena, const ProgramProblem<C>& p, const ProgramCall<C>& call,
+  ProgramBackwardWorkspace(Arena<C>& arena, const ProgramProblem<C>& p, const KernelCall<C>& call,
                            bool row_gradients, int64_t t)
       : task(arena, block, p, call.phases, call.mlp, t),
         adjoint(arena, task.shape),
@@ -65,7 +65,7 @@ struct ProgramBackwardWorkspace {
 };
 
 template <class C>
-void program_backward(const ProgramBackward<C>& f, const ProgramCall<C>& call, const ProgramGrad<C>& grad,
+void program_backward(const ProgramBackward<C>& f, const KernelCall<C>& call, const ProgramGrad<C>& grad,
                       int64_t begin, int64_t end) {
   const bool row_gradients = f.grad_support || f.grad_query;
   C* memory = scratch_for_tasks<ProgramBackwardWorkspace<C>, C>(begin, end, f.problem, call, row_gradients);
@@ -76,8 +76,5 @@ void program_backward(const ProgramBackward<C>& f, const ProgramCall<C>& call, c
     w.task.backward(f, grad, w.adjoint, w.scratch, w.gtheta0);
   }
 }
-
-template <class C>
-constexpr ProgramKernels<C> kProgramKernels = {program_forward<C>, program_backward<C>};
 
 }  // namespace

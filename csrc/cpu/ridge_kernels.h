@@ -58,7 +58,4 @@ void ridge_backward(const RidgeBackward<C>& f, const int64_t* trace_offsets, con
   }
 }
 
-template <class C>
-constexpr RidgeKernels<C> kRidgeKernels = {ridge_forward<C>, ridge_backward<C>};
-
 }  // namespace

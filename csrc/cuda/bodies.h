@@ -8,10 +8,10 @@
 #include <new>
 
 #include "cuda/block.h"
-#include "cuda/pieces.h"
 #include "engine/linear_head_task.h"
 #include "engine/mlp_task.h"
 #include "engine/sib_task.h"
+#include "engine/sum_parts.h"
 
 namespace kernelmeta {
 
@@ -450,7 +450,7 @@ __host__ __device__ __forceinline__ void head_backward_body(void* place, const H
 // neighbouring entries, its warps every kWarps-th partial.
 template <class B, class C = typename B::Scalar>
 __host__ __device__ __forceinline__ void sum_partials_body(const C* partials, int64_t count, int64_t size,
-                                                           C factor, const Pieces<C>& to, Share share) {
+                                                           C factor, const SumParts<C>& to, Share share) {
   constexpr int kLanes = B::kLanes, kWarps = B::kWarps;
   const B block;
   C* const stage = B::stage();
@@ -474,30 +474,14 @@ __host__ __device__ __forceinline__ void sum_partials_body(const C* partials, in
 
 // Where the gradients of the parameters go. scale, bias, weight: null, or what lies behind the MLP's in a
 // SibParameterGrad.
-template <class C>
-struct ParameterGradients {
-  MlpArrays<C> mlp;
-  C *scale, *bias, *weight;
-};
-
-// sums: a SibParameterGrad, or a FoldedMlpGrad where there are no others.
+// sums: a FoldedMlpGrad.
 template <class B, class C = typename B::Scalar>
 __host__ __device__ __forceinline__ void unfold_body(const Sizes& sizes, const MlpArrays<const C>& mlp,
-                                                     C* sums, const ParameterGradients<C>& to) {
+                                                     C* sums, const MlpArrays<C>& to) {
   B block;
   const auto& s = as<typename B::Sizes>(sizes);
   Arena<C> arena(sums);
-  const SibParameterGrad<C> from(arena, s);
-  unfold(block, mlp, from.mlp, s, to.mlp);
-  if (!to.scale) return;
-  block.each_item(s.D + 1, [&](int64_t i) {
-    if (i == s.D) {
-      *to.scale = *from.scale;
-      *to.bias = *from.bias;
-    } else if (to.weight) {
-      to.weight[i] = from.weight[i];
-    }
-  });
+  unfold(block, mlp, FoldedMlpGrad<C>(arena, s), s, to);
 }
 
 }  // namespace kernelmeta

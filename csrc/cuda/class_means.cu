@@ -40,28 +40,28 @@ Plan plan_class_means(const ClassMeansProblem<C>& p, bool backward, int device) 
 
 template <class C>
 void launch_class_means_forward(const ClassMeansProblem<C>& p, C* theta0, const Plan& plan, C* workspace,
-                                const Where& where) {
+                                const Stream& stream) {
   with_class_means_block(p, [&](auto block) {
-    launch("class_means", &class_means_fwd_kernel<typename decltype(block)::type>, kThreads, plan, where, p,
+    launch("class_means", &class_means_fwd_kernel<typename decltype(block)::type>, kThreads, plan, stream, p,
            theta0, Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 
 template <class C>
 void launch_class_means_backward(const ClassMeansProblem<C>& p, const C* grad_theta0, C* grad_support,
-                                 const Plan& plan, C* workspace, C* partials, const Where& where) {
+                                 const Plan& plan, C* workspace, C* partials, const Stream& stream) {
   with_class_means_block(p, [&](auto block) {
     launch("class_means_backward", &class_means_bwd_kernel<typename decltype(block)::type>, kThreads, plan,
-           where, p, grad_theta0, grad_support, partials,
+           stream, p, grad_theta0, grad_support, partials,
            Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 
-#define INSTANTIATE(C)                                                                                      \
-  template Plan plan_class_means(const ClassMeansProblem<C>&, bool, int);                                   \
-  template void launch_class_means_forward(const ClassMeansProblem<C>&, C*, const Plan&, C*, const Where&); \
-  template void launch_class_means_backward(const ClassMeansProblem<C>&, const C*, C*, const Plan&, C*, C*, \
-                                            const Where&);
+#define INSTANTIATE(C)                                                                                       \
+  template Plan plan_class_means(const ClassMeansProblem<C>&, bool, int);                                    \
+  template void launch_class_means_forward(const ClassMeansProblem<C>&, C*, const Plan&, C*, const Stream&); \
+  template void launch_class_means_backward(const ClassMeansProblem<C>&, const C*, C*, const Plan&, C*, C*,  \
+                                            const Stream&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -90,11 +90,11 @@ __device__ __forceinline__ void* frame() {
 }
 
 template <class Kernel, class... Args>
-void launch(const char* name, Kernel* kernel, int threads, const Plan& plan, const Where& where,
+void launch(const char* name, Kernel* kernel, int threads, const Plan& plan, const Stream& stream,
             Args... args) {
   if (plan.blocks == 0) return;
   kernel<<<unsigned(plan.blocks), unsigned(threads), size_t(plan.shared_bytes),
-           static_cast<cudaStream_t>(where.stream)>>>(args...);
+           static_cast<cudaStream_t>(stream.handle)>>>(args...);
   check(cudaGetLastError(), name);
 }
 

@@ -5,12 +5,12 @@
 
 #include <vector>
 
-#include "cuda/pieces.h"
 #include "cuda/program_call.h"
 #include "engine/linear_head_task.h"
 #include "engine/mlp_task.h"
 #include "engine/problem.h"
 #include "engine/ridge_task.h"
+#include "engine/sum_parts.h"
 
 namespace kernelmeta::cuda {
 
@@ -22,54 +22,55 @@ struct Plan {
 };
 
 // On the device and the stream (a cudaStream_t) of the launch.
-struct Where {
+struct Stream {
   int device;
-  void* stream;
+  void* handle;
 };
 
 template <class C>
 Plan plan_sib_forward(const SibForward<C>& f, int device);
 // workspace [blocks][plan.workspace]; stride: trace_size
 template <class C>
-void launch_sib_forward(const SibForward<C>& f, const Plan& plan, C* workspace, const Where& where);
+void launch_sib_forward(const SibForward<C>& f, const Plan& plan, C* workspace, const Stream& stream);
 
 template <class C>
 Plan plan_sib_backward(const SibBackward<C>& f, int device);
 // partials [blocks][SibParameterGrad]
 template <class C>
 void launch_sib_backward(const SibBackward<C>& f, const Plan& plan, C* workspace, C* partials,
-                         const Where& where);
+                         const Stream& stream);
 
 template <class C>
 Plan plan_mlp(const MlpProblem<C>& p, bool backward, int device);
 template <class C>
-void launch_mlp_forward(const MlpProblem<C>& p, C* out, const Plan& plan, C* workspace, const Where& where);
+void launch_mlp_forward(const MlpProblem<C>& p, C* out, const Plan& plan, C* workspace, const Stream& stream);
 // partials [blocks][FoldedMlpGrad]
 template <class C>
 void launch_mlp_backward(const MlpProblem<C>& p, const C* grad_out, C* grad_logits, const Plan& plan,
-                         C* workspace, C* partials, const Where& where);
+                         C* workspace, C* partials, const Stream& stream);
 
 template <class C>
 Plan plan_class_means(const ClassMeansProblem<C>& p, bool backward, int device);
 template <class C>
 void launch_class_means_forward(const ClassMeansProblem<C>& p, C* theta0, const Plan& plan, C* workspace,
-                                const Where& where);
+                                const Stream& stream);
 // grad_support: null where not wanted; partials [blocks][D]
 template <class C>
 void launch_class_means_backward(const ClassMeansProblem<C>& p, const C* grad_theta0, C* grad_support,
-                                 const Plan& plan, C* workspace, C* partials, const Where& where);
+                                 const Plan& plan, C* workspace, C* partials, const Stream& stream);
 
 template <class C>
 Plan plan_linear_head_forward(const HeadForward<C>& f, int device);
 template <class C>
-void launch_linear_head_forward(const HeadForward<C>& f, const Plan& plan, C* workspace, const Where& where);
+void launch_linear_head_forward(const HeadForward<C>& f, const Plan& plan, C* workspace,
+                                const Stream& stream);
 
 template <class C>
 Plan plan_linear_head_backward(const HeadBackward<C>& f, int device);
 // partials [blocks][HeadParameterGrad]
 template <class C>
 void launch_linear_head_backward(const HeadBackward<C>& f, const Plan& plan, C* workspace, C* partials,
-                                 const Where& where);
+                                 const Stream& stream);
 
 // Plans of kernels whose tasks may differ: `tasks` has one of each size, or, where sizes are unknown, one
 // that is as large as any; what the plan looks at besides, it looks at on the host.
@@ -78,7 +79,7 @@ Plan plan_program_forward(const ProgramForward<C>& f, const ProgramDeviceCall<C>
                           const std::vector<int64_t>& tasks, int device);
 template <class C>
 void launch_program_forward(const ProgramForward<C>& f, const ProgramDeviceCall<C>& call, const Plan& plan,
-                            C* workspace, const Where& where);
+                            C* workspace, const Stream& stream);
 
 template <class C>
 Plan plan_program_backward(const ProgramBackward<C>& f, const ProgramDeviceCall<C>& call,
@@ -86,7 +87,7 @@ Plan plan_program_backward(const ProgramBackward<C>& f, const ProgramDeviceCall<
 // partials [blocks][ProgramGrad]
 template <class C>
 void launch_program_backward(const ProgramBackward<C>& f, const ProgramDeviceCall<C>& call, const Plan& plan,
-                             C* workspace, C* partials, const Where& where);
+                             C* workspace, C* partials, const Stream& stream);
 
 // stride: from one task's trace to the next one's
 template <class C>
@@ -94,7 +95,7 @@ Plan plan_ridge_forward(const RidgeForward<C>& f, int64_t stride, const std::vec
                         int device);
 template <class C>
 void launch_ridge_forward(const RidgeForward<C>& f, int64_t stride, const Plan& plan, C* workspace,
-                          const Where& where);
+                          const Stream& stream);
 
 template <class C>
 Plan plan_ridge_backward(const RidgeBackward<C>& f, int64_t stride, const std::vector<int64_t>& tasks,
@@ -102,16 +103,16 @@ Plan plan_ridge_backward(const RidgeBackward<C>& f, int64_t stride, const std::v
 // partials [blocks][RidgeGrad]
 template <class C>
 void launch_ridge_backward(const RidgeBackward<C>& f, int64_t stride, const Plan& plan, C* workspace,
-                           C* partials, const Where& where);
+                           C* partials, const Stream& stream);
 
 // to = factor * the sum of partials[b][..size] over b < count, in order.
 template <class C>
-void launch_sum_partials(const C* partials, int64_t count, int64_t size, C factor, const Pieces<C>& to,
-                         const Where& where);
+void launch_sum_partials(const C* partials, int64_t count, int64_t size, C factor, const SumParts<C>& to,
+                         const Stream& stream);
 
-// sums: a SibParameterGrad, or, without scale and bias, a FoldedMlpGrad.
+// sums: a FoldedMlpGrad.
 template <class C>
-void launch_unfold(const Sizes& s, const MlpArrays<const C>& mlp, C* sums, const MlpArrays<C>& to, C* scale,
-                   C* bias, C* weight, const Where& where);
+void launch_unfold(const Sizes& s, const MlpArrays<const C>& mlp, C* sums, const MlpArrays<C>& to,
+                   const Stream& stream);
 
 }  // namespace kernelmeta::cuda

@@ -47,28 +47,29 @@ Plan plan_linear_head_backward(const HeadBackward<C>& f, int device) {
 }
 
 template <class C>
-void launch_linear_head_forward(const HeadForward<C>& f, const Plan& plan, C* workspace, const Where& where) {
+void launch_linear_head_forward(const HeadForward<C>& f, const Plan& plan, C* workspace,
+                                const Stream& stream) {
   with_head_block(f.problem, [&](auto block) {
-    launch("linear_head", &linear_head_fwd_kernel<typename decltype(block)::type>, kThreads, plan, where, f,
+    launch("linear_head", &linear_head_fwd_kernel<typename decltype(block)::type>, kThreads, plan, stream, f,
            head_trace_size<C>(f.problem.s), Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 
 template <class C>
 void launch_linear_head_backward(const HeadBackward<C>& f, const Plan& plan, C* workspace, C* partials,
-                                 const Where& where) {
+                                 const Stream& stream) {
   with_head_block(f.problem, [&](auto block) {
     launch("linear_head_backward", &linear_head_bwd_kernel<typename decltype(block)::type>, kThreads, plan,
-           where, f, head_trace_size<C>(f.problem.s), size_of<HeadParameterGrad<C>, C>(f.problem.s), partials,
-           Memory<C>{plan.capacity, workspace, plan.workspace});
+           stream, f, head_trace_size<C>(f.problem.s), size_of<HeadParameterGrad<C>, C>(f.problem.s),
+           partials, Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 
-#define INSTANTIATE(C)                                                                            \
-  template Plan plan_linear_head_forward(const HeadForward<C>&, int);                             \
-  template Plan plan_linear_head_backward(const HeadBackward<C>&, int);                           \
-  template void launch_linear_head_forward(const HeadForward<C>&, const Plan&, C*, const Where&); \
-  template void launch_linear_head_backward(const HeadBackward<C>&, const Plan&, C*, C*, const Where&);
+#define INSTANTIATE(C)                                                                             \
+  template Plan plan_linear_head_forward(const HeadForward<C>&, int);                              \
+  template Plan plan_linear_head_backward(const HeadBackward<C>&, int);                            \
+  template void launch_linear_head_forward(const HeadForward<C>&, const Plan&, C*, const Stream&); \
+  template void launch_linear_head_backward(const HeadBackward<C>&, const Plan&, C*, C*, const Stream&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

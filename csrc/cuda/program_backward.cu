@@ -27,9 +27,9 @@ Plan plan_program_backward(const ProgramBackward<C>& f, const ProgramDeviceCall<
 
 template <class C>
 void launch_program_backward(const ProgramBackward<C>& f, const ProgramDeviceCall<C>& call, const Plan& plan,
-                             C* workspace, C* partials, const Where& where) {
+                             C* workspace, C* partials, const Stream& stream) {
   with_task_block<C>(f.problem, [&](auto block) {
-    launch("program_backward", &program_bwd_kernel<typename decltype(block)::type>, kThreads, plan, where, f,
+    launch("program_backward", &program_bwd_kernel<typename decltype(block)::type>, kThreads, plan, stream, f,
            call, partials, size_of<ProgramGrad<C>, C>(f.problem),
            Memory<C>{plan.capacity, workspace, plan.workspace});
   });
@@ -39,7 +39,7 @@ void launch_program_backward(const ProgramBackward<C>& f, const ProgramDeviceCal
   template Plan plan_program_backward(const ProgramBackward<C>&, const ProgramDeviceCall<C>&,                \
                                       const std::vector<int64_t>&, int);                                     \
   template void launch_program_backward(const ProgramBackward<C>&, const ProgramDeviceCall<C>&, const Plan&, \
-                                        C*, C*, const Where&);
+                                        C*, C*, const Stream&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -25,9 +25,9 @@ Plan plan_program_forward(const ProgramForward<C>& f, const ProgramDeviceCall<C>
 
 template <class C>
 void launch_program_forward(const ProgramForward<C>& f, const ProgramDeviceCall<C>& call, const Plan& plan,
-                            C* workspace, const Where& where) {
+                            C* workspace, const Stream& stream) {
   with_task_block<C>(f.problem, [&](auto block) {
-    launch("program", &program_fwd_kernel<typename decltype(block)::type>, kThreads, plan, where, f, call,
+    launch("program", &program_fwd_kernel<typename decltype(block)::type>, kThreads, plan, stream, f, call,
            Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
@@ -36,7 +36,7 @@ void launch_program_forward(const ProgramForward<C>& f, const ProgramDeviceCall<
   template Plan plan_program_forward(const ProgramForward<C>&, const ProgramDeviceCall<C>&,                \
                                      const std::vector<int64_t>&, int);                                    \
   template void launch_program_forward(const ProgramForward<C>&, const ProgramDeviceCall<C>&, const Plan&, \
-                                       C*, const Where&);
+                                       C*, const Stream&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

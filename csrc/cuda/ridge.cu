@@ -42,18 +42,18 @@ Plan plan_ridge_backward(const RidgeBackward<C>& f, int64_t stride, const std::v
 
 template <class C>
 void launch_ridge_forward(const RidgeForward<C>& f, int64_t stride, const Plan& plan, C* workspace,
-                          const Where& where) {
+                          const Stream& stream) {
   with_task_block<C>(f.problem, [&](auto block) {
-    launch("ridge", &ridge_fwd_kernel<typename decltype(block)::type>, kThreads, plan, where, f, stride,
+    launch("ridge", &ridge_fwd_kernel<typename decltype(block)::type>, kThreads, plan, stream, f, stride,
            Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 
 template <class C>
 void launch_ridge_backward(const RidgeBackward<C>& f, int64_t stride, const Plan& plan, C* workspace,
-                           C* partials, const Where& where) {
+                           C* partials, const Stream& stream) {
   with_task_block<C>(f.problem, [&](auto block) {
-    launch("ridge_backward", &ridge_bwd_kernel<typename decltype(block)::type>, kThreads, plan, where, f,
+    launch("ridge_backward", &ridge_bwd_kernel<typename decltype(block)::type>, kThreads, plan, stream, f,
            stride, partials, size_of<RidgeGrad<C>, C>(), Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
@@ -61,8 +61,8 @@ void launch_ridge_backward(const RidgeBackward<C>& f, int64_t stride, const Plan
 #define INSTANTIATE(C)                                                                                   \
   template Plan plan_ridge_forward(const RidgeForward<C>&, int64_t, const std::vector<int64_t>&, int);   \
   template Plan plan_ridge_backward(const RidgeBackward<C>&, int64_t, const std::vector<int64_t>&, int); \
-  template void launch_ridge_forward(const RidgeForward<C>&, int64_t, const Plan&, C*, const Where&);    \
-  template void launch_ridge_backward(const RidgeBackward<C>&, int64_t, const Plan&, C*, C*, const Where&);
+  template void launch_ridge_forward(const RidgeForward<C>&, int64_t, const Plan&, C*, const Stream&);   \
+  template void launch_ridge_backward(const RidgeBackward<C>&, int64_t, const Plan&, C*, C*, const Stream&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -26,18 +26,18 @@ Plan plan_sib_backward(const SibBackward<C>& f, int device) {
 
 template <class C>
 void launch_sib_backward(const SibBackward<C>& f, const Plan& plan, C* workspace, C* partials,
-                         const Where& where) {
+                         const Stream& stream) {
   const int64_t stride = trace_size<C>(f.problem.s, f.problem.weights);
   with_block<C>(f.problem.s, f.problem.query.storage, [&](auto block) {
     using B = typename decltype(block)::type;
-    launch("sib_backward", &sib_bwd_kernel<B>, B::kThreads, plan, where, f, stride, partials,
+    launch("sib_backward", &sib_bwd_kernel<B>, B::kThreads, plan, stream, f, stride, partials,
            Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 
 template Plan plan_sib_backward(const SibBackward<float>&, int);
 template Plan plan_sib_backward(const SibBackward<double>&, int);
-template void launch_sib_backward(const SibBackward<float>&, const Plan&, float*, float*, const Where&);
-template void launch_sib_backward(const SibBackward<double>&, const Plan&, double*, double*, const Where&);
+template void launch_sib_backward(const SibBackward<float>&, const Plan&, float*, float*, const Stream&);
+template void launch_sib_backward(const SibBackward<double>&, const Plan&, double*, double*, const Stream&);
 
 }  // namespace kernelmeta::cuda

@@ -22,18 +22,18 @@ Plan plan_sib_forward(const SibForward<C>& f, int device) {
 }
 
 template <class C>
-void launch_sib_forward(const SibForward<C>& f, const Plan& plan, C* workspace, const Where& where) {
+void launch_sib_forward(const SibForward<C>& f, const Plan& plan, C* workspace, const Stream& stream) {
   const int64_t stride = trace_size<C>(f.problem.s, f.problem.weights);
   with_block<C>(f.problem.s, f.problem.query.storage, [&](auto block) {
     using B = typename decltype(block)::type;
-    launch("sib", &sib_fwd_kernel<B>, B::kThreads, plan, where, f, stride,
+    launch("sib", &sib_fwd_kernel<B>, B::kThreads, plan, stream, f, stride,
            Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 
 template Plan plan_sib_forward(const SibForward<float>&, int);
 template Plan plan_sib_forward(const SibForward<double>&, int);
-template void launch_sib_forward(const SibForward<float>&, const Plan&, float*, const Where&);
-template void launch_sib_forward(const SibForward<double>&, const Plan&, double*, const Where&);
+template void launch_sib_forward(const SibForward<float>&, const Plan&, float*, const Stream&);
+template void launch_sib_forward(const SibForward<double>&, const Plan&, double*, const Stream&);
 
 }  // namespace kernelmeta::cuda

@@ -10,14 +10,14 @@ namespace {
 template <class B, class C = typename B::Scalar>
 __global__ void __launch_bounds__(B::kThreads)
     sum_partials_kernel(const C* partials, int64_t count, int64_t size, C factor,
-                        const __grid_constant__ Pieces<C> to) {
+                        const __grid_constant__ SumParts<C> to) {
   sum_partials_body<B>(partials, count, size, factor, to, share());
 }
 
 template <class B, class C = typename B::Scalar>
 __global__ void __launch_bounds__(B::kThreads)
     unfold_kernel(const __grid_constant__ Sizes s, const __grid_constant__ MlpArrays<const C> mlp, C* sums,
-                  const __grid_constant__ ParameterGradients<C> to) {
+                  const __grid_constant__ MlpArrays<C> to) {
   unfold_body<B>(s, mlp, sums, to);
 }
 
@@ -31,25 +31,24 @@ Plan plain(int64_t blocks, int64_t shared_bytes) {
 }  // namespace
 
 template <class C>
-void launch_sum_partials(const C* partials, int64_t count, int64_t size, C factor, const Pieces<C>& to,
-                         const Where& where) {
+void launch_sum_partials(const C* partials, int64_t count, int64_t size, C factor, const SumParts<C>& to,
+                         const Stream& stream) {
   using B = CudaBlock<C>;
   const int64_t blocks = std::min<int64_t>((size + B::kLanes - 1) / B::kLanes, 1024);
   launch("sum over blocks", &sum_partials_kernel<B>, kThreads, plain(blocks, kThreads * int64_t(sizeof(C))),
-         where, partials, count, size, factor, to);
+         stream, partials, count, size, factor, to);
 }
 
 template <class C>
-void launch_unfold(const Sizes& s, const MlpArrays<const C>& mlp, C* sums, const MlpArrays<C>& to, C* scale,
-                   C* bias, C* weight, const Where& where) {
-  launch("unfold", &unfold_kernel<CudaBlock<C>>, kThreads, plain(1, 0), where, s, mlp, sums,
-         ParameterGradients<C>{to, scale, bias, weight});
+void launch_unfold(const Sizes& s, const MlpArrays<const C>& mlp, C* sums, const MlpArrays<C>& to,
+                   const Stream& stream) {
+  launch("unfold", &unfold_kernel<CudaBlock<C>>, kThreads, plain(1, 0), stream, s, mlp, sums, to);
 }
 
-#define INSTANTIATE(C)                                                                                      \
-  template void launch_sum_partials(const C*, int64_t, int64_t, C, const Pieces<C>&, const Where&);         \
-  template void launch_unfold(const Sizes&, const MlpArrays<const C>&, C*, const MlpArrays<C>&, C*, C*, C*, \
-                              const Where&);
+#define INSTANTIATE(C)                                                                                 \
+  template void launch_sum_partials(const C*, int64_t, int64_t, C, const SumParts<C>&, const Stream&); \
+  template void launch_unfold(const Sizes&, const MlpArrays<const C>&, C*, const MlpArrays<C>&,        \
+                              const Stream&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 

@@ -69,7 +69,7 @@ struct HeadEpisode {
   // F: how the features are stored.
   template <class C, class F = C>
   Named run(const KernelTable& table) const {
-    const Kernels<C>& kernels = kernels_of<C>(table);
+    const Kernels<C>& kernels = table.of<C>();
     const Sizes& s = c.s;
     const auto x = exactly<F>(support), q = exactly<F>(query);
     const auto w = exactly<C>(weight), b = exactly<C>(bias), r = exactly<C>(rates),
@@ -110,14 +110,6 @@ struct HeadEpisode {
     all.emplace_back("rates", Vec(grad.rates, grad.rates + s.K));
     trace.keep(all, "trace");  // handed out: its padding too must be the same every time
     return all;
-  }
-
-  template <class C>
-  static const Kernels<C>& kernels_of(const KernelTable& table) {
-    if constexpr (sizeof(C) == 4)
-      return table.f32;
-    else
-      return table.f64;
   }
 
   std::string text() const {
@@ -249,7 +241,7 @@ struct ProgramEpisode {
   // F: how the features are stored.
   template <class C, class F = C>
   Named run(const KernelTable& table) const {
-    const ProgramKernels<C>& kernels = kernels_of<C>(table);
+    const Kernels<C>& kernels = table.of<C>();
     const int64_t N = c.N, D = c.D, H = c.H, T = tasks.T();
     const auto x = exactly<F>(tasks.support), q = exactly<F>(tasks.query);
     const auto th = exactly<C>(theta0), sb = exactly<C>(start_bias), w = exactly<C>(weight),
@@ -269,7 +261,7 @@ struct ProgramEpisode {
     const Sizes of_mlp{1, 1, 1, H ? N : 0, D, H, K};
     std::vector<C> memory(size_t(size_of<FoldedMlp<C>, C>(of_mlp, c.running)));
     Arena<C> folded_arena(memory.data());
-    ProgramCall<C> call{c.phases.data(), FoldedMlp<C>(folded_arena, of_mlp, c.running), nullptr};
+    KernelCall<C> call{c.phases.data(), FoldedMlp<C>(folded_arena, of_mlp, c.running), nullptr};
     SerialBlock<C> serial;
     if (H) fold(serial, RawMlp<C>::arrays, RawMlp<C>::running, of_mlp, call.mlp);
 
@@ -304,17 +296,18 @@ struct ProgramEpisode {
       f.query_coefficients = of_query.get();
       f.start_coefficients = of_start.get();
     }
-    kernels.forward(f, call, 0, T);
+    kernels.program_forward(f, call, 0, T);
     f.logits = logits.get();
     f.trace = trace.get();
-    kernels.forward(f, call, 0, T);
+    kernels.program_forward(f, call, 0, T);
     std::vector<C> sums(size_t(size_of<ProgramGrad<C>, C>(p)));
     Arena<C> arena(sums.data());
     const ProgramGrad<C> grad(arena, p);
-    kernels.backward({p, trace.get(), gz.data(), c.coefficients ? gs.data() : nullptr,
-                      c.coefficients ? gq.data() : nullptr, c.coefficients ? g0.data() : nullptr,
-                      c.need_support ? gsupport.get() : nullptr, c.need_query ? gquery.get() : nullptr},
-                     call, grad, 0, T);
+    kernels.program_backward(
+        {p, trace.get(), gz.data(), c.coefficients ? gs.data() : nullptr,
+         c.coefficients ? gq.data() : nullptr, c.coefficients ? g0.data() : nullptr,
+         c.need_support ? gsupport.get() : nullptr, c.need_query ? gquery.get() : nullptr},
+        call, grad, 0, T);
     Named all;
     logits.keep(all, "logits");
     again.keep(all, "logits without a trace");
@@ -348,13 +341,6 @@ struct ProgramEpisode {
     return all;
   }
 
-  template <class C>
-  static const ProgramKernels<C>& kernels_of(const KernelTable& table) {
-    if constexpr (sizeof(C) == 4)
-      return table.program_f32;
-    else
-      return table.program_f64;
-  }
   std::string text() const { return std::string(c.name) + ", " + tasks.text(); }
 };
 
@@ -423,7 +409,7 @@ struct RidgeEpisode {
   // F: how the features are stored.
   template <class C, class F = C>
   Named run(const KernelTable& table) const {
-    const RidgeKernels<C>& kernels = kernels_of<C>(table);
+    const Kernels<C>& kernels = table.of<C>();
     const auto x = exactly<F>(tasks.support), q = exactly<F>(tasks.query);
     const auto la = exactly<C>(lambda), sc = exactly<C>(scale), b = exactly<C>(bias),
                gz = exactly<C>(grad_logits), ga = exactly<C>(grad_coefficients);
@@ -439,14 +425,15 @@ struct RidgeEpisode {
     Output<C> logits(all_q * c.N), again(all_q * c.N), alpha(all_s * c.N), trace(T * stride),
         gsupport(all_s * c.D), gquery(all_q * c.D);
     const std::unique_ptr<bool[]> singular(new bool[size_t(T)]());
-    kernels.forward({p, again.get(), alpha.get(), nullptr}, trace_offsets.data(), singular.get(), 0, T);
-    kernels.forward({p, logits.get(), alpha.get(), trace.get()}, trace_offsets.data(), singular.get(), 0, T);
+    kernels.ridge_forward({p, again.get(), alpha.get(), nullptr}, trace_offsets.data(), singular.get(), 0, T);
+    kernels.ridge_forward({p, logits.get(), alpha.get(), trace.get()}, trace_offsets.data(), singular.get(),
+                          0, T);
     std::vector<C> sums(size_t(size_of<RidgeGrad<C>, C>()));
     Arena<C> arena(sums.data());
     const RidgeGrad<C> grad(arena);
-    kernels.backward({p, trace.get(), gz.data(), c.coefficients ? ga.data() : nullptr,
-                      c.need_support ? gsupport.get() : nullptr, c.need_query ? gquery.get() : nullptr},
-                     trace_offsets.data(), grad, 0, T);
+    kernels.ridge_backward({p, trace.get(), gz.data(), c.coefficients ? ga.data() : nullptr,
+                            c.need_support ? gsupport.get() : nullptr, c.need_query ? gquery.get() : nullptr},
+                           trace_offsets.data(), grad, 0, T);
     Named all;
     logits.keep(all, "logits");
     again.keep(all, "logits without a trace");
@@ -457,13 +444,6 @@ struct RidgeEpisode {
     return all;
   }
 
-  template <class C>
-  static const RidgeKernels<C>& kernels_of(const KernelTable& table) {
-    if constexpr (sizeof(C) == 4)
-      return table.ridge_f32;
-    else
-      return table.ridge_f64;
-  }
   std::string text() const { return "ridge, " + tasks.text(); }
 };
 

@@ -107,7 +107,7 @@ void add_partials(const std::vector<C>& partials, int64_t size, C* to) {
   std::vector<C> sums(static_cast<size_t>(size));
   on_team<C>([&] {
     sum_partials_body<HostBlock<C, C>>(partials.data(), team_options.blocks, size, C(1),
-                                       Pieces<C>(sums.data(), size), Share{0, 1});
+                                       SumParts<C>(sums.data(), size), Share{0, 1});
   });
   for (int64_t i = 0; i < size; ++i) to[i] += sums[size_t(i)];
 }
@@ -151,14 +151,8 @@ void team_linear_head_backward(const HeadBackward<C>& f, const HeadParameterGrad
   add_partials(partials, size, grad.weight);  // where the sums begin
 }
 
-template <class C, class F = C>
-constexpr Kernels<C> kTeamKernels = {.sib_forward = team_sib_forward<C, F>,
-                                     .sib_backward = team_sib_backward<C, F>,
-                                     .linear_head_forward = team_linear_head_forward<C, F>,
-                                     .linear_head_backward = team_linear_head_backward<C, F>};
-
 template <class C>
-ProgramDeviceCall<C> device_call(const ProgramProblem<C>& p, const ProgramCall<C>& call) {
+ProgramDeviceCall<C> device_call(const ProgramProblem<C>& p, const KernelCall<C>& call) {
   ProgramDeviceCall<C> own{};
   std::copy(call.phases, call.phases + p.n_phases, own.phases);
   own.sizes = {1, 1, 1, p.H ? p.N : 0, p.D, p.H, p.K};
@@ -169,7 +163,7 @@ ProgramDeviceCall<C> device_call(const ProgramProblem<C>& p, const ProgramCall<C
 }
 
 template <class C, class F>
-void team_program_forward(const ProgramForward<C>& f, const ProgramCall<C>& call, int64_t, int64_t) {
+void team_program_forward(const ProgramForward<C>& f, const KernelCall<C>& call, int64_t, int64_t) {
   const ProgramDeviceCall<C> own = device_call(f.problem, call);
   run_task_blocks<ProgramForwardLayout<HostBlock<C, F>>, C, F>(
       f, own.sizes,
@@ -180,8 +174,8 @@ void team_program_forward(const ProgramForward<C>& f, const ProgramCall<C>& call
 }
 
 template <class C, class F>
-void team_program_backward(const ProgramBackward<C>& f, const ProgramCall<C>& call,
-                           const ProgramGrad<C>& grad, int64_t, int64_t) {
+void team_program_backward(const ProgramBackward<C>& f, const KernelCall<C>& call, const ProgramGrad<C>& grad,
+                           int64_t, int64_t) {
   const ProgramDeviceCall<C> own = device_call(f.problem, call);
   const int64_t size = size_of<ProgramGrad<C>, C>(f.problem);
   std::vector<C> partials(size_t(size * team_options.blocks), C(NAN));
@@ -220,19 +214,18 @@ void team_ridge_backward(const RidgeBackward<C>& f, const int64_t* trace_offsets
   add_partials(partials, size, grad.lambda);  // where the sums begin
 }
 
-template <class C, class F>
-constexpr ProgramKernels<C> kTeamProgramKernels = {team_program_forward<C, F>, team_program_backward<C, F>};
-template <class C, class F>
-constexpr RidgeKernels<C> kTeamRidgeKernels = {team_ridge_forward<C, F>, team_ridge_backward<C, F>};
+template <class C, class F = C>
+constexpr Kernels<C> kTeamKernels = {.sib_forward = team_sib_forward<C, F>,
+                                     .sib_backward = team_sib_backward<C, F>,
+                                     .linear_head_forward = team_linear_head_forward<C, F>,
+                                     .linear_head_backward = team_linear_head_backward<C, F>,
+                                     .program_forward = team_program_forward<C, F>,
+                                     .program_backward = team_program_backward<C, F>,
+                                     .ridge_forward = team_ridge_forward<C, F>,
+                                     .ridge_backward = team_ridge_backward<C, F>};
 
 // F: how features are stored that float kernels read.
 template <class F>
-const KernelTable kTeamTable = {"team",
-                                kTeamKernels<float, F>,
-                                kTeamKernels<double>,
-                                kTeamProgramKernels<float, F>,
-                                kTeamProgramKernels<double, double>,
-                                kTeamRidgeKernels<float, F>,
-                                kTeamRidgeKernels<double, double>};
+const KernelTable kTeamTable = {"team", kTeamKernels<float, F>, kTeamKernels<double>};
 
 }  // namespace

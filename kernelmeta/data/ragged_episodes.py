@@ -16,28 +16,26 @@ from kernelmeta.data import counter
 from kernelmeta.data.bank import FeatureBank
 from kernelmeta.data.class_draws import QUERIES, SHOTS, WAYS, ClassDraws, Ints, apportion, shares
 from kernelmeta.data.episodes import Episodes, parse_balance
+from kernelmeta.tasks import Ragged
 
 Range = tuple[int, int]
 
 
 class RaggedEpisodes(NamedTuple):
-    """T episodes; all int64. Indices point into the rows of the bank; rows are sorted by task, then by class.
+    """T episodes; all int64. Indices point into the rows of the bank; rows are sorted by task, then by class."""
 
-    Task t's support rows are ``support_offsets[t] .. support_offsets[t + 1] - 1``, likewise its query rows.
-    """
-
-    support_index: Tensor  # [sum S]
-    support_labels: Tensor  # [sum S] in 0..n_ways[t]-1
-    support_offsets: Tensor  # [T+1], from 0 to sum S
-    query_index: Tensor  # [sum Q]
-    query_labels: Tensor  # [sum Q] in 0..n_ways[t]-1
-    query_offsets: Tensor  # [T+1], from 0 to sum Q
-    n_ways: Tensor  # [T]
+    support_index: Tensor  # [all support rows]
+    support_labels: Tensor  # [all support rows] in 0..n_ways[t]-1
+    query_index: Tensor  # [all query rows]
+    query_labels: Tensor  # [all query rows] in 0..n_ways[t]-1
+    ragged: Ragged  # where each task begins, and its ways
 
     def task(self, t: int) -> Episodes:
         """Task t as an even batch of one: [1, S], [1, S], [1, Q], [1, Q]."""
-        support = slice(int(self.support_offsets[t]), int(self.support_offsets[t + 1]))
-        query = slice(int(self.query_offsets[t]), int(self.query_offsets[t + 1]))
+        support, query = (
+            slice(int(offsets[t]), int(offsets[t + 1]))
+            for offsets in (self.ragged.support_offsets, self.ragged.query_offsets)
+        )
         return Episodes(
             self.support_index[None, support],
             self.support_labels[None, support],
@@ -101,18 +99,11 @@ class RaggedEpisodeSampler:
         parts = [self._draw(e, min(per_call, first + n - e)) for e in range(first, first + n, per_call)]
         if not parts:
             none, zero = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-            return RaggedEpisodes(none, none, zero, none, none, zero, none)
+            return RaggedEpisodes(none, none, none, none, Ragged(zero, zero, none))
         joined = (torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True))
         support_index, support_labels, support_counts, query_index, query_labels, query_counts, n_ways = joined
-        return RaggedEpisodes(
-            support_index,
-            support_labels,
-            _offsets(support_counts),
-            query_index,
-            query_labels,
-            _offsets(query_counts),
-            n_ways,
-        )
+        ragged = Ragged(_offsets(support_counts), _offsets(query_counts), n_ways)
+        return RaggedEpisodes(support_index, support_labels, query_index, query_labels, ragged)
 
     def _draw(self, first: int, n: int) -> tuple[Ints, ...]:
         """Indices and labels of the rows, and how many an episode has, for support and query; and the ways."""

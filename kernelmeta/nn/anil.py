@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from kernelmeta import ops
+from kernelmeta.nn.kept import KeptNumbers
 from kernelmeta.nn.program import Program
 from kernelmeta.nn.training_step import TrainsAtOnce
 from kernelmeta.reference.phases import Phase
+from kernelmeta.tasks import Classifier, Ragged
 
 
 class ANIL(TrainsAtOnce, Program):
@@ -50,16 +51,7 @@ class ANIL(TrainsAtOnce, Program):
         phase = Phase(oracle, steps, inner_lr, learn_rates=learn_rates)
         super().__init__(n_way, n_features, [phase], classifier="linear", start="learned")
         self.steps, self.first_order, self.learn_rates = steps, first_order, learn_rates
-        self._kept_rates: Tensor | None = None
-
-    def _constant_rates(self, bias: Tensor) -> Tensor:
-        """inner_lr for each step, in the precision of the head; kept, since making it costs as much as a check."""
-        kept = self._kept_rates
-        if kept is None or kept.dtype is not bias.dtype or kept.device != bias.device:
-            kept = torch.full((self.phases[0].steps,), self.phases[0].lr, dtype=bias.dtype, device=bias.device)
-            if not torch.compiler.is_compiling():
-                self._kept_rates = kept
-        return kept
+        self._constant_rates = KeptNumbers()
 
     def _adapt(
         self,
@@ -68,29 +60,16 @@ class ANIL(TrainsAtOnce, Program):
         query: Tensor,
         *,
         return_weights: bool = False,
-        support_offsets: Tensor | None = None,
-        query_offsets: Tensor | None = None,
-        n_ways: Tensor | None = None,
-        max_support: int | None = None,
-        max_query: int | None = None,
-        **options: Any,
-    ) -> Any:
-        if support_offsets is not None:
-            return super()._adapt(
-                support, support_labels, query, return_weights=return_weights, support_offsets=support_offsets,
-                query_offsets=query_offsets, n_ways=n_ways, max_support=max_support, max_query=max_query, **options,
-            )  # fmt: skip
-        if any(given is not None for given in (query_offsets, n_ways, max_support, max_query)):
-            raise ValueError("query_offsets, n_ways, max_support and max_query: need support_offsets")
+        ragged: Ragged | None = None,
+        **index: Any,
+    ) -> Tensor | tuple[Tensor, Classifier]:
+        if ragged is not None:
+            return super()._adapt(support, support_labels, query, return_weights=return_weights, ragged=ragged, **index)
         bias, rates = self._learned(support_labels)
-        results = ops.linear_head(
+        return ops.linear_head(
             support, support_labels, query, self.weight, bias, rates, oracle=self.phases[0].oracle,
-            first_order=self.first_order, return_weights=return_weights, **options,
+            first_order=self.first_order, return_weights=return_weights, **index,
         )  # fmt: skip
-        if not return_weights:
-            return results
-        logits, heads = results
-        return logits, (heads[..., :-1], heads[..., -1])
 
     def _gradients(
         self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, **index: Any
@@ -115,5 +94,7 @@ class ANIL(TrainsAtOnce, Program):
                 f"support: task 0 has {self.n_way} ways and {S} support rows; every class needs at least one"
             )
         bias = self.bias
-        rates = self.rates[0] if self.learn_rates else self._constant_rates(bias)
+        if not self.learn_rates:
+            return bias, self._constant_rates((self.phases[0].lr,) * self.steps, bias)
+        rates = self.rates[0]
         return bias, rates if rates.shape[0] == self.steps else rates[: self.steps]

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from kernelmeta import ops
+from kernelmeta.nn.learner import Learner
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
 from kernelmeta.ops.program_op import check_combination
 from kernelmeta.reference.phases import Phase
+from kernelmeta.tasks import Classifier
 
 
-class Program(nn.Module):
+class Program(Learner):
     """A classifier that starts alike for all tasks, or from their class means, and is refined by phases of steps.
 
     Args:
@@ -98,55 +100,9 @@ class Program(nn.Module):
             [next(learned) if p.learn_rates else self.bias.new_full((p.steps,), p.lr) for p in self.phases]
         )
 
-    def forward(
-        self,
-        support: Tensor,
-        support_labels: Tensor,
-        query: Tensor,
-        return_weights: bool = False,
-        *,
-        support_offsets: Tensor | None = None,
-        query_offsets: Tensor | None = None,
-        n_ways: Tensor | None = None,
-        max_support: int | None = None,
-        max_query: int | None = None,
-    ) -> Any:
-        """Classify the query rows of T tasks.
-
-        Args:
-            support: [T, S, D]; every class needs at least one row, counts may differ.
-            support_labels: [T, S] int64 in 0..N-1.
-            query: [T, Q, D].
-            return_weights: return the refined classifiers too.
-            support_offsets, query_offsets, n_ways, max_support, max_query: tasks of unequal size; see
-                :func:`kernelmeta.ops.program`.
-
-        Returns:
-            Logits [T, Q, N]; with ``return_weights`` a pair of them and theta [T, N, D], or (theta, bias [T, N]) of a
-            linear classifier.
-
-        Raises:
-            ValueError, TypeError: as :func:`kernelmeta.ops.program`.
-        """
-        return self._adapt(
-            support, support_labels, query, return_weights=return_weights, support_offsets=support_offsets,
-            query_offsets=query_offsets, n_ways=n_ways, max_support=max_support, max_query=max_query,
-        )  # fmt: skip
-
-    def from_bank(
-        self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor, **ragged: Any
-    ) -> Tensor:
-        """The logits [T, Q, N] for rows of a feature bank [n, D], read where they lie: [T, S] and [T, Q] int64.
-
-        With ``support_offsets``, ``query_offsets`` (and ``n_ways``, ``max_support``, ``max_query``) the indices are
-        [sum S] and [sum Q].
-        """
-        logits: Tensor = self._adapt(
-            bank, support_labels, bank, support_index=support_index, query_index=query_index, **ragged
-        )
-        return logits
-
-    def _adapt(self, support: Tensor, support_labels: Tensor, query: Tensor, **options: Any) -> Any:
+    def _adapt(
+        self, support: Tensor, support_labels: Tensor, query: Tensor, *, return_weights: bool = False, **options: Any
+    ) -> Tensor | tuple[Tensor, Classifier]:
         mlp = self.mlp
         return ops.program(
             support, support_labels, query, self.phases, n_way=self.n_way, rates=self.step_rates(),
@@ -155,7 +111,7 @@ class Program(nn.Module):
             weight=self.weight if self.start == "class_means" else None, scale=self.scale, bias=self.bias,
             target_scale=self.target_scale, mlp=None if mlp is None else mlp.tensors(),
             running_stats=mlp.running_stats if mlp is not None and self.norm_stats == "running" else None,
-            reduction=self.reduction, first_order=self.first_order, **options,
+            reduction=self.reduction, first_order=self.first_order, return_weights=return_weights, **options,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

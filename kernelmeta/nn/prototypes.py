@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from kernelmeta import ops
+from kernelmeta.nn.learner import Learner
 from kernelmeta.reference.sib import cosine_classifier
+from kernelmeta.tasks import Classifier, Ragged
 
 
-class Prototypes(nn.Module):
+class Prototypes(Learner):
     """Cosine similarity to weighted class means (Snell et al. 2017, with cosines): SIB before its first step.
 
     Args:
@@ -33,16 +33,28 @@ class Prototypes(nn.Module):
         self.scale = nn.Parameter(torch.full((1,), 10.0))
         self.bias = nn.Parameter(torch.zeros(1))
 
-    def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False) -> Any:
-        """[T, S, D], [T, S] int64, [T, Q, D] -> logits [T, Q, N] (with ``return_weights`` theta [T, N, D] too)."""
+    def _adapt(
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        *,
+        return_weights: bool = False,
+        support_index: Tensor | None = None,
+        query_index: Tensor | None = None,
+        ragged: Ragged | None = None,
+    ) -> Tensor | tuple[Tensor, Classifier]:
+        if ragged is not None:
+            return ops.program(
+                support, support_labels, query, (), n_way=self.n_way, weight=self.weight, scale=self.scale,
+                bias=self.bias, return_weights=return_weights, support_index=support_index, query_index=query_index,
+                ragged=ragged,
+            )  # fmt: skip
+        if support_index is not None and query_index is not None:
+            support, query = support[support_index], query[query_index]
         theta = ops.class_means(support, support_labels, self.n_way, self.weight)
         logits = cosine_classifier(theta, query.to(theta.dtype), self.scale, self.bias)
-        return (logits, theta) if return_weights else logits
-
-    def from_bank(self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor) -> Tensor:
-        """The logits [T, Q, N] for rows of a feature bank [n, D]: [T, S] and [T, Q] int64."""
-        logits: Tensor = self(bank[support_index], support_labels, bank[query_index])
-        return logits
+        return (logits, Classifier.cosine(theta)) if return_weights else logits
 
     def extra_repr(self) -> str:
         return f"n_way={self.n_way}, n_features={self.n_features}"

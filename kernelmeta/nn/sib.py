@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from kernelmeta import ops
 from kernelmeta.nn import xfer
+from kernelmeta.nn.kept import KeptNumbers
+from kernelmeta.nn.learner import check_even
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
 from kernelmeta.nn.training_step import TrainsAtOnce
 from kernelmeta.reference import MLPParameters
+from kernelmeta.tasks import Classifier, Ragged
 
 # The published names of what SyntheticGradientMLP calls weight1, bias1, ...
 _XFER_MLP = {
@@ -77,29 +80,7 @@ class SIB(TrainsAtOnce):
         self.scale = nn.Parameter(torch.full((1,), 10.0))
         self.bias = nn.Parameter(torch.zeros(1))
         self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats)
-        self._shares = torch.empty(1, 0)
-
-    def forward(self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool = False) -> Any:
-        """Classify the query rows of T tasks.
-
-        Args:
-            support: [T, S, D]; every class needs at least one row, counts may differ.
-            support_labels: [T, S] int64 in 0..N-1.
-            query: [T, Q, D].
-            return_weights: return theta_K too.
-
-        Returns:
-            Logits [T, Q, N]; with ``return_weights`` a tuple of them and theta_K [T, N, D].
-
-        Raises:
-            ValueError, TypeError: as :func:`kernelmeta.ops.sib`.
-        """
-        return self._adapt(support, support_labels, query, return_weights, None, None)
-
-    def from_bank(self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor) -> Tensor:
-        """The logits [T, Q, N] for rows of a feature bank [n, D], read where they lie: [T, S] and [T, Q] int64."""
-        logits: Tensor = self._adapt(bank, support_labels, bank, False, support_index, query_index)
-        return logits
+        self._shares = KeptNumbers()
 
     def _gradients(
         self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, **index: Any
@@ -118,25 +99,29 @@ class SIB(TrainsAtOnce):
     def _adapt(
         self,
         support: Tensor,
-        labels: Tensor,
+        support_labels: Tensor,
         query: Tensor,
-        return_weights: bool,
-        support_index: Tensor | None,
-        query_index: Tensor | None,
-    ) -> Any:
+        *,
+        return_weights: bool = False,
+        support_index: Tensor | None = None,
+        query_index: Tensor | None = None,
+        ragged: Ragged | None = None,
+    ) -> Tensor | tuple[Tensor, Classifier]:
+        check_even(self, ragged)
         mlp = self.mlp
-        track = self._tracks(labels)
-        results = ops.sib(
-            support, labels, query, self.weight, self.scale, self.bias, mlp.tensors(), steps=self.steps,
+        tracks = self._tracks(support_labels)
+        results: Any = ops.sib(
+            support, support_labels, query, self.weight, self.scale, self.bias, mlp.tensors(), steps=self.steps,
             inner_lr=self.inner_lr, reduction=self.reduction, norm_stats=self.norm_stats,
-            running_stats=mlp.running_stats, return_weights=return_weights, return_norm_stats=track,
+            running_stats=mlp.running_stats, return_weights=return_weights, return_norm_stats=tracks,
             support_index=support_index, query_index=query_index,
         )  # fmt: skip
-        if not track:
-            return results
-        *results, stats = results
-        self._update_running_stats(stats)
-        return tuple(results) if return_weights else results[0]
+        if tracks:
+            *results, stats = results
+            self._update_running_stats(stats)
+            results = tuple(results) if return_weights else results[0]
+        answer: Tensor | tuple[Tensor, Classifier] = results
+        return answer
 
     def _tracks(self, labels: Tensor) -> bool:
         """Whether a call updates the running statistics."""
@@ -150,14 +135,12 @@ class SIB(TrainsAtOnce):
 
     def _update_running_stats(self, stats: Tensor) -> None:
         """One exponential update a step, [K, 2, 2, H], all steps in one product."""
-        running = self.mlp.running_stats
-        K, keep, shares = self.steps, 1 - self.momentum, self._shares
-        if shares.shape[1] != K or shares.dtype is not running.dtype or shares.device != running.device:
-            # What each step's statistics weigh in the running ones after the last step.
-            shares = self._shares = running.new_tensor([[self.momentum * keep ** (K - 1 - k) for k in range(K)]])
+        running, K, keep = self.mlp.running_stats, self.steps, 1 - self.momentum
+        # What each step's statistics weigh in the running ones after the last step.
+        shares = self._shares(tuple([self.momentum * keep ** (K - 1 - k) for k in range(K)]), running)
         if stats.dtype is not running.dtype:
             stats = stats.to(running.dtype)
-        running.view(1, -1).addmm_(shares, stats.view(K, -1), beta=keep**K)
+        running.view(1, -1).addmm_(shares.view(1, K), stats.view(K, -1), beta=keep**K)
 
     @staticmethod
     def from_xfer(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernelmeta import ops
+from kernelmeta.nn.learner import Learner
 from kernelmeta.reference.phases import Phase
+from kernelmeta.tasks import Classifier, Ragged
 
 
-class SoftKMeans(nn.Module):
+class SoftKMeans(Learner):
     """Prototypes refined by soft assignment of the query rows (Ren et al. 2018, eq. 5, with cosines).
 
     Nothing is learned.
@@ -30,32 +30,24 @@ class SoftKMeans(nn.Module):
         self.n_way, self.n_features, self.steps, self.scale = n_way, n_features, steps, scale
         self.phases = (Phase("soft_assignment", steps, 1.0),)
 
-    def forward(
+    def _adapt(
         self,
         support: Tensor,
         support_labels: Tensor,
         query: Tensor,
+        *,
         return_weights: bool = False,
-        **ragged: Tensor | None,
-    ) -> Any:
-        """[T, S, D], [T, S] int64, [T, Q, D] -> logits [T, Q, N] (with ``return_weights`` theta [T, N, D] too).
-
-        In float32 at least, whatever the features are stored in. For tasks of unequal size see
-        :func:`kernelmeta.ops.program`.
-        """
+        support_index: Tensor | None = None,
+        query_index: Tensor | None = None,
+        ragged: Ragged | None = None,
+    ) -> Tensor | tuple[Tensor, Classifier]:
+        # In float32 at least, whatever the features are stored in.
         dtype = torch.promote_types(torch.promote_types(support.dtype, query.dtype), torch.float32)
         scale = torch.full((1,), self.scale, dtype=dtype, device=support.device)
         return ops.program(
             support, support_labels, query, self.phases, n_way=self.n_way, scale=scale, return_weights=return_weights,
-            **ragged,  # type: ignore[arg-type]
+            support_index=support_index, query_index=query_index, ragged=ragged,
         )  # fmt: skip
-
-    def from_bank(
-        self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor, **ragged: Tensor | None
-    ) -> Tensor:
-        """The logits [T, Q, N] for rows of a feature bank [n, D]: [T, S] and [T, Q] int64, or ragged, see `forward`."""
-        logits: Tensor = self(bank[support_index], support_labels, bank[query_index], **ragged)
-        return logits
 
     def extra_repr(self) -> str:
         return f"n_way={self.n_way}, n_features={self.n_features}, steps={self.steps}, scale={self.scale}"

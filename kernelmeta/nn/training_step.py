@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernelmeta import ops
+from kernelmeta.nn.learner import Learner
 
 
-class TrainsAtOnce(nn.Module, ABC):
+class TrainsAtOnce(Learner):
     """A learner that gives the mean cross entropy of the query rows and its gradients without autograd."""
 
     def gradients(

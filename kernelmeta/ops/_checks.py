@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from kernelmeta.ops._differentiable import is_traced
+from kernelmeta.backends import is_traced
 from kernelmeta.reference import MLPParameters
+from kernelmeta.tasks import Ragged
 
 _FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 _COMPUTED_IN = frozenset({torch.float32, torch.float64})
@@ -24,10 +25,10 @@ def by_kernel(backend: str) -> bool:
     return backend in ("cpu", "cuda") and not is_traced()
 
 
-def explain(error: Exception, check: Callable[..., object], *given: Any) -> NoReturn:
+def explain(error: Exception, check: Callable[..., object], given: Mapping[str, Any]) -> NoReturn:
     """Raise what ``check`` says about what was given, or if it finds no fault, the error itself."""
     try:
-        check(*given)
+        check(**given)
     except (TypeError, ValueError) as better:
         raise better from None
     raise error
@@ -145,21 +146,14 @@ def task_rows(
     query: Tensor,
     support_index: Tensor | None,
     query_index: Tensor | None,
-    support_offsets: Tensor | None,
-    query_offsets: Tensor | None,
-    n_ways: Tensor | None,
+    ragged: Ragged | None,
 ) -> None:
     """Rows and labels of even or ragged tasks, given as features or as indices of a bank's rows, fit each other."""
-    for name, one, other in (
-        ("support_index and query_index", support_index, query_index),
-        ("support_offsets and query_offsets", support_offsets, query_offsets),
-    ):
-        if (one is None) != (other is None):
-            raise ValueError(f"{name} must be given together")
-    if n_ways is not None and support_offsets is None:
-        raise ValueError("n_ways needs support_offsets and query_offsets")
-    ragged = support_offsets is not None
-    rows = "rows" if ragged else "T, rows"
+    if (support_index is None) != (query_index is None):
+        raise ValueError("support_index and query_index must be given together")
+    if ragged is not None and not isinstance(ragged, Ragged):
+        raise TypeError(f"ragged: expected kernelmeta.Ragged, got {type(ragged).__name__}")
+    rows = "T, rows" if ragged is None else "rows"
     for name, features, rows_index in (("support", support, support_index), ("query", query, query_index)):
         if rows_index is None:
             dimensions(name, features, f"[{rows}, D]")
@@ -167,52 +161,41 @@ def task_rows(
             dimensions(name, features, "[n, D]")
             integers(f"{name}_index", rows_index, features)
             dimensions(f"{name}_index", rows_index, f"[{rows}]")
-    of_support, of_query = row_shapes(query, query_index, support, support_index)
+    of_support = support.shape[:-1] if support_index is None else support_index.shape
+    of_query = query.shape[:-1] if query_index is None else query_index.shape
     if support.shape[-1] != query.shape[-1]:
         raise ValueError(f"support: expected {query.shape[-1]} features as in query, got {shape_text(support)}")
     if query.shape[-1] == 0:
         raise ValueError(f"query: expected at least one feature, got {shape_text(query)}")
     integers("support_labels", labels, support)
-    shape("support_labels", labels, of_support, "[all support rows]" if ragged else "[T, S]")
-    if not ragged:
+    shape("support_labels", labels, tuple(of_support), "[T, S]" if ragged is None else "[all support rows]")
+    if ragged is None:
         if of_support[0] != of_query[0]:
             raise ValueError(f"support: expected {of_query[0]} tasks as in query, got {of_support[0]}")
         if of_query[1] == 0:
             raise ValueError(f"query: expected at least one row, got {shape_text(query)}")
         return
-    assert support_offsets is not None and query_offsets is not None
-    for name, offsets in (("support_offsets", support_offsets), ("query_offsets", query_offsets)):
-        integers(name, offsets, support)
-        dimensions(name, offsets, "[T + 1]")
-    if support_offsets.shape != query_offsets.shape or support_offsets.numel() == 0:
+    offsets = {"support_offsets": ragged.support_offsets, "query_offsets": ragged.query_offsets}
+    for name, tensor in offsets.items():
+        integers(f"ragged.{name}", tensor, support)
+        dimensions(f"ragged.{name}", tensor, "[T + 1]")
+    counts = [tensor.numel() for tensor in offsets.values()]
+    if counts[0] != counts[1] or counts[0] == 0:
         raise ValueError(
-            f"support_offsets and query_offsets: expected T + 1 numbers in both, got {support_offsets.numel()} and "
-            f"{query_offsets.numel()}"
+            f"ragged.support_offsets and query_offsets: expected T + 1 numbers in both, got {counts[0]} and {counts[1]}"
         )
-    if n_ways is not None:
-        integers("n_ways", n_ways, support)
-        shape("n_ways", n_ways, (support_offsets.shape[0] - 1,), "[T]")
-
-
-def task_sizes(max_support: int | None, max_query: int | None, offsets: Tensor | None) -> tuple[int, int]:
-    """The most rows that a task may have, as raw ops take them: -1 where it is not known."""
-    if max_support is None and max_query is None:
-        return -1, -1
-    if max_support is None or max_query is None:
-        raise ValueError("max_support and max_query must be given together")
-    if offsets is None:
-        raise ValueError("max_support and max_query need support_offsets and query_offsets")
-    for name, most in (("max_support", max_support), ("max_query", max_query)):
-        if isinstance(most, bool) or not isinstance(most, (int, torch.SymInt)):
-            raise TypeError(f"{name}: expected an int, got {type(most).__name__}")
-        if most < 1:
-            raise ValueError(f"{name}: expected at least 1, got {most}")
-    return max_support, max_query
-
-
-def given_sizes(max_support: int, max_query: int) -> dict[str, int | None]:
-    """The other way round, as keyword arguments."""
-    return {name: None if most < 0 else most for name, most in (("max_support", max_support), ("max_query", max_query))}
+    if ragged.n_ways is not None:
+        integers("ragged.n_ways", ragged.n_ways, support)
+        shape("ragged.n_ways", ragged.n_ways, (counts[0] - 1,), "[T]")
+    most = {"max_support": ragged.max_support, "max_query": ragged.max_query}
+    for name, value in most.items():
+        if value is None:
+            if any(other is not None for other in most.values()):
+                raise ValueError("ragged.max_support and max_query must be given together")
+        elif isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"ragged.{name}: expected an int, got {type(value).__name__}")
+        elif value < 1:
+            raise ValueError(f"ragged.{name}: expected at least 1, got {value}")
 
 
 def mlp(parameters: Sequence[Tensor]) -> tuple[int, int]:
@@ -265,4 +248,9 @@ def precisions(all_tensors: Sequence[Tensor | None]) -> tuple[torch.dtype, torch
     result = functools.reduce(torch.promote_types, dtypes)
     if torch.is_autocast_enabled(next(t.device.type for t in all_tensors if t is not None)):
         result = torch.promote_types(result, torch.float32)
-    return (torch.float64 if result is torch.float64 else torch.float32), result
+    return compute_type(result), result
+
+
+def compute_type(result: torch.dtype) -> torch.dtype:
+    """What results of this type are computed in."""
+    return torch.float64 if result is torch.float64 else torch.float32

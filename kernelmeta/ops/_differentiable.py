@@ -1,114 +1,188 @@
 """From a pair of raw ops, one forward and one backward, to something that every part of PyTorch can differentiate.
 
 A raw op is an entry of ``torch.ops.kernelmeta``: its schema and fake kernel are declared in Python, its kernels are
-registered by the compiled library or, where that is missing, by the reference. :class:`DifferentiableOp` puts around it
+registered by the compiled library or, where that is missing, by the plain form. :class:`DifferentiableOp` puts around
+it
 
 * a plain ``torch.autograd.Function`` for eager code, with as little Python in it as possible;
 * a second one with ``setup_context`` and ``vmap`` rules for ``torch.func``;
 * an autograd formula of the raw op itself, for whoever calls ``torch.ops.kernelmeta.*`` and for ``torch.compile``;
 * for the backward op a formula that raises, so that a second derivative is an error and never silently zero.
+
+Forward-mode derivatives go through the plain form.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
-Args = tuple[Any, ...]
+from kernelmeta.ops import _checks
+from kernelmeta.ops._signature import Args, Signature
 
 LIBRARY = torch.library.Library("kernelmeta", "FRAGMENT")
-
-
-def is_traced() -> bool:
-    """Inside torch.compile or a torch.func transform: what runs must be plain PyTorch or one of our ops."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 class DifferentiableOp:
     """A raw op, its backward op, and the derivative that joins them.
 
+    Both are declared by the op's arguments: the backward op, ``<name>_backward``, takes the gradient of every output
+    (that of the first always, of the others as ``Tensor?``), the trace, the arguments, and one flag for each of
+    ``rows``, whether its gradient is needed; it returns the gradients of what is differentiable, in the order of the
+    arguments.
+
     Args:
-        name: name of the op in ``torch.ops.kernelmeta``; the backward op is ``<name>_backward``.
-        schema, backward_schema: arguments and returns, without the name; tensors come before other arguments.
-        fake, fake_backward: shapes of the results, for tracing.
-        fallback, fallback_backward: the same in plain PyTorch, for devices without a compiled kernel.
-        differentiable: positions of the arguments that get gradients, in the order in which the backward op
-            returns them.
-        n_outputs: how many of the results, from the first on, are differentiable.
-        n_private: how many of the results, from the last back, only the backward op needs: eager code does not
-            see them.
-        backward_args: ``(args, residuals, grads, needs) -> args`` of the backward op. ``residuals`` are the results
-            that are not differentiable, ``grads`` has one entry (None: no gradient arrived) for each that is,
-            ``needs`` one flag for each argument.
-        save: ``(args) -> args`` with the op told to keep what its backward needs.
-        kernels: what runs on every device without a compiled kernel, forward and backward; the fallbacks if None.
+        name: name of the op in ``torch.ops.kernelmeta``.
+        arguments: as in a schema; see `Signature`.
+        options: arguments that only the forward op takes.
+        results: names of what the op returns.
+        outputs: how many of them, from the first on, are differentiable.
+        has_trace: the op also leaves a trace for its backward op, where the argument ``save_trace``, the last one,
+            tells it to. Nobody else sees the trace.
+        differentiable: names of the arguments that get gradients.
+        rows: names of features among them -> of the index that may point into them, or None. A gradient is that of
+            the gathered rows.
+        fake: ``(call) -> results`` as empty tensors, for tracing; ``call`` has the arguments by name.
+        plain: ``(call) -> results`` in plain PyTorch, None where one was not asked for; what runs where there is no
+            kernel, and what is differentiated there.
+        reference: the same, nearer to the paper, for `use_backend`; it may call autograd itself. ``plain`` if None.
+        kernels: forward and backward of another backend, for `define_on`; each takes the arguments by name.
     """
 
     def __init__(
         self,
         name: str,
+        arguments: str,
         *,
-        schema: str,
-        backward_schema: str,
-        fake: Callable[..., Any],
-        fake_backward: Callable[..., Any],
-        fallback: Callable[..., Any],
-        fallback_backward: Callable[..., Any],
-        differentiable: Sequence[int],
-        n_outputs: int,
-        n_private: int = 0,
-        backward_args: Callable[[Args, Args, Args, Sequence[bool]], Args],
-        save: Callable[[Args], Args] = lambda args: args,
+        options: str = "",
+        results: Sequence[str],
+        outputs: int = 1,
+        has_trace: bool = True,
+        differentiable: Sequence[str],
+        rows: Mapping[str, str | None],
+        fake: Callable[[Any], tuple[Tensor, ...]],
+        plain: Callable[[Any], tuple[Tensor | None, ...]],
+        reference: Callable[[Any], tuple[Tensor | None, ...]] | None = None,
         kernels: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     ) -> None:
-        declaration = {key: value for key, value in locals().items() if key not in ("self", "name", "kernels")}
-        self._declaration = declaration
+        self._declaration = {k: v for k, v in locals().items() if k not in ("self", "name", "kernels")}
         self._on: dict[str, DifferentiableOp] = {}
         self.name = name
-        self.differentiable = tuple(differentiable)
-        self.n_outputs = n_outputs
-        self.n_private = n_private
-        self.n_tensors = schema.partition("->")[0].count("Tensor")
-        self.backward_args = backward_args
-        self.save = save
-        self.fallback = fallback
-        kernel, kernel_backward = kernels or (fallback, fallback_backward)
-        for full_name, declared, fake_kernel, implementation in (
-            (name, schema, fake, kernel),
-            (f"{name}_backward", backward_schema, fake_backward, kernel_backward),
-        ):
-            LIBRARY.define(full_name + declared)
-            LIBRARY.impl(full_name, implementation, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"kernelmeta::{full_name}", on_one_device(fake_kernel), lib=LIBRARY)
-            for device in ("cpu", "cuda"):
-                torch.library.register_autocast(f"kernelmeta::{full_name}", device, torch.float32, lib=LIBRARY)
-        self.raw = getattr(torch.ops.kernelmeta, name).default
-        self.raw_backward = getattr(torch.ops.kernelmeta, f"{name}_backward").default
-        # What their __call__ calls.
-        self._run, self._run_backward = self.raw._op, self.raw_backward._op
+        self.n_outputs = outputs
+        self.has_trace = has_trace
+        self._results, self._rows = tuple(results), dict(rows)
+        self._fake, self._plain, self._reference = fake, plain, reference or plain
+        self.shared = Signature(arguments)
+        self.signature = Signature(f"{arguments}, {options}" if options else arguments)
+        self.arguments = self.signature.pack
+        self._differentiable = tuple(i for i, n in enumerate(self.shared.names) if n in differentiable)
+        self._features = tuple(self.shared.at(row) for row in rows)
+        self._indexed = tuple((self.shared.at(row), self.shared.at(index)) for row, index in rows.items() if index)
+        # Computed in one precision: what is differentiable, and statistics.
+        self._computed = tuple(
+            i
+            for i, n in enumerate(self.shared.names)
+            if (n in differentiable or n == "running_stats") and i not in self._features
+        )
+        self._declare(kernels)
         self._register_formulas()
         self._eager, self._functional = _functions(self)
 
-    def __call__(self, *args: Any) -> Any:
-        """The results of the raw op (in eager code without the private ones), differentiable wherever it is called."""
+    def _declare(self, kernels: tuple[Callable[..., Any], Callable[..., Any]] | None) -> None:
+        first, *others = (f"grad_{result}" for result in self._results[: self.n_outputs])
+        trace = ["Tensor trace"] if self.has_trace else []
+        grads = [f"Tensor {first}", *(f"Tensor? {other}" for other in others), *trace]
+        needs = [f"bool need_{row}" for row in self._rows]
+        forward = Signature(", ".join([self.signature.text, *(["bool save_trace"] if self.has_trace else [])]))
+        backward = Signature(", ".join([*grads, self.shared.text, *needs]))
+        self.n_tensors = self.shared.n_tensors
+        self.forward_signature, self.backward_signature = forward, backward
+        implementations: list[Callable[..., Any]] = [self.plain_forward, self.plain_backward]
+        if kernels is not None:
+            implementations = [
+                by_name(signature, kernel) for signature, kernel in zip((forward, backward), kernels, strict=True)
+            ]
+        self.raw = self._define(
+            self.name, forward, len(self._results) + self.has_trace, self._fake_forward, implementations[0]
+        )
+        self.raw_backward = self._define(
+            f"{self.name}_backward", backward, len(self._differentiable), self._fake_backward, implementations[1]
+        )
+        # What their __call__ calls.
+        self._run, self._run_backward = self.raw._op, self.raw_backward._op
+
+    def _define(
+        self, name: str, signature: Signature, n_results: int, fake: Callable[..., Any], kernel: Callable[..., Any]
+    ) -> Any:
+        returns = "Tensor" if n_results == 1 else f"({', '.join(['Tensor'] * n_results)})"
+        LIBRARY.define(f"{name}({signature.text}) -> {returns}")
+        LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"kernelmeta::{name}", on_one_device(fake), lib=LIBRARY)
+        for device in ("cpu", "cuda"):
+            torch.library.register_autocast(f"kernelmeta::{name}", device, torch.float32, lib=LIBRARY)
+        return getattr(torch.ops.kernelmeta, name).default
+
+    def __call__(self, args: Args) -> Any:
+        """The results of the raw op, but for the trace, differentiable wherever it is called.
+
+        Args:
+            args: what `arguments` made of them; all in a precision that the kernels take, as `in_precision` gives it.
+        """
         if torch.compiler.is_compiling():
             # torch.compile(torch.func.grad(...)) drops the backward of a Function without a word: there the
             # plain PyTorch form is traced.
-            functional = torch._C._are_functorch_transforms_active()
-            return self.fallback(*args) if functional else self.raw(*self.save(args))
+            if torch._C._are_functorch_transforms_active():
+                return self._without_trace(self.plain_forward(*args, *self._flag(False)))
+            return self._without_trace(self.raw(*self._gathered(args), *self._flag(True)))
         if torch._C._are_functorch_transforms_active():
-            return self._functional.apply(*self.save(args))
+            if any(level.key() == TransformType.Jvp for level in get_interpreter_stack()):
+                return self._without_trace(self.plain_forward(*args, *self._flag(False)))
+            return self._without_trace(self._functional.apply(*self._gathered(args), *self._flag(True)))
+        if forward_ad._current_level >= 0 and self._has_tangent(args):
+            return self._without_trace(self.plain_forward(*args, *self._flag(False)))
         if torch.is_grad_enabled():
             for tensor in args[: self.n_tensors]:
                 if tensor is not None and tensor.requires_grad:
-                    args = self.save(args)
-                    return self._eager(args[self.n_tensors :], *args[: self.n_tensors])
+                    args = self._gathered(args)
+                    return self._eager((*args[self.n_tensors :], *self._flag(True)), *args[: self.n_tensors])
         with torch._C._AutoDispatchBelowAutograd():
-            return self._run(*args)
+            return self._without_trace(self._run(*args, *self._flag(False)))
+
+    def run(self, backend: str, args: Args) -> Any:
+        """The same on a backend, in the precision that the arguments promote to."""
+        args, result_type = self.in_precision(args)
+        if backend == "reference":
+            filled = self._filled(self._reference(self.signature.call(*args)))
+            results: Any = filled if len(filled) > 1 else filled[0]
+        else:
+            results = self._on.get(backend, self)(args)
+        if result_type is None:
+            return results
+        if isinstance(results, Tensor):
+            return results.to(result_type)
+        return tuple(r.to(result_type) if i < self.n_outputs else r for i, r in enumerate(results))
+
+    def in_precision(self, args: Args) -> tuple[Args, torch.dtype | None]:
+        """The arguments with all parameters in the type to compute in, and the type of the outputs (None: the same).
+
+        Features stay in what they are stored in, unless float64 is computed in.
+        """
+        precision = _checks.precisions([args[i] for i in self._differentiable])
+        if precision is None:
+            return args, None
+        compute, result_type = precision
+        changed = list(args)
+        for i in (*self._computed, *(self._features if compute is torch.float64 else ())):
+            if changed[i] is not None:
+                changed[i] = changed[i].to(compute)
+        return tuple(changed), result_type
 
     def define_on(self, backend: str, kernel: Callable[..., Any], kernel_backward: Callable[..., Any]) -> None:
         """The same op under the name ``<backend>_<name>``, for a backend that `backends.select` may choose.
@@ -122,7 +196,116 @@ class DifferentiableOp:
         """The op as that backend runs it."""
         return self._on.get(backend, self)
 
-    def gradients(self, grads: Any, args: Args, needs: Sequence[bool]) -> list[Any]:
+    def plain_forward(self, *args: Any) -> Any:
+        """The raw op in plain PyTorch, without a trace."""
+        call = self.signature.call(*args[: len(self.signature.names)])
+        results = self._filled(self._plain(call))
+        if self.has_trace:
+            results = (*results, results[0].new_empty(0))
+        return results if len(results) > 1 else results[0]
+
+    def plain_backward(self, *args: Any) -> Any:
+        """The raw backward op in plain PyTorch: the plain form, differentiated."""
+        grads, rest = args[: self.n_outputs], args[self.n_outputs + self.has_trace :]
+        call = dict(zip(self.shared.names, rest, strict=False))
+        needs = dict(zip(self._rows, rest[len(self.shared.names) :], strict=True))
+        with torch.enable_grad():
+            for row, index in self._rows.items():
+                if index is not None and call[index] is not None:
+                    call[row], call[index] = call[row][call[index]], None
+                call[row] = call[row].to(grads[0].dtype)
+            names = [self.shared.names[i] for i in self._differentiable]
+            wanted = {n: call[n].detach().requires_grad_() for n in names if call[n] is not None and needs.get(n, True)}
+            options = dict.fromkeys(self.signature.names[len(self.shared.names) :], False)
+            results = self._plain(self.signature.call(**(call | wanted | options)))
+            pairs = [(r, g) for r, g in zip(results, grads, strict=False) if g is not None and r is not None]
+            pairs = [(r, g) for r, g in pairs if r.requires_grad]
+            found: Sequence[Any] = [None] * len(wanted)
+            if pairs and wanted:
+                outputs, gradients = zip(*pairs, strict=True)
+                found = torch.autograd.grad(outputs, list(wanted.values()), gradients, allow_unused=True)
+        of = dict(zip(wanted, found, strict=True))
+        return tuple(
+            grads[0].new_empty(0)
+            if n not in wanted
+            else torch.zeros_like(wanted[n])
+            if of[n] is None
+            else of[n].contiguous()
+            for n in names
+        )
+
+    def _filled(self, results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
+        """Contiguous, and an empty tensor for what was not asked for."""
+        first = results[0]
+        assert first is not None
+        return tuple(first.new_empty(0) if r is None else r.contiguous() for r in results)
+
+    def _flag(self, save: bool) -> tuple[bool, ...]:
+        return (save,) if self.has_trace else ()
+
+    def _without_trace(self, results: Any) -> Any:
+        if not self.has_trace:
+            return results
+        return results[:-1] if len(results) > 2 else results[0]
+
+    def _gathered(self, args: Args) -> Args:
+        """With the rows themselves in the place of a bank that needs a gradient, and its index."""
+        for row, index in self._indexed:
+            if args[index] is not None and args[row].requires_grad:
+                changed = list(args)
+                changed[row], changed[index] = args[row][args[index]], None
+                args = tuple(changed)
+        return args
+
+    def _has_tangent(self, args: Args) -> bool:
+        return any(
+            args[i] is not None and forward_ad.unpack_dual(args[i]).tangent is not None for i in self._differentiable
+        )
+
+    def _fake_forward(self, *args: Any) -> Any:
+        results = self._fake(self.signature.call(*args[: len(self.signature.names)]))
+        if self.has_trace:
+            # Its size is known to the kernels alone. (On the meta device nothing will be kept in it.)
+            traced = args[-1] and isinstance(results[0], FakeTensor)
+            size: Any = torch.library.get_ctx().new_dynamic_size() if traced else 0
+            results = (*results, results[0].new_empty(size))
+        return results if len(results) > 1 else results[0]
+
+    def _fake_backward(self, *args: Any) -> Any:
+        rest = args[self.n_outputs + self.has_trace :]
+        call = self.shared.call(*rest[: len(self.shared.names)])
+        needs = dict(zip(self._rows, rest[len(self.shared.names) :], strict=True))
+        shapes: list[Any] = []
+        for i in self._differentiable:
+            name, given = self.shared.names[i], call[i]
+            index_name = self._rows.get(name)
+            index = None if index_name is None else getattr(call, index_name)
+            if given is None or not needs.get(name, True):
+                shapes.append((0,))
+            elif index is not None:
+                shapes.append((*index.shape, given.shape[-1]))
+            else:
+                shapes.append(given.shape)
+        results = tuple(args[0].new_empty(shape) for shape in shapes)
+        return results if len(results) > 1 else results[0]
+
+    def _backward_call(self, args: Args, trace: Args, grads: Args, needs: Sequence[bool]) -> Args:
+        """The arguments of the backward op. ``grads``: one for each output, None where no gradient arrived."""
+        first, *others = grads
+        absent = [g is None or (g.dim() == 1 and g.shape[0] == 0) for g in others]  # (or that of an empty tensor)
+        if first is None or (not all(absent) and any(absent)):
+            fakes = self._fake(self.signature.call(*args[: len(self.signature.names)]))
+            first = torch.zeros_like(fakes[0]) if first is None else first
+            if not all(absent):
+                others = [torch.zeros_like(f) if a else g for f, a, g in zip(fakes[1:], absent, others, strict=False)]
+                absent = [False] * len(others)
+        others = [None if a else g for a, g in zip(absent, others, strict=True)]
+        return (first, *others, *trace, *args[: len(self.shared.names)], *(bool(needs[i]) for i in self._features))
+
+    def _trace_of(self, residuals: Sequence[Tensor]) -> Args:
+        return tuple(residuals[-1:]) if self.has_trace else ()
+
+    def _gradients(self, grads: Any, args: Args, needs: Sequence[bool]) -> list[Any]:
         """One gradient (or None) for each argument from the results of the backward op."""
         result = self._placed(grads, len(args), needs)
         return [g if g is None or g.dtype is a.dtype else g.to(a.dtype) for g, a in zip(result, args, strict=True)]
@@ -130,7 +313,7 @@ class DifferentiableOp:
     def _placed(self, grads: Any, count: int, needs: Sequence[bool]) -> list[Any]:
         """The same in the precision of the backward op."""
         result: list[Any] = [None] * count
-        for position, grad in zip(self.differentiable, _as_tuple(grads), strict=True):
+        for position, grad in zip(self._differentiable, _as_tuple(grads), strict=True):
             if needs[position]:
                 result[position] = grad
         return result
@@ -141,8 +324,9 @@ class DifferentiableOp:
 
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             args, residuals = _recall(ctx)
-            call = self.backward_args(args, residuals, grads[: self.n_outputs], ctx.needs_input_grad)
-            return tuple(self.gradients(self.raw_backward(*call), args, ctx.needs_input_grad))
+            needs = ctx.needs_input_grad
+            call = self._backward_call(args, self._trace_of(residuals), grads[: self.n_outputs], needs)
+            return tuple(self._gradients(self.raw_backward(*call), args, needs))
 
         def refuse(ctx: Any, *grads: Any) -> Any:
             raise _second_derivative_error(self)
@@ -181,14 +365,14 @@ def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], type[torch.aut
             ctx.set_materialize_grads(False)
             ctx.save_for_backward(*tensors, *residuals)
             ctx.constants = constants
-            return results[: -op.n_private] if op.n_private else results
+            return op._without_trace(results)
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             saved = ctx.saved_tensors
             args = (*saved[: op.n_tensors], *ctx.constants)
             needs = ctx.needs_input_grad[1:]
-            call = op.backward_args(args, saved[op.n_tensors :], grads[: op.n_outputs], needs)
+            call = op._backward_call(args, op._trace_of(saved), grads[: op.n_outputs], needs)
             if torch.is_grad_enabled():  # create_graph=True
                 results = Backward.apply(*call)
             else:
@@ -208,8 +392,9 @@ def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], type[torch.aut
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             args, residuals = _recall(ctx)
-            call = op.backward_args(args, residuals, grads[: op.n_outputs], ctx.needs_input_grad)
-            return tuple(op.gradients(Backward.apply(*call), args, ctx.needs_input_grad))
+            needs = ctx.needs_input_grad
+            call = op._backward_call(args, op._trace_of(residuals), grads[: op.n_outputs], needs)
+            return tuple(op._gradients(Backward.apply(*call), args, needs))
 
         @staticmethod
         def vmap(info: Any, in_dims: Args, *args: Any) -> Any:
@@ -217,6 +402,11 @@ def _functions(op: DifferentiableOp) -> tuple[Callable[..., Any], type[torch.aut
 
     # Function.apply looks after torch.func's transforms first; none is active where the eager one is called.
     return super(torch.autograd.Function, Eager).apply, Functional
+
+
+def by_name(signature: Signature, kernel: Callable[[Any], Any]) -> Callable[..., Any]:
+    """A raw op's implementation that takes its arguments by name."""
+    return lambda *args: kernel(signature.call(*args))
 
 
 def on_one_device(fake: Callable[..., Any]) -> Callable[..., Any]:

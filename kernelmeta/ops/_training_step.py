@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from kernelmeta.backends import select
+from kernelmeta.backends import is_traced, select
 from kernelmeta.ops import _checks
-from kernelmeta.ops._differentiable import is_traced
+from kernelmeta.ops._differentiable import LIBRARY, on_one_device
+from kernelmeta.ops._signature import Signature
 
 
-class Step(NamedTuple):
-    """What an op was called with."""
-
-    support: Tensor
-    support_labels: Tensor
-    query: Tensor
-    query_labels: Tensor
-    parameters: tuple[Tensor, ...]
-    options: dict[str, Any]
+def define(
+    name: str, signature: Signature, n_results: int, fake: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., Any]:
+    """Declare such a raw op; what calls it is returned."""
+    LIBRARY.define(f"{name}({signature.text}) -> ({', '.join(['Tensor'] * n_results)})")
+    torch.library.register_fake(f"kernelmeta::{name}", on_one_device(fake), lib=LIBRARY)
+    raw: Callable[..., Any] = getattr(torch.ops.kernelmeta, name).default._op
+    return raw
 
 
 def is_fused(query: Tensor, support: Tensor, parameters: Sequence[Tensor]) -> bool:

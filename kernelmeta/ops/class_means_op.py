@@ -10,59 +10,32 @@ from torch import Tensor
 from kernelmeta import reference
 from kernelmeta.backends import select
 from kernelmeta.ops import _checks
-from kernelmeta.ops._differentiable import Args, DifferentiableOp
-
-_SUPPORT, _WEIGHT = 0, 2
-_ARGUMENTS = "Tensor support, Tensor support_labels, Tensor? weight, int n_way"
+from kernelmeta.ops._differentiable import DifferentiableOp
 
 
-def _fake(support: Tensor, labels: Tensor, weight: Tensor | None, n_way: int) -> Tensor:
-    dtype = torch.float64 if support.dtype is torch.float64 else torch.float32
-    return support.new_empty((support.shape[0], n_way, support.shape[2]), dtype=dtype)
+def _type(call: Any) -> torch.dtype:
+    """What is computed in."""
+    return torch.float64 if call.support.dtype is torch.float64 else torch.float32
 
 
-def _fake_backward(
-    grad: Tensor, support: Tensor, labels: Tensor, weight: Tensor | None, n_way: int, need_support: bool
-) -> tuple[Tensor, Tensor]:
-    return (
-        grad.new_empty(support.shape if need_support else 0),
-        grad.new_empty(0 if weight is None else weight.shape),
-    )
+def _fake(call: Any) -> tuple[Tensor, ...]:
+    T, _, D = call.support.shape
+    return (call.support.new_empty((T, call.n_way, D), dtype=_type(call)),)
 
 
-def _fallback(support: Tensor, labels: Tensor, weight: Tensor | None, n_way: int) -> Tensor:
-    dtype = torch.float64 if support.dtype is torch.float64 else torch.float32
-    return reference.class_means(support.to(dtype), labels, n_way, weight)
-
-
-def _fallback_backward(
-    grad: Tensor, support: Tensor, labels: Tensor, weight: Tensor | None, n_way: int, need_support: bool
-) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        rows = support.to(grad.dtype).detach().requires_grad_()
-        scale = None if weight is None else weight.detach().requires_grad_()
-        wanted = [rows] if scale is None else [rows, scale]
-        found = torch.autograd.grad(_fallback(rows, labels, scale, n_way), wanted, grad)
-    none = grad.new_empty(0)
-    return found[0].contiguous() if need_support else none, none.clone() if scale is None else found[1].contiguous()
-
-
-def _backward_args(args: Args, residuals: Args, grads: Args, needs: Any) -> Args:
-    grad = grads[0] if grads[0] is not None else torch.zeros_like(_fake(*args))
-    return (grad, *args, needs[_SUPPORT])
+def _plain(call: Any) -> tuple[Tensor, ...]:
+    return (reference.class_means(call.support.to(_type(call)), call.support_labels, call.n_way, call.weight),)
 
 
 OP = DifferentiableOp(
     "class_means",
-    schema=f"({_ARGUMENTS}) -> Tensor",
-    backward_schema=f"(Tensor grad, {_ARGUMENTS}, bool need_support) -> (Tensor, Tensor)",
+    "Tensor support, Tensor support_labels, Tensor? weight, int n_way",
+    results=("theta0",),
+    has_trace=False,
+    differentiable=("support", "weight"),
+    rows={"support": None},
     fake=_fake,
-    fake_backward=_fake_backward,
-    fallback=_fallback,
-    fallback_backward=_fallback_backward,
-    differentiable=(_SUPPORT, _WEIGHT),
-    n_outputs=1,
-    backward_args=_backward_args,
+    plain=_plain,
 )
 
 
@@ -94,14 +67,6 @@ def class_means(support: Tensor, support_labels: Tensor, n_way: int, weight: Ten
     if weight is not None:
         _checks.shape("weight", weight, (support.shape[2],), "[D]")
     _checks.labels("support_labels", support_labels, (support.shape[0], support.shape[1]), support)
-    precision = _checks.precisions((support,) if weight is None else (support, weight))
-    if precision is not None:
-        weight = None if weight is None else weight.to(precision[0])
-        if precision[0] is torch.float64:
-            support = support.to(precision[0])
-    backend = select(support.device.type)
-    if backend == "reference":
-        theta0 = _fallback(support, support_labels, weight, n_way)
-    else:
-        theta0 = OP.on(backend)(support, support_labels, weight, n_way)
-    return theta0 if precision is None else theta0.to(precision[1])
+    args = OP.arguments(support=support, support_labels=support_labels, weight=weight, n_way=n_way)
+    theta0: Tensor = OP.run(select(support.device.type), args)
+    return theta0

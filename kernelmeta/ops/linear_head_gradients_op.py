@@ -5,14 +5,15 @@ As :func:`sib_gradients`: each task's backward pass follows its forward pass at 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernelmeta.ops import _checks, _training_step
-from kernelmeta.ops._differentiable import LIBRARY, on_one_device
-from kernelmeta.ops.linear_head_op import ARGUMENTS, linear_head, sizes
+from kernelmeta.ops._signature import Signature
+from kernelmeta.ops.linear_head_op import FEATURES, OPTIONS, PARAMETERS, fake, linear_head
 from kernelmeta.reference.phases import LABELLED
 
 
@@ -25,16 +26,17 @@ class HeadGradients(NamedTuple):
     gradients: tuple[Tensor, ...]  # of weight, bias and rates
 
 
+_SIGNATURE = Signature(f"{FEATURES}, Tensor query_labels, {PARAMETERS}, {OPTIONS}")
+
+
 def _fake(*args: Any) -> tuple[Tensor, ...]:
-    T, _, Q, N, D, K = sizes(args)
-    new_empty = args[5].new_empty
-    return new_empty(2), new_empty(T, Q, N), new_empty(N, D), new_empty(N), new_empty(K)
+    call = _SIGNATURE.call(*args)
+    logits, _ = fake(SimpleNamespace(**call._asdict(), return_weights=False))
+    return logits.new_empty(2), logits, *(p.new_empty(p.shape) for p in (call.weight, call.bias, call.rates))
 
 
 # -> measures [2], logits, and the three gradients
-LIBRARY.define(f"linear_head_gradients({ARGUMENTS}, Tensor query_labels) -> ({', '.join(['Tensor'] * 5)})")
-torch.library.register_fake("kernelmeta::linear_head_gradients", on_one_device(_fake), lib=LIBRARY)
-_RAW = torch.ops.kernelmeta.linear_head_gradients.default._op
+_RAW = _training_step.define("linear_head_gradients", _SIGNATURE, 5, _fake)
 
 
 def linear_head_gradients(
@@ -68,28 +70,36 @@ def linear_head_gradients(
     options: dict[str, Any] = {
         "oracle": oracle, "first_order": first_order, "support_index": support_index, "query_index": query_index,
     }  # fmt: skip
-    step = _training_step.Step(support, support_labels, query, query_labels, parameters, options)
     try:
         if (support_index is None) is (query_index is None) and _training_step.is_fused(query, support, parameters):
-            features = (support, support_index, support_labels, query, query_index)
+            args = _SIGNATURE.pack(
+                support=support, support_index=support_index, query=query, query_index=query_index,
+                support_labels=support_labels, query_labels=query_labels, weight=weight, bias=bias, rates=rates,
+                oracle=LABELLED.index(oracle), first_order=first_order,
+            )  # fmt: skip
             with torch._C._AutoDispatchBelowAutograd():
-                measures, logits, *gradients = _RAW(
-                    *features, *parameters, LABELLED.index(oracle), first_order, query_labels
-                )
+                measures, logits, *gradients = _RAW(*args)
             loss, accuracy = measures.unbind()
             return HeadGradients(loss, accuracy, logits, tuple(gradients))
     except Exception as error:
-        _checks.explain(error, _one_after_the_other, step)
-    return _one_after_the_other(step)
+        given = {"support": support, "support_labels": support_labels, "query": query, "query_labels": query_labels}
+        _checks.explain(error, _one_after_the_other, given | {"parameters": parameters, "options": options})
+    return _one_after_the_other(support, support_labels, query, query_labels, parameters, options)
 
 
-def _one_after_the_other(step: _training_step.Step) -> HeadGradients:
-    support, query, parameters = step.support, step.query, step.parameters
+def _one_after_the_other(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    parameters: tuple[Tensor, ...],
+    options: dict[str, Any],
+) -> HeadGradients:
     weight, bias, rates = parameters
     _checks.tensors(support=support, query=query, weight=weight, bias=bias, rates=rates)
 
     def forward(leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        return (linear_head(support.detach(), step.support_labels, query.detach(), *leaves, **step.options),)
+        return (linear_head(support.detach(), support_labels, query.detach(), *leaves, **options),)
 
-    loss, accuracy, logits, gradients, _ = _training_step.one_after_the_other(forward, parameters, step.query_labels)
+    loss, accuracy, logits, gradients, _ = _training_step.one_after_the_other(forward, parameters, query_labels)
     return HeadGradients(loss, accuracy, logits, gradients)

@@ -7,36 +7,24 @@ time of a step does not depend on D. What they compute is what kernelmeta/refere
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from kernelmeta.backends import select
-from kernelmeta.ops import _checks
-from kernelmeta.ops._differentiable import Args, DifferentiableOp
+from kernelmeta.ops import _checks, _ragged
+from kernelmeta.ops._differentiable import DifferentiableOp
+from kernelmeta.ops._signature import mlp_of, mlp_tensors
 from kernelmeta.ops.class_means_op import class_means
 from kernelmeta.reference import MLPParameters, Phase
 from kernelmeta.reference.phases import ORACLES, total_steps
 from kernelmeta.reference.program import adapt
+from kernelmeta.tasks import Classifier, Ragged
 
 STARTS = ("class_means", "learned", "zero")
 CLASSIFIERS = ("cosine", "linear")
-
-# Positions of the raw op's arguments.
-_QUERY, _SUPPORT, _THETA0, _RATES, _MLP, _RUNNING = 0, 2, 8, 13, 14, 24
-_DIFFERENTIABLE = (_QUERY, _SUPPORT, *range(_THETA0, _RUNNING))
-_N_TENSORS = 25
-
-_ARGUMENTS = (
-    "Tensor query, Tensor? query_index, Tensor support, Tensor? support_index, Tensor support_labels, "
-    "Tensor? support_offsets, Tensor? query_offsets, Tensor? n_ways, Tensor? theta0, Tensor? weight, Tensor? scale, "
-    "Tensor? bias, Tensor? target_scale, Tensor rates, Tensor? weight1, Tensor? bias1, Tensor? gain1, "
-    "Tensor? shift1, Tensor? weight2, Tensor? bias2, Tensor? gain2, Tensor? shift2, Tensor? weight3, "
-    "Tensor? bias3, Tensor? running_stats, int n_way, int[] phases, bool cosine, int start, bool first_order, "
-    "bool coefficients, int max_support, int max_query"
-)
 
 
 def encode(phases: Sequence[Phase], reduction: str | None) -> list[int]:
@@ -59,162 +47,84 @@ def _decode(numbers: Sequence[int]) -> list[tuple[Phase, str]]:
     ]
 
 
-def _padded(n: int) -> int:
-    return (n + 15) // 16 * 16
+def _fake(call: Any) -> tuple[Tensor, ...]:
+    support, query, T = _ragged.shapes(call)
+    new_empty, N = call.rates.new_empty, call.n_way
+    kept = ((*support, N), (*query, N), (T, N))
+    return new_empty((*query, N)), *(new_empty(shape if call.coefficients else 0) for shape in kept)
 
 
-def trace_size(
-    S: int, Q: int, N: int, D: int, phases: Sequence[int], cosine: bool, start: int, coefficients: bool
-) -> int:
-    """Elements that one task's forward pass leaves for its backward pass: ``ProgramTrace`` in csrc/engine/program.h."""
-    K = sum(phases[3::4])
-    uses_query = any(phases[1::4])
-    uses_support = not all(phases[1::4])
-    ld = _padded(Q) + (_padded(S) if uses_support else 0)
-    per_step = _padded((K + 1) * N)
-    size = _padded(N * D) if start == 0 else 0
-    size += (2 * K + 1) * N * ld
-    if cosine:
-        size += ld + 2 * per_step
-    size += (S * ld if uses_support else 0) + (Q * ld if uses_query else 0)
-    if coefficients:
-        size += (per_step if cosine else 0) + (K + 1) * N * ld
-    return size
-
-
-def _rows(args: Args) -> tuple[tuple[int, ...], tuple[int, ...], int]:
-    """Leading dimensions of support and query, ([T, S] or [all rows]), and T."""
-    support, query = _checks.row_shapes(*args[:4])
-    return support, query, query[0] if args[5] is None else args[5].shape[0] - 1
-
-
-def _fake(*args: Any) -> tuple[Tensor, ...]:
-    n_way, phases, cosine, start, _, coefficients, _, _, save_trace = args[_N_TENSORS:]
-    support, query, T = _rows(args)
-    new_empty = args[_RATES].new_empty
-    size: Any = 0
-    if save_trace and args[5] is None:
-        size = T * trace_size(support[1], query[1], n_way, args[_QUERY].shape[-1], phases, cosine, start, coefficients)
-    elif save_trace:  # it depends on the offsets
-        size = torch.library.get_ctx().new_dynamic_size()
-    return (
-        new_empty((*query, n_way)),
-        new_empty((*support, n_way) if coefficients else 0),
-        new_empty((*query, n_way) if coefficients else 0),
-        new_empty((T, n_way) if coefficients else 0),
-        new_empty(size),
-    )
-
-
-def _mlp_shapes(weight1: Tensor | None) -> list[tuple[int, ...]]:
-    H, N = (0, 0) if weight1 is None else weight1.shape
-    return [(H, N), (H,), (H,), (H,), (H, H), (H,), (H,), (H,), (N, H), (N,)]
-
-
-def _fake_backward(
-    grad: Tensor, of_support: Tensor | None, of_query: Tensor | None, of_start: Tensor | None, trace: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    need_query, need_support = args[-2:]
-    support, query, _ = _rows(args)
-    new_empty = args[_RATES].new_empty
-    D = args[_QUERY].shape[-1]
-    return (
-        new_empty((*query, D) if need_query else 0),
-        new_empty((*support, D) if need_support else 0),
-        *(new_empty(0 if p is None else p.shape) for p in args[_THETA0:_MLP]),
-        *(new_empty(shape) for shape in _mlp_shapes(args[_MLP])),
-    )
-
-
-def _fallback(*args: Any) -> tuple[Tensor, ...]:
-    query, query_index, support, support_index, labels, support_offsets, query_offsets, n_ways = args[:8]
-    theta0, weight, scale, bias, target_scale, rates, *mlp = args[_THETA0:_RUNNING]
-    n_way, numbers, cosine, start, first_order, coefficients, *most = args[_N_TENSORS : _N_TENSORS + 8]
-    phases = _decode(numbers)
+def _plain(call: Any) -> tuple[Tensor | None, ...]:
+    phases = _decode(call.phases)
     reductions = {reduction for _, reduction in phases}
+    mlp = mlp_of(call)
+    dtype = call.rates.dtype
     results = adapt(
-        support.to(rates.dtype), labels, query.to(rates.dtype), [phase for phase, _ in phases], n_way=n_way,
-        rates=rates, classifier="cosine" if cosine else "linear", start=theta0 if start == 1 else STARTS[start],
-        weight=weight, scale=scale, bias=bias, target_scale=target_scale,
-        mlp=None if mlp[0] is None else MLPParameters(*mlp), running_stats=args[_RUNNING],
-        reduction=reductions.pop() if len(reductions) == 1 else None, first_order=first_order,
-        support_index=support_index, query_index=query_index, support_offsets=support_offsets,
-        query_offsets=query_offsets, n_ways=n_ways, **_checks.given_sizes(*most),
+        call.support.to(dtype), call.support_labels, call.query.to(dtype), [phase for phase, _ in phases],
+        n_way=call.n_way, rates=call.rates, classifier="cosine" if call.cosine else "linear",
+        start=call.theta0 if call.start == STARTS.index("learned") else STARTS[call.start], weight=call.weight,
+        scale=call.scale, bias=call.bias, target_scale=call.target_scale,
+        mlp=None if mlp.weight1 is None else mlp, running_stats=call.running_stats,
+        reduction=reductions.pop() if len(reductions) == 1 else None, first_order=call.first_order,
+        support_index=call.support_index, query_index=call.query_index, ragged=_ragged.of_call(call),
     )  # fmt: skip
-    none = rates.new_empty(0)
-    kept = [results.support_coefficients, results.query_coefficients, results.start_coefficients]
-    return (results.logits, *(p if coefficients else none.clone() for p in kept), none)
-
-
-def _fallback_backward(
-    grad: Tensor, of_support: Tensor | None, of_query: Tensor | None, of_start: Tensor | None, trace: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    need_query, need_support = args[-2:]
-    inputs = list(args[:_N_TENSORS])
-    needs = dict.fromkeys(_DIFFERENTIABLE, True) | {_QUERY: need_query, _SUPPORT: need_support}
-    with torch.enable_grad():
-        for i in (_QUERY, _SUPPORT):  # gradients are those of the gathered rows
-            if inputs[i + 1] is not None:
-                inputs[i], inputs[i + 1] = inputs[i][inputs[i + 1]], None
-        for i in _DIFFERENTIABLE:
-            if needs[i] and inputs[i] is not None:
-                inputs[i] = inputs[i].detach().requires_grad_()
-        results = _fallback(*inputs, *args[_N_TENSORS:-2], False)
-        wanted = [inputs[i] for i in _DIFFERENTIABLE if needs[i] and inputs[i] is not None]
-        pairs = [
-            (result, g)
-            for result, g in zip(results, (grad, of_support, of_query, of_start), strict=False)
-            if g is not None and result.requires_grad
-        ]
-        found = iter(
-            torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-            if pairs
-            else [None] * len(wanted)
-        )
-    absent = dict(zip(range(_MLP, _RUNNING), _mlp_shapes(None), strict=True))
-    gradients = []
-    for i in _DIFFERENTIABLE:
-        if needs[i] and inputs[i] is not None:
-            g = next(found)
-            gradients.append(torch.zeros_like(inputs[i]) if g is None else g.to(grad.dtype).contiguous())
-        else:
-            gradients.append(grad.new_empty(absent.get(i, (0,))))
-    return tuple(gradients)
-
-
-def _backward_args(args: Args, residuals: Args, grads: Args, needs: Any) -> Args:
-    support, query, T = _rows(args)
-    n_way, coefficients = args[_N_TENSORS], args[_N_TENSORS + 5]
-    new_zeros = args[_RATES].new_zeros
-    grad, *others = grads
-    if grad is None:
-        grad = new_zeros(*query, n_way)
-    if not coefficients or all(g is None for g in others):
-        others = [None, None, None]  # of empty tensors
-    else:
-        shapes = ((*support, n_way), (*query, n_way), (T, n_way))
-        others = [new_zeros(s) if g is None else g for g, s in zip(others, shapes, strict=True)]
-    return (grad, *others, residuals[0], *args[: _N_TENSORS + 8], needs[_QUERY], needs[_SUPPORT])
+    kept = (results.support_coefficients, results.query_coefficients, results.start_coefficients)
+    return results.logits, *(p if call.coefficients else None for p in kept)
 
 
 OP = DifferentiableOp(
     "program",
-    schema=f"({_ARGUMENTS}, bool save_trace) -> ({', '.join(['Tensor'] * 5)})",
-    backward_schema="(Tensor grad_logits, Tensor? grad_support_coefficients, Tensor? grad_query_coefficients, "
-    f"Tensor? grad_start_coefficients, Tensor trace, {_ARGUMENTS}, bool need_query, bool need_support) -> "
-    f"({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})",
+    f"{_ragged.FEATURES}, Tensor? theta0, Tensor? weight, Tensor? scale, Tensor? bias, Tensor? target_scale, "
+    f"Tensor rates, {mlp_tensors('Tensor?')}, Tensor? running_stats, int n_way, int[] phases, bool cosine, int start, "
+    f"bool first_order, bool coefficients, {_ragged.SIZES}",
+    results=("logits", "support_coefficients", "query_coefficients", "start_coefficients"),
+    outputs=4,
+    differentiable=(
+        "support",
+        "query",
+        "theta0",
+        "weight",
+        "scale",
+        "bias",
+        "target_scale",
+        "rates",
+        *MLPParameters._fields,
+    ),
+    rows={"support": "support_index", "query": "query_index"},
     fake=_fake,
-    fake_backward=_fake_backward,
-    fallback=_fallback,
-    fallback_backward=_fallback_backward,
-    differentiable=_DIFFERENTIABLE,
-    n_outputs=4,
-    n_private=1,
-    backward_args=_backward_args,
-    save=lambda args: (*args[:-1], True),
+    plain=_plain,
 )
 
 
+# fmt: off
+@overload
+def program(
+    support: Tensor, support_labels: Tensor, query: Tensor, phases: Sequence[Phase], *,
+    n_way: int, rates: Tensor | None = ..., classifier: str = ..., start: str | Tensor = ...,
+    weight: Tensor | None = ..., scale: Tensor | None = ..., bias: Tensor | None = ...,
+    target_scale: Tensor | None = ..., mlp: MLPParameters | None = ..., running_stats: Tensor | None = ...,
+    reduction: str | None = ..., first_order: bool = ..., return_weights: Literal[False] = ...,
+    support_index: Tensor | None = ..., query_index: Tensor | None = ..., ragged: Ragged | None = ...,
+) -> Tensor: ...
+@overload
+def program(
+    support: Tensor, support_labels: Tensor, query: Tensor, phases: Sequence[Phase], *,
+    n_way: int, rates: Tensor | None = ..., classifier: str = ..., start: str | Tensor = ...,
+    weight: Tensor | None = ..., scale: Tensor | None = ..., bias: Tensor | None = ...,
+    target_scale: Tensor | None = ..., mlp: MLPParameters | None = ..., running_stats: Tensor | None = ...,
+    reduction: str | None = ..., first_order: bool = ..., return_weights: Literal[True],
+    support_index: Tensor | None = ..., query_index: Tensor | None = ..., ragged: Ragged | None = ...,
+) -> tuple[Tensor, Classifier]: ...
+@overload
+def program(
+    support: Tensor, support_labels: Tensor, query: Tensor, phases: Sequence[Phase], *,
+    n_way: int, rates: Tensor | None = ..., classifier: str = ..., start: str | Tensor = ...,
+    weight: Tensor | None = ..., scale: Tensor | None = ..., bias: Tensor | None = ...,
+    target_scale: Tensor | None = ..., mlp: MLPParameters | None = ..., running_stats: Tensor | None = ...,
+    reduction: str | None = ..., first_order: bool = ..., return_weights: bool,
+    support_index: Tensor | None = ..., query_index: Tensor | None = ..., ragged: Ragged | None = ...,
+) -> Tensor | tuple[Tensor, Classifier]: ...
+# fmt: on
 def program(
     support: Tensor,
     support_labels: Tensor,
@@ -236,12 +146,8 @@ def program(
     return_weights: bool = False,
     support_index: Tensor | None = None,
     query_index: Tensor | None = None,
-    support_offsets: Tensor | None = None,
-    query_offsets: Tensor | None = None,
-    n_ways: Tensor | None = None,
-    max_support: int | None = None,
-    max_query: int | None = None,
-) -> Any:
+    ragged: Ragged | None = None,
+) -> Tensor | tuple[Tensor, Classifier]:
     """Start a classifier for each task, refine it by phases of steps, and classify the query rows.
 
     The gradient is exact, through all steps, in everything that is a floating-point tensor.
@@ -270,21 +176,15 @@ def program(
         return_weights: return the refined classifier too.
         support_index, query_index: [T, S] and [T, Q] int64, given together: then ``support`` and ``query`` are
             feature banks [n, D] and the op reads its rows straight from them.
-        support_offsets, query_offsets: [T + 1] int64, given together, for tasks of unequal size: task t owns the
-            rows offsets[t] .. offsets[t + 1] of ``support`` [sum S, D], ``support_labels`` [sum S] and ``query``
-            [sum Q, D] (or of indices of those lengths).
-        n_ways: [T] int64, the ways of each task, at most ``n_way``. A task with fewer uses the first ways of
-            everything that is learned for all: rows of the start and of the bias, inputs and outputs of the MLP.
-        max_support, max_query: the most support and query rows that a task may have, given together, for tasks of
-            unequal size on a GPU: with them a call does not wait for the device, to read the offsets, and can be
-            captured in a CUDA graph. Memory is taken for T tasks as large. What is wrong with the offsets, the ways
-            or a task's size cannot raise an error then: a task that is larger, or has more ways than rows, comes out
-            as NaN, and all do where the offsets do not rise from 0 to the number of rows.
+        ragged: tasks of unequal size: then ``support`` is [all support rows, D], ``support_labels`` [all support
+            rows], ``query`` [all query rows, D] (or indices of those lengths). A task with fewer than ``n_way`` ways
+            uses the first ways of everything that is learned for all: rows of the start and of the bias, inputs and
+            outputs of the MLP.
 
     Returns:
         Logits, [T, Q, N] or [sum Q, N], minus infinity beyond a task's own ways, in the dtype that all arguments
-        promote to (under autocast float32 at least). With ``return_weights`` a pair of them and theta [T, N, D] or,
-        for a linear classifier, (theta, bias [T, N]); zeros beyond a task's own ways.
+        promote to (under autocast float32 at least). With ``return_weights`` a pair of them and the refined
+        classifiers.
 
     Raises:
         ValueError: shapes, devices, labels or options that do not fit, named; a class without a support row; more
@@ -297,10 +197,7 @@ def program(
                 "target_scale": target_scale}  # fmt: skip
     named |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     _checks.tensors(**named)
-    _checks.task_rows(
-        support, support_labels, query, support_index, query_index, support_offsets, query_offsets, n_ways
-    )
-    sizes = _checks.task_sizes(max_support, max_query, support_offsets)
+    _checks.task_rows(support, support_labels, query, support_index, query_index, ragged)
     D = query.shape[-1]
     _check_program(phases, n_way, classifier, start, scale, mlp, reduction, first_order)
     phases = [p for p in phases if p.steps]
@@ -320,38 +217,27 @@ def program(
     K = total_steps(phases)
     if rates is not None:
         _checks.shape("rates", rates, (K,), "[K], one for each step of all phases,")
-    if support_index is not None and query_index is not None and (support.requires_grad or query.requires_grad):
-        support, query = support[support_index], query[query_index]
-        support_index = query_index = None
-
     mlp = mlp if any(p.oracle == "synthetic_gradient" for p in phases) else None
-    own: list[Tensor | None] = [theta0, weight, scale, bias, target_scale, rates, *(mlp or [None] * 10), running_stats]
-    if mlp is None:
-        own[-1] = None
-    precision = _checks.precisions((query, support, *own[:-1]))
-    compute = query.dtype if precision is None else precision[0]
-    if own[5] is None:
+    args = OP.arguments(
+        support=support, support_index=support_index, query=query, query_index=query_index,
+        support_labels=support_labels, **_ragged.fields(ragged), theta0=theta0, weight=weight, scale=scale, bias=bias,
+        target_scale=target_scale, rates=rates, mlp=mlp or [None] * 10,
+        running_stats=None if mlp is None else running_stats, n_way=n_way, phases=encode(phases, reduction),
+        cosine=classifier == "cosine", start=STARTS.index("learned" if theta0 is not None else str(start)),
+        first_order=first_order, coefficients=return_weights,
+    )  # fmt: skip
+    args, result_type = OP.in_precision(args)
+    if rates is None:
+        compute = query.dtype if result_type is None else _checks.compute_type(result_type)
         # (not a tensor of numbers: a copy to a GPU waits for it)
         steps = [torch.full((p.steps,), float(p.lr), dtype=compute, device=query.device) for p in phases]
-        own[5] = torch.cat(steps) if steps else query.new_empty(0, dtype=compute)
-    if precision is not None:
-        own = [None if t is None else t.to(compute) for t in own]
-        if compute is torch.float64:
-            query, support = query.to(compute), support.to(compute)
-    backend = select(query.device.type)
-    kind = 1 if theta0 is not None else STARTS.index(str(start))
-    options = (n_way, encode(phases, reduction), classifier == "cosine", kind, first_order, return_weights, *sizes)
-    args = (query, query_index, support, support_index, support_labels, support_offsets, query_offsets, n_ways, *own)
-    run = _fallback if backend == "reference" else OP.on(backend)
-    logits, *coefficients = run(*args, *options, False)[:4]
-    if precision is not None:
-        logits = logits.to(precision[1])
+        args = OP.signature.replace(args, rates=torch.cat(steps) if steps else query.new_empty(0, dtype=compute))
+    logits, *coefficients = OP.run(select(query.device.type), args)
     if not return_weights:
-        return logits
-    weights = _classifiers(args, coefficients, classifier, kind, n_way, first_order, sizes)
-    dtype = compute if precision is None else precision[1]
-    theta, shift = (w.to(dtype) for w in weights)
-    return logits, theta if classifier == "cosine" else (theta, shift)
+        return logits if result_type is None else logits.to(result_type)
+    made = (logits, *_classifiers(OP.signature.call(*args), *coefficients))
+    logits, weight, bias = made if result_type is None else (t.to(result_type) for t in made)
+    return logits, Classifier(weight, bias)
 
 
 def _check_program(
@@ -395,41 +281,29 @@ def check_combination(phases: Sequence[Phase], classifier: str, start: str, firs
         raise ValueError("phases: soft_assignment needs a cosine classifier")
 
 
-def _classifiers(
-    args: Args,
-    coefficients: Sequence[Tensor],
-    classifier: str,
-    kind: int,
-    n_way: int,
-    first_order: bool,
-    sizes: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
+def _classifiers(call: Any, of_support: Tensor, of_query: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """theta = a theta0 + P^T X, [T, N, D], and the bias [T, N]; of a cosine classifier zeros."""
-    query, query_index, support, support_index, labels, support_offsets, query_offsets, n_ways, theta0, weight = args[
-        :10
-    ]
-    bias = args[11]
-    of_support, of_query, a = coefficients
-    dtype = a.dtype
-    support = (support if support_index is None else support[support_index]).to(dtype)
-    query = (query if query_index is None else query[query_index]).to(dtype)
+    n_way, n_ways, weight, bias, dtype = call.n_way, call.n_ways, call.weight, call.bias, a.dtype
+    labels, support_offsets, query_offsets = call.support_labels, call.support_offsets, call.query_offsets
+    support = _ragged.gathered(call.support, call.support_index).to(dtype)
+    query = _ragged.gathered(call.query, call.query_index).to(dtype)
 
     def one_batch(task: Sequence[Tensor], ways: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``own`` [T, N]: the ways that each task has, if not all ``ways``. Rows that it does not have are zeros."""
         support, labels, query, of_support, of_query, a = task
-        if kind == 0:
+        if call.start == STARTS.index("class_means"):
             theta = class_means(support, labels, ways, weight) if own is None else _means(support, labels, own, weight)
-        elif kind == 1:
-            theta = theta0[:ways].expand(support.shape[0], -1, -1)
+        elif call.start == STARTS.index("learned"):
+            theta = call.theta0[:ways].expand(support.shape[0], -1, -1)
         else:
             theta = support.new_zeros(support.shape[0], ways, support.shape[-1])
-        if classifier == "cosine":
+        if call.cosine:
             support, query = normalize(support, dim=-1, eps=1e-12), normalize(query, dim=-1, eps=1e-12)
-        if first_order:
+        if call.first_order:
             support, query = support.detach(), query.detach()
         P, Pq = of_support[..., :ways], of_query[..., :ways]
         theta = a[..., :ways, None] * theta + P.transpose(-1, -2) @ support + Pq.transpose(-1, -2) @ query
-        if classifier == "cosine":
+        if call.cosine:
             return theta, theta.new_zeros(theta.shape[:2])
         shift = P.sum(-2) + Pq.sum(-2)
         if bias is not None:
@@ -438,12 +312,13 @@ def _classifiers(
 
     if support_offsets is None:
         return one_batch((support, labels, query, of_support, of_query, a), n_way)
-    if sizes[0] > 0 and a.shape[0] > 0:  # not one task after the other, which has to know the offsets
+    most_support, most_query = call.max_support, call.max_query
+    if most_support > 0 and a.shape[0] > 0:  # not one task after the other, which has to know the offsets
         ways = torch.arange(n_way, device=a.device)
         own = ways.expand_as(a) >= 0 if n_ways is None else ways < n_ways[:, None]
-        of_task = [_spread(flat, support_offsets, sizes[0], fill) for flat, fill in ((support, 0), (labels, -1))]
-        of_task += [_spread(query, query_offsets, sizes[1], 0), _spread(of_support, support_offsets, sizes[0], 0)]
-        return one_batch((*of_task, _spread(of_query, query_offsets, sizes[1], 0), a), n_way, own)
+        of_task = [_spread(flat, support_offsets, most_support, fill) for flat, fill in ((support, 0), (labels, -1))]
+        of_task += [_spread(query, query_offsets, most_query, 0), _spread(of_support, support_offsets, most_support, 0)]
+        return one_batch((*of_task, _spread(of_query, query_offsets, most_query, 0), a), n_way, own)
     bounds = (support_offsets.tolist(), query_offsets.tolist())
     all_ways = [n_way] * (len(bounds[0]) - 1) if n_ways is None else n_ways.tolist()
     thetas, shifts = [], []

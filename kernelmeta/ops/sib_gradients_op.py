@@ -6,14 +6,15 @@ still in the cache and without a trace of all tasks in between.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernelmeta.ops import _checks, _training_step
-from kernelmeta.ops._differentiable import LIBRARY, on_one_device
-from kernelmeta.ops.sib_op import sib, sizes
+from kernelmeta.ops._signature import Signature, mlp_of
+from kernelmeta.ops.sib_op import FEATURES, OPTIONS, PARAMETERS, fake, sib
 from kernelmeta.reference import MLPParameters
 
 
@@ -27,25 +28,18 @@ class SIBGradients(NamedTuple):
     gradients: tuple[Tensor, ...]  # of weight, scale, bias and the ten of mlp
 
 
-_SCHEMA = (
-    "sib_gradients(Tensor query, Tensor? query_index, Tensor support, Tensor? support_index, Tensor support_labels, "
-    "Tensor weight, Tensor scale, Tensor bias, Tensor weight1, Tensor bias1, Tensor gain1, Tensor shift1, "
-    "Tensor weight2, Tensor bias2, Tensor gain2, Tensor shift2, Tensor weight3, Tensor bias3, Tensor? running_stats, "
-    "Tensor query_labels, int steps, float inner_lr, bool return_stats) "
-    f"-> ({', '.join(['Tensor'] * 16)})"
-)  # measures [2], logits, stats, and the thirteen gradients
+_SIGNATURE = Signature(f"{FEATURES}, Tensor query_labels, {PARAMETERS}, {OPTIONS}, bool return_stats")
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
-    T, _, Q, N, _, H, K = sizes((*args[:19], args[20]))
-    new_empty = args[6].new_empty
-    stats = new_empty((K, 2, 2, H) if args[22] else 0)
-    return new_empty(2), new_empty(T, Q, N), stats, *(new_empty(p.shape) for p in args[5:18])
+    call = _SIGNATURE.call(*args)
+    logits, _, stats = fake(SimpleNamespace(**call._asdict(), return_weights=False))
+    parameters = (call.weight, call.scale, call.bias, *mlp_of(call))
+    return call.scale.new_empty(2), logits, stats, *(p.new_empty(p.shape) for p in parameters)
 
 
-LIBRARY.define(_SCHEMA)
-torch.library.register_fake("kernelmeta::sib_gradients", on_one_device(_fake), lib=LIBRARY)
-_RAW = torch.ops.kernelmeta.sib_gradients.default._op
+# -> measures [2], logits, stats, and the thirteen gradients
+_RAW = _training_step.define("sib_gradients", _SIGNATURE, 16, _fake)
 
 
 def sib_gradients(
@@ -86,7 +80,6 @@ def sib_gradients(
         "running_stats": running_stats, "return_norm_stats": return_norm_stats, "support_index": support_index,
         "query_index": query_index,
     }  # fmt: skip
-    step = _training_step.Step(support, support_labels, query, query_labels, parameters, options)
     try:
         if (
             norm_stats == "task"
@@ -94,30 +87,39 @@ def sib_gradients(
             and _training_step.is_fused(query, support, parameters)
         ):
             rows = query if query_index is None else query_index
-            lr = _checks.step_size(steps, inner_lr, reduction, rows.shape[1])
-            features = (query, query_index, support, support_index, support_labels)
+            args = _SIGNATURE.pack(
+                start=support, start_index=support_index, query=query, query_index=query_index,
+                support_labels=support_labels, query_labels=query_labels, weight=weight, scale=scale, bias=bias,
+                mlp=mlp, running_stats=None, steps=steps,
+                inner_lr=_checks.step_size(steps, inner_lr, reduction, rows.shape[1]), return_stats=return_norm_stats,
+            )  # fmt: skip
             with torch._C._AutoDispatchBelowAutograd():
-                measures, logits, stats, *gradients = _RAW(
-                    *features, *parameters, None, query_labels, steps, lr, return_norm_stats
-                )
+                measures, logits, stats, *gradients = _RAW(*args)
             loss, accuracy = measures.unbind()
             return SIBGradients(loss, accuracy, logits, stats if return_norm_stats else None, tuple(gradients))
     except Exception as error:
-        _checks.explain(error, _one_after_the_other, step)
-    return _one_after_the_other(step)
+        given = {"support": support, "support_labels": support_labels, "query": query, "query_labels": query_labels}
+        _checks.explain(error, _one_after_the_other, given | {"parameters": parameters, "options": options})
+    return _one_after_the_other(support, support_labels, query, query_labels, parameters, options)
 
 
-def _one_after_the_other(step: _training_step.Step) -> SIBGradients:
-    support, query, parameters = step.support, step.query, step.parameters
+def _one_after_the_other(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    query_labels: Tensor,
+    parameters: tuple[Tensor, ...],
+    options: dict[str, Any],
+) -> SIBGradients:
     weight, scale, bias, *mlp = parameters
     _checks.tensors(support=support, query=query, weight=weight, scale=scale, bias=bias)
     _checks.mlp(mlp)
 
     def forward(leaves: list[Tensor]) -> tuple[Tensor, ...]:
         own, (s, b), of_mlp = leaves[0], leaves[1:3], MLPParameters(*leaves[3:])
-        results = sib(support.detach(), step.support_labels, query.detach(), own, s, b, of_mlp, **step.options)
+        results = sib(support.detach(), support_labels, query.detach(), own, s, b, of_mlp, **options)
         return results if isinstance(results, tuple) else (results,)
 
-    *found, stats = _training_step.one_after_the_other(forward, parameters, step.query_labels)
+    *found, stats = _training_step.one_after_the_other(forward, parameters, query_labels)
     loss, accuracy, logits, gradients = found
     return SIBGradients(loss, accuracy, logits, stats[0] if stats else None, gradients)

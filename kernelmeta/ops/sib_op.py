@@ -8,170 +8,89 @@ work in the dual form (kernelmeta/reference/dual.py, csrc/engine/inner_loop.h).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 
 from kernelmeta import reference
-from kernelmeta.backends import select
+from kernelmeta.backends import is_traced, select
 from kernelmeta.ops import _checks
-from kernelmeta.ops._differentiable import Args, DifferentiableOp, is_traced
+from kernelmeta.ops._differentiable import DifferentiableOp
+from kernelmeta.ops._ragged import gathered
+from kernelmeta.ops._signature import Args, mlp_of, mlp_tensors
 from kernelmeta.reference import MLPParameters, dual
+from kernelmeta.tasks import Classifier
 
-# Positions of the raw op's arguments.
-_QUERY, _START, _WEIGHT, _SCALE = 0, 2, 5, 6
-_DIFFERENTIABLE = (_QUERY, _START, *range(_WEIGHT, _WEIGHT + 13))
-_RETURN_WEIGHTS = 21
-
-_ARGUMENTS = (
-    "Tensor query, Tensor? query_index, Tensor start, Tensor? start_index, Tensor? support_labels, Tensor? weight, "
-    "Tensor scale, Tensor bias, Tensor weight1, Tensor bias1, Tensor gain1, Tensor shift1, Tensor weight2, "
-    "Tensor bias2, Tensor gain2, Tensor shift2, Tensor weight3, Tensor bias3, Tensor? running_stats, int steps, "
-    "float inner_lr, bool return_weights"
-)
+# start: the support rows, or, without support_labels, theta0.
+FEATURES = "Tensor start, Tensor? start_index, Tensor query, Tensor? query_index, Tensor? support_labels"
+PARAMETERS = f"Tensor? weight, Tensor scale, Tensor bias, {mlp_tensors()}, Tensor? running_stats"
+OPTIONS = "int steps, float inner_lr"
 
 
-def sizes(args: Args) -> tuple[int, int, int, int, int, int, int]:
-    """T, S, Q, N, D, H, K of the raw op's arguments."""
-    query, query_index, start, start_index = args[:4]
-    T, Q = query.shape[:2] if query_index is None else query_index.shape
-    S = start.shape[1] if start_index is None else start_index.shape[1]
-    H, N = args[8].shape
-    return T, S, Q, N, query.shape[-1], H, args[19]
-
-
-def trace_size(N: int, Q: int, D: int, K: int, return_weights: bool) -> int:
-    """Elements that one task's forward pass leaves for its backward pass: ``Trace`` in csrc/engine/inner_loop.h."""
-
-    def padded(n: int) -> int:
-        return (n + 15) // 16 * 16
-
-    rows = padded(Q)
-    size = padded(N * D) + rows + padded((K + 1) * N) + (K + 1) * N * rows + K * N * rows
-    if K > 0 and 8 * K * N >= Q:  # forms_gram in csrc/engine/gram.h
-        size += Q * rows
-    if return_weights:
-        size += padded((K + 1) * N) + (K + 1) * N * rows
-    return size
-
-
-def _fake(*args: Any) -> tuple[Tensor, ...]:
-    T, _, Q, N, D, H, K = sizes(args)
-    return_weights, return_stats, save_trace = args[_RETURN_WEIGHTS:]
-    new_empty = args[_SCALE].new_empty
+def fake(call: Any) -> tuple[Tensor, ...]:
+    T, Q = call.query.shape[:2] if call.query_index is None else call.query_index.shape
+    H, N = call.weight1.shape
+    new_empty = call.scale.new_empty
     return (
         new_empty(T, Q, N),
-        new_empty((T, N, D) if return_weights else 0),
-        new_empty((K, 2, 2, H) if return_stats else 0),
-        new_empty((T, trace_size(N, Q, D, K, return_weights)) if save_trace else 0),
+        new_empty((T, N, call.query.shape[-1]) if call.return_weights else 0),
+        new_empty((call.steps, 2, 2, H) if call.return_stats else 0),
     )
 
 
-def _fake_backward(grad_logits: Tensor, grad_weights: Tensor | None, trace: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    T, S, Q, N, D, _, _ = sizes(args)
-    need_query, need_start = args[-2:]
-    new_empty = args[_SCALE].new_empty
-    return (
-        new_empty((T, Q, D) if need_query else 0),
-        new_empty((T, S, D) if need_start else 0),
-        new_empty(D if args[_WEIGHT] is not None else 0),
-        *(new_empty(p.shape) for p in args[_SCALE : _SCALE + 12]),
-    )
+def _plain(call: Any, loop: Any = dual.sib_inner_loop, norm_stats: str | None = None) -> tuple[Tensor | None, ...]:
+    mlp = mlp_of(call)
+    theta0 = gathered(call.start, call.start_index).to(call.scale.dtype)
+    if call.support_labels is not None:
+        theta0 = reference.class_means(theta0, call.support_labels, mlp.weight1.shape[1], call.weight)
+    logits, classifier, *stats = loop(
+        theta0, gathered(call.query, call.query_index).to(call.scale.dtype), call.scale, call.bias, mlp,
+        steps=call.steps, inner_lr=call.inner_lr,
+        norm_stats=norm_stats or ("task" if call.running_stats is None else "running"),
+        running_stats=call.running_stats, return_weights=True, return_norm_stats=call.return_stats,
+    )  # fmt: skip
+    return logits, classifier.weight if call.return_weights else None, stats[0] if stats else None
 
 
-def _gathered(features: Tensor, index: Tensor | None) -> Tensor:
-    return features if index is None else features[index]
-
-
-def _fallback(*args: Any) -> tuple[Tensor, ...]:
-    query, query_index, start, start_index, labels, weight, scale, bias, *mlp = args[:18]
-    running_stats, steps, inner_lr, return_weights, return_stats, _ = args[18:]
-    dtype = scale.dtype
-    theta0 = _gathered(start, start_index).to(dtype)
-    parameters = MLPParameters(*mlp)
-    if labels is not None:
-        theta0 = reference.class_means(theta0, labels, parameters.weight1.shape[1], weight)
-    results = dual.sib_inner_loop(
-        theta0,
-        _gathered(query, query_index).to(dtype),
-        scale,
-        bias,
-        parameters,
-        steps=steps,
-        inner_lr=inner_lr,
-        norm_stats="task" if running_stats is None else "running",
-        running_stats=running_stats,
-        return_weights=True,
-        return_norm_stats=return_stats,
-    )
-    none = scale.new_empty(0)
-    return (
-        results[0],
-        results[1] if return_weights else none,
-        results[2] if return_stats else none.clone(),
-        none.clone(),
-    )
-
-
-def _fallback_backward(
-    grad_logits: Tensor, grad_weights: Tensor | None, trace: Tensor, *args: Any
-) -> tuple[Tensor, ...]:
-    need_query, need_start = args[-2:]
-    needs = [i not in (_QUERY, _START) for i in range(18)]
-    needs[_QUERY], needs[_START] = need_query, need_start
-    inputs = list(args[:18])
-    with torch.enable_grad():
-        for i in (_QUERY, _START):  # gradients are those of the gathered rows
-            inputs[i], inputs[i + 1] = _gathered(inputs[i], inputs[i + 1]), None
-        for i in _DIFFERENTIABLE:
-            if needs[i] and inputs[i] is not None:
-                inputs[i] = inputs[i].detach().requires_grad_()
-        logits, weights, _, _ = _fallback(*inputs, *args[18:-2], False, False)
-        wanted = [inputs[i] for i in _DIFFERENTIABLE if needs[i] and inputs[i] is not None]
-        outputs, grads = [logits], [grad_logits]
-        if grad_weights is not None:
-            outputs.append(weights)
-            grads.append(grad_weights)
-        found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
-    results = []
-    for i in _DIFFERENTIABLE:
-        if needs[i] and inputs[i] is not None:
-            grad = next(found)
-            results.append(torch.zeros_like(inputs[i]) if grad is None else grad.contiguous())
-        else:
-            results.append(logits.new_empty(0))
-    return tuple(results)
-
-
-def _backward_args(args: Args, residuals: Args, grads: Args, needs: Any) -> Args:
-    grad_logits, grad_weights = grads
-    if grad_logits is None:
-        T, _, Q, N, _, _, _ = sizes(args)
-        grad_logits = args[_SCALE].new_zeros(T, Q, N)
-    if not args[_RETURN_WEIGHTS]:
-        grad_weights = None  # of an empty tensor
-    return (grad_logits, grad_weights, residuals[1], *args[: _RETURN_WEIGHTS + 1], needs[_QUERY], needs[_START])
+def _reference(call: Any) -> tuple[Tensor | None, ...]:
+    return _plain(call, dual.sib_inner_loop if is_traced() else reference.sib_inner_loop)
 
 
 OP = DifferentiableOp(
     "sib",
-    schema=f"({_ARGUMENTS}, bool return_stats, bool save_trace) -> (Tensor, Tensor, Tensor, Tensor)",
-    backward_schema=f"(Tensor grad_logits, Tensor? grad_weights, Tensor trace, {_ARGUMENTS}, bool need_query, "
-    f"bool need_start) -> ({', '.join(['Tensor'] * len(_DIFFERENTIABLE))})",
-    fake=_fake,
-    fake_backward=_fake_backward,
-    fallback=_fallback,
-    fallback_backward=_fallback_backward,
-    differentiable=_DIFFERENTIABLE,
-    n_outputs=2,
-    n_private=1,
-    backward_args=_backward_args,
-    save=lambda args: (*args[:-1], True),
+    f"{FEATURES}, {PARAMETERS}, {OPTIONS}, bool return_weights",
+    options="bool return_stats",
+    results=("logits", "weights", "stats"),
+    outputs=2,
+    differentiable=("start", "query", "weight", "scale", "bias", *MLPParameters._fields),
+    rows={"start": "start_index", "query": "query_index"},
+    fake=fake,
+    plain=_plain,
+    reference=_reference,
 )
 
 
+# What the public functions return, by return_weights and return_norm_stats.
+# fmt: off
+@overload
+def sib_inner_loop(
+    theta0: Tensor, query: Tensor, scale: Tensor, bias: Tensor, mlp: MLPParameters, *, steps: int, inner_lr: float,
+    reduction: str = ..., norm_stats: str = ..., running_stats: Tensor | None = ...,
+    return_weights: Literal[False] = ..., return_norm_stats: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def sib_inner_loop(
+    theta0: Tensor, query: Tensor, scale: Tensor, bias: Tensor, mlp: MLPParameters, *, steps: int, inner_lr: float,
+    reduction: str = ..., norm_stats: str = ..., running_stats: Tensor | None = ...,
+    return_weights: Literal[True], return_norm_stats: Literal[False] = ...,
+) -> tuple[Tensor, Classifier]: ...
+@overload
+def sib_inner_loop(
+    theta0: Tensor, query: Tensor, scale: Tensor, bias: Tensor, mlp: MLPParameters, *, steps: int, inner_lr: float,
+    reduction: str = ..., norm_stats: str = ..., running_stats: Tensor | None = ...,
+    return_weights: bool = ..., return_norm_stats: bool = ...,
+) -> Tensor | tuple[Any, ...]: ...
+# fmt: on
 def sib_inner_loop(
     theta0: Tensor,
     query: Tensor,
@@ -186,7 +105,7 @@ def sib_inner_loop(
     running_stats: Tensor | None = None,
     return_weights: bool = False,
     return_norm_stats: bool = False,
-) -> Any:
+) -> Tensor | tuple[Any, ...]:
     """Refine a cosine classifier by K synthetic-gradient steps on unlabelled query rows (Hu et al. 2020, eq. 13-15).
 
     Args:
@@ -200,7 +119,7 @@ def sib_inner_loop(
         norm_stats: whose statistics BatchNorm uses: "task" (each task its own), "batch" (all T*Q rows; unfused),
             "running" (``running_stats``).
         running_stats: [2, 2, H]: layer; mean, variance; unit.
-        return_weights: return theta_K, [T, N, D], too.
+        return_weights: return the classifiers too, a `Classifier` whose weight is theta_K.
         return_norm_stats: return the statistics of every step too, [K, 2, 2, H]: step; layer; mean, unbiased
             variance; unit. For "task" they are averaged over the tasks. They carry no gradient.
 
@@ -212,14 +131,53 @@ def sib_inner_loop(
         ValueError: shapes, devices or options that do not fit, named.
         TypeError: tensors that are not floating point.
     """
-    given = (query, None, theta0, None, None, None, scale, bias, mlp, running_stats)
-    options = (steps, inner_lr, reduction, norm_stats, return_norm_stats)
+    given: dict[str, Any] = {
+        "theta0": theta0, "query": query, "scale": scale, "bias": bias, "mlp": mlp, "running_stats": running_stats,
+        "steps": steps, "inner_lr": inner_lr, "reduction": reduction, "norm_stats": norm_stats,
+        "return_norm_stats": return_norm_stats,
+    }  # fmt: skip
     try:
-        return _run(_check_inner_loop, given, options, return_weights)
+        backend = select(query.device.type)
+        # What a kernel would take in another sense than meant here, it must not see.
+        if norm_stats != "task" or not _checks.by_kernel(backend):
+            _check_inner_loop(**given)
+        args = OP.arguments(
+            start=theta0, start_index=None, query=query, query_index=None, support_labels=None, weight=None,
+            scale=scale, bias=bias, mlp=mlp, running_stats=running_stats if norm_stats == "running" else None,
+            steps=steps, inner_lr=_checks.step_size(steps, inner_lr, reduction, query.shape[1]),
+            return_weights=return_weights, return_stats=return_norm_stats,
+        )  # fmt: skip
+        return _run(backend, args, norm_stats, query.shape[0])
     except Exception as error:
-        _checks.explain(error, _check_inner_loop, given, options)
+        _checks.explain(error, _check_inner_loop, given)
 
 
+# fmt: off
+@overload
+def sib(
+    support: Tensor, support_labels: Tensor, query: Tensor, weight: Tensor, scale: Tensor, bias: Tensor,
+    mlp: MLPParameters, *, steps: int, inner_lr: float,
+    reduction: str = ..., norm_stats: str = ..., running_stats: Tensor | None = ...,
+    return_weights: Literal[False] = ..., return_norm_stats: Literal[False] = ...,
+    support_index: Tensor | None = ..., query_index: Tensor | None = ...,
+) -> Tensor: ...
+@overload
+def sib(
+    support: Tensor, support_labels: Tensor, query: Tensor, weight: Tensor, scale: Tensor, bias: Tensor,
+    mlp: MLPParameters, *, steps: int, inner_lr: float,
+    reduction: str = ..., norm_stats: str = ..., running_stats: Tensor | None = ...,
+    return_weights: Literal[True], return_norm_stats: Literal[False] = ...,
+    support_index: Tensor | None = ..., query_index: Tensor | None = ...,
+) -> tuple[Tensor, Classifier]: ...
+@overload
+def sib(
+    support: Tensor, support_labels: Tensor, query: Tensor, weight: Tensor, scale: Tensor, bias: Tensor,
+    mlp: MLPParameters, *, steps: int, inner_lr: float,
+    reduction: str = ..., norm_stats: str = ..., running_stats: Tensor | None = ...,
+    return_weights: bool = ..., return_norm_stats: bool = ...,
+    support_index: Tensor | None = ..., query_index: Tensor | None = ...,
+) -> Tensor | tuple[Any, ...]: ...
+# fmt: on
 def sib(
     support: Tensor,
     support_labels: Tensor,
@@ -238,7 +196,7 @@ def sib(
     return_norm_stats: bool = False,
     support_index: Tensor | None = None,
     query_index: Tensor | None = None,
-) -> Any:
+) -> Tensor | tuple[Any, ...]:
     """The whole episode: :func:`class_means` of the support set, refined by :func:`sib_inner_loop`, in one op.
 
     Args:
@@ -257,31 +215,60 @@ def sib(
         ValueError: shapes, devices, labels or options that do not fit, named; a class without a support row.
         TypeError: features that are not floating point, labels or indices that are not int64.
     """
-    given = (query, query_index, support, support_index, support_labels, weight, scale, bias, mlp, running_stats)
-    options = (steps, inner_lr, reduction, norm_stats, return_norm_stats)
+    given: dict[str, Any] = {
+        "support": support, "support_labels": support_labels, "query": query, "weight": weight, "scale": scale,
+        "bias": bias, "mlp": mlp, "support_index": support_index, "query_index": query_index,
+        "running_stats": running_stats, "steps": steps, "inner_lr": inner_lr, "reduction": reduction,
+        "norm_stats": norm_stats, "return_norm_stats": return_norm_stats,
+    }  # fmt: skip
     try:
-        return _run(_check_episode, given, options, return_weights)
+        backend = select(query.device.type)
+        # What a kernel would take in another sense than meant here, it must not see.
+        clear = support_labels is not None and weight is not None and norm_stats == "task"
+        clear = clear and (support_index is None) is (query_index is None)
+        if not clear or not _checks.by_kernel(backend):
+            _check_episode(**given)
+        T, Q = query.shape[:2] if query_index is None else query_index.shape
+        args = OP.arguments(
+            start=support, start_index=support_index, query=query, query_index=query_index,
+            support_labels=support_labels, weight=weight, scale=scale, bias=bias, mlp=mlp,
+            running_stats=running_stats if norm_stats == "running" else None, steps=steps,
+            inner_lr=_checks.step_size(steps, inner_lr, reduction, Q), return_weights=return_weights,
+            return_stats=return_norm_stats,
+        )  # fmt: skip
+        return _run(backend, args, norm_stats, T)
     except Exception as error:
-        _checks.explain(error, _check_episode, given, options)
+        _checks.explain(error, _check_episode, given)
 
 
-def _check_inner_loop(given: Args, options: Args) -> None:
-    query, _, theta0, _, _, _, scale, bias, mlp, running_stats = given
+def _check_inner_loop(
+    theta0: Tensor, query: Tensor, scale: Tensor, bias: Tensor, mlp: MLPParameters, **options: Any
+) -> None:
     _checks.tensors(theta0=theta0, query=query, scale=scale, bias=bias)
     N, _ = _checks.mlp(mlp)
     _checks.dimensions("query", query, "[T, Q, D]")
     _checks.shape("theta0", theta0, (query.shape[0], N, query.shape[2]), "[T, N, D]")
-    _check_options(query, query.shape[1], scale, bias, mlp, running_stats, *options)
+    _check_options(query, query.shape[1], scale, bias, mlp, **options)
 
 
-def _check_episode(given: Args, options: Args) -> None:
-    query, query_index, support, support_index, labels, weight, scale, bias, mlp, running_stats = given
+def _check_episode(
+    support: Tensor,
+    support_labels: Tensor,
+    query: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    mlp: MLPParameters,
+    support_index: Tensor | None,
+    query_index: Tensor | None,
+    **options: Any,
+) -> None:
     _checks.tensors(support=support, query=query, weight=weight, scale=scale, bias=bias)
     _checks.mlp(mlp)
     T, S, Q = _checks.episode(support, support_index, query, query_index)
     _checks.shape("weight", weight, (query.shape[-1],), "[D]")
-    _checks.labels("support_labels", labels, (T, S), support)
-    _check_options(query, Q, scale, bias, mlp, running_stats, *options)
+    _checks.labels("support_labels", support_labels, (T, S), support)
+    _check_options(query, Q, scale, bias, mlp, **options)
 
 
 def _check_options(
@@ -305,51 +292,18 @@ def _check_options(
     _checks.step_size(steps, inner_lr, reduction, Q)
 
 
-def _run(check: Callable[[Args, Args], None], given: Args, options: Args, return_weights: bool) -> Any:
-    """Both public functions: ``start`` is theta0, or support rows if labels are given."""
-    query, query_index, start, start_index, labels, weight, scale, bias, mlp, running_stats = given
-    steps, inner_lr, reduction, norm_stats, return_norm_stats = options
-    backend = select(query.device.type)
-    # What the kernel would take in another sense than meant here, it must not see.
-    clear = check is _check_inner_loop or (labels is not None and weight is not None)
-    clear = clear and norm_stats == "task" and (start_index is None) is (query_index is None)
-    if not clear or not _checks.by_kernel(backend):
-        check(given, options)
-    T, Q = query.shape[:2] if query_index is None else query_index.shape
-    lr = _checks.step_size(steps, inner_lr, reduction, Q)
-    if norm_stats != "running":
-        running_stats = None
-    if start_index is not None and (query.requires_grad or start.requires_grad):
-        start, query = _gathered(start, start_index), _gathered(query, query_index)
-        start_index = query_index = None
-    parameters: Any = (weight, scale, bias, *mlp)
-    precision = _checks.precisions((query, start, *parameters))
-    if precision is not None:
-        compute = precision[0]
-        parameters = [None if p is None else p.to(compute) for p in parameters]
-        running_stats = None if running_stats is None else running_stats.to(compute)
-        if compute is torch.float64:
-            query, start = query.to(compute), start.to(compute)
-
-    plain = backend == "reference"
-    if plain or (norm_stats == "batch" and T != 1):
-        weight, scale, bias, *rest = parameters
-        start = _gathered(start, start_index).to(scale.dtype)
-        if labels is not None:
-            start = reference.class_means(start, labels, mlp[0].shape[1], weight)
-        loop = dual.sib_inner_loop if not plain or is_traced() else reference.sib_inner_loop
-        logits, weights, *stats = loop(
-            start, _gathered(query, query_index).to(scale.dtype), scale, bias, MLPParameters(*rest), steps=steps,
-            inner_lr=lr, norm_stats=norm_stats, running_stats=running_stats, return_weights=True,
-            return_norm_stats=return_norm_stats,
-        )  # fmt: skip
+def _run(backend: str, args: Args, norm_stats: str, T: int) -> Any:
+    if norm_stats == "batch" and T != 1:  # all tasks together: no kernel does that
+        args, result_type = OP.in_precision(args)
+        loop = reference.sib_inner_loop if backend == "reference" and not is_traced() else dual.sib_inner_loop
+        results: Any = _plain(OP.signature.call(*args), loop, "batch")
+        if result_type is not None:
+            results = (*(None if t is None else t.to(result_type) for t in results[:2]), results[2])
     else:
-        logits, weights, *stats = OP.on(backend)(
-            query, query_index, start, start_index, labels, *parameters, running_stats, steps, lr, return_weights,
-            return_norm_stats, False,
-        )  # fmt: skip
-    if precision is not None:
-        logits, weights = logits.to(precision[1]), weights.to(precision[1])
-    if not return_weights and not return_norm_stats:
+        results = OP.run(backend, args)
+    logits, weights, stats = results
+    *_, return_weights, return_stats = args
+    if not return_weights and not return_stats:
         return logits
-    return (logits, *([weights] if return_weights else []), *(stats[:1] if return_norm_stats else []))
+    classifier = (Classifier.cosine(weights),) if return_weights else ()
+    return (logits, *classifier, *((stats,) if return_stats else ()))

@@ -25,6 +25,7 @@ from torch.nn.functional import normalize
 
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, mlp_with_norm_stats, stack_norm_stats
+from kernelmeta.tasks import Classifier
 
 _SQUARED_FLOOR = 1e-24  # of |theta|^2, as F.normalize
 
@@ -68,9 +69,9 @@ def sib_inner_loop(
         r2 = grown
         used.append(stats)
     logits = scale * (U + bias)
-    result = [logits]
+    result: list[Any] = [logits]
     if return_weights:
-        result.append(a.transpose(-1, -2) * theta0 + P.transpose(-1, -2) @ rows)
+        result.append(Classifier.cosine(a.transpose(-1, -2) * theta0 + P.transpose(-1, -2) @ rows))
     if return_norm_stats:
         result.append(stack_norm_stats(used, mlp))
     return tuple(result) if len(result) > 1 else logits

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, relu
 
 from kernelmeta.reference.precision import promoted, without_autocast
+from kernelmeta.tasks import Classifier
 
 
 def _loss(oracle: str, logits: Tensor, labels: Tensor) -> Tensor:
@@ -58,4 +59,4 @@ def linear_head(
             )
         theta, b = theta - rate * steps[0], b - rate * steps[1]
     logits = query @ theta.transpose(-1, -2) + b
-    return (logits, torch.cat([theta, b.transpose(-1, -2)], -1)) if return_weights else logits
+    return (logits, Classifier(theta, b.squeeze(1))) if return_weights else logits

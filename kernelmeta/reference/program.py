@@ -23,7 +23,8 @@ from kernelmeta.reference.class_means import check_labels, class_means
 from kernelmeta.reference.phases import Phase
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, synthetic_gradient_mlp
-from kernelmeta.reference.task_sizes import check_sizes
+from kernelmeta.reference.task_sizes import each_task
+from kernelmeta.tasks import Classifier, Ragged
 
 _FLOOR = 1e-12  # of a norm, as F.normalize
 
@@ -169,11 +170,7 @@ def adapt(
     first_order: bool = False,
     support_index: Tensor | None = None,
     query_index: Tensor | None = None,
-    support_offsets: Tensor | None = None,
-    query_offsets: Tensor | None = None,
-    n_ways: Tensor | None = None,
-    max_support: int | None = None,
-    max_query: int | None = None,
+    ragged: Ragged | None = None,
 ) -> Adapted:
     """Everything that a program leaves; arguments as :func:`kernelmeta.ops.program`."""
     if support_index is not None:
@@ -213,18 +210,12 @@ def adapt(
             reduction=reduction, first_order=first_order,
         )  # fmt: skip
 
-    if support_offsets is None or query_offsets is None:
+    if ragged is None:
         return one_batch(support, support_labels, query, n_way)
-    of_support, of_query = support_offsets.tolist(), query_offsets.tolist()
-    ways = [n_way] * (len(of_support) - 1) if n_ways is None else n_ways.tolist()
-    tasks = []
-    check_sizes(of_support, max_support, "max_support")
-    check_sizes(of_query, max_query, "max_query")
-    for t, own in enumerate(ways):
-        s, q = slice(*of_support[t : t + 2]), slice(*of_query[t : t + 2])
-        if q.start == q.stop:
-            raise ValueError(f"query: task {t} has no row; every task needs one")
-        tasks.append(_widened(one_batch(support[None, s], support_labels[None, s], query[None, q], own), n_way))
+    tasks = [
+        _widened(one_batch(support[None, s], support_labels[None, s], query[None, q], own), n_way)
+        for s, q, own in each_task(ragged, n_way)
+    ]
     return _joined(tasks, support, query, n_way)
 
 
@@ -239,10 +230,7 @@ def program(
 ) -> Any:
     """Refine a classifier by a program. See :func:`kernelmeta.ops.program`."""
     adapted = adapt(support, support_labels, query, phases, **options)
-    if not return_weights:
-        return adapted.logits
-    cosine = options.get("classifier", "cosine") == "cosine"
-    return adapted.logits, adapted.weights if cosine else (adapted.weights, adapted.bias)
+    return (adapted.logits, Classifier(adapted.weights, adapted.bias)) if return_weights else adapted.logits
 
 
 def _widened(task: Adapted, n_way: int) -> Adapted:

@@ -10,7 +10,8 @@ from torch.nn.functional import one_hot, pad
 
 from kernelmeta.reference.class_means import check_labels
 from kernelmeta.reference.precision import promoted, without_autocast
-from kernelmeta.reference.task_sizes import check_sizes
+from kernelmeta.reference.task_sizes import each_task
+from kernelmeta.tasks import Ragged
 
 
 def solve(
@@ -62,11 +63,7 @@ def ridge_with_coefficients(
     n_way: int,
     support_index: Tensor | None = None,
     query_index: Tensor | None = None,
-    support_offsets: Tensor | None = None,
-    query_offsets: Tensor | None = None,
-    n_ways: Tensor | None = None,
-    max_support: int | None = None,
-    max_query: int | None = None,
+    ragged: Ragged | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits and the coefficients of W, [T, S, N] or [sum S, N]; arguments as :func:`kernelmeta.ops.ridge`."""
     if support_index is not None:
@@ -74,17 +71,10 @@ def ridge_with_coefficients(
     if query_index is not None:
         query = query[query_index]
     support, query, regularization, scale, bias = promoted(support, query, regularization, scale, bias)
-    if support_offsets is None or query_offsets is None:
+    if ragged is None:
         return solve(support, support_labels, query, regularization, scale, bias, n_way)
-    of_support, of_query = support_offsets.tolist(), query_offsets.tolist()
-    ways = [n_way] * (len(of_support) - 1) if n_ways is None else n_ways.tolist()
     logits, coefficients = [query.new_zeros(0, n_way)], [query.new_zeros(0, n_way)]
-    check_sizes(of_support, max_support, "max_support")
-    check_sizes(of_query, max_query, "max_query")
-    for t, own in enumerate(ways):
-        s, q = slice(*of_support[t : t + 2]), slice(*of_query[t : t + 2])
-        if q.start == q.stop:
-            raise ValueError(f"query: task {t} has no row; every task needs one")
+    for t, (s, q, own) in enumerate(each_task(ragged, n_way)):
         z, alpha = solve(support[None, s], support_labels[None, s], query[None, q], regularization, scale, bias, own, t)
         logits.append(pad(z[0], (0, n_way - own), value=float("-inf")))
         coefficients.append(pad(alpha[0], (0, n_way - own)))

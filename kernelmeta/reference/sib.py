@@ -16,6 +16,7 @@ from kernelmeta.reference import dual
 from kernelmeta.reference.class_means import class_means
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, mlp_with_norm_stats, stack_norm_stats
+from kernelmeta.tasks import Classifier
 
 
 @without_autocast
@@ -65,9 +66,9 @@ def sib_inner_loop(
         theta = theta - lr * step if meta_learning else theta.detach() - lr * step
         used.append(stats)
     logits = cosine_classifier(theta, query, scale, bias)
-    result = [logits]
+    result: list[Any] = [logits]
     if return_weights:
-        result.append(theta)
+        result.append(Classifier.cosine(theta))
     if return_norm_stats:
         result.append(stack_norm_stats(used, mlp))
     return tuple(result) if len(result) > 1 else logits

@@ -1,13 +1,31 @@
-"""Tasks of unequal size."""
+"""Tasks of unequal size, taken one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from kernelmeta.tasks import Ragged
 
-def check_sizes(offsets: Sequence[int], most: int | None, name: str) -> None:
-    """No task has more rows than ``most``, which is called ``name``."""
+
+def each_task(ragged: Ragged, n_way: int) -> Iterator[tuple[slice, slice, int]]:
+    """The support rows, the query rows and the ways of every task.
+
+    Raises:
+        ValueError: a task without a query row, or with more rows than ``ragged`` says there are at most.
+    """
+    of_support, of_query = ragged.support_offsets.tolist(), ragged.query_offsets.tolist()
+    _check_sizes(of_support, ragged.max_support, "max_support")
+    _check_sizes(of_query, ragged.max_query, "max_query")
+    ways = [n_way] * (len(of_support) - 1) if ragged.n_ways is None else ragged.n_ways.tolist()
+    for t, own in enumerate(ways):
+        support, query = slice(*of_support[t : t + 2]), slice(*of_query[t : t + 2])
+        if query.start == query.stop:
+            raise ValueError(f"query: task {t} has no row; every task needs one")
+        yield support, query, own
+
+
+def _check_sizes(offsets: Sequence[int], most: int | None, name: str) -> None:
     for t, (first, end) in enumerate(pairwise(offsets)):
         if most is not None and end - first > most:
             raise ValueError(f"{name}: task {t} has {end - first} rows, more than {most}")

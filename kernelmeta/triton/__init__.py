@@ -23,97 +23,28 @@ measures which number of warps is the fastest (`tuning`); it has to come before 
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
-
-from torch import Tensor
 
 from kernelmeta.backends import backends
 from kernelmeta.ops import class_means_op, linear_head_op, program_op, ridge_op, sib_op, synthetic_gradient_mlp_op
 
-
-def _class_means(*args: Any) -> Tensor:
-    from kernelmeta.triton import class_means_kernels
-
-    return class_means_kernels.forward(*args)
-
-
-def _class_means_backward(*args: Any) -> tuple[Tensor, ...]:
-    from kernelmeta.triton import class_means_kernels
-
-    return class_means_kernels.backward(*args)
+_OPS = {
+    "class_means": class_means_op,
+    "synthetic_gradient_mlp": synthetic_gradient_mlp_op,
+    "sib": sib_op,
+    "linear_head": linear_head_op,
+    "program": program_op,
+    "ridge": ridge_op,
+}
 
 
-def _mlp(*args: Any) -> Tensor:
-    from kernelmeta.triton import mlp_kernels
-
-    logits, *mlp, running_stats = args
-    if not mlp_kernels.fits(logits.shape[1], logits.shape[2], mlp[0].shape[0], logits.dtype):
-        return synthetic_gradient_mlp_op.OP.fallback(*args).contiguous()
-    return mlp_kernels.forward(logits, mlp, running_stats)
-
-
-def _mlp_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    from kernelmeta.triton import mlp_kernels
-    from kernelmeta.triton.launch import plain
-
-    logits, *mlp, running_stats = args
-    if not mlp_kernels.fits(logits.shape[1], logits.shape[2], mlp[0].shape[0], logits.dtype):
-        return plain(synthetic_gradient_mlp_op._fallback_backward, grad, *args)
-    return mlp_kernels.backward(grad, logits, mlp, running_stats)
-
-
-def _sib(*args: Any) -> tuple[Tensor, ...]:
-    from kernelmeta.triton import sib
-
-    return sib.forward(*args)
-
-
-def _sib_backward(*args: Any) -> tuple[Tensor, ...]:
-    from kernelmeta.triton import sib
-
-    return sib.backward(*args)
-
-
-def _linear_head(*args: Any) -> tuple[Tensor, ...]:
-    from kernelmeta.triton import linear_head
-
-    return linear_head.forward(*args)
-
-
-def _linear_head_backward(*args: Any) -> tuple[Tensor, ...]:
-    from kernelmeta.triton import linear_head
-
-    return linear_head.backward(*args)
-
-
-def _program(*args: Any) -> tuple[Tensor, ...]:
-    from kernelmeta.triton import program
-
-    return program.forward(*args)
-
-
-def _program_backward(*args: Any) -> tuple[Tensor, ...]:
-    from kernelmeta.triton import program
-
-    return program.backward(*args)
-
-
-def _ridge(*args: Any) -> tuple[Tensor, ...]:
-    from kernelmeta.triton import ridge
-
-    return ridge.forward(*args)
-
-
-def _ridge_backward(*args: Any) -> tuple[Tensor, ...]:
-    from kernelmeta.triton import ridge
-
-    return ridge.backward(*args)
+def _kernel(op: str, direction: str) -> Callable[[Any], Any]:
+    """``forward`` or ``backward`` of kernelmeta.triton.<op>, which is imported by the first call."""
+    return lambda call: getattr(importlib.import_module(f"kernelmeta.triton.{op}"), direction)(call)
 
 
 if backends()["triton"].available:
-    class_means_op.OP.define_on("triton", _class_means, _class_means_backward)
-    synthetic_gradient_mlp_op.OP.define_on("triton", _mlp, _mlp_backward)
-    sib_op.OP.define_on("triton", _sib, _sib_backward)
-    linear_head_op.OP.define_on("triton", _linear_head, _linear_head_backward)
-    program_op.OP.define_on("triton", _program, _program_backward)
-    ridge_op.OP.define_on("triton", _ridge, _ridge_backward)
+    for _name, _op in _OPS.items():
+        _op.OP.define_on("triton", _kernel(_name, "forward"), _kernel(_name, "backward"))

@@ -11,41 +11,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelmeta.ops.linear_head_op import _fallback, _fallback_backward, sizes, trace_size
+from kernelmeta.ops.linear_head_op import OP
 from kernelmeta.triton import phases
 from kernelmeta.triton.launch import plain
 from kernelmeta.triton.phases import Gradients, Learned, Live, Phase
 from kernelmeta.triton.products import combine, dots
 from kernelmeta.triton.tasks import foreign
-from kernelmeta.triton.trace import Trace, padded
+from kernelmeta.triton.trace import Trace, padded, size_of
 
 
-def _trace(data: Tensor, S: int, N: int, K: int) -> Trace:
+def _fields(S: int, N: int, K: int) -> dict[str, tuple[int, ...]]:
     ld = padded(S)
-    return Trace(data, {"gram_support": (S, ld), "u": (K, N, ld), "p": (K + 1, N, ld)})
+    return {"gram_support": (S, ld), "u": (K, N, ld), "p": (K + 1, N, ld)}
 
 
-def _program(args: Any) -> tuple[Live, list[Phase], Learned]:
-    labels, rates, oracle = args[2], args[7], args[8]
-    _, S, _, _, _, K = sizes(args)
+def _sizes(call: Any) -> tuple[int, int, int, int, int, int]:
+    """T, S, Q, N, D, K."""
+    T, S = call.support_labels.shape
+    Q = (call.query if call.query_index is None else call.query_index).shape[1]
+    return T, S, Q, *call.weight.shape, call.rates.shape[0]
+
+
+def _program(call: Any) -> tuple[Live, list[Phase], Learned]:
+    labels, rates = call.support_labels, call.rates
+    S, K = labels.shape[1], rates.shape[0]
     ones = rates.new_ones(1)
     learned = Learned(torch.cat([ones, ones.new_zeros(1), ones]), rates.contiguous(), labels.contiguous(), None, None)
-    return Live(S, 0, padded(S), padded(S), None), [Phase(oracle, False, True, K)] if K else [], learned
+    return Live(S, 0, padded(S), padded(S), None), [Phase(call.oracle, False, True, K)] if K else [], learned
 
 
-def forward(*args: Any) -> tuple[Tensor, ...]:
+def forward(call: Any) -> tuple[Tensor, ...]:
     """The raw op ``linear_head``. What one program cannot hold runs in plain PyTorch, without trace."""
-    support, support_index, labels, query, query_index, weight, bias = args[:7]
-    return_weights, save_trace = args[10:]
-    T, S, Q, N, D, K = sizes(args)
-    data = weight.new_zeros((T, trace_size(N, S, D, K)) if save_trace or T else 0)
+    T, S, Q, N, D, K = _sizes(call)
+    support_index, query_index, weight, bias = call.support_index, call.query_index, call.weight, call.bias
     if T == 0 or not phases.fits(padded(S), N, 0, weight.dtype):
-        logits, heads, _ = _fallback(*args)
-        return logits.contiguous(), heads.contiguous(), data if save_trace else weight.new_empty(0)
-    support, query = support.contiguous(), query.contiguous()
-    trace = _trace(data, S, N, K)
-    shift = bias.masked_fill(foreign(labels, N).unsqueeze(-1), float("nan"))  # [T, N]
-    live, program, learned = _program(args)
+        results: tuple[Tensor, ...] = OP.plain_forward(*call)
+        return results
+    data = weight.new_zeros(T, size_of(_fields(S, N, K)))
+    support, query = call.support.contiguous(), call.query.contiguous()
+    trace = Trace(data, _fields(S, N, K))
+    shift = bias.masked_fill(foreign(call.support_labels, N).unsqueeze(-1), float("nan"))  # [T, N]
+    live, program, learned = _program(call)
     if K:
         gram = trace["gram_support"][..., :S]
         dots(support, support, gram, support_index, support_index)
@@ -60,20 +66,21 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     logits = weight.new_empty(T, Q, N)
     dots(query, theta, logits, query_index)
     logits += shift.unsqueeze(1)
-    heads = torch.cat([theta, shift.unsqueeze(-1)], -1) if return_weights else weight.new_empty(0)
-    return logits, heads, data if save_trace else weight.new_empty(0)
+    heads = torch.cat([theta, shift.unsqueeze(-1)], -1) if call.return_weights else weight.new_empty(0)
+    return logits, heads, data.view(-1) if call.save_trace else weight.new_empty(0)
 
 
-def backward(grad_logits: Tensor, grad_heads: Tensor | None, data: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def backward(call: Any) -> tuple[Tensor, ...]:
     """The raw op ``linear_head_backward``."""
-    support, support_index, _, query, query_index, weight, bias, rates = args[:8]
-    first_order, need_support, need_query = args[9:]
-    T, S, Q, N, D, K = sizes(args)
+    T, S, _, N, D, K = _sizes(call)
+    support_index, query_index, weight, grad_heads = call.support_index, call.query_index, call.weight, call.grad_heads
+    first_order, need_support, need_query = call.first_order, call.need_support, call.need_query
     if T == 0 or not phases.fits(padded(S), N, 0, weight.dtype):
-        return plain(_fallback_backward, grad_logits, grad_heads, data, *args)
-    support, query, grad_logits = support.contiguous(), query.contiguous(), grad_logits.contiguous()
-    trace = _trace(data.contiguous(), S, N, K)
-    live, program, learned = _program(args)
+        results: tuple[Tensor, ...] = plain(OP.plain_backward, *call)
+        return results
+    support, query, grad_logits = call.support.contiguous(), call.query.contiguous(), call.grad_logits.contiguous()
+    trace = Trace(call.trace.contiguous().view(T, -1), _fields(S, N, K))
+    live, program, learned = _program(call)
     new_empty, ld = weight.new_empty, live.ld
     gtheta = combine(grad_logits.transpose(1, 2), query, query_index)
     gshift = grad_logits.sum(1)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelmeta.ops.program_op import _MLP, _RUNNING, _THETA0, _fallback, _fallback_backward, _mlp_shapes
+from kernelmeta.ops._signature import mlp_of
+from kernelmeta.ops.program_op import OP
+from kernelmeta.reference import MLPParameters
 from kernelmeta.triton import class_means_kernels, mlp_kernels, phases
 from kernelmeta.triton.launch import interpreted, plain
 from kernelmeta.triton.phases import Gradients, Learned, Live, Phase
@@ -20,21 +22,21 @@ _CLASS_MEANS, _ZERO = 0, 2  # starts
 
 
 class _Program:
-    """The arguments of one call, put in order; ``args`` are those that the forward and the backward op share."""
+    """What a call, forward or backward, is about."""
 
-    def __init__(self, args: Any) -> None:
-        self.theta0, self.weight, scale, bias, target, rates, *mlp = args[_THETA0:_RUNNING]
-        running_stats, self.N, numbers, self.cosine, self.start, self.first_order, self.coefficients, *most = args[
-            _RUNNING:
-        ]
-        self.tasks = tasks = Tasks(args, self.N, *most)
-        self.bias = bias
-        self.given = args[_THETA0:_MLP]
+    def __init__(self, call: Any) -> None:
+        self.theta0, self.weight, self.bias, rates = call.theta0, call.weight, call.bias, call.rates
+        self.N, self.cosine, self.start = call.n_way, call.cosine, call.start
+        self.first_order, self.coefficients = call.first_order, call.coefficients
+        self.tasks = tasks = Tasks(call)
+        self.given = (call.theta0, call.weight, call.scale, call.bias, call.target_scale, call.rates)
+        scale, bias, target, mlp = call.scale, call.bias, call.target_scale, mlp_of(call)
         self.phases = [
-            Phase(o, bool(query), bool(mean), steps) for o, query, mean, steps in zip(*[iter(numbers)] * 4, strict=True)
+            Phase(o, bool(query), bool(mean), steps)
+            for o, query, mean, steps in zip(*[iter(call.phases)] * 4, strict=True)
         ]
         self.K = sum(phase.steps for phase in self.phases)
-        self.H = 0 if mlp[0] is None else mlp[0].shape[0]
+        self.H = 0 if mlp.weight1 is None else mlp.weight1.shape[0]
         uses_support = any(not phase.query for phase in self.phases)
         S = tasks.S if uses_support else 0
         self.live = Live(S, tasks.Q, padded(S), padded(S) + padded(tasks.Q), tasks.counts)
@@ -47,7 +49,7 @@ class _Program:
         values.append(ones if target is None else target)
         own = torch.cat([v.reshape(1) for v in values])
         self.learned = Learned(
-            own, rates.contiguous(), tasks.labels.contiguous(), None if mlp[0] is None else mlp, running_stats
+            own, rates.contiguous(), tasks.labels.contiguous(), None if mlp.weight1 is None else mlp, call.running_stats
         )
 
     @property
@@ -57,7 +59,7 @@ class _Program:
         return known and self.tasks.T > 0 and phases.fits(self.live.ld, self.N, self.H, dtype)
 
     def fields(self) -> dict[str, tuple[int, ...]]:
-        """``ProgramTrace`` in csrc/engine/program.h; a linear classifier does not need A G."""
+        """What a task's forward pass leaves; a linear classifier does not need A G."""
         N, K, live = self.N, self.K, self.live
         cosine, coefficients = self.cosine, self.coefficients
         uses_query = any(phase.query for phase in self.phases)
@@ -88,18 +90,16 @@ class _Program:
         return self.theta0.expand(self.tasks.T, -1, -1).contiguous()
 
 
-def forward(*args: Any) -> tuple[Tensor, ...]:
+def forward(call: Any) -> tuple[Tensor, ...]:
     """The raw op ``program``. What one program cannot hold runs in plain PyTorch, without trace."""
-    *shared, save_trace = args
-    program = _Program(shared)
+    program = _Program(call)
     tasks, live, N, K = program.tasks, program.live, program.N, program.K
     rates = program.learned.rates
     fields = program.fields()
-    size = _trace_size(program, fields)
     if not program.fits:
-        *results, _ = _fallback(*args)
-        return *(r.contiguous() for r in results), rates.new_zeros(tasks.T * size if save_trace else 0)
-    data = rates.new_zeros(tasks.T, size)
+        results: tuple[Tensor, ...] = OP.plain_forward(*call)
+        return results
+    data = rates.new_zeros(tasks.T, size_of(fields))
     trace = Trace(data, fields)
     _begin(program, trace)
     phases.forward(trace, live, N, program.phases, program.learned)
@@ -118,12 +118,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
         if own is not None:
             a.masked_fill_(~own, 0)
         coefficients = [tasks.flatten(of_support, False), tasks.flatten(p[:, live.query], True), a]
-    return tasks.flatten(logits, True), *coefficients, data.view(-1) if save_trace else rates.new_empty(0)
-
-
-def _trace_size(program: _Program, fields: dict[str, tuple[int, ...]]) -> int:
-    """As `trace_size` in kernelmeta/ops/program_op.py, which counts A G in any case."""
-    return size_of(fields) + (0 if program.cosine else program.K * program.N * program.live.ld)
+    return tasks.flatten(logits, True), *coefficients, data.view(-1) if call.save_trace else rates.new_empty(0)
 
 
 def _begin(program: _Program, trace: Trace) -> None:
@@ -179,18 +174,19 @@ def _form_gram(program: _Program, trace: Trace, of_query: bool, place: slice) ->
                 gram += 1
 
 
-def backward(
-    grad_logits: Tensor, of_support: Tensor | None, of_query: Tensor | None, of_start: Tensor | None, data: Tensor,
-    *args: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def backward(call: Any) -> tuple[Tensor, ...]:
     """The raw op ``program_backward``."""
-    *shared, need_query, need_support = args
-    program = _Program(shared)
+    program = _Program(call)
     if not program.fits:
-        return plain(_fallback_backward, grad_logits, of_support, of_query, of_start, data, *args)
+        results: tuple[Tensor, ...] = plain(OP.plain_backward, *call)
+        return results
+    need_query, need_support = call.need_query, call.need_support
+    of_support, of_query, of_start = (
+        call.grad_support_coefficients, call.grad_query_coefficients, call.grad_start_coefficients
+    )  # fmt: skip
     tasks, live, N, K = program.tasks, program.live, program.N, program.K
     rates, cosine = program.learned.rates, program.cosine
-    trace = Trace(data.contiguous().view(tasks.T, -1), program.fields())
+    trace = Trace(call.trace.contiguous().view(tasks.T, -1), program.fields())
     coefficients = program.coefficients and of_query is not None
     new_zeros = rates.new_zeros
     T, ld = tasks.T, live.ld
@@ -208,7 +204,7 @@ def backward(
             grad.p[..., live.support] = tasks.spread(of_support, False).transpose(1, 2)
         grad.p[..., live.query] = tasks.spread(of_query, True).transpose(1, 2)
         grad.a.copy_(of_start)
-    gz = tasks.spread(grad_logits, True).transpose(1, 2)
+    gz = tasks.spread(call.grad_logits, True).transpose(1, 2)
     if tasks.own_ways is not None:
         gz = gz.masked_fill(~tasks.own_ways.unsqueeze(-1), 0)
     scale, bias = program.learned.numbers[:2] if cosine else (1, 0)
@@ -283,7 +279,7 @@ def _finish(program: _Program, trace: Trace, grad: Gradients, need_query: bool, 
         if found is None and program.start != _CLASS_MEANS:
             total = grad.u.new_zeros(tasks.T, tasks.S, tasks.D)
         gsupport = tasks.flatten(total, False)
-    return gquery, gsupport, *_of_parameters(program, grad, gtheta0, gweight)
+    return gsupport, gquery, *_of_parameters(program, grad, gtheta0, gweight)
 
 
 def _of_parameters(program: _Program, grad: Gradients, gtheta0: Tensor, gweight: Tensor) -> list[Tensor]:
@@ -293,10 +289,6 @@ def _of_parameters(program: _Program, grad: Gradients, gtheta0: Tensor, gweight:
     given = program.given
     gbias = numbers[1:2].clone() if program.cosine else grad.u.sum((0, 2))
     found = [gtheta0.sum(0), gweight, numbers[:1].clone(), gbias, numbers[2:].clone(), grad.rates.sum(0)]
-    if mlp is None:
-        shapes = _mlp_shapes(None)
-        of_mlp = [grad.u.new_empty(shape) for shape in shapes]
-    else:
-        of_mlp = mlp_kernels.unpack(grad.mlp, mlp)
     none = grad.u.new_empty(0)
+    of_mlp = [none.clone() for _ in MLPParameters._fields] if mlp is None else mlp_kernels.unpack(grad.mlp, mlp)
     return [*(none.clone() if p is None else g.view(p.shape) for g, p in zip(found, given, strict=True)), *of_mlp]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelmeta.ops.ridge_op import _fallback, _fallback_backward
+from kernelmeta.ops.ridge_op import OP
 from kernelmeta.triton.launch import cover, interpreted, launch, plain, precision
 from kernelmeta.triton.products import combine, dots
 from kernelmeta.triton.ridge_kernels import factorise_kernel, solve_kernel
@@ -23,7 +23,7 @@ def _fits(tasks: Tasks, dtype: torch.dtype) -> bool:
 
 
 def _fields(tasks: Tasks) -> dict[str, tuple[int, ...]]:
-    """``RidgeTrace`` in csrc/engine/ridge.h; the factor is the transpose of its ``u``."""
+    """What a task's forward pass leaves; the factor is the transpose of ``u`` in csrc/engine/ridge.h."""
     S, Q, N = tasks.S, tasks.Q, tasks.n_way
     return {
         "factor": (S, padded(S)),
@@ -53,14 +53,14 @@ def _solve(tasks: Tasks, trace: Trace, x: Tensor) -> None:
     )  # fmt: skip
 
 
-def forward(*args: Any) -> tuple[Tensor, ...]:
+def forward(call: Any) -> tuple[Tensor, ...]:
     """The raw op ``ridge``. What one program cannot hold runs in plain PyTorch, without trace."""
-    regularization, scale, bias, n_way, *most, save_trace = args[8:]
-    tasks = Tasks(args, n_way, *most)
+    regularization, scale, bias, n_way = call.regularization, call.scale, call.bias, call.n_way
+    tasks = Tasks(call)
     fields, S, Q = _fields(tasks), tasks.S, tasks.Q
     if not _fits(tasks, scale.dtype):
-        logits, alpha, _ = _fallback(*args)
-        return logits, alpha, scale.new_zeros(tasks.T * size_of(fields) if save_trace else 0)
+        results: tuple[Tensor, ...] = OP.plain_forward(*call)
+        return results
     data = scale.new_zeros(tasks.T, size_of(fields))
     trace = Trace(data, fields)
     support, query = tasks.rows(False), tasks.rows(True)
@@ -87,21 +87,23 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     return (
         tasks.flatten(logits, True),
         tasks.flatten(coefficients, False),
-        data.view(-1) if save_trace else scale.new_empty(0),
+        data.view(-1) if call.save_trace else scale.new_empty(0),
     )
 
 
-def backward(grad_logits: Tensor, of_support: Tensor | None, data: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def backward(call: Any) -> tuple[Tensor, ...]:
     """The raw op ``ridge_backward``."""
-    regularization, scale, bias, n_way, *most, need_query, need_support = args[8:]
-    tasks = Tasks(args, n_way, *most)
+    regularization, scale, bias = call.regularization, call.scale, call.bias
+    of_support, need_query, need_support = call.grad_coefficients, call.need_query, call.need_support
+    tasks = Tasks(call)
     if not _fits(tasks, scale.dtype):
-        return plain(_fallback_backward, grad_logits, of_support, data, *args)
-    S, Q, N = tasks.S, tasks.Q, n_way
-    trace = Trace(data.contiguous().view(tasks.T, -1), _fields(tasks))
+        results: tuple[Tensor, ...] = plain(OP.plain_backward, *call)
+        return results
+    S, Q, N = tasks.S, tasks.Q, tasks.n_way
+    trace = Trace(call.trace.contiguous().view(tasks.T, -1), _fields(tasks))
     support, query = tasks.rows(False), tasks.rows(True)
     alpha, cross = trace["alpha"][..., :S], trace["cross"][..., :Q]
-    gz = tasks.spread(grad_logits, True).transpose(1, 2)
+    gz = tasks.spread(call.grad_logits, True).transpose(1, 2)
     if tasks.own_ways is not None:
         gz = gz.masked_fill(~tasks.own_ways.unsqueeze(-1), 0)
     gfit = scale * gz
@@ -126,8 +128,8 @@ def backward(grad_logits: Tensor, of_support: Tensor | None, data: Tensor, *args
             rows = combine(alpha.transpose(1, 2), gweights).sub_(combine(v.transpose(1, 2), weights))
             gsupport = tasks.flatten(rows, False)
     return (
-        gquery,
         gsupport,
+        gquery,
         -(v * alpha).sum().view(regularization.shape),
         (gz * trace["fit"][..., :Q]).sum().view(scale.shape),
         gz.sum().view(bias.shape),

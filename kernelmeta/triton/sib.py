@@ -6,32 +6,35 @@ from typing import Any
 
 from torch import Tensor
 
-from kernelmeta.ops.sib_op import _fallback, _fallback_backward, sizes, trace_size
+from kernelmeta.ops._signature import mlp_of
+from kernelmeta.ops.sib_op import OP
 from kernelmeta.triton import class_means_kernels, mlp_kernels
 from kernelmeta.triton.launch import launch, plain, precision
 from kernelmeta.triton.loop_kernels import loop_backward_kernel, loop_forward_kernel
 from kernelmeta.triton.products import combine, dots, inverse_norms, squared_norms, without_radial_part
-from kernelmeta.triton.trace import Trace, padded
+from kernelmeta.triton.trace import Trace, padded, size_of
 
 
-def _trace(data: Tensor, Q: int, N: int, D: int, K: int, weights: bool) -> Trace:
-    """The layout is ``Trace`` in csrc/engine/inner_loop.h, the Gram matrix that of the raw rows. Where it has no room
-    there, it lives beside.
-    """
+def _fields(Q: int, N: int, D: int, K: int, weights: bool) -> dict[str, tuple[int, ...]]:
+    """What a task's forward pass leaves. Where the Gram matrix, that of the raw rows, has no room, it lives beside."""
     ld = padded(Q)
-    return Trace(
-        data,
-        {
-            "theta0": (N, D),
-            "inverse": (Q,),
-            "r2": (K + 1, N),
-            "u": (K + 1, N, ld),
-            "gram": (Q, ld) if K > 0 and 8 * K * N >= Q else (),
-            "ag": (K, N, ld),
-            "a": (K + 1, N) if weights else (),
-            "p": (K + 1, N, ld) if weights else (),
-        },
-    )
+    return {
+        "theta0": (N, D),
+        "inverse": (Q,),
+        "r2": (K + 1, N),
+        "u": (K + 1, N, ld),
+        "gram": (Q, ld) if K > 0 and 8 * K * N >= Q else (),
+        "ag": (K, N, ld),
+        "a": (K + 1, N) if weights else (),
+        "p": (K + 1, N, ld) if weights else (),
+    }
+
+
+def _sizes(call: Any) -> tuple[int, int, int, int, int, int]:
+    """T, Q, N, D, H, K."""
+    T, Q = call.query.shape[:2] if call.query_index is None else call.query_index.shape
+    H, N = call.weight1.shape
+    return T, Q, N, call.query.shape[-1], H, call.steps
 
 
 def _form_gram(trace: Trace, query: Tensor, index: Tensor | None, T: int, Q: int) -> Tensor:
@@ -46,19 +49,19 @@ def _layout(trace: Trace, gram: Tensor | None, Q: int) -> tuple[Any, ...]:
     return (trace.size, padded(Q), 0 if gram is None else gram.stride(0), *(trace.at[name] for name in names))
 
 
-def forward(*args: Any) -> tuple[Tensor, ...]:
+def forward(call: Any) -> tuple[Tensor, ...]:
     """The raw op ``sib``. What one program cannot hold (`mlp_kernels.fits`) runs in plain PyTorch, without trace."""
-    query, query_index, start, start_index, labels, weight, scale, bias, *mlp = args[:18]
-    running_stats, K, lr, return_weights, return_stats, save_trace = args[18:]
-    T, _, Q, N, D, H, _ = sizes(args)
+    T, Q, N, D, H, K = _sizes(call)
+    scale, bias, weight, labels = call.scale, call.bias, call.weight, call.support_labels
+    query_index, start_index, running_stats = call.query_index, call.start_index, call.running_stats
+    return_weights, return_stats, lr, mlp = call.return_weights, call.return_stats, call.inner_lr, mlp_of(call)
     if T == 0 or not mlp_kernels.fits(Q, N, H, scale.dtype):
-        logits, weights, stats, no_trace = _fallback(*args)
-        if save_trace:
-            no_trace = scale.new_zeros(T, trace_size(N, Q, D, K, return_weights))
-        return logits.contiguous(), weights.contiguous(), stats, no_trace
-    query, start = query.contiguous(), start.contiguous()
-    trace_data = scale.new_zeros(T, trace_size(N, Q, D, K, return_weights))
-    trace = _trace(trace_data, Q, N, D, K, return_weights)
+        results: tuple[Tensor, ...] = OP.plain_forward(*call)
+        return results
+    query, start = call.query.contiguous(), call.start.contiguous()
+    fields = _fields(Q, N, D, K, return_weights)
+    trace_data = scale.new_zeros(T, size_of(fields))
+    trace = Trace(trace_data, fields)
     if labels is None:
         trace["theta0"].copy_(start if start_index is None else start[start_index])
     else:
@@ -92,20 +95,23 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
         logits,
         weights,
         stats.mean(0) if return_stats else stats,
-        trace_data if save_trace else scale.new_empty(0),
+        trace_data.view(-1) if call.save_trace else scale.new_empty(0),
     )
 
 
-def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def backward(call: Any) -> tuple[Tensor, ...]:
     """The raw op ``sib_backward``."""
-    query, query_index, start, start_index, labels, weight, scale, bias, *mlp = args[:18]
-    running_stats, K, lr, return_weights, need_query, need_start = args[18:]
-    T, _, Q, N, D, H, _ = sizes(args)
+    T, Q, N, D, H, K = _sizes(call)
+    scale, bias, weight, labels = call.scale, call.bias, call.weight, call.support_labels
+    query_index, start_index, running_stats = call.query_index, call.start_index, call.running_stats
+    grad_logits, grad_weights, lr, mlp = call.grad_logits, call.grad_weights, call.inner_lr, mlp_of(call)
+    need_query, need_start = call.need_query, call.need_start
     if T == 0 or not mlp_kernels.fits(Q, N, H, scale.dtype):
-        return plain(_fallback_backward, grad_logits, grad_weights, trace_data, *args)
-    query, start = query.contiguous(), start.contiguous()
-    trace_data = trace_data.contiguous()
-    trace = _trace(trace_data, Q, N, D, K, return_weights)
+        results: tuple[Tensor, ...] = plain(OP.plain_backward, *call)
+        return results
+    query, start = call.query.contiguous(), call.start.contiguous()
+    trace_data = call.trace.contiguous().view(T, -1)
+    trace = Trace(trace_data, _fields(Q, N, D, K, call.return_weights))
     gram = None
     if K:
         gram = trace["gram"] if "gram" in trace else _form_gram(trace, query, query_index, T, Q)
@@ -160,4 +166,4 @@ def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tenso
             coefficients = trace["p"][:, K, :, :Q] * trace["inverse"].unsqueeze(1)
             gquery += combine(coefficients.transpose(1, 2), grad_weights)
         gquery = without_radial_part(gquery, rows, trace["inverse"])
-    return gquery, gstart, gweight, *mlp_kernels.unpack(partial, parameters)
+    return gstart, gquery, gweight, *mlp_kernels.unpack(partial, parameters)

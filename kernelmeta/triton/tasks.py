@@ -56,14 +56,16 @@ class _Ragged:
 
 
 class Tasks:
-    """The first eight arguments of the raw ops ``program`` and ``ridge``, and the most rows of a task (-1: unknown).
+    """The tasks that a call of the raw ops ``program`` and ``ridge`` is about.
 
     ``counts`` [T, 3] holds each task's support rows, query rows and ways, ``ways`` the last of them, [T, 1]; None and
     ``n_way`` where all tasks are alike.
     """
 
-    def __init__(self, args: Any, n_way: int, max_support: int, max_query: int) -> None:
-        query, query_index, support, support_index, labels, support_offsets, query_offsets, n_ways = args[:8]
+    def __init__(self, call: Any) -> None:
+        query, query_index, support, support_index = call.query, call.query_index, call.support, call.support_index
+        labels, support_offsets, query_offsets = call.support_labels, call.support_offsets, call.query_offsets
+        n_way, n_ways, max_support, max_query = call.n_way, call.n_ways, call.max_support, call.max_query
         self.query, self.support = query.contiguous(), support.contiguous()
         self.query_index, self.support_index, self.labels = query_index, support_index, labels
         self.D, self.n_way = query.shape[-1], n_way

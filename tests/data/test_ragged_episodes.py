@@ -26,18 +26,22 @@ def make_bank(counts: list[int], split: list[int] | None = None) -> FeatureBank:
 SMALL = {"ways": (2, 6), "shots": (1, 4), "queries": (1, 5)}
 
 
+def tensors(episodes):
+    return [*episodes[:4], *episodes.ragged[:3]]
+
+
 @pytest.mark.parametrize("balance", ["even", "dirichlet:2", "dirichlet:0.1"])
 def test_rows_belong_to_their_classes_and_never_repeat(balance):
     bank = make_bank([12, 16, 41, 25, 90, 13, 17, 33], split=[0, 0, 0, 1, 0, 0, 2, 0])
     episodes = RaggedEpisodeSampler(bank, "train", **SMALL, balance=balance, seed=3).draw(0, 300)
-    assert all(t.dtype == torch.int64 for t in episodes)
-    assert episodes.support_offsets.shape == episodes.query_offsets.shape == (301,)
-    assert episodes.support_offsets[-1] == len(episodes.support_index) == len(episodes.support_labels)
-    assert episodes.query_offsets[-1] == len(episodes.query_index) == len(episodes.query_labels)
-    assert set(episodes.n_ways.tolist()) == {2, 3, 4, 5, 6}
+    assert all(t.dtype == torch.int64 for t in tensors(episodes))
+    assert episodes.ragged.support_offsets.shape == episodes.ragged.query_offsets.shape == (301,)
+    assert episodes.ragged.support_offsets[-1] == len(episodes.support_index) == len(episodes.support_labels)
+    assert episodes.ragged.query_offsets[-1] == len(episodes.query_index) == len(episodes.query_labels)
+    assert set(episodes.ragged.n_ways.tolist()) == {2, 3, 4, 5, 6}
     for t in range(300):
         support_index, support_labels, query_index, query_labels = (x[0] for x in episodes.task(t))
-        N = int(episodes.n_ways[t])
+        N = int(episodes.ragged.n_ways[t])
         shots = torch.bincount(support_labels, minlength=N)
         queries = torch.bincount(query_labels, minlength=N)
         assert len(shots) == len(queries) == N
@@ -66,7 +70,7 @@ def test_any_range_can_be_drawn_alone(first, skip, n, balance):
     for t in range(n):
         for a, b in zip(whole.task(skip + t), alone.task(t), strict=True):
             assert torch.equal(a, b)
-    assert torch.equal(whole.n_ways[skip:], alone.n_ways)
+    assert torch.equal(whole.ragged.n_ways[skip:], alone.ragged.n_ways)
 
 
 def test_cutting_a_draw_by_memory_changes_nothing(monkeypatch):
@@ -74,29 +78,29 @@ def test_cutting_a_draw_by_memory_changes_nothing(monkeypatch):
     whole = RaggedEpisodeSampler(bank, "train", **SMALL).draw(5, 50)
     monkeypatch.setattr("kernelmeta.data.class_draws._SCRATCH", 20 * 6 * 7)
     cut = RaggedEpisodeSampler(bank, "train", **SMALL).draw(5, 50)
-    assert all(torch.equal(a, b) for a, b in zip(whole, cut, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(whole), tensors(cut), strict=True))
 
 
 def test_the_episodes_do_not_change():
     # Runs that are resumed with a later version must see the same episodes.
     bank = make_bank([20] * 9)
     episodes = RaggedEpisodeSampler(bank, "train", **SMALL, seed=5).draw(1000, 2)
-    assert episodes.n_ways.tolist() == [3, 3]
+    assert episodes.ragged.n_ways.tolist() == [3, 3]
     assert bank.labels[episodes.support_index].tolist() == [7, 7, 7, 4, 4, 4, 3, 8, 8, 2, 5, 5, 5]
 
 
 def test_sizes_are_drawn_evenly():
     bank = make_bank([30] * 60)
     episodes = RaggedEpisodeSampler(bank, "train", ways=(5, 50), shots=(1, 5), queries=(1, 3)).draw(0, 4600)
-    ways = torch.bincount(episodes.n_ways, minlength=51)
+    ways = torch.bincount(episodes.ragged.n_ways, minlength=51)
     assert ways[:5].sum() == 0
     assert abs(ways[5:] - 100).max() < 5 * np.sqrt(100)
     one = episodes.task(0)
     assert one.support_index.shape[0] == 1
-    task = torch.repeat_interleave(torch.arange(4600), episodes.support_offsets.diff())
+    task = torch.repeat_interleave(torch.arange(4600), episodes.ragged.support_offsets.diff())
     shots = torch.bincount(task * 50 + episodes.support_labels)
     shots = torch.bincount(shots[shots > 0], minlength=6)
-    total = int(episodes.n_ways.sum())
+    total = int(episodes.ragged.n_ways.sum())
     assert abs(shots[1:] - total / 5).max() < 5 * np.sqrt(total / 5)
     classes = torch.bincount(bank.labels[episodes.query_index], minlength=60).double()
     assert abs(classes / classes.mean() - 1).max() < 0.05
@@ -106,7 +110,7 @@ def test_dirichlet_shares_have_their_variance_and_keep_the_total():
     bank = make_bank([300] * 8)
     options = {"ways": (5, 5), "shots": (1, 3), "queries": (40, 40)}
     episodes = RaggedEpisodeSampler(bank, "train", **options, balance="dirichlet:2").draw(0, 3000)
-    assert (episodes.query_offsets.diff() == 200).all()
+    assert (episodes.ragged.query_offsets.diff() == 200).all()
     labels = episodes.query_labels.view(3000, 200)
     shares = torch.stack([(labels == c).double().mean(1) for c in range(5)], 1)
     assert shares.var(0).numpy() == pytest.approx(0.2 * 0.8 / 11, rel=0.12)
@@ -114,7 +118,7 @@ def test_dirichlet_shares_have_their_variance_and_keep_the_total():
 
 def test_no_episodes_is_no_error():
     episodes = RaggedEpisodeSampler(make_bank([20] * 6), "train", **SMALL).draw(9, 0)
-    assert [len(t) for t in episodes] == [0, 0, 1, 0, 0, 1, 0]
+    assert [len(t) for t in tensors(episodes)] == [0, 0, 0, 0, 1, 1, 0]
 
 
 @pytest.mark.parametrize(

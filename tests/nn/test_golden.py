@@ -35,7 +35,7 @@ def test_published_numbers(name: str, norm_stats: str, backend: str) -> None:
 
     errors = {
         "logits": relative_error(logits, golden["logits"]),
-        "weights": relative_error(weights, golden["weights"]),
+        "weights": relative_error(weights.weight, golden["weights"]),
         "loss": relative_error(loss, golden["loss"]),
         "support": relative_error(support.grad, golden["grad_support"]),
         "query": relative_error(query.grad, golden["grad_query"]),

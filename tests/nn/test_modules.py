@@ -32,12 +32,10 @@ def test_learners_are_called_alike(learner: Any, dtype: torch.dtype) -> None:
     # SoftKMeans has no parameters to say how precise it shall be.
     assert logits.dtype == (torch.promote_types(dtype, torch.float32) if learner is km.nn.SoftKMeans else dtype)
     logits, weights = head(episode.support, episode.labels, episode.query, return_weights=True)
-    if learner in (km.nn.ANIL, km.nn.RidgeHead):  # linear classifiers have a bias of their own
-        weights, bias = weights
-        assert bias.shape == (2, 3)
-        if dtype is torch.float64:
-            assert_close([logits], [episode.query @ weights.mT + bias[:, None]], 1e-12)
-    assert weights.shape == (2, 3, 13)
+    assert isinstance(weights, km.Classifier)
+    assert weights.weight.shape == (2, 3, 13) and weights.bias.shape == (2, 3)
+    if learner in (km.nn.ANIL, km.nn.RidgeHead) and dtype is torch.float64:  # linear classifiers
+        assert_close([logits], [episode.query @ weights.weight.mT + weights.bias[:, None]], 1e-12)
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -76,7 +74,7 @@ def test_sib_without_steps_is_prototypes() -> None:
 
 def test_soft_kmeans_step_by_step() -> None:
     episode = draw()
-    logits, theta = km.nn.SoftKMeans(3, 13, steps=1, scale=4.0)(
+    logits, (theta, _) = km.nn.SoftKMeans(3, 13, steps=1, scale=4.0)(
         episode.support, episode.labels, episode.query, return_weights=True
     )
     support, query = normalize(episode.support, dim=-1), normalize(episode.query, dim=-1)

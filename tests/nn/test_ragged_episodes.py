@@ -21,17 +21,15 @@ def test_a_ragged_batch_is_its_tasks_one_by_one():
         episodes.support_index,
         episodes.support_labels,
         episodes.query_index,
-        support_offsets=episodes.support_offsets,
-        query_offsets=episodes.query_offsets,
-        n_ways=episodes.n_ways,
+        ragged=episodes.ragged,
     )
-    assert len(set(episodes.n_ways.tolist())) > 2
+    assert len(set(episodes.ragged.n_ways.tolist())) > 2
     for t in range(9):
-        N = int(episodes.n_ways[t])
+        N = int(episodes.ragged.n_ways[t])
         alone = km.nn.Program(N, bank.n_features, [km.nn.Phase("cross_entropy", 2, 0.5)]).double()
         support_index, support_labels, query_index, query_labels = episodes.task(t)
         expected = alone.from_bank(features, support_index, support_labels, query_index)[0]
-        own = logits[int(episodes.query_offsets[t]) : int(episodes.query_offsets[t + 1])]
+        own = logits[int(episodes.ragged.query_offsets[t]) : int(episodes.ragged.query_offsets[t + 1])]
         torch.testing.assert_close(own[:, :N], expected, rtol=1e-12, atol=1e-12)
         # What lies beyond a task's ways is never the answer.
         assert (own.argmax(1) < N).all()

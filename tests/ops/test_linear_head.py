@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 import kernelmeta as km
+from kernelmeta.ops.linear_head_op import OP
 
 ORACLES = ("cross_entropy", "squared_error", "hinge")
 
@@ -38,7 +39,8 @@ def sizes(draw: Any) -> tuple[int, ...]:
 def with_gradients(f: Any, arguments: list[Tensor], **options: Any) -> list[Tensor]:
     """Logits and heads, and the gradients of a random linear function of them."""
     arguments = [a.detach().clone().requires_grad_(a.is_floating_point()) for a in arguments]
-    results = f(*arguments, return_weights=True, **options)
+    logits, head = f(*arguments, return_weights=True, **options)
+    results = [logits, *head]
     g = torch.Generator().manual_seed(1)
     loss = sum((r * torch.randn(r.shape, dtype=r.dtype, generator=g)).sum() for r in results)
     leaves = [a for a in arguments if a.is_floating_point()]
@@ -130,9 +132,12 @@ def test_other_precisions(dtype: torch.dtype) -> None:
 def test_transforms() -> None:
     support, labels, query, weight, bias, rates = draw(2, 5, 6, 3, 7, 2)
     learned = [t.clone().requires_grad_() for t in (support, query, weight, bias, rates)]
-    raw = torch.ops.kernelmeta.linear_head.default
-    arguments = (learned[0], None, labels, learned[1], None, *learned[2:], 0, False, True, True)
-    torch.library.opcheck(raw, arguments)
+    arguments = OP.forward_signature.pack(
+        support=learned[0], support_index=None, query=learned[1], query_index=None, support_labels=labels,
+        weight=learned[2], bias=learned[3], rates=learned[4], oracle=0, first_order=False, return_weights=True,
+        save_trace=True,
+    )  # fmt: skip
+    torch.library.opcheck(OP.raw, arguments)
 
     def call(s: Tensor, q: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
         return km.ops.linear_head(s, labels, q, w, b, r)

@@ -138,7 +138,7 @@ class Problem:
         z, weights = program(
             self.support, self.labels, self.query, self.phases, return_weights=True, **self.options(), **options
         )
-        return [z, weights] if self.cosine else [z, *weights]
+        return [z, weights.weight] if self.cosine else [z, *weights]
 
     def unrolled(self, stats: Tensor | None = None, **options: Any) -> list[Tensor]:
         tasks = []
@@ -282,31 +282,27 @@ def test_first_order_differs_by_the_loss_s_curvature() -> None:
 # ---- ragged tasks
 
 
-class Ragged(NamedTuple):
+class Batch(NamedTuple):
     """Tasks of unequal size as one call takes them, and one by one."""
 
     support: Tensor
     labels: Tensor
     query: Tensor
-    options: dict[str, Any]
+    ragged: km.Ragged
     tasks: list[tuple[slice, slice, int]]
 
 
-def draw_ragged(sizes: list[tuple[int, int, int]], D: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ragged:
+def draw_ragged(sizes: list[tuple[int, int, int]], D: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Batch:
     """Tasks of (ways, support rows, query rows)."""
     g = torch.Generator().manual_seed(seed)
     S, Q = [s for _, s, _ in sizes], [q for _, _, q in sizes]
     offsets = [torch.tensor([0, *torch.tensor(rows, dtype=torch.int64).cumsum(0).tolist()]) for rows in (S, Q)]
     labels = [draw_labels(1, s, n, g)[0] for n, s, _ in sizes]
-    return Ragged(
+    return Batch(
         torch.randn(sum(S), D, generator=g, dtype=dtype) * 0.5,
         torch.cat(labels) if labels else torch.zeros(0, dtype=torch.int64),
         torch.randn(sum(Q), D, generator=g, dtype=dtype) * 0.5,
-        {
-            "support_offsets": offsets[0],
-            "query_offsets": offsets[1],
-            "n_ways": torch.tensor([n for n, _, _ in sizes], dtype=torch.int64),
-        },
+        km.Ragged(*offsets, torch.tensor([n for n, _, _ in sizes], dtype=torch.int64)),
         [
             (slice(*offsets[0][t : t + 2].tolist()), slice(*offsets[1][t : t + 2].tolist()), n)
             for t, (n, _, _) in enumerate(sizes)
@@ -338,14 +334,15 @@ def test_a_ragged_batch_equals_its_tasks_one_by_one(
     problem = Problem((COSINE if cosine else LINEAR)[name], cosine, start, N=5, D=14).fresh()
     batch = draw_ragged(SIZES, 14)
     if bounded:
-        batch.options.update(max_support=31, max_query=20)
+        batch = batch._replace(ragged=batch.ragged._replace(max_support=31, max_query=20))
     problem.support, problem.query = batch.support.requires_grad_(), batch.query.requires_grad_()
     options = problem.options()
     with km.use_backend(backend if CPU.available else "reference"):
         z, weights = km.ops.program(
-            batch.support, batch.labels, batch.query, problem.phases, return_weights=True, **options, **batch.options
-        )
-        theta = weights if cosine else weights[0]
+            batch.support, batch.labels, batch.query, problem.phases, return_weights=True, **options,
+            ragged=batch.ragged,
+        )  # fmt: skip
+        theta = weights.weight
         loss = z.where(z.isfinite(), 0).square().sum() + theta.square().sum()
         got = torch.autograd.grad(loss, problem.leaves(), allow_unused=True)
         total: Any = 0
@@ -354,11 +351,11 @@ def test_a_ragged_batch_equals_its_tasks_one_by_one(
                 batch.support[None, s], batch.labels[None, s], batch.query[None, q], problem.phases,
                 return_weights=True, **narrowed(options, ways),
             )  # fmt: skip
-            one_theta = one_weights if cosine else one_weights[0]
+            one_theta = one_weights.weight
             assert_close([z[q, :ways], theta[t, :ways]], [one[0], one_theta[0]], 1e-12)
             assert (z[q, ways:] == -torch.inf).all() and (theta[t, ways:] == 0).all()
             if not cosine:
-                assert_close([weights[1][t, :ways]], [one_weights[1][0]], 1e-12)
+                assert_close([weights.bias[t, :ways]], [one_weights.bias[0]], 1e-12)
             total = total + one.square().sum() + one_theta.square().sum()
         want = torch.autograd.grad(total, problem.leaves(), allow_unused=True)
     for a, b in zip(got, want, strict=True):
@@ -372,9 +369,11 @@ def test_ragged_shapes(sizes: list[tuple[int, int, int]]) -> None:
     sizes = [(n, n + more, q) for n, more, q in sizes]
     problem = Problem(COSINE["both"], True, "class_means", N=6, D=9)
     batch = draw_ragged(sizes, 9)
-    z = km.ops.program(batch.support, batch.labels, batch.query, problem.phases, **problem.options(), **batch.options)
+    z = km.ops.program(
+        batch.support, batch.labels, batch.query, problem.phases, **problem.options(), ragged=batch.ragged
+    )
     want = km.reference.program(
-        batch.support, batch.labels, batch.query, problem.phases, **problem.options(), **batch.options
+        batch.support, batch.labels, batch.query, problem.phases, **problem.options(), ragged=batch.ragged
     )
     assert z.shape == want.shape == (sum(q for _, _, q in sizes), 6)
     assert torch.equal(z == -torch.inf, want == -torch.inf)
@@ -387,7 +386,7 @@ def test_a_ragged_batch_of_equal_tasks_is_an_even_one() -> None:
     even = km.ops.program(problem.support, problem.labels, problem.query, problem.phases, **options)
     ragged = km.ops.program(
         problem.support.flatten(0, 1), problem.labels.flatten(), problem.query.flatten(0, 1), problem.phases,
-        support_offsets=torch.arange(4) * 7, query_offsets=torch.arange(4) * 9, **options,
+        ragged=km.Ragged(torch.arange(4) * 7, torch.arange(4) * 9), **options,
     )  # fmt: skip
     assert torch.equal(even.flatten(0, 1), ragged)
 
@@ -397,7 +396,7 @@ def test_ragged_rows_of_a_bank() -> None:
     batch = draw_ragged(SIZES, 14)
     bank = torch.randn(40, 14).double()
     index = [torch.randint(40, (rows.shape[0],)) for rows in (batch.support, batch.query)]
-    options = problem.options() | batch.options
+    options = problem.options() | {"ragged": batch.ragged}
     want = km.ops.program(bank[index[0]], batch.labels, bank[index[1]], problem.phases, **options)
     got = km.ops.program(
         bank, batch.labels, bank, problem.phases, support_index=index[0], query_index=index[1], **options
@@ -414,8 +413,7 @@ BAD_RAGGED: list[tuple[dict[str, Any], str]] = [
     ({"query_offsets": torch.tensor([0, 10, 9, 30, 33, 50])}, "query_offsets: expected numbers that rise"),
     ({"query_offsets": torch.tensor([0, 10, 10, 30, 33, 50])}, "query: task 1 has no row; every task needs one"),
     ({"query_offsets": torch.tensor([0, 9, 10, 30, 33])}, r"expected T \+ 1 numbers in both"),
-    ({"query_offsets": None}, "given together"),
-    ({"support_offsets": None, "query_offsets": None}, "n_ways needs"),
+    ({"query_offsets": None}, "query_offsets: expected a tensor, got NoneType"),
     ({"query_offsets": torch.tensor([0.0, 9, 10, 30, 33, 50])}, "query_offsets: expected int64"),
     ({"max_support": 30, "max_query": 19}, "max_query: task 2 has 20 rows, more than 19"),
     ({"max_support": 7, "max_query": 20}, "max_support: task 2 has 11 rows, more than 7"),
@@ -432,5 +430,10 @@ def test_bad_ragged_arguments(change: dict[str, Any], message: str) -> None:
     batch = draw_ragged(SIZES, 14)
     with pytest.raises((ValueError, TypeError), match=message):
         km.ops.program(
-            batch.support, batch.labels, batch.query, problem.phases, **(problem.options() | batch.options | change)
+            batch.support,
+            batch.labels,
+            batch.query,
+            problem.phases,
+            **problem.options(),
+            ragged=batch.ragged._replace(**change),
         )

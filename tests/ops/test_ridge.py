@@ -85,14 +85,13 @@ def test_a_singular_system_of_a_ragged_batch_is_named(backend: str) -> None:
     support[2, 4] = support[2, 2]
     rows = (support.flatten(0, 1), labels.flatten(), leaves[1].detach().flatten(0, 1))
     offsets = [torch.arange(4) * count for count in (7, leaves[1].shape[1])]
-    options: dict[str, Any] = {"n_way": 3, "support_offsets": offsets[0]}
     zero, one = torch.zeros(1).double(), torch.ones(1).double()
     with km.use_backend(backend), pytest.raises(ValueError, match="the system of task 2 is singular"):
-        km.ops.ridge(*rows, zero, one, zero, query_offsets=offsets[1], **options)
+        km.ops.ridge(*rows, zero, one, zero, n_way=3, ragged=km.Ragged(*offsets))
     empty = offsets[1].clone()
     empty[1] = 0
     with km.use_backend(backend), pytest.raises(ValueError, match="query: task 0 has no row; every task needs one"):
-        km.ops.ridge(*rows, one, one, zero, query_offsets=empty, **options)
+        km.ops.ridge(*rows, one, one, zero, n_way=3, ragged=km.Ragged(offsets[0], empty))
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -117,8 +116,8 @@ def test_a_ragged_batch_equals_its_tasks_one_by_one(backend: str) -> None:
     leaves = [support, query, *leaves[2:]]
     with km.use_backend(backend):
         z, alpha = km.ops.ridge(
-            support, labels, query, *leaves[2:], n_way=5, return_coefficients=True, support_offsets=offsets[0],
-            query_offsets=offsets[1], n_ways=torch.tensor([n for n, _, _ in sizes]),
+            support, labels, query, *leaves[2:], n_way=5, return_coefficients=True,
+            ragged=km.Ragged(*offsets, torch.tensor([n for n, _, _ in sizes])),
         )  # fmt: skip
         got = torch.autograd.grad(z.where(z.isfinite(), 0).square().sum() + alpha.square().sum(), leaves)
         total: Any = 0

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import kernelmeta as km
-from kernelmeta.ops.sib_op import trace_size
+from kernelmeta.ops.sib_op import OP
 
 CPU = km.backends()["cpu"]
 needs_kernel = pytest.mark.skipif(not CPU.available, reason=f"no CPU kernels: {CPU.reason}")
@@ -21,7 +21,7 @@ def run(sib: Any, episode: Episode, theta: bool = True, **options: Any) -> list[
     """Results and all gradients of a random linear function of them."""
     options = {"steps": 2, "inner_lr": 0.05, **options}
     results = sib(*episode.arguments(), return_weights=theta, **options)
-    results = list(results) if theta else [results]
+    results = [results[0], results[1].weight] if theta else [results]
     g = torch.Generator().manual_seed(3)
     loss = sum((r * torch.randn(r.shape, dtype=torch.float64, generator=g).to(r.dtype)).sum() for r in results)
     grads = torch.autograd.grad(loss, episode.leaves(), allow_unused=True)
@@ -80,7 +80,7 @@ def test_given_theta0() -> None:
     leaves = [theta0, *episode.leaves()[1:2], *episode.leaves()[3:]]
     outs = []
     for loop in (km.ops.sib_inner_loop, km.reference.sib_inner_loop, km.reference.dual.sib_inner_loop):
-        z, theta = loop(theta0, episode.query, *episode[4:], steps=3, inner_lr=0.3, return_weights=True)
+        z, (theta, _) = loop(theta0, episode.query, *episode[4:], steps=3, inner_lr=0.3, return_weights=True)
         outs.append([z, theta, *torch.autograd.grad(z.square().sum() + theta.pow(3).sum(), leaves)])
     assert_close(outs[0], outs[1], 1e-10)
     assert_close(outs[2], outs[1], 1e-10)
@@ -135,14 +135,14 @@ def test_float64_parameters_with_float32_features() -> None:
 
 def test_a_batch_equals_its_tasks_one_by_one() -> None:
     episode = draw(T=5).fresh()
-    z, theta = km.ops.sib(*episode.arguments(), steps=3, inner_lr=0.5, return_weights=True)
+    z, (theta, _) = km.ops.sib(*episode.arguments(), steps=3, inner_lr=0.5, return_weights=True)
     grads = torch.autograd.grad(z.square().sum() + theta.sum(), episode.leaves())
     total = [torch.zeros_like(p) for p in episode.leaves()[2:]]
     for t in range(5):
         one = episode._replace(
             support=episode.support[t : t + 1], labels=episode.labels[t : t + 1], query=episode.query[t : t + 1]
         )
-        z1, theta1 = km.ops.sib(*one.arguments(), steps=3, inner_lr=0.5, return_weights=True)
+        z1, (theta1, _) = km.ops.sib(*one.arguments(), steps=3, inner_lr=0.5, return_weights=True)
         g = torch.autograd.grad(z1.square().sum() + theta1.sum(), one.leaves())
         assert_close([z1, theta1, *g[:2]], [z[t : t + 1], theta[t : t + 1], *(x[t : t + 1] for x in grads[:2])], 1e-12)
         total = [a + b for a, b in zip(total, g[2:], strict=True)]
@@ -157,7 +157,7 @@ def test_one_task_does_not_touch_the_others(poison: float) -> None:
     spoilt = episode._replace(support=support.requires_grad_(), query=query.requires_grad_())
     outs = []
     for e in (episode, spoilt):
-        z, theta = km.ops.sib(*e.arguments(), steps=2, inner_lr=0.1, return_weights=True)
+        z, (theta, _) = km.ops.sib(*e.arguments(), steps=2, inner_lr=0.1, return_weights=True)
         outs.append([z, theta, *torch.autograd.grad((z * z).sum() + theta.sum(), [e.support, e.query])])
     others = [0, 1, 3]
     for a, b in zip(*outs, strict=True):
@@ -263,7 +263,8 @@ def test_without_gradients_the_results_are_the_same(Q: int) -> None:
     episode = draw(Q=Q).fresh()
     want = km.ops.sib(*episode.arguments(), steps=3, inner_lr=0.1, return_weights=True)
     with torch.no_grad():
-        assert_close(km.ops.sib(*episode.arguments(), steps=3, inner_lr=0.1, return_weights=True), want, 1e-11)
+        got = km.ops.sib(*episode.arguments(), steps=3, inner_lr=0.1, return_weights=True)
+    assert_close([got[0], got[1].weight], [want[0], want[1].weight], 1e-11)
 
 
 @needs_kernel
@@ -281,7 +282,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
 def test_no_tasks() -> None:
     episode = draw(T=1).fresh()
     none = episode._replace(support=episode.support[:0], labels=episode.labels[:0], query=episode.query[:0])
-    z, theta = km.ops.sib(*none.arguments(), steps=2, inner_lr=0.1, return_weights=True)
+    z, (theta, _) = km.ops.sib(*none.arguments(), steps=2, inner_lr=0.1, return_weights=True)
     assert z.shape == (0, 11, 3) and theta.shape == (0, 3, 13)
     grads = torch.autograd.grad(z.sum() + theta.sum(), episode.leaves())
     assert all(g.abs().max() == 0 for g in grads)
@@ -299,17 +300,6 @@ def test_uninitialised_memory_is_never_read() -> None:
     finally:
         torch.use_deterministic_algorithms(before)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-@needs_kernel
-@pytest.mark.parametrize("theta", [False, True])
-@pytest.mark.parametrize("steps", [0, 1, 3])
-def test_trace_size_is_what_the_kernel_says(theta: bool, steps: int) -> None:
-    e = draw(T=2, S=4, Q=19, N=3, D=21)
-    args = (e.query, None, e.support[:, :4], None, torch.tensor([[0, 1, 2, 0]] * 2), e.weight, e.scale, e.bias, *e.mlp)
-    trace = torch.ops.kernelmeta.sib(*args, None, steps, 0.1, theta, False, True)[3]
-    assert trace.shape == (2, trace_size(3, 19, 21, steps, theta))
-    assert trace_size(3, 100, 21, 3, theta) < trace_size(3, 100, 21, 5, theta) - 100 * 112  # with the Gram matrix
 
 
 # ---- arguments
@@ -369,12 +359,25 @@ def test_mlp_that_does_not_fit() -> None:
 
 
 @needs_kernel
-def test_the_raw_op_refuses_what_it_would_read_out_of_bounds() -> None:
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("support_labels", lambda t: t[:1]),
+        ("weight", lambda t: t[:3]),
+        ("scale", lambda t: t[:0]),
+        ("weight1", lambda t: t[:2]),
+        ("weight2", lambda t: t.float()),
+        ("query", lambda t: t[:, :, :3]),
+    ],
+)
+def test_the_raw_op_refuses_what_it_would_read_out_of_bounds(name: str, change: Any) -> None:
     e = draw()
-    tensors = [e.query, None, e.support, None, e.labels, e.weight, e.scale, e.bias, *e.mlp, None]
-    options = [1, 0.1, False, False, True]
-    torch.ops.kernelmeta.sib(*tensors, *options)
-    bad = {4: e.labels[:1], 5: e.weight[:3], 6: e.scale[:0], 8: e.mlp[0][:2], 12: e.mlp[4].float()}
-    for position, value in bad.items():
-        with pytest.raises(ValueError, match=r"expected|must"):
-            torch.ops.kernelmeta.sib(*tensors[:position], value, *tensors[position + 1 :], *options)
+    args = OP.arguments(
+        start=e.support, start_index=None, query=e.query, query_index=None, support_labels=e.labels, weight=e.weight,
+        scale=e.scale, bias=e.bias, mlp=e.mlp, running_stats=None, steps=1, inner_lr=0.1, return_weights=False,
+        return_stats=False,
+    )  # fmt: skip
+    torch.ops.kernelmeta.sib(*args, save_trace=True)
+    bad = OP.signature.replace(args, **{name: change(getattr(OP.signature.call(*args), name))})
+    with pytest.raises(ValueError, match=r"expected|must"):
+        torch.ops.kernelmeta.sib(*bad, save_trace=True)

@@ -138,6 +138,10 @@ def test_errors(labels: Any, change: dict[str, Any], error: type[Exception], mes
 @needs_kernel
 def test_opcheck() -> None:
     e = draw(dtype=torch.float32)
+    given = {
+        "start": e.support, "start_index": None, "query": e.query, "query_index": None, "support_labels": e.labels,
+        "query_labels": answers(e), "weight": e.weight, "scale": e.scale, "bias": e.bias, **e.mlp._asdict(),
+        "running_stats": None, "steps": 2, "inner_lr": 0.1, "return_stats": True,
+    }  # fmt: skip
     raw = torch.ops.kernelmeta.sib_gradients.default
-    arguments = (e.query, None, e.support, None, e.labels, e.weight, e.scale, e.bias, *e.mlp, None, answers(e), 2, 0.1)
-    torch.library.opcheck(raw, (*arguments, True), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(raw, (), given, test_utils=("test_schema", "test_faketensor"))

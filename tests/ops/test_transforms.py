@@ -11,6 +11,7 @@ from episodes import assert_close, draw, draw_mlp
 from torch import Tensor
 
 import kernelmeta as km
+from kernelmeta.ops import class_means_op, program_op, ridge_op, sib_op, synthetic_gradient_mlp_op
 from kernelmeta.ops.program_op import encode
 from kernelmeta.reference import MLPParameters
 
@@ -23,8 +24,16 @@ class Case(NamedTuple):
 
     function: Callable[..., Tensor]
     arguments: tuple[Tensor, ...]
-    raw: Callable[..., Any]
-    raw_arguments: tuple[Any, ...]
+    op: Any
+    given: dict[str, Any]  # the raw op's arguments
+
+    @property
+    def raw(self) -> Callable[..., Any]:
+        return self.op.raw  # type: ignore[no-any-return]
+
+    @property
+    def raw_arguments(self) -> tuple[Any, ...]:
+        return raw_arguments(self.op, **self.given)
 
 
 def sib(support: Tensor, query: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *mlp: Tensor) -> Tensor:
@@ -33,7 +42,7 @@ def sib(support: Tensor, query: Tensor, weight: Tensor, scale: Tensor, bias: Ten
 
 
 def sib_inner_loop(theta0: Tensor, query: Tensor, scale: Tensor, bias: Tensor, *mlp: Tensor) -> Tensor:
-    z, theta = km.ops.sib_inner_loop(
+    z, (theta, _) = km.ops.sib_inner_loop(
         theta0, query, scale, bias, MLPParameters(*mlp), steps=2, inner_lr=0.05, return_weights=True
     )
     return z.square().sum((-1, -2)) + theta.square().sum((-1, -2))
@@ -54,7 +63,7 @@ CODES = encode(PHASES, None)
 def program(
     support: Tensor, query: Tensor, rates: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *mlp: Tensor
 ) -> Tensor:
-    z, theta = km.ops.program(
+    z, (theta, _) = km.ops.program(
         support, LABELS[: support.shape[0]], query, PHASES, n_way=3, rates=rates, weight=weight, scale=scale, bias=bias,
         mlp=MLPParameters(*mlp), return_weights=True,
     )  # fmt: skip
@@ -72,6 +81,16 @@ def ridge(support: Tensor, query: Tensor, regularization: Tensor, scale: Tensor,
     return km.ops.ridge(support, LABELS[: support.shape[0]], query, regularization, scale, bias, n_way=3)
 
 
+def raw_arguments(op: Any, **given: Any) -> tuple[Any, ...]:
+    """A raw op's arguments from those that are given by name; what is not given is None, or -1 where it is a size."""
+    if "mlp" in given:
+        given |= given.pop("mlp")._asdict()
+    defaults = {"max_support": -1, "max_query": -1, "save_trace": True}
+    names = op.forward_signature.names
+    assert given.keys() <= set(names)
+    return tuple(given.get(name, defaults.get(name)) for name in names)
+
+
 def cases() -> dict[str, Case]:
     support, _, query, weight, scale, bias, parameters = EPISODE
     theta0 = torch.randn(2, 3, 10, dtype=torch.float64)
@@ -79,94 +98,44 @@ def cases() -> dict[str, Case]:
     start, shift = torch.randn(3, 10, dtype=torch.float64) * 0.3, torch.randn(3, dtype=torch.float64)
     rates = torch.tensor([0.1, 0.2, 0.05], dtype=torch.float64)
     regularization = torch.tensor([0.7], dtype=torch.float64)
-    raw = torch.ops.kernelmeta
+    rows = {"query": query, "support_labels": LABELS}
+    steps = {"scale": scale, "bias": bias, "mlp": parameters, "steps": 2, "inner_lr": 0.05}
+    even = {"support": support, **rows, "n_way": 3}
     return {
         "sib": Case(
-            sib,
-            tuple(EPISODE.leaves()),
-            raw.sib.default,
-            (query, None, support, None, LABELS, weight, scale, bias, *parameters, None, 2, 0.05, True, True, True),
+            sib, tuple(EPISODE.leaves()), sib_op.OP,
+            {"start": support, **rows, "weight": weight, **steps, "return_weights": True, "return_stats": True},
         ),
         "sib_inner_loop": Case(
-            sib_inner_loop,
-            (theta0, query, scale, bias, *parameters),
-            raw.sib.default,
-            (query, None, theta0, None, None, None, scale, bias, *parameters, None, 2, 0.05, False, False, True),
+            sib_inner_loop, (theta0, query, scale, bias, *parameters), sib_op.OP,
+            {"start": theta0, "query": query, **steps, "return_weights": False, "return_stats": False},
         ),
         "synthetic_gradient_mlp": Case(
-            mlp, (logits, *parameters), raw.synthetic_gradient_mlp.default, (logits, *parameters, None)
+            mlp, (logits, *parameters), synthetic_gradient_mlp_op.OP, {"logits": logits, "mlp": parameters}
         ),
         "program": Case(
-            program,
-            (support, query, rates, weight, scale, bias, *parameters),
-            raw.program.default,
-            (
-                query,
-                None,
-                support,
-                None,
-                LABELS,
-                None,
-                None,
-                None,
-                None,
-                weight,
-                scale,
-                bias,
-                None,
-                rates,
-                *parameters,
-                None,
-                3,
-                CODES,
-                True,
-                0,
-                False,
-                True,
-                -1,
-                -1,
-                True,
-            ),
+            program, (support, query, rates, weight, scale, bias, *parameters), program_op.OP,
+            {
+                **even, "weight": weight, "scale": scale, "bias": bias, "rates": rates, "mlp": parameters,
+                "phases": CODES, "cosine": True, "start": 0, "first_order": False, "coefficients": True,
+            },
         ),
         "linear_program": Case(
-            linear_program,
-            (support, query, rates[:2], start, shift),
-            raw.program.default,
-            (
-                query,
-                None,
-                support,
-                None,
-                LABELS,
-                None,
-                None,
-                None,
-                start,
-                None,
-                None,
-                shift,
-                None,
-                rates[:2],
-                *[None] * 11,
-                3,
-                CODES[:4],
-                False,
-                1,
-                False,
-                False,
-                -1,
-                -1,
-                True,
-            ),
+            linear_program, (support, query, rates[:2], start, shift), program_op.OP,
+            {
+                **even, "theta0": start, "bias": shift, "rates": rates[:2], "phases": CODES[:4], "cosine": False,
+                "start": 1, "first_order": False, "coefficients": False,
+            },
         ),
         "ridge": Case(
-            ridge,
-            (support, query, regularization, scale, bias),
-            raw.ridge.default,
-            (query, None, support, None, LABELS, None, None, None, regularization, scale, bias, 3, -1, -1, True),
+            ridge, (support, query, regularization, scale, bias), ridge_op.OP,
+            {**even, "regularization": regularization, "scale": scale, "bias": bias},
         ),
-        "class_means": Case(class_means, (support, weight), raw.class_means.default, (support, LABELS, weight, 3)),
-    }
+        "class_means": Case(
+            class_means, (support, weight), class_means_op.OP,
+            {"support": support, "support_labels": LABELS, "weight": weight, "n_way": 3},
+        ),
+    }  # fmt: skip
 
 
 @pytest.fixture(
@@ -212,10 +181,11 @@ def eager_gradient(case: Case) -> tuple[Tensor, ...]:
 
 
 def test_raw_op_has_the_same_gradient() -> None:
-    _, _, raw, raw_arguments = cases()["sib"]
-    arguments = leaves(raw_arguments)
-    inputs = [arguments[2], arguments[0], *arguments[5:18]]
-    got = torch.autograd.grad(raw(*arguments)[0].square().sum(), inputs)
+    case = cases()["sib"]
+    arguments = leaves(case.raw_arguments)
+    call = case.op.forward_signature.call(*arguments)
+    inputs = [getattr(call, name) for name in ("start", "query", "weight", "scale", "bias", *MLPParameters._fields)]
+    got = torch.autograd.grad(case.raw(*arguments)[0].square().sum(), inputs)
     assert_close(got, eager_gradient(cases()["sib"]), 1e-12)
 
 

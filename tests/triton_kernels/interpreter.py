@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from episodes import flat
 
 import kernelmeta as km
 
@@ -18,8 +19,7 @@ def both(f: Any, leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[t
     found = []
     for backend in ("triton", "reference"):
         with km.use_backend(backend):
-            results = f()
-            results = list(results) if isinstance(results, tuple) else [results]
+            results = flat(f())
             g = torch.Generator().manual_seed(3)
             loss = sum((r * torch.randn(r.shape, dtype=r.dtype, generator=g)).sum() for r in results)
             # Outside of the forced backend: the backward pass runs where the forward pass did.

@@ -14,12 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from episodes import assert_close, draw, relative_error, running_stats, shapes
+from episodes import assert_close, draw, flat, relative_error, running_stats, shapes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from triton_kernels.interpreter import INTERPRETED, both, interpreted
 
 import kernelmeta as km
+from kernelmeta.ops import sib_op
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -98,7 +99,7 @@ def test_features_in_other_precisions(dtype: torch.dtype) -> None:
         got = km.ops.sib(*episode.arguments(), **options)
     want = km.reference.sib(*episode.map(lambda t: t.double()).arguments(), **options)
     assert got[0].dtype is torch.float32
-    assert_close(got, want, 2e-5)
+    assert_close(flat(got), flat(want), 2e-5)
 
 
 @interpreted
@@ -173,10 +174,12 @@ def test_opcheck_and_compile() -> None:
     learned = [t.detach().clone().requires_grad_() for t in (e.weight, e.scale, e.bias, *e.mlp)]
     raw = torch.ops.kernelmeta
     torch.library.opcheck(raw.triton_class_means.default, (e.support, e.labels, learned[0], learned[-1].numel()))
-    torch.library.opcheck(
-        raw.triton_sib.default,
-        (e.query, None, e.support, None, e.labels, *learned, None, 2, 0.05, True, False, True),
-    )
+    arguments = sib_op.OP.forward_signature.pack(
+        start=e.support, start_index=None, query=e.query, query_index=None, support_labels=e.labels,
+        weight=learned[0], scale=learned[1], bias=learned[2], mlp=learned[3:], running_stats=None, steps=2,
+        inner_lr=0.05, return_weights=True, return_stats=False, save_trace=True,
+    )  # fmt: skip
+    torch.library.opcheck(raw.triton_sib.default, arguments)
     logits = torch.randn(2, 5, learned[-1].numel(), dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(raw.triton_synthetic_gradient_mlp.default, (logits, *learned[3:], None))
 

@@ -159,15 +159,15 @@ SIZES = [(3, 7, 9), (4, 4, 1), (2, 18, 20)]
 def test_ragged_program(cosine: bool, name: str, start: str, bounds: dict[str, int]) -> None:
     problem = Problem((COSINE if cosine else LINEAR)[name], cosine, start, N=4, D=14).fresh()
     batch = draw_ragged(SIZES, 14)
-    batch.options.update(bounds)
+    batch = batch._replace(ragged=batch.ragged._replace(**bounds))
     problem.support, problem.query = batch.support.requires_grad_(), batch.query.requires_grad_()
 
     def run() -> tuple[Tensor, ...]:
         z, weights = km.ops.program(
             batch.support, batch.labels, batch.query, problem.phases, return_weights=True, **problem.options(),
-            **batch.options,
+            ragged=batch.ragged,
         )  # fmt: skip
-        return split_infinities(z, *([weights] if cosine else weights))
+        return split_infinities(z, *weights[: 1 if cosine else 2])
 
     got, want = both(run, problem.leaves())
     assert_close(got, want, TOLERANCE)
@@ -182,7 +182,7 @@ def test_ragged_rows_of_a_bank(sizes: list[tuple[int, int, int]]) -> None:
     index = {
         f"{n}_index": torch.randint(40, (len(r),)) for n, r in (("support", batch.support), ("query", batch.query))
     }
-    options = problem.options() | batch.options | index
+    options = problem.options() | {"ragged": batch.ragged} | index
     with km.use_backend("triton"):
         got = km.ops.program(bank, batch.labels, bank, problem.phases, **options)
     want = km.reference.program(bank, batch.labels, bank, problem.phases, **options)
@@ -203,8 +203,9 @@ def test_ragged_rows_of_a_bank(sizes: list[tuple[int, int, int]]) -> None:
 def test_bad_offsets(change: dict[str, Tensor], message: str) -> None:
     problem = Problem([], True, "learned", N=4, D=14)
     batch = draw_ragged(SIZES, 14)
+    ragged = batch.ragged._replace(**change)
     with km.use_backend("triton"), pytest.raises(ValueError, match=message):
-        km.ops.program(batch.support, batch.labels, batch.query, [], **problem.options(), **(batch.options | change))
+        km.ops.program(batch.support, batch.labels, batch.query, [], **problem.options(), ragged=ragged)
 
 
 @interpreted
@@ -224,17 +225,17 @@ def test_bad_offsets(change: dict[str, Tensor], message: str) -> None:
 )
 def test_what_is_wrong_where_sizes_are_given_gives_nan(change: dict[str, Any], broken: list[int], ridge: bool) -> None:
     batch = draw_ragged(SIZES, 14)
-    options = batch.options | {"max_support": 20, "max_query": 21} | change
-    offsets = options["query_offsets"].tolist()
+    ragged = batch.ragged._replace(**({"max_support": 20, "max_query": 21} | change))
+    offsets = ragged.query_offsets.tolist()
     one = torch.ones(1, dtype=torch.float64, requires_grad=True)
     rows = (batch.support, batch.labels, batch.query)
     with km.use_backend("triton"):
         if ridge:
-            z = km.ops.ridge(*rows, one, one, one, n_way=4, **options)
+            z = km.ops.ridge(*rows, one, one, one, n_way=4, ragged=ragged)
         else:
             start = torch.randn(4, 14).double()
             phases = [Phase("cross_entropy", 1, 0.1)]
-            z = km.ops.program(*rows, phases, n_way=4, start=start, scale=one, **options)
+            z = km.ops.program(*rows, phases, n_way=4, start=start, scale=one, ragged=ragged)
     (gradient,) = torch.autograd.grad(z.where(z != -torch.inf, 0).sum(), one)
     assert gradient.isnan().all()
     for t in range(3):
@@ -271,13 +272,13 @@ def test_ridge(N: int, sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("bounds", [{}, {"max_support": 20, "max_query": 20}])
 def test_ragged_ridge(bounds: dict[str, int]) -> None:
     batch = draw_ragged(SIZES, 14)
-    batch.options.update(bounds)
+    batch = batch._replace(ragged=batch.ragged._replace(**bounds))
     leaves, _ = ridge_problem(1, 4, 1, 2, 14)
     leaves[:2] = batch.support.requires_grad_(), batch.query.requires_grad_()
 
     def run() -> tuple[Tensor, ...]:
         return split_infinities(
-            *km.ops.ridge(leaves[0], batch.labels, *leaves[1:], n_way=4, return_coefficients=True, **batch.options)
+            *km.ops.ridge(leaves[0], batch.labels, *leaves[1:], n_way=4, return_coefficients=True, ragged=batch.ragged)
         )
 
     got, want = both(run, leaves)
@@ -310,11 +311,11 @@ def test_gradients_beyond_a_task_s_own_ways_are_dropped(ridge: bool) -> None:
         with km.use_backend(backend):
             if ridge:
                 leaves = [problem.scale, problem.target]
-                z = km.ops.ridge(batch.support, batch.labels, batch.query, one, *leaves, n_way=4, **batch.options)
+                z = km.ops.ridge(batch.support, batch.labels, batch.query, one, *leaves, n_way=4, ragged=batch.ragged)
             else:
                 leaves = [problem.scale, problem.theta0, problem.rates]
                 z = km.ops.program(
-                    batch.support, batch.labels, batch.query, problem.phases, **problem.options(), **batch.options
+                    batch.support, batch.labels, batch.query, problem.phases, **problem.options(), ragged=batch.ragged
                 )
         found.append(torch.autograd.grad(z, leaves, torch.ones_like(z)))
     assert_close(*found, TOLERANCE)

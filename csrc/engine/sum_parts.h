@@ -1,4 +1,4 @@
-// Where the parts of a sum over blocks go.
+// Where the parts of a sum over tasks go.
 #pragma once
 
 #include "engine/portability.h"
@@ -7,22 +7,22 @@ namespace kernelmeta {
 
 // Parts of an array, and where each is to go; what lies in none of them goes nowhere.
 template <class C>
-struct Pieces {
+struct SumParts {
   static constexpr int kMost = 8;
-  struct Piece {
+  struct Part {
     int64_t offset, size;
     C* to;
   };
-  Piece pieces[kMost];
+  Part parts[kMost];
   int count = 0;
 
-  Pieces() = default;
-  Pieces(C* to, int64_t size) { add(0, size, to); }
-  void add(int64_t offset, int64_t size, C* to) { pieces[count++] = {offset, size, to}; }
+  SumParts() = default;
+  SumParts(C* to, int64_t size) { add(0, size, to); }
+  void add(int64_t offset, int64_t size, C* to) { parts[count++] = {offset, size, to}; }
   __host__ __device__ __forceinline__ void store(int64_t at, C value) const {
     for (int i = 0; i < count; ++i) {
-      const int64_t of_piece = at - pieces[i].offset;
-      if (of_piece >= 0 && of_piece < pieces[i].size) pieces[i].to[of_piece] = value;
+      const int64_t of_part = at - parts[i].offset;
+      if (of_part >= 0 && of_part < parts[i].size) parts[i].to[of_part] = value;
     }
   }
 };

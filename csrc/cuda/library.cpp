@@ -1,0 +1,13 @@
+// libkernelmeta_cuda: the CUDA kernels under their names in torch.ops.kernelmeta. Only PyTorch's stable ABI
+// is used.
+#include "cuda/class_means.h"
+#include "cuda/linear_head.h"
+#include "cuda/program.h"
+#include "cuda/ridge.h"
+#include "cuda/sib.h"
+#include "cuda/synthetic_gradient_mlp.h"
+#include "ops/all.h"
+
+STABLE_TORCH_LIBRARY_IMPL(kernelmeta, CUDA, library) {
+  kernelmeta::AllOps::register_on<kernelmeta::cuda::Device>(library);
+}

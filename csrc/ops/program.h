@@ -1,0 +1,232 @@
+// The tensor side of `program` and its backward, once for all devices. How a device runs them: cpu/program.h,
+// cuda/program.h.
+#pragma once
+
+#include "engine/program_task.h"
+#include "ops/sums.h"
+#include "ops/tasks.h"
+
+namespace kernelmeta {
+
+struct ProgramCall {
+  Reader& in;
+  Tensor support = in.take<Tensor>("support");
+  OptionalTensor support_index = in.take<OptionalTensor>("support_index");
+  Tensor query = in.take<Tensor>("query");
+  OptionalTensor query_index = in.take<OptionalTensor>("query_index");
+  Tensor support_labels = in.take<Tensor>("support_labels");
+  OptionalTensor support_offsets = in.take<OptionalTensor>("support_offsets");
+  OptionalTensor query_offsets = in.take<OptionalTensor>("query_offsets");
+  OptionalTensor n_ways = in.take<OptionalTensor>("n_ways");
+  OptionalTensor theta0 = in.take<OptionalTensor>("theta0"), weight = in.take<OptionalTensor>("weight");
+  OptionalTensor scale = in.take<OptionalTensor>("scale"), bias = in.take<OptionalTensor>("bias");
+  OptionalTensor target_scale = in.take<OptionalTensor>("target_scale");
+  Tensor rates = in.take<Tensor>("rates");
+  MlpTensors<OptionalTensor> mlp{in};
+  OptionalTensor running_stats = in.take<OptionalTensor>("running_stats");
+  int64_t n_way = in.take<int64_t>("n_way");
+  std::vector<int64_t> phases = in.take<std::vector<int64_t>>("phases");
+  bool cosine = in.take<bool>("cosine");
+  int64_t start = in.take<int64_t>("start");
+  bool first_order = in.take<bool>("first_order"), coefficients = in.take<bool>("coefficients");
+  int64_t max_support = in.take<int64_t>("max_support"), max_query = in.take<int64_t>("max_query");
+};
+
+struct ProgramForwardCall {
+  Reader& in;
+  ProgramCall of{in};
+  bool save_trace = in.take<bool>("save_trace");
+};
+
+struct ProgramBackwardCall {
+  Reader& in;
+  Tensor grad_logits = in.take<Tensor>("grad_logits");
+  OptionalTensor grad_support_coefficients = in.take<OptionalTensor>("grad_support_coefficients");
+  OptionalTensor grad_query_coefficients = in.take<OptionalTensor>("grad_query_coefficients");
+  OptionalTensor grad_start_coefficients = in.take<OptionalTensor>("grad_start_coefficients");
+  Tensor trace = in.take<Tensor>("trace");
+  ProgramCall of{in};
+  bool need_support = in.take<bool>("need_support"), need_query = in.take<bool>("need_query");
+};
+
+// [oracle, of query rows, mean, steps] of every phase, one after the other.
+inline std::vector<Phase> phases_of(const std::vector<int64_t>& numbers, bool cosine, bool has_mlp) {
+  require(numbers.size() % 4 == 0, "phases: expected four numbers a phase");
+  std::vector<Phase> phases;
+  for (size_t i = 0; i < numbers.size(); i += 4) {
+    require(numbers[i] >= 0 && numbers[i] < kOracles, "phases: unknown oracle");
+    const auto oracle = Oracle(numbers[i]);
+    const bool query = numbers[i + 1] != 0;
+    require(numbers[i + 3] >= 0, "phases: steps must not be negative");
+    require(!query || !needs_labels(oracle), "phases: query rows have no labels");
+    require(oracle != Oracle::kSoftAssignment || (cosine && query),
+            "phases: soft assignment needs a cosine classifier and query rows");
+    require(oracle != Oracle::kSyntheticGradient || has_mlp, "phases: a synthetic gradient needs its MLP");
+    if (numbers[i + 3] > 0) phases.push_back({oracle, query, numbers[i + 2] != 0, numbers[i + 3]});
+  }
+  return phases;
+}
+
+// Checked, and as the kernels read them.
+template <class C>
+struct ProgramArguments {
+  TensorDevice on;
+  TaskFeatures support, query;
+  TaskLabels labels;
+  MlpParameters<C> mlp;
+  std::vector<Phase> phases;
+  Parameter<C> theta0, weight, start_bias, rates;
+  ProgramProblem<C> problem;
+
+  explicit ProgramArguments(const ProgramCall& call)
+      : on(call.query),
+        support(on, call.support, call.support_index, "support", call.support_offsets, call.max_support),
+        query(on, call.query, call.query_index, "query", call.query_offsets, call.max_query),
+        labels(on, call.support_labels, support, query, call.n_ways, call.n_way),
+        mlp(on, call.mlp, call.running_stats, call.n_way),
+        phases(phases_of(call.phases, call.cosine, mlp.given())) {
+    const int64_t D = query.D(), N = call.n_way, T = query.T();
+    require(call.start >= 0 && call.start <= 2, "start must be 0, 1 or 2");
+    require(!call.cosine || call.start != 2, "a cosine classifier cannot start at zero");
+    require(!call.first_order || !call.cosine, "first_order is for linear classifiers");
+    require_storage<C>({&support, &query});
+    int64_t K = 0;
+    for (const Phase& phase : phases)
+      require(!__builtin_add_overflow(K, phase.steps, &K), "phases: too many steps");
+    const int64_t rows = support.all_rows() + query.all_rows() + 32 * (T + 1);
+    Elements().add({K + 1, 5, N, rows}).add({T + 1, N, D + 16}).add({K + 1, T + 1, N, 4});
+    if (!support.known()) Elements().add({T, K + 1, 5, N, support.count(0) + query.count(0) + 32});
+    problem = {};
+    problem.start = Start(call.start);
+    if (problem.start == Start::kLearned) {
+      require(call.theta0.has_value(), "a learned start needs theta0");
+      theta0 = Parameter<C>(on, call.theta0, {N, D}, "theta0");
+    }
+    if (problem.start == Start::kClassMeans) weight = Parameter<C>(on, call.weight, {D}, "weight");
+    if (call.cosine) {
+      problem.scale = one_value<C>(on, call.scale, "scale");
+      problem.bias = one_value<C>(on, call.bias, "bias");
+    } else {
+      start_bias = Parameter<C>(on, call.bias, {N}, "bias");
+    }
+    rates = Parameter<C>(on, call.rates, {K}, "rates");
+    problem.theta0 = theta0;
+    problem.weight = weight;
+    problem.start_bias = start_bias;
+    problem.target = one_value<C>(on, call.target_scale, "target_scale");
+    problem.rates = rates;
+    problem.T = T;
+    problem.N = N;
+    problem.D = D;
+    problem.H = mlp.H;
+    problem.K = K;
+    problem.n_phases = int64_t(phases.size());
+    problem.cosine = call.cosine;
+    problem.coefficients = call.coefficients;
+    problem.first_order = call.first_order;
+    problem.support = support.task_rows();
+    problem.query = query.task_rows();
+    problem.classes = labels.classes();
+  }
+  ProgramArguments(const ProgramArguments&) = delete;
+
+  // The problem as the host can look at it, sizes of tasks and all.
+  ProgramProblem<C> on_host() const {
+    ProgramProblem<C> p = problem;
+    p.support = support.task_rows_on_host();
+    p.query = query.task_rows_on_host();
+    p.classes = labels.classes_on_host();
+    p.scale = p.bias = p.target = nullptr;
+    return p;
+  }
+  // The MLP's sizes.
+  Sizes mlp_sizes() const { return {1, 1, 1, mlp.given() ? problem.N : 0, problem.D, problem.H, problem.K}; }
+};
+
+struct ProgramOp {
+  static constexpr const char* name = "program";
+  static constexpr size_t results = 5;  // logits; coefficients of support, query, start; trace
+  using Call = ProgramForwardCall;
+
+  template <class Device>
+  static Tensors<results> run(const Call& call) {
+    return with_type(call.of.rates, [&](auto zero) {
+      using C = decltype(zero);
+      const Device device(call.of.query);
+      const ProgramArguments<C> a(device.template readable<C>(call.of));
+      const typename Device::template Program<C> kernel(device, a);
+      const int64_t N = a.problem.N;
+      const bool wanted = a.problem.coefficients;
+      const Tensor logits = empty<C>(a.on, a.query.shape(N));
+      const Tensor of_support = empty_if<C>(wanted, a.on, a.support.shape(N));
+      const Tensor of_query = empty_if<C>(wanted, a.on, a.query.shape(N));
+      const Tensor of_start = empty_if<C>(wanted, a.on, {a.problem.T, N});
+      const Tensor trace = device.template trace<C>(a.on, call.save_trace ? kernel.trace_elements() : 0);
+      kernel.forward({a.problem, data<C>(logits), data_if<C>(wanted, of_support),
+                      data_if<C>(wanted, of_query), data_if<C>(wanted, of_start),
+                      data_if<C>(call.save_trace, trace)});
+      return Tensors<results>{logits, of_support, of_query, of_start, trace};
+    });
+  }
+};
+
+struct ProgramBackwardOp {
+  static constexpr const char* name = "program_backward";
+  // of support, query, theta0, weight, scale, bias, target_scale, rates, and the MLP's ten
+  static constexpr size_t results = 18;
+  using Call = ProgramBackwardCall;
+
+  template <class Device>
+  static Tensors<results> run(const Call& call) {
+    return with_type(call.of.rates, [&](auto zero) {
+      using C = decltype(zero);
+      const Device device(call.of.query);
+      const ProgramArguments<C> a(device.template readable<C>(call.of));
+      const typename Device::template Program<C> kernel(device, a);
+      const ProgramProblem<C>& p = a.problem;
+      const bool all =
+          call.grad_support_coefficients && call.grad_query_coefficients && call.grad_start_coefficients;
+      const bool none =
+          !call.grad_support_coefficients && !call.grad_query_coefficients && !call.grad_start_coefficients;
+      require(none || (all && p.coefficients), "gradients of coefficients: all three or none");
+      const Parameter<C> grad_logits(a.on, call.grad_logits, a.query.shape(p.N), "grad_logits");
+      const Parameter<C> of_support(a.on, call.grad_support_coefficients, a.support.shape(p.N),
+                                    "grad_support_coefficients");
+      const Parameter<C> of_query(a.on, call.grad_query_coefficients, a.query.shape(p.N),
+                                  "grad_query_coefficients");
+      const Parameter<C> of_start(a.on, call.grad_start_coefficients, {p.T, p.N}, "grad_start_coefficients");
+      const Parameter<C> trace(a.on, call.trace, {kernel.trace_elements()}, "trace");
+      const Tensor support = empty_if<C>(call.need_support, a.on, a.support.shape(p.D));
+      const Tensor query = empty_if<C>(call.need_query, a.on, a.query.shape(p.D));
+      const MlpGradients<C> m(a.on, a.mlp.given(), p.N, p.H);
+
+      Sums<C, ProgramGrad<C>> sums(a.on_host());
+      if (a.mlp.given()) sums.unfold(sums.grad.mlp, a.mlp_sizes(), a.mlp, m);
+      // A parameter that was given has a gradient, zeros where nothing depends on it.
+      const auto gradient = [&](const OptionalTensor& of, const C* part, bool used) {
+        if (!of) return empty<C>(a.on, {0});
+        Tensor to = empty<C>(a.on, shape_of(*of));
+        if (used)
+          sums.send(part, to);
+        else
+          torch::stable::zero_(to);
+        return to;
+      };
+      const ProgramGrad<C>& g = sums.grad;
+      const Tensor theta0 = gradient(call.of.theta0, g.theta0, p.start == Start::kLearned);
+      const Tensor weight = gradient(call.of.weight, g.weight, p.weight != nullptr);
+      const Tensor scale = gradient(call.of.scale, g.scale, p.cosine);
+      const Tensor bias = gradient(call.of.bias, p.cosine ? g.bias : g.start_bias, true);
+      const Tensor target = gradient(call.of.target_scale, g.target, true);
+      const Tensor rates = gradient(call.of.rates, g.rates, true);
+      kernel.backward({p, trace, grad_logits, of_support, of_query, of_start,
+                       data_if<C>(call.need_support, support), data_if<C>(call.need_query, query)},
+                      sums);
+      return Tensors<results>{support,   query,   theta0,    weight,   scale,     bias,
+                              target,    rates,   m.weight1, m.bias1,  m.gain1,   m.shift1,
+                              m.weight2, m.bias2, m.gain2,   m.shift2, m.weight3, m.bias3};
+    });
+  }
+};
+
+}  // namespace kernelmeta

@@ -1,0 +1,45 @@
+"""Small tensors that modules make of plain numbers, kept since making one costs as much as a check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kernelmeta.backends import is_traced
+
+
+class KeptNumbers:
+    """Numbers as a tensor of another tensor's type, on its device.
+
+    A tensor belongs to the mode it was made in: one made for torch.func, torch.compile or FakeTensorMode must not be
+    met by a later call. Only an ordinary one is kept, and `torch.inference_mode` makes ordinary ones too.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: Sequence[float] = ()
+        self._tensor: Tensor | None = None
+
+    def __call__(self, numbers: Sequence[float], like: Tensor) -> Tensor:
+        """[len(numbers)], without gradient."""
+        kept = self._tensor
+        if (
+            kept is not None
+            and kept.dtype is like.dtype
+            and kept.device == like.device
+            and self._numbers == numbers
+            and not is_traced()
+        ):
+            return kept
+        with torch.inference_mode(False):
+            made = torch.tensor(numbers, dtype=like.dtype, device=like.device)
+        if type(like) in (Tensor, torch.nn.Parameter) and type(made) is Tensor and not is_traced():
+            self._numbers, self._tensor = numbers, made
+        return made
+
+    def __deepcopy__(self, memo: object) -> KeptNumbers:
+        return KeptNumbers()
+
+    def __reduce__(self) -> tuple[type[KeptNumbers], tuple[()]]:
+        return KeptNumbers, ()

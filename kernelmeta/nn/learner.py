@@ -1,0 +1,108 @@
+"""What all learners share: how they are called."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Literal, overload
+
+from torch import Tensor, nn
+
+from kernelmeta.tasks import Classifier, Ragged
+
+
+class Learner(nn.Module, ABC):
+    """A module that makes a classifier for each of T tasks, and classifies the tasks' query rows with it."""
+
+    def forward(
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        return_weights: bool = False,
+        *,
+        ragged: Ragged | None = None,
+    ) -> Tensor | tuple[Tensor, Classifier]:
+        """Classify the query rows of T tasks.
+
+        Args:
+            support: [T, S, D]; every class needs at least one row, counts may differ.
+            support_labels: [T, S] int64 in 0..N-1.
+            query: [T, Q, D].
+            return_weights: return the classifiers too.
+            ragged: tasks of unequal size; then features are [all rows, D] and labels [all support rows].
+
+        Returns:
+            Logits [T, Q, N] or [all query rows, N]; with ``return_weights`` a pair of them and the `Classifier`.
+
+        Raises:
+            ValueError, TypeError: what does not fit, named.
+        """
+        return self._adapt(support, support_labels, query, return_weights=return_weights, ragged=ragged)
+
+    def from_bank(
+        self,
+        bank: Tensor,
+        support_index: Tensor,
+        support_labels: Tensor,
+        query_index: Tensor,
+        *,
+        ragged: Ragged | None = None,
+    ) -> Tensor:
+        """The logits for rows of a feature bank, read where they lie.
+
+        Args:
+            bank: [n, D].
+            support_index, query_index: [T, S] and [T, Q] int64; [all support rows], [all query rows] of tasks of
+                unequal size.
+            support_labels: of the shape of ``support_index``.
+            ragged: tasks of unequal size.
+
+        Raises:
+            ValueError, TypeError: what does not fit, named.
+        """
+        logits = self._adapt(
+            bank, support_labels, bank, support_index=support_index, query_index=query_index, ragged=ragged
+        )
+        assert isinstance(logits, Tensor)
+        return logits
+
+    @abstractmethod
+    def _adapt(
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        *,
+        return_weights: bool = False,
+        support_index: Tensor | None = None,
+        query_index: Tensor | None = None,
+        ragged: Ragged | None = None,
+    ) -> Tensor | tuple[Tensor, Classifier]:
+        """Logits, and classifiers if asked for; with indices the features are banks."""
+
+    if TYPE_CHECKING:
+        # nn.Module's own says that it returns anything.
+        @overload
+        def __call__(
+            self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: Literal[False] = ...,
+            *, ragged: Ragged | None = ...,
+        ) -> Tensor: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: Literal[True],
+            *, ragged: Ragged | None = ...,
+        ) -> tuple[Tensor, Classifier]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, support: Tensor, support_labels: Tensor, query: Tensor, return_weights: bool,
+            *, ragged: Ragged | None = ...,
+        ) -> Tensor | tuple[Tensor, Classifier]: ...  # fmt: skip
+        def __call__(self, *args: object, **options: object) -> object: ...
+
+
+def check_even(learner: nn.Module, ragged: Ragged | None) -> None:
+    """Raise for a learner that takes tasks of equal size only."""
+    if ragged is not None:
+        raise ValueError(
+            f"ragged: {type(learner).__name__} takes tasks of equal size; a kernelmeta.nn.Program takes unequal ones"
+        )
