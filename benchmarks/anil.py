@@ -105,6 +105,7 @@ def _at_once(problem: AnilProblem) -> PeerRunner:
     module = _module(problem)
 
     def train(i: int) -> Result:
+        module.weight.grad = module.bias.grad = None
         logits = module.gradients(*problem.batches[i % len(problem.batches)]).logits
         return logits, [module.weight.grad, module.bias.grad]
 

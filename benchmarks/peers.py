@@ -107,6 +107,8 @@ def _at_once(problem: Problem, mode: str) -> PeerRunner:
 
     def train(i: int) -> Result:
         batch = problem.inputs[i % len(problem.inputs)]
+        for leaf in leaves:
+            leaf.grad = None
         logits = module.gradients(batch.support, batch.labels, batch.query, batch.answers).logits
         return logits, [leaf.grad for leaf in leaves]
 

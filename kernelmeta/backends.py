@@ -185,6 +185,8 @@ def select(device_type: str) -> str:
         RuntimeError: the forced backend cannot run here, or does not take such tensors.
         ValueError: KERNELMETA_BACKEND names no backend.
     """
+    if device_type == "meta":
+        return "meta"  # no backend's own: the ops' fake kernels, which say shapes alone
     if torch.compiler.is_compiling():
         forced = _mirror.forced
         if forced is None:

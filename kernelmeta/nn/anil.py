@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -71,20 +72,19 @@ class ANIL(TrainsAtOnce, Program):
             first_order=self.first_order, return_weights=return_weights, **index,
         )  # fmt: skip
 
+    def _trained(self) -> Sequence[Tensor]:
+        return (self.weight, self.bias, *self.rates)
+
     def _gradients(
         self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, **index: Any
-    ) -> tuple[ops.HeadGradients, list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[ops.HeadGradients, Sequence[Tensor]]:
         bias, rates = self._learned(support_labels)
         results = ops.linear_head_gradients(
             support, support_labels, query, query_labels, self.weight, bias, rates, oracle=self.phases[0].oracle,
             first_order=self.first_order, **index,
         )  # fmt: skip
-        of_weight, of_bias, of_rates = results.gradients
-        found: list[tuple[Tensor, Tensor]] = [(self.weight, of_weight), (self.bias, of_bias)]
-        if self.learn_rates:
-            own = self.rates[0]
-            found.append((own, pad(of_rates, (0, len(own) - len(of_rates)))))
-        return results, found
+        *of_head, of_rates = results.gradients
+        return results, (*of_head, *(pad(of_rates, (0, len(own) - len(of_rates))) for own in self.rates))
 
     def _learned(self, support_labels: Tensor) -> tuple[Tensor, Tensor]:
         """The head's bias, and the rates of the steps."""

@@ -37,6 +37,7 @@ class Learner(nn.Module, ABC):
         Raises:
             ValueError, TypeError: what does not fit, named.
         """
+        check_tensors(support=support, support_labels=support_labels, query=query)
         return self._adapt(support, support_labels, query, return_weights=return_weights, ragged=ragged)
 
     def from_bank(
@@ -60,6 +61,7 @@ class Learner(nn.Module, ABC):
         Raises:
             ValueError, TypeError: what does not fit, named.
         """
+        check_tensors(bank=bank, support_index=support_index, support_labels=support_labels, query_index=query_index)
         logits = self._adapt(
             bank, support_labels, bank, support_index=support_index, query_index=query_index, ragged=ragged
         )
@@ -98,6 +100,12 @@ class Learner(nn.Module, ABC):
             *, ragged: Ragged | None = ...,
         ) -> Tensor | tuple[Tensor, Classifier]: ...  # fmt: skip
         def __call__(self, *args: object, **options: object) -> object: ...
+
+
+def check_tensors(**given: object) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
 def check_even(learner: nn.Module, ragged: Ragged | None) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from kernelmeta import ops
 from kernelmeta.nn.learner import Learner
 from kernelmeta.reference.sib import cosine_classifier
+from kernelmeta.reference.task_rows import gathered
 from kernelmeta.tasks import Classifier, Ragged
 
 
@@ -50,8 +51,7 @@ class Prototypes(Learner):
                 bias=self.bias, return_weights=return_weights, support_index=support_index, query_index=query_index,
                 ragged=ragged,
             )  # fmt: skip
-        if support_index is not None and query_index is not None:
-            support, query = support[support_index], query[query_index]
+        support, query = gathered(support, support_index, "support"), gathered(query, query_index, "query")
         theta = ops.class_means(support, support_labels, self.n_way, self.weight)
         logits = cosine_classifier(theta, query.to(theta.dtype), self.scale, self.bias)
         return (logits, Classifier.cosine(theta)) if return_weights else logits

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kernelmeta import ops
 from kernelmeta.nn.learner import Learner
+from kernelmeta.reference.task_rows import gathered
 from kernelmeta.tasks import Classifier, Ragged
 
 
@@ -55,7 +56,7 @@ class RidgeHead(Learner):
         if not return_weights:
             return logits
         # The scale is multiplied in.
-        rows = (support if support_index is None else support[support_index]).to(alpha.dtype)
+        rows = gathered(support, support_index, "support").to(alpha.dtype)
         alpha = self.scale * alpha
         if ragged is None:
             weight = alpha.transpose(-1, -2) @ rows

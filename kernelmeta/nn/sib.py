@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from kernelmeta.nn.kept import KeptNumbers
 from kernelmeta.nn.learner import check_even
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
 from kernelmeta.nn.training_step import TrainsAtOnce
-from kernelmeta.reference import MLPParameters
 from kernelmeta.tasks import Classifier, Ragged
 
 # The published names of what SyntheticGradientMLP calls weight1, bias1, ...
@@ -82,19 +81,20 @@ class SIB(TrainsAtOnce):
         self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats)
         self._shares = KeptNumbers()
 
+    def _trained(self) -> Sequence[Tensor]:
+        return (self.weight, self.scale, self.bias, *self.mlp.tensors())
+
     def _gradients(
         self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, **index: Any
-    ) -> tuple[ops.SIBGradients, Iterable[tuple[Tensor, Tensor]]]:
-        mlp = self.mlp
-        parameters = (self.weight, self.scale, self.bias, *mlp.tensors())
+    ) -> tuple[ops.SIBGradients, Sequence[Tensor]]:
         results = ops.sib_gradients(
-            support, support_labels, query, query_labels, *parameters[:3], MLPParameters(*parameters[3:]),
+            support, support_labels, query, query_labels, self.weight, self.scale, self.bias, self.mlp.tensors(),
             steps=self.steps, inner_lr=self.inner_lr, reduction=self.reduction, norm_stats=self.norm_stats,
-            running_stats=mlp.running_stats, return_norm_stats=self._tracks(support_labels), **index,
+            running_stats=self.mlp.running_stats, return_norm_stats=self._tracks(support_labels), **index,
         )  # fmt: skip
         if results.norm_stats is not None:
             self._update_running_stats(results.norm_stats)
-        return results, zip(parameters, results.gradients, strict=True)
+        return results, results.gradients
 
     def _adapt(
         self,
@@ -135,6 +135,8 @@ class SIB(TrainsAtOnce):
 
     def _update_running_stats(self, stats: Tensor) -> None:
         """One exponential update a step, [K, 2, 2, H], all steps in one product."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # a backward pass that runs the forward pass again (torch.utils.checkpoint)
         running, K, keep = self.mlp.running_stats, self.steps, 1 - self.momentum
         # What each step's statistics weigh in the running ones after the last step.
         shares = self._shares(tuple([self.momentum * keep ** (K - 1 - k) for k in range(K)]), running)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.distributed
 from torch import Tensor
 
 from kernelmeta import ops
@@ -24,35 +26,89 @@ class TrainsAtOnce(Learner):
         *,
         support_index: Tensor | None = None,
         query_index: Tensor | None = None,
+        accumulate: bool = False,
+        loss_scale: float | Tensor = 1.0,
+        process_group: Any = None,
     ) -> ops.SIBGradients | ops.HeadGradients:
         """A training step's worth in one launch, outside of autograd.
 
-        The mean cross entropy of the query rows, and its gradient in every parameter, which becomes its ``grad``
-        (what was there is gone; hooks are not called). Then comes the optimizer's step.
+        The mean cross entropy of the query rows, and its gradient in every parameter, which becomes its ``grad``.
+        Then comes the optimizer's step. What needs autograd is not for this method, and it says so: features that
+        require a gradient, hooks of parameters, `torch.nn.parallel.DistributedDataParallel`.
 
         Args:
             support: [T, S, D]; or a bank [n, D], with ``support_index`` [T, S] int64.
             support_labels: [T, S] int64 in 0..N-1.
             query: [T, Q, D]; or a bank [n, D], with ``query_index`` [T, Q] int64.
             query_labels: [T, Q] int64 in 0..N-1.
+            accumulate: add to the gradients that are there, as ``backward()`` does. Otherwise none may be there.
+            loss_scale: what the loss is multiplied with before its gradient is taken: ``scaler.get_scale()`` of a
+                `torch.amp.GradScaler`, whose ``step`` divides by it.
+            process_group: where several processes train together (`torch.distributed` is initialised), the group whose
+                mean the gradients become; "local" if each process keeps its own.
 
         Returns:
-            ``loss`` [], ``accuracy`` [], ``logits`` [T, Q, N] and ``gradients``, those of the op:
-            :func:`kernelmeta.ops.sib_gradients`, :func:`kernelmeta.ops.linear_head_gradients`.
+            ``loss`` [], ``accuracy`` [], ``logits`` [T, Q, N] and ``gradients``, those of the op (of the loss itself,
+            of this process): :func:`kernelmeta.ops.sib_gradients`, :func:`kernelmeta.ops.linear_head_gradients`.
 
         Raises:
+            ValueError: features that require a gradient; a parameter that has a gradient already, or hooks; several
+                processes without a word about them.
             ValueError, TypeError: as that op.
         """
+        self._check_processes(process_group)
+        parameters = self._trained()
+        for parameter in parameters:
+            if parameter.requires_grad:
+                self._check_parameter(parameter, accumulate)
         results, gradients = self._gradients(
             support, support_labels, query, query_labels, support_index=support_index, query_index=query_index
         )
-        for parameter, gradient in gradients:
-            if parameter.requires_grad:
-                parameter.grad = gradient
+        wanted = [(p, g) for p, g in zip(parameters, gradients, strict=True) if p.requires_grad]
+        if process_group is not None and process_group != "local":
+            wanted = _averaged(wanted, process_group)
+        scaled = not isinstance(loss_scale, (int, float)) or loss_scale != 1
+        for parameter, gradient in wanted:
+            if scaled:
+                gradient = gradient * loss_scale
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return results
+
+    def _check_parameter(self, parameter: Tensor, accumulate: bool) -> None:
+        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
+            fault = "has hooks, which gradients() does not call; use the module and loss.backward()"
+        elif parameter.grad is not None and not accumulate:
+            fault = "has a gradient already: optimizer.zero_grad() takes it away, accumulate=True adds to it"
+        else:
+            return
+        name = next((name for name, own in self.named_parameters() if own is parameter), "a parameter")
+        raise ValueError(f"{name} {fault}")
+
+    @staticmethod
+    def _check_processes(process_group: Any) -> None:
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if several and process_group is None and torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                "process_group: several processes train; give the group to average the gradients over "
+                "(torch.distributed.group.WORLD), or 'local', or use DistributedDataParallel and loss.backward()"
+            )
+
+    @abstractmethod
+    def _trained(self) -> Sequence[Tensor]:
+        """The parameters that get a gradient."""
 
     @abstractmethod
     def _gradients(
         self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, **index: Any
-    ) -> tuple[Any, Iterable[tuple[Tensor, Tensor]]]:
-        """The op's results, and each parameter's gradient."""
+    ) -> tuple[Any, Sequence[Tensor]]:
+        """The op's results, and the gradient of each of these parameters."""
+
+
+def _averaged(gradients: list[tuple[Tensor, Tensor]], group: Any) -> list[tuple[Tensor, Tensor]]:
+    """The gradients' mean over the processes of a group, in one message."""
+    parameters, own = zip(*gradients, strict=True)
+    flat = torch.cat([g.reshape(-1) for g in own])
+    torch.distributed.all_reduce(flat, group=group)
+    flat /= torch.distributed.get_world_size(group)
+    means = flat.split([g.numel() for g in own])
+    return [(p, m.view_as(g)) for p, m, g in zip(parameters, means, own, strict=True)]

@@ -21,13 +21,31 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 from kernelmeta.ops import _checks
 from kernelmeta.ops._signature import Args, Signature
+from kernelmeta.ops._trace import traced_size
+from kernelmeta.reference.task_rows import gathered
 
 LIBRARY = torch.library.Library("kernelmeta", "FRAGMENT")
+
+
+def define(schema: str) -> None:
+    """Declare a raw op.
+
+    Raises:
+        ImportError: it is declared already, by an earlier import of this module.
+    """
+    try:
+        LIBRARY.define(schema)
+    except RuntimeError as error:
+        name = schema.partition("(")[0]
+        raise ImportError(
+            f"kernelmeta::{name} is registered already: PyTorch takes an op once a process, so kernelmeta cannot be "
+            "imported a second time or reloaded; start a new process"
+        ) from error
 
 
 class DifferentiableOp:
@@ -44,8 +62,9 @@ class DifferentiableOp:
         options: arguments that only the forward op takes.
         results: names of what the op returns.
         outputs: how many of them, from the first on, are differentiable.
-        has_trace: the op also leaves a trace for its backward op, where the argument ``save_trace``, the last one,
-            tells it to. Nobody else sees the trace.
+        trace: ``(call) -> elements`` of the trace that the op leaves for its backward op, where the argument
+            ``save_trace``, the last one, tells it to; not asked where tasks differ in size. Nobody else sees the
+            trace. Without this argument the op leaves none.
         differentiable: names of the arguments that get gradients.
         rows: names of features among them -> of the index that may point into them, or None. A gradient is that of
             the gathered rows.
@@ -53,6 +72,7 @@ class DifferentiableOp:
         plain: ``(call) -> results`` in plain PyTorch, None where one was not asked for; what runs where there is no
             kernel, and what is differentiated there.
         reference: the same, nearer to the paper, for `use_backend`; it may call autograd itself. ``plain`` if None.
+        work: ``(call) -> multiplications`` of the forward pass, roughly; the backward pass takes twice as many.
         kernels: forward and backward of another backend, for `define_on`; each takes the arguments by name.
     """
 
@@ -64,21 +84,22 @@ class DifferentiableOp:
         options: str = "",
         results: Sequence[str],
         outputs: int = 1,
-        has_trace: bool = True,
+        trace: Callable[[Any], Any] | None = None,
         differentiable: Sequence[str],
         rows: Mapping[str, str | None],
         fake: Callable[[Any], tuple[Tensor, ...]],
         plain: Callable[[Any], tuple[Tensor | None, ...]],
         reference: Callable[[Any], tuple[Tensor | None, ...]] | None = None,
+        work: Callable[[Any], int],
         kernels: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     ) -> None:
         self._declaration = {k: v for k, v in locals().items() if k not in ("self", "name", "kernels")}
         self._on: dict[str, DifferentiableOp] = {}
         self.name = name
         self.n_outputs = outputs
-        self.has_trace = has_trace
+        self.has_trace, self._trace = trace is not None, trace
         self._results, self._rows = tuple(results), dict(rows)
-        self._fake, self._plain, self._reference = fake, plain, reference or plain
+        self._fake, self._plain, self._reference, self._work = fake, plain, reference or plain, work
         self.shared = Signature(arguments)
         self.signature = Signature(f"{arguments}, {options}" if options else arguments)
         self.arguments = self.signature.pack
@@ -115,6 +136,8 @@ class DifferentiableOp:
         self.raw_backward = self._define(
             f"{self.name}_backward", backward, len(self._differentiable), self._fake_backward, implementations[1]
         )
+        register_flop_formula(self.raw.overloadpacket, get_raw=True)(self._flops)
+        register_flop_formula(self.raw_backward.overloadpacket, get_raw=True)(self._flops_backward)
         # What their __call__ calls.
         self._run, self._run_backward = self.raw._op, self.raw_backward._op
 
@@ -122,7 +145,7 @@ class DifferentiableOp:
         self, name: str, signature: Signature, n_results: int, fake: Callable[..., Any], kernel: Callable[..., Any]
     ) -> Any:
         returns = "Tensor" if n_results == 1 else f"({', '.join(['Tensor'] * n_results)})"
-        LIBRARY.define(f"{name}({signature.text}) -> {returns}")
+        define(f"{name}({signature.text}) -> {returns}")
         LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
         torch.library.register_fake(f"kernelmeta::{name}", on_one_device(fake), lib=LIBRARY)
         for device in ("cpu", "cuda"):
@@ -184,13 +207,20 @@ class DifferentiableOp:
                 changed[i] = changed[i].to(compute)
         return tuple(changed), result_type
 
-    def define_on(self, backend: str, kernel: Callable[..., Any], kernel_backward: Callable[..., Any]) -> None:
+    def define_on(
+        self,
+        backend: str,
+        kernel: Callable[[Any], Any],
+        kernel_backward: Callable[[Any], Any],
+        trace: Callable[[Any], Any] | None,
+    ) -> None:
         """The same op under the name ``<backend>_<name>``, for a backend that `backends.select` may choose.
 
-        It is an op of its own, so that the backward pass runs where the forward pass did, compiled or not.
+        It is an op of its own, so that the backward pass runs where the forward pass did, compiled or not, and leaves
+        a trace of its own.
         """
-        name = f"{backend}_{self.name}"
-        self._on[backend] = DifferentiableOp(name, **self._declaration, kernels=(kernel, kernel_backward))
+        declaration = self._declaration | {"trace": trace, "kernels": (kernel, kernel_backward)}
+        self._on[backend] = DifferentiableOp(f"{backend}_{self.name}", **declaration)
 
     def on(self, backend: str) -> DifferentiableOp:
         """The op as that backend runs it."""
@@ -212,7 +242,7 @@ class DifferentiableOp:
         with torch.enable_grad():
             for row, index in self._rows.items():
                 if index is not None and call[index] is not None:
-                    call[row], call[index] = call[row][call[index]], None
+                    call[row], call[index] = gathered(call[row], call[index], row), None
                 call[row] = call[row].to(grads[0].dtype)
             names = [self.shared.names[i] for i in self._differentiable]
             wanted = {n: call[n].detach().requires_grad_() for n in names if call[n] is not None and needs.get(n, True)}
@@ -248,12 +278,21 @@ class DifferentiableOp:
             return results
         return results[:-1] if len(results) > 2 else results[0]
 
+    def _flops(self, *args: Any, out_val: Any) -> int:
+        """For `torch.utils.flop_counter`: a multiplication and an addition each."""
+        return 2 * self._work(self.signature.call(*args[: len(self.signature.names)]))
+
+    def _flops_backward(self, *args: Any, out_val: Any) -> int:
+        rest = args[self.n_outputs + self.has_trace :][: len(self.shared.names)]
+        options = dict.fromkeys(self.signature.names[len(self.shared.names) :], False)
+        return 4 * self._work(self.signature.call(*rest, **options))
+
     def _gathered(self, args: Args) -> Args:
         """With the rows themselves in the place of a bank that needs a gradient, and its index."""
         for row, index in self._indexed:
             if args[index] is not None and args[row].requires_grad:
                 changed = list(args)
-                changed[row], changed[index] = args[row][args[index]], None
+                changed[row], changed[index] = gathered(args[row], args[index], self.shared.names[row]), None
                 args = tuple(changed)
         return args
 
@@ -264,10 +303,14 @@ class DifferentiableOp:
 
     def _fake_forward(self, *args: Any) -> Any:
         results = self._fake(self.signature.call(*args[: len(self.signature.names)]))
-        if self.has_trace:
-            # Its size is known to the kernels alone. (On the meta device nothing will be kept in it.)
-            traced = args[-1] and isinstance(results[0], FakeTensor)
-            size: Any = torch.library.get_ctx().new_dynamic_size() if traced else 0
+        if self._trace is not None:
+            trace = self._trace
+            call = self.signature.call(*args[: len(self.signature.names)])
+            size: Any = 0
+            if args[-1]:
+                shapes = tuple(n for a in args if isinstance(a, Tensor) for n in a.shape)
+                ragged = getattr(call, "support_offsets", None) is not None
+                size = traced_size(results[0], shapes, None if ragged else lambda: trace(call))
             results = (*results, results[0].new_empty(size))
         return results if len(results) > 1 else results[0]
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
 from kernelmeta.tasks import Ragged
 
 FEATURES = (
@@ -36,7 +34,3 @@ def shapes(call: Any) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     support = tuple(call.support.shape[:-1] if call.support_index is None else call.support_index.shape)
     query = tuple(call.query.shape[:-1] if call.query_index is None else call.query_index.shape)
     return support, query, query[0] if call.support_offsets is None else call.support_offsets.shape[0] - 1
-
-
-def gathered(features: Tensor, index: Tensor | None) -> Tensor:
-    return features if index is None else features[index]

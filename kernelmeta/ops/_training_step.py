@@ -11,15 +11,15 @@ from torch.nn.functional import cross_entropy
 
 from kernelmeta.backends import is_traced, select
 from kernelmeta.ops import _checks
-from kernelmeta.ops._differentiable import LIBRARY, on_one_device
+from kernelmeta.ops._differentiable import LIBRARY, define, on_one_device
 from kernelmeta.ops._signature import Signature
 
 
-def define(
+def declare(
     name: str, signature: Signature, n_results: int, fake: Callable[..., tuple[Tensor, ...]]
 ) -> Callable[..., Any]:
     """Declare such a raw op; what calls it is returned."""
-    LIBRARY.define(f"{name}({signature.text}) -> ({', '.join(['Tensor'] * n_results)})")
+    define(f"{name}({signature.text}) -> ({', '.join(['Tensor'] * n_results)})")
     torch.library.register_fake(f"kernelmeta::{name}", on_one_device(fake), lib=LIBRARY)
     raw: Callable[..., Any] = getattr(torch.ops.kernelmeta, name).default._op
     return raw

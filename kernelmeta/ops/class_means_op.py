@@ -27,15 +27,20 @@ def _plain(call: Any) -> tuple[Tensor, ...]:
     return (reference.class_means(call.support.to(_type(call)), call.support_labels, call.n_way, call.weight),)
 
 
+def _work(call: Any) -> int:
+    T, S, D = call.support.shape
+    return T * (2 * S + call.n_way) * D
+
+
 OP = DifferentiableOp(
     "class_means",
     "Tensor support, Tensor support_labels, Tensor? weight, int n_way",
     results=("theta0",),
-    has_trace=False,
     differentiable=("support", "weight"),
     rows={"support": None},
     fake=_fake,
     plain=_plain,
+    work=_work,
 )
 
 
@@ -66,6 +71,7 @@ def class_means(support: Tensor, support_labels: Tensor, n_way: int, weight: Ten
         raise ValueError(f"support: expected at least one feature, got {_checks.shape_text(support)}")
     if weight is not None:
         _checks.shape("weight", weight, (support.shape[2],), "[D]")
+    support_labels = _checks.as_labels(support_labels)
     _checks.labels("support_labels", support_labels, (support.shape[0], support.shape[1]), support)
     args = OP.arguments(support=support, support_labels=support_labels, weight=weight, n_way=n_way)
     theta0: Tensor = OP.run(select(support.device.type), args)

@@ -36,7 +36,7 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 # -> measures [2], logits, and the three gradients
-_RAW = _training_step.define("linear_head_gradients", _SIGNATURE, 5, _fake)
+_RAW = _training_step.declare("linear_head_gradients", _SIGNATURE, 5, _fake)
 
 
 def linear_head_gradients(
@@ -64,12 +64,15 @@ def linear_head_gradients(
         query_labels: [T, Q] int64 in 0..N-1.
 
     Raises:
-        ValueError, TypeError: as :func:`linear_head`, and for query labels that do not fit.
+        ValueError, TypeError: as :func:`linear_head`, and for query labels that do not fit; features that require a
+            gradient.
     """
     parameters = (weight, bias, rates)
     options: dict[str, Any] = {
         "oracle": oracle, "first_order": first_order, "support_index": support_index, "query_index": query_index,
     }  # fmt: skip
+    support_labels, query_labels = _checks.as_labels(support_labels), _checks.as_labels(query_labels)
+    _checks.frozen(support=support, query=query)
     try:
         if (support_index is None) is (query_index is None) and _training_step.is_fused(query, support, parameters):
             args = _SIGNATURE.pack(

@@ -16,9 +16,10 @@ from kernelmeta import reference
 from kernelmeta.backends import is_traced, select
 from kernelmeta.ops import _checks
 from kernelmeta.ops._differentiable import DifferentiableOp
-from kernelmeta.ops._ragged import gathered
+from kernelmeta.ops._trace import elements, padded
 from kernelmeta.reference.phases import LABELLED
 from kernelmeta.reference.program import oracle_gradient
+from kernelmeta.reference.task_rows import gathered
 from kernelmeta.tasks import Classifier
 
 FEATURES = "Tensor support, Tensor? support_index, Tensor query, Tensor? query_index, Tensor support_labels"
@@ -36,8 +37,8 @@ def fake(call: Any) -> tuple[Tensor, ...]:
 def _plain(call: Any) -> tuple[Tensor | None, ...]:
     """What the kernels do."""
     weight, bias = call.weight, call.bias
-    support = gathered(call.support, call.support_index).to(weight.dtype)
-    query = gathered(call.query, call.query_index).to(weight.dtype)
+    support = gathered(call.support, call.support_index, "support").to(weight.dtype)
+    query = gathered(call.query, call.query_index, "query").to(weight.dtype)
     targets = one_hot(call.support_labels, weight.shape[0]).to(weight.dtype)
     start = support @ weight.t() + bias
     gram = support @ support.transpose(-1, -2) + 1
@@ -51,16 +52,33 @@ def _plain(call: Any) -> tuple[Tensor | None, ...]:
     return logits, torch.cat([theta, b.unsqueeze(-1)], -1) if call.return_weights else None
 
 
+def _trace(call: Any) -> Any:
+    """``HeadTrace`` in csrc/engine/linear_head.h, of all tasks."""
+    T, S = call.support_labels.shape
+    N, D = call.weight.shape
+    K, ld = call.rates.shape[0], padded(S)
+    return T * elements((S, ld), (K, N, ld), (K + 1, N, ld), (N, D))
+
+
 def _reference(call: Any) -> tuple[Tensor | None, ...]:
     if is_traced():  # (there is autograd inside of the reference)
         return _plain(call)
-    support, query = gathered(call.support, call.support_index), gathered(call.query, call.query_index)
+    support, query = (
+        gathered(call.support, call.support_index, "support"),
+        gathered(call.query, call.query_index, "query"),
+    )
     dtype = call.weight.dtype
     logits, head = reference.linear_head(
         support.to(dtype), call.support_labels, query.to(dtype), call.weight, call.bias, call.rates,
         oracle=LABELLED[call.oracle], first_order=call.first_order, return_weights=True,
     )  # fmt: skip
     return logits, torch.cat([head.weight, head.bias.unsqueeze(-1)], -1) if call.return_weights else None
+
+
+def _work(call: Any) -> int:
+    (T, S), (N, D), K = call.support_labels.shape, call.weight.shape, call.rates.shape[0]
+    Q = (call.query if call.query_index is None else call.query_index).shape[1]
+    return T * (D * (S * S // 2 + (2 * S + Q) * N) + K * N * S * (S + 20))
 
 
 OP = DifferentiableOp(
@@ -70,9 +88,11 @@ OP = DifferentiableOp(
     outputs=2,
     differentiable=("support", "query", "weight", "bias", "rates"),
     rows={"support": "support_index", "query": "query_index"},
+    trace=_trace,
     fake=fake,
     plain=_plain,
     reference=_reference,
+    work=_work,
 )
 
 
@@ -136,6 +156,7 @@ def linear_head(
         ValueError: shapes, devices, labels or options that do not fit, named.
         TypeError: features that are not floating point, labels or indices that are not int64.
     """
+    support_labels = _checks.as_labels(support_labels)
     given: dict[str, Any] = {
         "support": support, "support_labels": support_labels, "query": query, "support_index": support_index,
         "query_index": query_index, "weight": weight, "bias": bias, "rates": rates, "oracle": oracle,

@@ -6,6 +6,7 @@ time of a step does not depend on D. What they compute is what kernelmeta/refere
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -17,10 +18,12 @@ from kernelmeta.backends import select
 from kernelmeta.ops import _checks, _ragged
 from kernelmeta.ops._differentiable import DifferentiableOp
 from kernelmeta.ops._signature import mlp_of, mlp_tensors
+from kernelmeta.ops._trace import elements, padded
 from kernelmeta.ops.class_means_op import class_means
 from kernelmeta.reference import MLPParameters, Phase
 from kernelmeta.reference.phases import ORACLES, total_steps
 from kernelmeta.reference.program import adapt
+from kernelmeta.reference.task_rows import gathered
 from kernelmeta.tasks import Classifier, Ragged
 
 STARTS = ("class_means", "learned", "zero")
@@ -72,6 +75,37 @@ def _plain(call: Any) -> tuple[Tensor | None, ...]:
     return results.logits, *(p if call.coefficients else None for p in kept)
 
 
+def _trace(call: Any) -> Any:
+    """``ProgramTrace`` in csrc/engine/program_shape.h, of all tasks."""
+    (T, S), (_, Q), _ = _ragged.shapes(call)
+    N, D, K, of_query = call.n_way, call.query.shape[-1], sum(call.phases[3::4]), call.phases[1::4]
+    uses_support, uses_query = not all(of_query), any(of_query)
+    ld = padded(Q) + (padded(S) if uses_support else 0)
+    arrays: list[tuple[Any, ...]] = [(K + 1, N, ld), (K, N, ld)]
+    if call.start == STARTS.index("class_means"):
+        arrays.append((N, D))
+    if call.cosine:
+        arrays += [(ld,), (K + 1, N), (K + 1, N)]
+    arrays += [(S, ld)] * uses_support + [(Q, ld)] * uses_query
+    if call.coefficients:
+        arrays += [(K + 1, N)] * call.cosine + [(K + 1, N, ld)]
+    return T * elements(*arrays)
+
+
+def _work(call: Any) -> int:
+    """As if all tasks were of the same size."""
+    support, query, T = _ragged.shapes(call)
+    S, Q = (math.prod(rows) // max(T, 1) for rows in (support, query))
+    N, D, H = call.n_way, call.query.shape[-1], 0 if call.weight1 is None else call.weight1.shape[0]
+    total = (S + Q) * N * D + S * (S // 2 + Q) * D + Q * Q // 2 * D
+    for phase, _ in _decode(call.phases):
+        rows = Q if phase.rows == "query" else S
+        total += phase.steps * rows * N * (S + Q + 20)
+        if phase.oracle == "synthetic_gradient":
+            total += phase.steps * rows * H * (2 * N + H)
+    return T * total
+
+
 OP = DifferentiableOp(
     "program",
     f"{_ragged.FEATURES}, Tensor? theta0, Tensor? weight, Tensor? scale, Tensor? bias, Tensor? target_scale, "
@@ -91,8 +125,10 @@ OP = DifferentiableOp(
         *MLPParameters._fields,
     ),
     rows={"support": "support_index", "query": "query_index"},
+    trace=_trace,
     fake=_fake,
     plain=_plain,
+    work=_work,
 )
 
 
@@ -197,6 +233,7 @@ def program(
                 "target_scale": target_scale}  # fmt: skip
     named |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     _checks.tensors(**named)
+    support_labels = _checks.as_labels(support_labels)
     _checks.task_rows(support, support_labels, query, support_index, query_index, ragged)
     D = query.shape[-1]
     _check_program(phases, n_way, classifier, start, scale, mlp, reduction, first_order)
@@ -285,8 +322,8 @@ def _classifiers(call: Any, of_support: Tensor, of_query: Tensor, a: Tensor) -> 
     """theta = a theta0 + P^T X, [T, N, D], and the bias [T, N]; of a cosine classifier zeros."""
     n_way, n_ways, weight, bias, dtype = call.n_way, call.n_ways, call.weight, call.bias, a.dtype
     labels, support_offsets, query_offsets = call.support_labels, call.support_offsets, call.query_offsets
-    support = _ragged.gathered(call.support, call.support_index).to(dtype)
-    query = _ragged.gathered(call.query, call.query_index).to(dtype)
+    support = gathered(call.support, call.support_index, "support").to(dtype)
+    query = gathered(call.query, call.query_index, "query").to(dtype)
 
     def one_batch(task: Sequence[Tensor], ways: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``own`` [T, N]: the ways that each task has, if not all ``ways``. Rows that it does not have are zeros."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, overload
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from kernelmeta.backends import select
 from kernelmeta.ops import _checks, _ragged
 from kernelmeta.ops._differentiable import DifferentiableOp
+from kernelmeta.ops._trace import elements, padded
 from kernelmeta.reference.ridge import ridge_with_coefficients
 from kernelmeta.tasks import Ragged
 
@@ -27,6 +29,20 @@ def _plain(call: Any) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
+def _trace(call: Any) -> Any:
+    """``RidgeTrace`` in csrc/engine/ridge.h, of all tasks."""
+    (T, S), (_, Q), _ = _ragged.shapes(call)
+    s, q, N = padded(S), padded(Q), call.n_way
+    return T * elements((S, s), (S,), (N, s), (S, q), (N, q))
+
+
+def _work(call: Any) -> int:
+    """As if all tasks were of the same size."""
+    support, query, T = _ragged.shapes(call)
+    S, Q = (math.prod(rows) // max(T, 1) for rows in (support, query))
+    return T * (S * (S // 2 + Q) * call.query.shape[-1] + S**3 // 3 + S * call.n_way * (S + Q))
+
+
 OP = DifferentiableOp(
     "ridge",
     f"{_ragged.FEATURES}, Tensor regularization, Tensor scale, Tensor bias, int n_way, {_ragged.SIZES}",
@@ -34,8 +50,10 @@ OP = DifferentiableOp(
     outputs=2,
     differentiable=("support", "query", "regularization", "scale", "bias"),
     rows={"support": "support_index", "query": "query_index"},
+    trace=_trace,
     fake=_fake,
     plain=_plain,
+    work=_work,
 )
 
 
@@ -98,6 +116,7 @@ def ridge(
         TypeError: features that are not floating point, labels, indices, offsets or ways that are not int64.
     """
     _checks.tensors(support=support, query=query, regularization=regularization, scale=scale, bias=bias)
+    support_labels = _checks.as_labels(support_labels)
     _checks.task_rows(support, support_labels, query, support_index, query_index, ragged)
     _checks.ways(n_way)
     for name, tensor in (("regularization", regularization), ("scale", scale), ("bias", bias)):

@@ -39,7 +39,7 @@ def _fake(*args: Any) -> tuple[Tensor, ...]:
 
 
 # -> measures [2], logits, stats, and the thirteen gradients
-_RAW = _training_step.define("sib_gradients", _SIGNATURE, 16, _fake)
+_RAW = _training_step.declare("sib_gradients", _SIGNATURE, 16, _fake)
 
 
 def sib_gradients(
@@ -72,7 +72,7 @@ def sib_gradients(
         query_labels: [T, Q] int64 in 0..N-1.
 
     Raises:
-        ValueError, TypeError: as :func:`sib`, and for query labels that do not fit.
+        ValueError, TypeError: as :func:`sib`, and for query labels that do not fit; features that require a gradient.
     """
     parameters = (weight, scale, bias, *mlp)
     options: dict[str, Any] = {
@@ -80,6 +80,8 @@ def sib_gradients(
         "running_stats": running_stats, "return_norm_stats": return_norm_stats, "support_index": support_index,
         "query_index": query_index,
     }  # fmt: skip
+    support_labels, query_labels = _checks.as_labels(support_labels), _checks.as_labels(query_labels)
+    _checks.frozen(support=support, query=query)
     try:
         if (
             norm_stats == "task"

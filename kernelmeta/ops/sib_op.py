@@ -16,9 +16,10 @@ from kernelmeta import reference
 from kernelmeta.backends import is_traced, select
 from kernelmeta.ops import _checks
 from kernelmeta.ops._differentiable import DifferentiableOp
-from kernelmeta.ops._ragged import gathered
 from kernelmeta.ops._signature import Args, mlp_of, mlp_tensors
+from kernelmeta.ops._trace import elements, padded
 from kernelmeta.reference import MLPParameters, dual
+from kernelmeta.reference.task_rows import gathered
 from kernelmeta.tasks import Classifier
 
 # start: the support rows, or, without support_labels, theta0.
@@ -40,11 +41,11 @@ def fake(call: Any) -> tuple[Tensor, ...]:
 
 def _plain(call: Any, loop: Any = dual.sib_inner_loop, norm_stats: str | None = None) -> tuple[Tensor | None, ...]:
     mlp = mlp_of(call)
-    theta0 = gathered(call.start, call.start_index).to(call.scale.dtype)
+    theta0 = gathered(call.start, call.start_index, "support").to(call.scale.dtype)
     if call.support_labels is not None:
         theta0 = reference.class_means(theta0, call.support_labels, mlp.weight1.shape[1], call.weight)
     logits, classifier, *stats = loop(
-        theta0, gathered(call.query, call.query_index).to(call.scale.dtype), call.scale, call.bias, mlp,
+        theta0, gathered(call.query, call.query_index, "query").to(call.scale.dtype), call.scale, call.bias, mlp,
         steps=call.steps, inner_lr=call.inner_lr,
         norm_stats=norm_stats or ("task" if call.running_stats is None else "running"),
         running_stats=call.running_stats, return_weights=True, return_norm_stats=call.return_stats,
@@ -52,8 +53,28 @@ def _plain(call: Any, loop: Any = dual.sib_inner_loop, norm_stats: str | None = 
     return logits, classifier.weight if call.return_weights else None, stats[0] if stats else None
 
 
+def _trace(call: Any) -> Any:
+    """``Trace`` in csrc/engine/inner_loop.h, of all tasks."""
+    T, Q = call.query.shape[:2] if call.query_index is None else call.query_index.shape
+    N, D, K, ld = call.weight1.shape[1], call.query.shape[-1], call.steps, padded(Q)
+    arrays: list[tuple[Any, ...]] = [(N, D), (Q,), (K + 1, N), (K + 1, N, ld), (K, N, ld)]
+    if K > 0 and 8 * K * N >= Q:  # forms_gram
+        arrays.append((Q, ld))
+    if call.return_weights:
+        arrays += [(K + 1, N), (K + 1, N, ld)]
+    return T * elements(*arrays)
+
+
 def _reference(call: Any) -> tuple[Tensor | None, ...]:
     return _plain(call, dual.sib_inner_loop if is_traced() else reference.sib_inner_loop)
+
+
+def _work(call: Any) -> int:
+    T, S = call.start.shape[:2] if call.start_index is None else call.start_index.shape
+    Q, D = (call.query if call.query_index is None else call.query_index).shape[1], call.query.shape[-1]
+    (H, N), K = call.weight1.shape, call.steps
+    rows = Q * D * (min(Q // 2, 4 * K * N) + N) + (2 * S + N) * D
+    return T * (rows + K * (Q * H * (2 * N + H) + Q * Q * N))
 
 
 OP = DifferentiableOp(
@@ -64,9 +85,11 @@ OP = DifferentiableOp(
     outputs=2,
     differentiable=("start", "query", "weight", "scale", "bias", *MLPParameters._fields),
     rows={"start": "start_index", "query": "query_index"},
+    trace=_trace,
     fake=fake,
     plain=_plain,
     reference=_reference,
+    work=_work,
 )
 
 
@@ -215,6 +238,7 @@ def sib(
         ValueError: shapes, devices, labels or options that do not fit, named; a class without a support row.
         TypeError: features that are not floating point, labels or indices that are not int64.
     """
+    support_labels = _checks.as_labels(support_labels)
     given: dict[str, Any] = {
         "support": support, "support_labels": support_labels, "query": query, "weight": weight, "scale": scale,
         "bias": bias, "mlp": mlp, "support_index": support_index, "query_index": query_index,

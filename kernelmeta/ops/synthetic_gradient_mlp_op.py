@@ -20,15 +20,20 @@ def _plain(call: Any) -> tuple[Tensor, ...]:
     return (reference.synthetic_gradient_mlp(call.logits, mlp, norm_stats=mode, running_stats=call.running_stats),)
 
 
+def _work(call: Any) -> int:
+    (T, Q, N), H = call.logits.shape, call.weight1.shape[0]
+    return T * Q * H * (2 * N + H)
+
+
 OP = DifferentiableOp(
     "synthetic_gradient_mlp",
     f"Tensor logits, {mlp_tensors()}, Tensor? running_stats",
     results=("gradients",),
-    has_trace=False,
     differentiable=("logits", *MLPParameters._fields),
     rows={},
     fake=lambda call: (call.logits.new_empty(call.logits.shape),),
     plain=_plain,
+    work=_work,
 )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, relu
 
 from kernelmeta.reference.precision import promoted, without_autocast
+from kernelmeta.reference.task_rows import gathered
 from kernelmeta.tasks import Classifier
 
 
@@ -42,8 +43,7 @@ def linear_head(
     query_index: Tensor | None = None,
 ) -> Any:
     """One step a rate on the labelled support rows. See :func:`kernelmeta.ops.linear_head`."""
-    if support_index is not None and query_index is not None:
-        support, query = support[support_index], query[query_index]
+    support, query = gathered(support, support_index, "support"), gathered(query, query_index, "query")
     support, query, weight, bias, rates = promoted(support, query, weight, bias, rates)
     meta_learning = torch.is_grad_enabled()
     theta = weight.expand(len(support), -1, -1)

@@ -23,7 +23,7 @@ from kernelmeta.reference.class_means import check_labels, class_means
 from kernelmeta.reference.phases import Phase
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, synthetic_gradient_mlp
-from kernelmeta.reference.task_sizes import each_task
+from kernelmeta.reference.task_rows import each_task, gathered
 from kernelmeta.tasks import Classifier, Ragged
 
 _FLOOR = 1e-12  # of a norm, as F.normalize
@@ -173,10 +173,7 @@ def adapt(
     ragged: Ragged | None = None,
 ) -> Adapted:
     """Everything that a program leaves; arguments as :func:`kernelmeta.ops.program`."""
-    if support_index is not None:
-        support = support[support_index]
-    if query_index is not None:
-        query = query[query_index]
+    support, query = gathered(support, support_index, "support"), gathered(query, query_index, "query")
     if rates is None:
         values = [phase.lr for phase in phases for _ in range(phase.steps)]
         rates = support.new_tensor(values, dtype=torch.float64 if support.dtype is torch.float64 else torch.float32)

@@ -10,7 +10,7 @@ from torch.nn.functional import one_hot, pad
 
 from kernelmeta.reference.class_means import check_labels
 from kernelmeta.reference.precision import promoted, without_autocast
-from kernelmeta.reference.task_sizes import each_task
+from kernelmeta.reference.task_rows import each_task, gathered
 from kernelmeta.tasks import Ragged
 
 
@@ -66,10 +66,7 @@ def ridge_with_coefficients(
     ragged: Ragged | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits and the coefficients of W, [T, S, N] or [sum S, N]; arguments as :func:`kernelmeta.ops.ridge`."""
-    if support_index is not None:
-        support = support[support_index]
-    if query_index is not None:
-        query = query[query_index]
+    support, query = gathered(support, support_index, "support"), gathered(query, query_index, "query")
     support, query, regularization, scale, bias = promoted(support, query, regularization, scale, bias)
     if ragged is None:
         return solve(support, support_labels, query, regularization, scale, bias, n_way)

@@ -16,6 +16,7 @@ from kernelmeta.reference import dual
 from kernelmeta.reference.class_means import class_means
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, mlp_with_norm_stats, stack_norm_stats
+from kernelmeta.reference.task_rows import gathered
 from kernelmeta.tasks import Classifier
 
 
@@ -88,7 +89,6 @@ def sib(
     **options: Any,
 ) -> Any:
     """The whole episode: class means, then the inner loop. See :func:`kernelmeta.ops.sib`."""
-    if support_index is not None and query_index is not None:
-        support, query = support[support_index], query[query_index]
+    support, query = gathered(support, support_index, "support"), gathered(query, query_index, "query")
     theta0 = class_means(support, support_labels, mlp.weight1.shape[1], weight)
     return sib_inner_loop(theta0, query, scale, bias, mlp, **options)

@@ -219,9 +219,12 @@ class Trainer:
         self, support_index: Tensor, support_labels: Tensor, query_index: Tensor, answers: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Gradients of the mean cross entropy, set; returns it and the accuracy."""
+        for parameter in self.parameters:
+            parameter.grad = None
         results = self.head.gradients(
-            self.features, support_labels, self.features, answers, support_index=support_index, query_index=query_index
-        )
+            self.features, support_labels, self.features, answers, support_index=support_index,
+            query_index=query_index, process_group="local",
+        )  # fmt: skip
         return results.loss, results.accuracy
 
     def _step_by_autograd(

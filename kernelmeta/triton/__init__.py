@@ -41,10 +41,15 @@ _OPS = {
 
 
 def _kernel(op: str, direction: str) -> Callable[[Any], Any]:
-    """``forward`` or ``backward`` of kernelmeta.triton.<op>, which is imported by the first call."""
+    """``forward``, ``backward`` or ``trace`` of kernelmeta.triton.<op>, which is imported by the first call."""
     return lambda call: getattr(importlib.import_module(f"kernelmeta.triton.{op}"), direction)(call)
 
 
 if backends()["triton"].available:
     for _name, _op in _OPS.items():
-        _op.OP.define_on("triton", _kernel(_name, "forward"), _kernel(_name, "backward"))
+        _op.OP.define_on(
+            "triton",
+            _kernel(_name, "forward"),
+            _kernel(_name, "backward"),
+            _kernel(_name, "trace") if _op.OP.has_trace else None,
+        )

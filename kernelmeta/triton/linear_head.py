@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernelmeta.ops._trace import padded
 from kernelmeta.ops.linear_head_op import OP
 from kernelmeta.triton import phases
 from kernelmeta.triton.launch import plain
 from kernelmeta.triton.phases import Gradients, Learned, Live, Phase
 from kernelmeta.triton.products import combine, dots
 from kernelmeta.triton.tasks import foreign
-from kernelmeta.triton.trace import Trace, padded, size_of
+from kernelmeta.triton.trace import Trace, size_of
 
 
 def _fields(S: int, N: int, K: int) -> dict[str, tuple[int, ...]]:
@@ -38,6 +39,12 @@ def _program(call: Any) -> tuple[Live, list[Phase], Learned]:
     ones = rates.new_ones(1)
     learned = Learned(torch.cat([ones, ones.new_zeros(1), ones]), rates.contiguous(), labels.contiguous(), None, None)
     return Live(S, 0, padded(S), padded(S), None), [Phase(call.oracle, False, True, K)] if K else [], learned
+
+
+def trace(call: Any) -> int:
+    """Elements that a forward pass leaves; none where it runs in plain PyTorch."""
+    T, S, _, N, _, K = _sizes(call)
+    return T * size_of(_fields(S, N, K)) if T and phases.fits(padded(S), N, 0, call.weight.dtype) else 0
 
 
 def forward(call: Any) -> tuple[Tensor, ...]:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernelmeta.ops._ragged import shapes
 from kernelmeta.ops._signature import mlp_of
+from kernelmeta.ops._trace import padded
 from kernelmeta.ops.program_op import OP
 from kernelmeta.reference import MLPParameters
 from kernelmeta.triton import class_means_kernels, mlp_kernels, phases
@@ -15,10 +17,39 @@ from kernelmeta.triton.launch import interpreted, plain
 from kernelmeta.triton.phases import Gradients, Learned, Live, Phase
 from kernelmeta.triton.products import combine, dots, inverse_norms, squared_norms, without_radial_part
 from kernelmeta.triton.tasks import Tasks
-from kernelmeta.triton.trace import Trace, padded, size_of
+from kernelmeta.triton.trace import Trace, size_of
 
 _FLOOR2 = 1e-24  # of a squared norm
 _CLASS_MEANS, _ZERO = 0, 2  # starts
+
+
+def _live(call: Any, S: int, Q: int) -> Live:
+    """The rows that steps and results depend on, of tasks with so many support and query rows."""
+    S = 0 if all(call.phases[1::4]) else S
+    return Live(S, Q, padded(S), padded(S) + padded(Q), None)
+
+
+def _fits(call: Any, live: Live) -> bool:
+    dtype = call.rates.dtype
+    H = 0 if call.weight1 is None else call.weight1.shape[0]
+    return (dtype is torch.float32 or interpreted()) and phases.fits(live.ld, call.n_way, H, dtype)
+
+
+def _fields(call: Any, live: Live) -> dict[str, tuple[int, ...]]:
+    """What a task's forward pass leaves; a linear classifier does not need A G."""
+    N, K, cosine, coefficients = call.n_way, sum(call.phases[3::4]), call.cosine, call.coefficients
+    return {
+        "theta0": (N, call.query.shape[-1]) if call.start == _CLASS_MEANS else (),
+        "inverse": (live.ld,) if cosine else (),
+        "r2": (K + 1, N) if cosine else (),
+        "u": (K + 1, N, live.ld),
+        "ag": (K, N, live.ld) if cosine else (),
+        "gram_support": (live.S, live.ld) if live.S else (),
+        "gram_query": (live.Q, live.ld) if any(call.phases[1::4]) else (),
+        "anchor": (K + 1, N) if cosine else (),
+        "a": (K + 1, N) if coefficients and cosine else (),
+        "p": (K + 1, N, live.ld) if coefficients else (),
+    }
 
 
 class _Program:
@@ -36,11 +67,9 @@ class _Program:
             for o, query, mean, steps in zip(*[iter(call.phases)] * 4, strict=True)
         ]
         self.K = sum(phase.steps for phase in self.phases)
-        self.H = 0 if mlp.weight1 is None else mlp.weight1.shape[0]
-        uses_support = any(not phase.query for phase in self.phases)
-        S = tasks.S if uses_support else 0
-        self.live = Live(S, tasks.Q, padded(S), padded(S) + padded(tasks.Q), tasks.counts)
-        if tasks.counts is not None and not uses_support:
+        self.live = _live(call, tasks.S, tasks.Q)._replace(counts=tasks.counts)
+        self.fields, self.fits = _fields(call, self.live), tasks.T > 0 and _fits(call, self.live)
+        if tasks.counts is not None and not self.live.S:
             counts = tasks.counts.clone()
             counts[:, 0].zero_()
             self.live = self.live._replace(counts=counts)
@@ -51,30 +80,6 @@ class _Program:
         self.learned = Learned(
             own, rates.contiguous(), tasks.labels.contiguous(), None if mlp.weight1 is None else mlp, call.running_stats
         )
-
-    @property
-    def fits(self) -> bool:
-        dtype = self.learned.rates.dtype
-        known = dtype is torch.float32 or interpreted()
-        return known and self.tasks.T > 0 and phases.fits(self.live.ld, self.N, self.H, dtype)
-
-    def fields(self) -> dict[str, tuple[int, ...]]:
-        """What a task's forward pass leaves; a linear classifier does not need A G."""
-        N, K, live = self.N, self.K, self.live
-        cosine, coefficients = self.cosine, self.coefficients
-        uses_query = any(phase.query for phase in self.phases)
-        return {
-            "theta0": (N, self.tasks.D) if self.start == _CLASS_MEANS else (),
-            "inverse": (live.ld,) if cosine else (),
-            "r2": (K + 1, N) if cosine else (),
-            "u": (K + 1, N, live.ld),
-            "ag": (K, N, live.ld) if cosine else (),
-            "gram_support": (live.S, live.ld) if live.S else (),
-            "gram_query": (live.Q, live.ld) if uses_query else (),
-            "anchor": (K + 1, N) if cosine else (),
-            "a": (K + 1, N) if coefficients and cosine else (),
-            "p": (K + 1, N, live.ld) if coefficients else (),
-        }
 
     def parts(self) -> list[tuple[bool, slice]]:
         """(Of query rows, place among the live rows)."""
@@ -90,17 +95,23 @@ class _Program:
         return self.theta0.expand(self.tasks.T, -1, -1).contiguous()
 
 
+def trace(call: Any) -> int:
+    """Elements that a forward pass leaves; none where it runs in plain PyTorch."""
+    (T, S), (_, Q), _ = shapes(call)
+    live = _live(call, S, Q)
+    return T * size_of(_fields(call, live)) if T and _fits(call, live) else 0
+
+
 def forward(call: Any) -> tuple[Tensor, ...]:
     """The raw op ``program``. What one program cannot hold runs in plain PyTorch, without trace."""
     program = _Program(call)
     tasks, live, N, K = program.tasks, program.live, program.N, program.K
     rates = program.learned.rates
-    fields = program.fields()
     if not program.fits:
         results: tuple[Tensor, ...] = OP.plain_forward(*call)
         return results
-    data = rates.new_zeros(tasks.T, size_of(fields))
-    trace = Trace(data, fields)
+    data = rates.new_zeros(tasks.T, size_of(program.fields))
+    trace = Trace(data, program.fields)
     _begin(program, trace)
     phases.forward(trace, live, N, program.phases, program.learned)
 
@@ -186,7 +197,7 @@ def backward(call: Any) -> tuple[Tensor, ...]:
     )  # fmt: skip
     tasks, live, N, K = program.tasks, program.live, program.N, program.K
     rates, cosine = program.learned.rates, program.cosine
-    trace = Trace(call.trace.contiguous().view(tasks.T, -1), program.fields())
+    trace = Trace(call.trace.contiguous().view(tasks.T, -1), program.fields)
     coefficients = program.coefficients and of_query is not None
     new_zeros = rates.new_zeros
     T, ld = tasks.T, live.ld

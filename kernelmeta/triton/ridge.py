@@ -7,24 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernelmeta.ops._trace import padded
 from kernelmeta.ops.ridge_op import OP
 from kernelmeta.triton.launch import cover, interpreted, launch, plain, precision
 from kernelmeta.triton.products import combine, dots
 from kernelmeta.triton.ridge_kernels import factorise_kernel, solve_kernel
 from kernelmeta.triton.tasks import Tasks
-from kernelmeta.triton.trace import Trace, padded, size_of
+from kernelmeta.triton.trace import Trace, size_of
 
 _MOST_ROWS = 128  # of a task: its matrix is one tile in registers
 
 
-def _fits(tasks: Tasks, dtype: torch.dtype) -> bool:
+def _fits(S: int, N: int, dtype: torch.dtype) -> bool:
     known = dtype is torch.float32 or (dtype is torch.float64 and interpreted())
-    return known and tasks.T > 0 and tasks.S <= _MOST_ROWS and tasks.n_way <= _MOST_ROWS
+    return known and S <= _MOST_ROWS and N <= _MOST_ROWS
 
 
-def _fields(tasks: Tasks) -> dict[str, tuple[int, ...]]:
+def _fields(S: int, Q: int, N: int) -> dict[str, tuple[int, ...]]:
     """What a task's forward pass leaves; the factor is the transpose of ``u`` in csrc/engine/ridge.h."""
-    S, Q, N = tasks.S, tasks.Q, tasks.n_way
     return {
         "factor": (S, padded(S)),
         "pivots": (padded(S),),
@@ -53,12 +53,19 @@ def _solve(tasks: Tasks, trace: Trace, x: Tensor) -> None:
     )  # fmt: skip
 
 
+def trace(call: Any) -> int:
+    """Elements that a forward pass leaves; none where it runs in plain PyTorch."""
+    (T, S), Q = call.support_labels.shape, (call.query if call.query_index is None else call.query_index).shape[1]
+    return T * size_of(_fields(S, Q, call.n_way)) if T and _fits(S, call.n_way, call.scale.dtype) else 0
+
+
 def forward(call: Any) -> tuple[Tensor, ...]:
     """The raw op ``ridge``. What one program cannot hold runs in plain PyTorch, without trace."""
     regularization, scale, bias, n_way = call.regularization, call.scale, call.bias, call.n_way
     tasks = Tasks(call)
-    fields, S, Q = _fields(tasks), tasks.S, tasks.Q
-    if not _fits(tasks, scale.dtype):
+    S, Q = tasks.S, tasks.Q
+    fields = _fields(S, Q, n_way)
+    if tasks.T == 0 or not _fits(tasks.S, tasks.n_way, scale.dtype):
         results: tuple[Tensor, ...] = OP.plain_forward(*call)
         return results
     data = scale.new_zeros(tasks.T, size_of(fields))
@@ -96,11 +103,11 @@ def backward(call: Any) -> tuple[Tensor, ...]:
     regularization, scale, bias = call.regularization, call.scale, call.bias
     of_support, need_query, need_support = call.grad_coefficients, call.need_query, call.need_support
     tasks = Tasks(call)
-    if not _fits(tasks, scale.dtype):
+    if tasks.T == 0 or not _fits(tasks.S, tasks.n_way, scale.dtype):
         results: tuple[Tensor, ...] = plain(OP.plain_backward, *call)
         return results
     S, Q, N = tasks.S, tasks.Q, tasks.n_way
-    trace = Trace(call.trace.contiguous().view(tasks.T, -1), _fields(tasks))
+    trace = Trace(call.trace.contiguous().view(tasks.T, -1), _fields(S, Q, N))
     support, query = tasks.rows(False), tasks.rows(True)
     alpha, cross = trace["alpha"][..., :S], trace["cross"][..., :Q]
     gz = tasks.spread(call.grad_logits, True).transpose(1, 2)

@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from kernelmeta.ops._signature import mlp_of
+from kernelmeta.ops._trace import padded
 from kernelmeta.ops.sib_op import OP
 from kernelmeta.triton import class_means_kernels, mlp_kernels
 from kernelmeta.triton.launch import launch, plain, precision
 from kernelmeta.triton.loop_kernels import loop_backward_kernel, loop_forward_kernel
 from kernelmeta.triton.products import combine, dots, inverse_norms, squared_norms, without_radial_part
-from kernelmeta.triton.trace import Trace, padded, size_of
+from kernelmeta.triton.trace import Trace, size_of
 
 
 def _fields(Q: int, N: int, D: int, K: int, weights: bool) -> dict[str, tuple[int, ...]]:
@@ -47,6 +48,14 @@ def _layout(trace: Trace, gram: Tensor | None, Q: int) -> tuple[Any, ...]:
     """size ... p_at of the kernels."""
     names = ("inverse", "r2", "u", "ag", "a", "p")
     return (trace.size, padded(Q), 0 if gram is None else gram.stride(0), *(trace.at[name] for name in names))
+
+
+def trace(call: Any) -> int:
+    """Elements that a forward pass leaves; none where it runs in plain PyTorch."""
+    T, Q, N, D, H, K = _sizes(call)
+    if T == 0 or not mlp_kernels.fits(Q, N, H, call.scale.dtype):
+        return 0
+    return T * size_of(_fields(Q, N, D, K, call.return_weights))
 
 
 def forward(call: Any) -> tuple[Tensor, ...]:

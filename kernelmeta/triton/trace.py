@@ -7,12 +7,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import triton
 from torch import Tensor
 
-
-def padded(n: int) -> int:
-    return triton.cdiv(n, 16) * 16
+from kernelmeta.ops._trace import elements, padded
 
 
 class Trace:
@@ -42,4 +39,4 @@ class Trace:
 
 
 def size_of(fields: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(padded(math.prod(shape)) for shape in fields.values() if shape)
+    return int(elements(*filter(None, fields.values())))

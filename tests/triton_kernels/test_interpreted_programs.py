@@ -13,10 +13,12 @@ from episodes import assert_close, draw_labels, running_stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ops.test_program import COSINE, LINEAR, Problem, draw_ragged
+from ops.test_transforms import raw_arguments
 from torch import Tensor
 from triton_kernels.interpreter import both, interpreted
 
 import kernelmeta as km
+from kernelmeta.ops import linear_head_op, program_op, ridge_op
 from kernelmeta.reference import Phase
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -363,25 +365,23 @@ def test_other_precisions(dtype: torch.dtype) -> None:
 
 @interpreted
 def test_opcheck_and_compile() -> None:
-    raw = torch.ops.kernelmeta
     support, query, weight, bias, rates = drawn((2, 4, 9), (2, 5, 9), (3, 9), (3,), (2,))
     labels = torch.tensor([[0, 1, 2, 1], [2, 1, 0, 0]])
     one = torch.ones(1, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(
-        raw.triton_linear_head.default,
-        (support, None, labels, query, None, weight, bias, rates, 0, False, True, True),
-    )  # fmt: skip
-    torch.library.opcheck(
-        raw.triton_ridge.default,
-        (query, None, support, None, labels, None, None, None, one, one, one, 3, -1, -1, True),
-    )  # fmt: skip
-    rows = [query, None, support, None, labels, None, None, None]
-    for cosine, start in ((True, 0), (False, 1)):
-        own = [weight if start else None, None, one, one if cosine else bias, None, rates, *[None] * 11]
-        torch.library.opcheck(
-            raw.triton_program.default,
-            (*rows, *own, 3, [0, 0, 1, 1, 3, 1, 1, 1], cosine, start, False, True, -1, -1, True),
-        )  # fmt: skip
+    even = {"support": support, "query": query, "support_labels": labels}
+    head = {"weight": weight, "bias": bias, "rates": rates, "oracle": 0, "first_order": False, "return_weights": True}
+    ridge = {"regularization": one, "scale": one, "bias": one, "n_way": 3}
+    program = {
+        "scale": one, "rates": rates, "n_way": 3, "phases": [0, 0, 1, 1, 3, 1, 1, 1], "first_order": False,
+        "coefficients": True,
+    }  # fmt: skip
+    for op, own in (
+        (linear_head_op.OP, head),
+        (ridge_op.OP, ridge),
+        (program_op.OP, {**program, "cosine": True, "start": 0, "bias": one}),
+        (program_op.OP, {**program, "cosine": False, "start": 1, "bias": bias, "theta0": weight}),
+    ):
+        torch.library.opcheck(op.on("triton").raw, raw_arguments(op, **even, **own))
 
     def call(support: Tensor) -> Tensor:
         return km.ops.linear_head(support, labels, query, weight, bias, rates).square().sum()

@@ -1,11 +1,31 @@
-"""Tasks of unequal size, taken one by one."""
+"""Rows of tasks: gathered from a bank; those of unequal size, taken one by one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
+from torch import Tensor
+
+from kernelmeta.backends import is_traced
 from kernelmeta.tasks import Ragged
+
+
+def gathered(features: Tensor, index: Tensor | None, name: str) -> Tensor:
+    """The rows of a bank [n, D] that an index points to; the features themselves where there is none.
+
+    Raises:
+        ValueError: an index outside of the bank. (On a GPU nobody waits to look.)
+    """
+    if index is None:
+        return features
+    looked_at = index.device.type == "cpu" and not is_traced() and type(index) is Tensor
+    if looked_at and index.numel():
+        n = features.shape[0]
+        for extreme in index.aminmax():
+            if not 0 <= extreme < n:
+                raise ValueError(f"{name}: index {int(extreme)} is outside of the bank's {n} rows")
+    return features[index]
 
 
 def each_task(ragged: Ragged, n_way: int) -> Iterator[tuple[slice, slice, int]]:
