@@ -19,18 +19,18 @@ HAS_COMPILER := $(shell command -v $(firstword $(CXX)) || command -v c++ || comm
 BUILD = build/cmake-$(shell "$(BIN)/python" -c 'import sys; print(sys.implementation.cache_tag)')
 JOBS := $(shell getconf _NPROCESSORS_ONLN 2> /dev/null || echo 2)
 
-# Without a GPU what runs needs no CUDA kernels (those that are there stay), and what is tested, those of one
-# architecture: they take minutes.
+# Without a GPU nothing that runs needs CUDA kernels, which take minutes: they stay where they are, and are compiled, for
+# one architecture, by test-rare.
 ifeq ($(shell command -v nvidia-smi),)
-demo bench docs: export KERNELMETA_BUILD ?= $(if $(wildcard kernelmeta/_native/libkernelmeta_cuda.so),auto,cpu)
-test test-rare demo bench docs: export TORCH_CUDA_ARCH_LIST ?= 9.0
+demo bench docs test: export KERNELMETA_BUILD ?= $(if $(wildcard kernelmeta/_native/libkernelmeta_cuda.so),auto,cpu)
+demo bench docs test test-rare: export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: help install test test-rare lint cpp-test cpp-test-rare py-test format demo bench docs gpu-check clean
+.PHONY: help install test test-rare lint cpp-test cpp-test-rare cuda-rare py-test format demo bench docs gpu-check clean
 
 help:
 	@echo "make test    install, then linters, C++ tests under the sanitizers, Python tests"
-	@echo "make test-rare  what takes long and rarely fails: other instruction sets, CUDA for another card"
+	@echo "make test-rare  what takes long and rarely fails: other instruction sets, CUDA kernels, Triton's compiler"
 	@echo "make demo    install, then train and evaluate on the built-in data"
 	@echo "make bench   install, then the benchmarks"
 	@echo "make docs    install, then the documentation, as a site in build/site"
@@ -47,8 +47,9 @@ install:
 	@echo "compiling and installing kernelmeta"
 	@"$(BIN)/python" -m pip install -q --no-build-isolation -e '.[$(EXTRAS)]'
 
+# The Python tests use one core, so that others can go on beside them.
 test: install
-	@$(MAKE) --no-print-directory lint cpp-test py-test
+	@$(MAKE) --no-print-directory -j $(JOBS) py-test cpp-test lint
 
 lint:
 	"$(BIN)/ruff" check .
@@ -58,7 +59,7 @@ lint:
 
 # $(call build,<target>): a target of the build tree that the library itself does not need.
 build = "$(BIN)/cmake" -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM="$$(cd "$(BIN)" && pwd)/ninja" \
-  -DKERNELMETA_TESTS=ON > /dev/null && "$(BIN)/cmake" --build $(BUILD) --target $(1)
+  -DKERNELMETA_TESTS=ON > /dev/null && "$(BIN)/cmake" --build $(BUILD) --target $(1) -- --quiet
 
 ifeq ($(HAS_COMPILER),)
 cpp-test cpp-test-rare:
@@ -74,13 +75,16 @@ cpp-test-rare:
 endif
 
 py-test:
-	"$(BIN)/python" -m pytest
+	"$(BIN)/python" -m pytest -m 'not rare'
 
 test-rare: install
-	@$(MAKE) --no-print-directory cpp-test-rare
-	@if grep -qs '^KERNELMETA_CUDA:BOOL=ON' $(BUILD)/CMakeCache.txt; then \
-	  set -x; $(call build,cuda_rare) && "$(BIN)/python" -m pytest tests/test_cuda_resources.py; \
-	else echo "SKIPPED: CUDA kernels for another card (this build has none)"; fi
+	@$(MAKE) --no-print-directory cpp-test-rare cuda-rare
+	"$(BIN)/python" -m pytest -m 'rare or cuda_build'
+
+# Kernels for another card than the library's: what they take is held against limits.
+cuda-rare:
+	@if grep -qs '^KERNELMETA_CUDA:BOOL=ON' $(BUILD)/CMakeCache.txt; then set -x; $(call build,cuda_rare); \
+	else echo "SKIPPED: CUDA kernels (this build has none)"; fi
 
 format:
 	"$(BIN)/ruff" check --fix .

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.cuda_build
 
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.DOTALL)
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")

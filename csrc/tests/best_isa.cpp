@@ -4,7 +4,7 @@
 #include "cpu/dispatch.cpp"
 
 namespace kernelmeta {
-#define EACH(isa) const KernelTable kernels_##isa{.isa = #isa};
+#define EACH(name) const KernelTable kernels_##name{.isa = #name};
 KERNELMETA_EACH_ISA
 #undef EACH
 }  // namespace kernelmeta
