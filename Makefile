@@ -4,80 +4,107 @@
 PYTHON ?= python3
 # What to install where there is no PyTorch yet.
 TORCH ?= torch==2.13.0
+EXTRAS := test
 
 ifdef VIRTUAL_ENV
   VENV := $(VIRTUAL_ENV)
 else
   VENV := .venv
 endif
+# Quoted wherever it is used: the folder's name may hold spaces.
 BIN := $(VENV)/bin
 CXX_FILES = $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 HAS_COMPILER := $(shell command -v $(firstword $(CXX)) || command -v c++ || command -v clang++)
+# The C++ tests and the CUDA kernels for other cards are targets of the build tree that `install` leaves.
+BUILD = build/cmake-$(shell "$(BIN)/python" -c 'import sys; print(sys.implementation.cache_tag)')
+JOBS := $(shell getconf _NPROCESSORS_ONLN 2> /dev/null || echo 2)
 
-# Without a GPU: what runs needs no CUDA kernels; what is tested, those of two architectures. (All take long.)
+# Without a GPU nothing that runs needs CUDA kernels, which take minutes: they stay where they are, and are compiled, for
+# one architecture, by test-rare.
 ifeq ($(shell command -v nvidia-smi),)
-demo bench: export KERNELMETA_BUILD ?= cpu
-test: export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0
+demo bench docs test: export KERNELMETA_BUILD ?= $(if $(wildcard kernelmeta/_native/libkernelmeta_cuda.so),auto,cpu)
+demo bench docs test test-rare: export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: help install test lint cpp-test py-test format demo bench gpu-check clean
+.PHONY: help install test test-rare lint cpp-test cpp-test-rare cuda-rare py-test format demo bench docs gpu-check clean
 
 help:
 	@echo "make test    install, then linters, C++ tests under the sanitizers, Python tests"
+	@echo "make test-rare  what takes long and rarely fails: other instruction sets, CUDA kernels, Triton's compiler"
 	@echo "make demo    install, then train and evaluate on the built-in data"
 	@echo "make bench   install, then the benchmarks"
-	@echo "make gpu-check  with a GPU: build for it, tests, compute-sanitizer, benchmarks, one JSON"
+	@echo "make docs    install, then the documentation, as a site in build/site"
+	@echo "make gpu-check  with a GPU: tests there, compute-sanitizer, benchmarks, one JSON"
 	@echo "make format  rewrite the sources as the linters want them"
 	@echo "make clean   remove what was built, .venv too"
 
-$(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
-
-install: $(BIN)/python
-	@$(BIN)/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' \
-	  || (echo "installing $(TORCH)" && $(BIN)/python -m pip install -q "$(TORCH)")
+install:
+	@test -x "$(BIN)/python" || $(PYTHON) -m venv "$(VENV)"
+	@"$(BIN)/python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' \
+	  || (echo "installing $(TORCH)" && "$(BIN)/python" -m pip install -q "$(TORCH)")
 	@echo "installing the build tools"
-	@$(BIN)/python -m pip install -q 'setuptools>=77' wheel 'cmake>=3.21' ninja 'pybind11>=2.12'
+	@"$(BIN)/python" -m pip install -q 'setuptools>=77' wheel 'cmake>=3.21' ninja 'pybind11>=2.12'
 	@echo "compiling and installing kernelmeta"
-	@$(BIN)/python -m pip install -q --no-build-isolation -e '.[test]'
+	@"$(BIN)/python" -m pip install -q --no-build-isolation -e '.[$(EXTRAS)]'
 
+# The Python tests use one core, so that others can go on beside them.
 test: install
-	@$(MAKE) --no-print-directory lint cpp-test py-test
+	@$(MAKE) --no-print-directory -j $(JOBS) py-test cpp-test lint
 
 lint:
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/mypy"
+	"$(BIN)/clang-format" --dry-run -Werror $(CXX_FILES)
+
+# $(call build,<target>): a target of the build tree that the library itself does not need.
+build = "$(BIN)/cmake" -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM="$$(cd "$(BIN)" && pwd)/ninja" \
+  -DKERNELMETA_TESTS=ON > /dev/null && "$(BIN)/cmake" --build $(BUILD) --target $(1) -- --quiet
 
 ifeq ($(HAS_COMPILER),)
-cpp-test:
+cpp-test cpp-test-rare:
 	@echo "SKIPPED: C++ tests (no C++ compiler was found)"
 else
 cpp-test:
-	$(BIN)/cmake -S . -B build/cpp-tests -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
-	  -DKERNELMETA_TESTS=ON -DKERNELMETA_LIBRARY=OFF > /dev/null
-	$(BIN)/cmake --build build/cpp-tests
-	$(BIN)/ctest --test-dir build/cpp-tests --output-on-failure
+	$(call build,cpp_tests)
+	"$(BIN)/ctest" --test-dir $(BUILD) --output-on-failure -j $(JOBS) -LE rare
+
+cpp-test-rare:
+	$(call build,cpp_tests_rare)
+	"$(BIN)/ctest" --test-dir $(BUILD) --output-on-failure -j $(JOBS) -L rare
 endif
 
 py-test:
-	$(BIN)/python -m pytest
+	"$(BIN)/python" -m pytest -m 'not rare'
+
+test-rare: install
+	@$(MAKE) --no-print-directory cpp-test-rare cuda-rare
+	"$(BIN)/python" -m pytest -m 'rare or cuda_build'
+
+# Kernels for another card than the library's: what they take is held against limits.
+cuda-rare:
+	@if grep -qs '^KERNELMETA_CUDA:BOOL=ON' $(BUILD)/CMakeCache.txt; then set -x; $(call build,cuda_rare); \
+	else echo "SKIPPED: CUDA kernels (this build has none)"; fi
 
 format:
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	"$(BIN)/ruff" check --fix .
+	"$(BIN)/ruff" format .
+	"$(BIN)/clang-format" -i $(CXX_FILES)
 
 demo: install
-	$(BIN)/python examples/demo.py
+	"$(BIN)/python" examples/demo.py
 
 # About ten minutes together: the small grid, then the interleaved report with its table and plots.
 bench: install
-	@$(BIN)/python -m pip install -q jax || echo "jax is not there: its rows are left out"
-	$(BIN)/python -m pytest benchmarks -q --benchmark-max-time=0.3 --benchmark-min-rounds=3 \
+	@"$(BIN)/python" -m pip install -q jax || echo "jax is not there: its rows are left out"
+	"$(BIN)/python" -m pytest benchmarks -q --benchmark-max-time=0.3 --benchmark-min-rounds=3 \
 	  --benchmark-columns=median,iqr,rounds
-	$(BIN)/python -m benchmarks.report --seconds 1
+	"$(BIN)/python" -m benchmarks.report --seconds 1
+
+docs: EXTRAS := test,docs
+docs: install
+	"$(BIN)/python" -m mkdocs build --strict --quiet --site-dir build/site
+	@echo "build/site/index.html"
 
 # With whatever PyTorch that machine has: nothing is installed. PYTHON=... to choose the environment.
 gpu-check:

@@ -5,8 +5,11 @@ where there is no C++ compiler or no PyTorch to compile against, and one without
 there is no nvcc; any other trouble fails the install. No GPU is needed. What was built, or why not, is
 written to kernelmeta/_native/build.json, because pip hides the output.
 
-``TORCH_CUDA_ARCH_LIST`` names the compute capabilities to compile for ("8.0;9.0", "80 90+PTX"); without
-it all of `CUDA_ARCHITECTURES` that the compiler knows. The newest of them gets PTX too.
+``TORCH_CUDA_ARCH_LIST`` names the compute capabilities to compile for ("8.0;9.0", "80 90+PTX"), or "all": those of
+`CUDA_ARCHITECTURES` that the compiler knows. Without it they are those of the cards in this machine, and all of them
+where there is no card. The newest of them gets PTX too.
+
+What an earlier build left in the package is replaced once the new one is complete, and not before.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +32,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
-from kernelmeta_build import TorchInstallation, build_choice, find_torch  # noqa: E402
+from kernelmeta_build import TorchInstallation, build_choice, find_torch, fingerprint  # noqa: E402
 
 NATIVE = "kernelmeta/_native"
 CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -56,20 +60,35 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
+def cards() -> set[int]:
+    """Compute capabilities of the NVIDIA cards in this machine; empty where there is none, or no driver."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return set()
+    command = [smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    said = subprocess.run(command, capture_output=True, text=True).stdout
+    return {int(major + minor) for major, minor in re.findall(r"^(\d+)\.(\d)$", said, re.MULTILINE)}
+
+
 def cuda_architectures(nvcc: str) -> list[int]:
     """What to compile for, in ascending order."""
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").lower().replace("+ptx", "").replace(".", "")
-    if asked.strip():
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").lower().replace("+ptx", "").replace(".", "").strip()
+    if asked not in ("", "all"):
         names = asked.replace(";", " ").replace(",", " ").split()
         try:
             return sorted({int(name.rstrip("af")) for name in names})
         except ValueError:
             raise SystemExit(
                 f"kernelmeta: TORCH_CUDA_ARCH_LIST is {os.environ['TORCH_CUDA_ARCH_LIST']!r}; accepted are compute"
-                " capabilities like '8.0;9.0'"
+                " capabilities like '8.0;9.0', or 'all'"
             ) from None
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     known = {int(name.removeprefix("compute_")) for name in listed if name.removeprefix("compute_").isdigit()}
+    if not asked:
+        # A card that this compiler does not know yet runs the PTX of the newest architecture that it does.
+        here = {max((a for a in known if a <= card), default=card) for card in cards()}
+        if here:
+            return sorted(here)
     return [a for a in CUDA_ARCHITECTURES if a in known]
 
 
@@ -100,12 +119,6 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         package_root = ROOT if self.inplace or self.editable_mode else Path(self.build_lib).resolve()
-        native = package_root / NATIVE
-        shutil.rmtree(native, ignore_errors=True)
-        for old in (package_root / "kernelmeta").glob("_C.*.so"):
-            old.unlink()
-        native.mkdir(parents=True)
-
         choice = build_choice()
         torch = None if choice == "none" else find_torch()
         reason = "the install was asked for no kernels (KERNELMETA_BUILD=none)"
@@ -122,19 +135,42 @@ class BuildNative(build_ext):
         report: dict[str, Any] = {
             "requested": choice, "cpu": not reason, "reason": reason, "cuda": nvcc is not None,
             "cuda_reason": "" if nvcc else without_cuda, "cuda_architectures": [], "module": False, "torch": None,
+            "sources": fingerprint(ROOT),
         }  # fmt: skip
+        built = None
         if not reason:
             assert torch is not None
             report["torch"] = torch.version
             report["module"] = self.has_python_headers()
             if nvcc:
                 report["cuda_architectures"] = cuda_architectures(nvcc)
-            self.cmake(
-                package_root, torch, module=self.has_python_headers(), nvcc=nvcc,
-                architectures=report["cuda_architectures"],
+            built = self.cmake(
+                torch, module=report["module"], nvcc=nvcc, architectures=report["cuda_architectures"]
             )  # fmt: skip
+        elif choice == "auto" and self.has_these_kernels(package_root, report["sources"]):
+            self.announce(f"kernelmeta: the kernels that are there stay: {reason}", level=3)
+            return
         else:
             self.announce(f"kernelmeta: no kernels are built: {reason}", level=3)
+        self.replace(package_root, built, report)
+
+    @staticmethod
+    def has_these_kernels(package_root: Path, sources: str) -> bool:
+        """Whether the package holds kernels built from these sources, here or on another machine."""
+        path = package_root / NATIVE / "build.json"
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        return bool(found.get("cpu")) and found.get("sources") == sources
+
+    @staticmethod
+    def replace(package_root: Path, built: Path | None, report: dict[str, Any]) -> None:
+        """Put what was built (or nothing) in the place of what the package has."""
+        native = package_root / NATIVE
+        shutil.rmtree(native, ignore_errors=True)
+        for old in native.parent.glob("_C.*.so"):
+            old.unlink()
+        native.mkdir(parents=True)
+        if built is not None:
+            shutil.copytree(built / "kernelmeta", native.parent, dirs_exist_ok=True)
         (native / "build.json").write_text(json.dumps(report, indent=2) + "\n")
 
     @staticmethod
@@ -142,19 +178,18 @@ class BuildNative(build_ext):
         """Whether the pybind11 module can be built; the kernels themselves need no Python headers."""
         return (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
 
-    def cmake(
-        self, package_root: Path, torch: TorchInstallation, *, module: bool, nvcc: str | None, architectures: list[int]
-    ) -> None:
+    def cmake(self, torch: TorchInstallation, *, module: bool, nvcc: str | None, architectures: list[int]) -> Path:
+        """The folder that holds what was built, laid out as in the package."""
         cmake, ninja = tool("cmake"), tool("ninja")
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         # Paths of tools are given anew each time: an isolated build's are gone when the next one starts.
         options = {
             "CMAKE_BUILD_TYPE": os.environ.get("CMAKE_BUILD_TYPE", "Release"),
             "CMAKE_MAKE_PROGRAM": ninja,
-            "CMAKE_INSTALL_PREFIX": package_root,
             "KERNELMETA_VERSION": self.distribution.get_version(),
             "KERNELMETA_TORCH_DIR": torch.directory,
             "KERNELMETA_TORCH_VERSION": torch.version,
+            "KERNELMETA_LIBRARY": "ON",
             "KERNELMETA_CUDA": "ON" if nvcc else "OFF",
             "KERNELMETA_CUDA_ARCHITECTURES": ",".join(map(str, architectures)),  # a list with ";" would be cut
             "KERNELMETA_MODULE": "ON" if module else "OFF",
@@ -170,7 +205,11 @@ class BuildNative(build_ext):
             options["pybind11_DIR"] = pybind11.get_cmake_dir()
         configure: list[str | Path] = [cmake, "-S", ROOT, "-B", build, "-G", "Ninja"]
         self.call([*configure, *(f"-D{name}={value}" for name, value in options.items())])
-        self.call([cmake, "--build", build, "--target", "install"])
+        self.call([cmake, "--build", build])
+        built = build / "built"
+        shutil.rmtree(built, ignore_errors=True)
+        self.call([cmake, "--install", build, "--prefix", built])
+        return built
 
     def call(self, command: list[str | Path]) -> None:
         self.announce(" ".join(map(str, command)), level=2)

@@ -7,6 +7,7 @@ serve as well. So PyTorch is asked for only where the target interpreter has non
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -56,6 +57,16 @@ def find_torch() -> TorchInstallation | None:
     probe = subprocess.run(command, capture_output=True, text=True, cwd=os.path.sep)
     found = json.loads(probe.stdout) if probe.returncode == 0 else None
     return TorchInstallation(found[0], Path(found[1]).parent) if found else None
+
+
+def fingerprint(root: Path) -> str:
+    """Of the sources under `root` that the kernels are compiled from: kernels with another one are out of date."""
+    digest = hashlib.sha256()
+    files = [path for path in (root / "csrc").rglob("*") if path.is_file() and "tests" not in path.parts[-2:]]
+    for path in sorted([*files, root / "CMakeLists.txt"]):
+        digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _native_requirements() -> list[str]:

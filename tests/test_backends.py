@@ -133,6 +133,7 @@ def test_environment_forces_in_every_thread() -> None:
     assert done.stdout.split() == ["reference"], done.stderr
 
 
+@pytest.mark.cuda_build
 @pytest.mark.parametrize(("name", "message"), [("gpu", "'gpu'; accepted are"), ("cuda", "'cuda' cannot run: ")])
 def test_environment_naming_what_cannot_run_is_an_error_of_the_first_op(name: str, message: str) -> None:
     if km.backends().get(name) and km.backends()[name].available:

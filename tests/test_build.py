@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -70,20 +72,20 @@ def test_unknown_choice(build_backend: ModuleType, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the sources, as `git clone` would give it."""
-    ignore = shutil.ignore_patterns(
-        ".*", "*.so", "__pycache__", "_native", "build", "dist", "tests", "docs", "runs", "*.egg-info"
-    )
-    shutil.copytree(ROOT, tmp_path / "tree", ignore=ignore)
-    (tmp_path / "tree/csrc/tests").mkdir()
-    return tmp_path / "tree"
+    """A copy of what a build needs, as `git clone` would give it, in a folder whose name has a space."""
+    tree = tmp_path / "a tree"
+    for name in ("build_backend", "csrc", "kernelmeta"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_native"))
+    for name in ("CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, tree)
+    return tree
 
 
-def build(tree: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`setup.py build`, for what must fail or must not compile anything."""
+def build(tree: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`setup.py build` (or another command), for what must fail or must not compile anything."""
     environment = {"KERNELMETA_BUILD": "auto", **environment}
     return subprocess.run(
-        [sys.executable, "setup.py", "-q", "build", "--build-lib", "out"],
+        [sys.executable, "setup.py", "-q", *(command or ("build", "--build-lib", "out"))],
         cwd=tree,
         env={**os.environ, **environment},
         capture_output=True,
@@ -138,6 +140,95 @@ def test_architectures_that_are_none_are_refused(tree: Path) -> None:
     done = build(tree, KERNELMETA_BUILD="cuda", CUDACXX=sys.executable, TORCH_CUDA_ARCH_LIST="9.0;Hopper")
     assert done.returncode != 0
     assert "TORCH_CUDA_ARCH_LIST is '9.0;Hopper'; accepted are compute capabilities" in done.stderr
+
+
+def carried(tree: Path, sources: str) -> Path:
+    """A library that was built elsewhere, in its place."""
+    native = tree / "kernelmeta/_native"
+    native.mkdir()
+    (native / "libkernelmeta_cpu.so").write_text("carried")
+    (native / "build.json").write_text(json.dumps({"cpu": True, "sources": sources}))
+    return native / "libkernelmeta_cpu.so"
+
+
+@needs_tools
+def test_a_failing_build_leaves_what_was_there(tree: Path) -> None:
+    if not shutil.which("c++"):
+        pytest.skip("no C++ compiler")
+    library = carried(tree, "others")
+    (tree / "CMakeLists.txt").write_text("message(FATAL_ERROR broken)\n")
+    assert build(tree, "build_ext", "--inplace", KERNELMETA_BUILD="cpu").returncode != 0
+    assert library.read_text() == "carried"
+
+
+@needs_tools
+def test_kernels_of_these_sources_stay_where_nothing_can_be_compiled(tree: Path, build_backend: ModuleType) -> None:
+    library = carried(tree, build_backend.fingerprint(tree))
+    assert build(tree, "build_ext", "--inplace", CXX="no-such-compiler").returncode == 0
+    assert library.read_text() == "carried"
+    with (tree / "csrc/module.cpp").open("a") as source:
+        source.write("// changed\n")
+    assert build(tree, "build_ext", "--inplace", CXX="no-such-compiler").returncode == 0
+    assert not library.exists()
+    report = json.loads(library.with_name("build.json").read_text())
+    assert "no C++ compiler" in report["reason"]
+
+
+def program(path: Path, said: str) -> Path:
+    """An executable that says something, whatever it is told."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\nprintf '{said}'\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("cards", "asked", "compiled"),
+    [
+        ("9.0\\n9.0\\n8.0\\n", "", [80, 90]),  # the cards that are there
+        ("13.2\\n", "", [120]),  # a card newer than the compiler: by the PTX of the newest
+        ("9.0\\n", "all", [80, 90, 100, 120]),  # for a wheel
+        ("9.0\\n", "8.0;9.0+PTX", [80, 90]),
+        ("", "", [80, 90, 100, 120]),  # no card
+    ],
+)
+def test_architectures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cards: str, asked: str, compiled: list[int]
+) -> None:
+    pytest.importorskip("setuptools")
+    monkeypatch.syspath_prepend(str(ROOT / "build_backend"))
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    setup = importlib.util.spec_from_file_location("kernelmeta_setup", ROOT / "setup.py")
+    assert setup is not None
+    assert setup.loader is not None
+    module = importlib.util.module_from_spec(setup)
+    setup.loader.exec_module(module)
+    nvcc = program(tmp_path / "bin/nvcc", "compute_75\\ncompute_80\\ncompute_90\\ncompute_100\\ncompute_120\\n")
+    if cards:
+        program(tmp_path / "bin/nvidia-smi", cards)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/bin:/usr/bin" if cards else str(tmp_path / "bin"))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert module.cuda_architectures(str(nvcc)) == compiled
+
+
+def test_what_a_run_leaves_in_the_tree_does_not_change_what_the_linter_says(tmp_path: Path) -> None:
+    """`make demo` makes runs/, which has the name of a module of the tests."""
+    ruff = shutil.which("ruff", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]]))
+    if ruff is None:
+        pytest.skip("ruff is not installed")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", "vectors"))
+    imported = {
+        name
+        for path in (tmp_path / "tests").rglob("*.py")
+        for name in re.findall(r"^(?:from|import) (\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert "runs" in imported
+    for name in imported - {"benchmarks", "kernelmeta"}:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.py").touch()
+    done = subprocess.run([ruff, "check", "--no-cache", "tests"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @needs_tools

@@ -4,6 +4,7 @@ GPU needed."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.cuda_build
 
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'(.*?)(?=Compiling entry function|\Z)", re.DOTALL)
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -34,10 +36,20 @@ class Kernel:
     shared: int
 
 
+def objects() -> list[Path]:
+    """What this tree's builds compiled of the CUDA sources; not what an earlier state of them has left behind."""
+    return [
+        path
+        for commands in sorted(ROOT.glob("build/cmake-*/compile_commands.json"))
+        for command in json.loads(commands.read_text())
+        if command["file"].endswith(".cu") and (path := commands.parent / command["output"]).is_file()
+    ]
+
+
 def kernels() -> list[Kernel]:
-    """Every kernel of the build in this tree, for every architecture that it was compiled for."""
+    """Every kernel of the builds in this tree, for every architecture that it was compiled for."""
     found = []
-    for messages in sorted(ROOT.glob("build/cmake-*/**/*.cu.o.messages")):
+    for messages in (path.with_name(f"{path.name}.messages") for path in objects()):
         for mangled, architecture, said in ENTRY.findall(messages.read_text()):
             frames = [tuple(map(int, frame)) for frame in FRAME.findall(said)]
             name, block = NAME.search(mangled), BLOCK.search(mangled)
@@ -85,11 +97,15 @@ def cuobjdump() -> str | None:
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_features_of_16_bits_meet_on_the_tensor_cores(architecture: str) -> None:
-    objects = sorted(ROOT.glob("build/cmake-*/**/ridge.cu.o"))
+    ridge = [
+        path
+        for path in objects()
+        if path.name == "ridge.cu.o" and f"for '{architecture}'" in path.with_name(f"{path.name}.messages").read_text()
+    ]
     tool = cuobjdump()
-    if not objects or tool is None or architecture not in {k.architecture for k in kernels()}:
-        pytest.skip(f"needs CUDA kernels compiled for {architecture} in this tree, and cuobjdump")
-    command = [tool, "-sass", "-arch", architecture, str(objects[0])]
+    if not ridge or tool is None:
+        pytest.skip(f"needs CUDA kernels compiled for {architecture} in this tree (make test-rare), and cuobjdump")
+    command = [tool, "-sass", "-arch", architecture, str(ridge[0])]
     sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {}
     for function in sass.split("Function : ")[1:]:

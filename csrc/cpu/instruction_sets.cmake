@@ -18,15 +18,17 @@ else()
   set(KERNELMETA_FLAGS_generic)
 endif()
 
-# kernelmeta_add_kernels(<target> [compile options ...]): an interface library of all the compiled kernels,
-# one OBJECT library <target>_<instruction set> each, and the list of them for dispatch.cpp.
+# kernelmeta_add_kernels(<target> <instruction sets ...> [OPTIONS <compile options ...>]): an interface library of the
+# kernels compiled for these, one OBJECT library <target>_<instruction set> each, and the list of them for
+# dispatch.cpp.
 function(kernelmeta_add_kernels target)
+  cmake_parse_arguments(PARSE_ARGV 1 arg "" "" "OPTIONS")
   add_library(${target} INTERFACE)
   set(each "")
-  foreach(isa IN LISTS KERNELMETA_INSTRUCTION_SETS)
+  foreach(isa IN LISTS arg_UNPARSED_ARGUMENTS)
     add_library(${target}_${isa} OBJECT ${PROJECT_SOURCE_DIR}/csrc/cpu/kernels.cpp)
     target_compile_definitions(${target}_${isa} PRIVATE KERNELMETA_ISA=${isa})
-    target_compile_options(${target}_${isa} PRIVATE ${KERNELMETA_FLAGS_${isa}} ${ARGN})
+    target_compile_options(${target}_${isa} PRIVATE ${KERNELMETA_FLAGS_${isa}} ${arg_OPTIONS})
     target_sources(${target} INTERFACE $<TARGET_OBJECTS:${target}_${isa}>)
     string(APPEND each "EACH(${isa})")
   endforeach()

@@ -39,7 +39,7 @@ _STACK["gfx942"] = {
 _KERNELS = 17
 
 
-@pytest.mark.parametrize("target", ["sm_80", *(pytest.param(t, marks=pytest.mark.slow) for t in list(_SHARED)[1:])])
+@pytest.mark.parametrize("target", ["sm_80", *(pytest.param(t, marks=pytest.mark.rare) for t in list(_SHARED)[1:])])
 def test_compiles_at_the_published_sizes(target: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     root = Path(__file__).parents[2]
