@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from kernelmeta.cli import main as kernelmeta
+from kernelmeta.training.evaluation import ahead
+from kernelmeta.training.learners import TITLES
 
 # Chosen on the validation classes.
 # One thread: four tasks of this size are done before a second one would be awake.
@@ -56,10 +58,8 @@ def main() -> None:
     for title, balance in PROTOCOLS.items():
         results = json.loads((out / balance.replace(":", "-") / "results.json").read_text())
         print(f"\n{title} queries, {results['episodes']} episodes")
-        for name, key in (("prototypes", "prototypes"), ("soft k-means", "soft_kmeans")):
-            base = results["baselines"][key]
-            ahead = f"   SIB ahead by {base['difference']:+.2f} ± {base['difference_ci95']:.2f} points"
-            print(row(name, base, ahead))
+        for name, base in results["baselines"].items():
+            print(row(TITLES[name], base, f"   SIB is {ahead(base['difference'], base['difference_ci95'])}"))
         print(row(f"SIB, K = {results['steps']}", results))
     print(f"\n{time.perf_counter() - began:.0f} s in all; plots, checkpoints and logs are in {out}")
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,23 +19,27 @@ import torch
 
 from kernelmeta.backends import select
 from kernelmeta.data import EpisodeSampler, FeatureBank
+from kernelmeta.data.counter import check_seed
 from kernelmeta.data.files import read_json, write_json, write_text
+from kernelmeta.data.words import printable, size_text
 from kernelmeta.training import runs
 from kernelmeta.training.backbones import BACKBONES, load_backbone, make_backbone
 from kernelmeta.training.candidates import read_candidates
-from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.checkpoint import check_same
 from kernelmeta.training.comparison import CONFIG, CONTESTANTS, PLOT, RESULTS, TABLE, CompareConfig, Comparison
 from kernelmeta.training.comparison_table import cell_title, markdown
 from kernelmeta.training.config import TrainConfig
-from kernelmeta.training.distributed import ranks
+from kernelmeta.training.distributed import Ranks, ranks
 from kernelmeta.training.evaluation import evaluate, table, title
 from kernelmeta.training.extraction import extract
 from kernelmeta.training.learners import LEARNERS
 from kernelmeta.training.loading import load_learner
 from kernelmeta.training.plots import comparison_plot, steps_plot, training_plot
+from kernelmeta.training.pretraining import FREE as PRETRAIN_FREE
 from kernelmeta.training.pretraining import PretrainConfig, Pretrainer
 from kernelmeta.training.sources import open_bank, open_images
-from kernelmeta.training.trainer import CHECKPOINT, Trainer
+from kernelmeta.training.trainer import CHECKPOINT, Trainer, fingerprint
+from kernelmeta.training.trainer import FREE as TRAIN_FREE
 from kernelmeta.version import __version__
 
 _BACKBONE = ", ".join(BACKBONES)
@@ -77,6 +82,7 @@ _HELP = {
     "milestone": "epoch after which the rate is a tenth",
     "batch_size": "images a step",
 }
+_MOST_WORKERS = 1024
 # What `compare --quick` means.
 _QUICK: dict[str, Any] = {
     "episodes": 4000,
@@ -130,6 +136,11 @@ def _machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images (default: 0)")
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="go on without images that cannot be read and rows that are not finite; the default is to stop",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -239,8 +250,18 @@ def _learners(text: str) -> tuple[str, ...]:
     return CONTESTANTS if text == "all" else _words(text)
 
 
-def _given(args: argparse.Namespace, config: type[TrainConfig] | type[PretrainConfig]) -> dict[str, Any]:
-    return {field.name: getattr(args, field.name) for field in fields(config) if hasattr(args, field.name)}
+def _given(args: argparse.Namespace, config: type[Any]) -> dict[str, Any]:
+    given = {field.name: getattr(args, field.name) for field in fields(config) if hasattr(args, field.name)}
+    return runs.absolute(given)
+
+
+def _reading(args: argparse.Namespace) -> dict[str, Any]:
+    """How images and banks are read."""
+    return {"workers": args.workers, "progress": not args.quiet, "skip_bad": args.skip_bad, "say": _say(args)}
+
+
+def _say(args: argparse.Namespace) -> Callable[[str], None]:
+    return lambda line: print(f"kernelmeta {args.command}: {line}", file=sys.stderr, flush=True)
 
 
 def _run_folder(args: argparse.Namespace, name: str) -> Path:
@@ -252,27 +273,52 @@ def _run_folder(args: argparse.Namespace, name: str) -> Path:
     return next(folder for folder in folders if not folder.exists())
 
 
+@contextlib.contextmanager
+def _claimed(out: Path, processes: Ranks) -> Iterator[None]:
+    """The run folder for the first process of this run, see `runs.claimed`; an error there is everybody's."""
+    processes.barrier()  # all have chosen its name before it is made
+    with contextlib.ExitStack() as stack:
+        error: Exception | None = None
+        if processes.first:
+            try:
+                stack.enter_context(runs.claimed(out))
+            except (OSError, ValueError) as caught:
+                error = caught
+        if processes.any(error is not None):
+            raise error or ValueError(f"out: {out} cannot be used")
+        yield
+
+
+def _nothing_to_do(out: Path, unit: str, done: int, asked: int) -> None:
+    print(f"{out}: trained for {done} {unit} already; --{unit} {asked} changes nothing")
+
+
 def _pretrain(args: argparse.Namespace) -> None:
     given = _given(args, PretrainConfig)
     out = _run_folder(args, f"pretrain-{given.get('backbone', 'conv4')}")
-    settings, begun = runs.prepare(out, "pretrain", given, args.resume)
-    config = PretrainConfig.from_dict({**(_GLYPHS if settings["data"] == "glyphs" else {}), **settings})
-    checkpoint = Checkpoint.load(out / CHECKPOINT, "pretrain") if begun else None
-    images = open_images(config.data, config.style)
-    trainer = Pretrainer(config, images, device=args.device, workers=args.workers)
-    if checkpoint:
-        trainer.restore(checkpoint)
-    runs.write_config(out, "pretrain", config.to_dict())
-    with runs.scalars(out, trainer.epoch) as report:
-        finished = trainer.run(out, report=report, progress=not args.quiet)
-    if not finished:
-        print(f"stopped after {trainer.epoch} epochs; to go on: --out {out} --resume", file=sys.stderr)
-        raise KeyboardInterrupt
-    training_plot(out / "training.png", "epochs", *zip(*trainer.history, strict=True))
-    write_json(
-        out / runs.RESULTS,
-        {"epochs": trainer.epoch, **dict(zip(("loss", "accuracy"), trainer.history[-1][1:], strict=True))},
-    )
+    with runs.claimed(out):
+        settings, checkpoint = runs.prepare(out, "pretrain", given, args.resume, PRETRAIN_FREE)
+        config = PretrainConfig.from_dict({**(_GLYPHS if settings["data"] == "glyphs" else {}), **settings})
+        images = open_images(config.data, config.style)
+        images.check(skip_bad=args.skip_bad, workers=args.workers, progress=not args.quiet)
+        trainer = Pretrainer(config, images, device=args.device, workers=args.workers)
+        if checkpoint:
+            trainer.restore(checkpoint)
+            if config.epochs < checkpoint.state["config"]["epochs"] and config.epochs <= trainer.epoch:
+                return _nothing_to_do(out, "epochs", trainer.epoch, config.epochs)
+        for note in images.notes:
+            _say(args)(note)
+        runs.write_config(out, "pretrain", config.to_dict())
+        with runs.scalars(out, trainer.epoch) as report:
+            finished = trainer.run(out, report=report, progress=not args.quiet)
+        if not finished:
+            print(f"stopped after {trainer.epoch} epochs; to go on: --out {out} --resume", file=sys.stderr)
+            raise KeyboardInterrupt
+        training_plot(out / "training.png", "epochs", *zip(*trainer.history, strict=True))
+        write_json(
+            out / runs.RESULTS,
+            {"epochs": trainer.epoch, **dict(zip(("loss", "accuracy"), trainer.history[-1][1:], strict=True))},
+        )
     print(f"{out / CHECKPOINT}: accuracy {trainer.history[-1][2]:.1f} % on its own classes")
 
 
@@ -280,27 +326,23 @@ def _extract(args: argparse.Namespace) -> None:
     images = open_images(args.data, args.style)
     if args.weights is not None:
         backbone, name = load_backbone(args.weights, args.backbone, images.channels, images.size)
-        source = f"{images.source}, {name}, weights of {args.weights}"
+        source = f"{images.source}, {name}, weights of {printable(args.weights)}"
     else:
+        check_seed(args.seed)
         torch.manual_seed(args.seed)
         name = args.backbone or "conv4"
         backbone = make_backbone(name, images.channels, images.size)
         source = f"{images.source}, {name}, untrained, seed {args.seed}"
-    bank = extract(images, backbone, source, device=args.device, workers=args.workers, progress=not args.quiet)
+    bank = extract(images, backbone, source, device=args.device, **_reading(args))
     bank.save(args.out)
     splits = ", ".join(f"{len(bank.classes(split))} {split}" for split in ("train", "val", "test"))
     print(f"{args.out}: {len(bank.labels)} x {bank.n_features} features; classes: {splits}")
 
 
 def _bank(args: argparse.Namespace, data: str, weights: str | None, backbone: str | None, learner: str) -> FeatureBank:
+    whole_network = LEARNERS[learner].whole_network
     return open_bank(
-        data,
-        weights=weights,
-        backbone=backbone,
-        pixels=LEARNERS[learner].whole_network,
-        device=args.device,
-        workers=args.workers,
-        progress=not args.quiet,
+        data, weights=weights, backbone=backbone, pixels=whole_network, device=args.device, **_reading(args)
     )
 
 
@@ -310,24 +352,30 @@ def _train(args: argparse.Namespace) -> None:
         raise ValueError(f"--eval-episodes: expected 0 or at least 2, got {args.eval_episodes}")
     with ranks(args.device) as processes:
         out = _run_folder(args, f"{given.get('learner', 'sib')}-{given.get('way', 5)}way-{given.get('shot', 1)}shot")
-        settings, begun = runs.prepare(out, "train", given, args.resume)
-        config = TrainConfig.from_dict(settings)
-        checkpoint = Checkpoint.load(out / CHECKPOINT, "train") if begun else None
-        bank = _bank(args, config.data, config.weights, config.backbone, config.learner)
-        trainer = Trainer(config, bank, device=args.device, ranks=processes)
-        test = None
-        if args.eval_episodes and len(bank.classes("test")):
-            test = trainer.make_sampler(bank, "test")
-        if checkpoint:
-            trainer.restore(checkpoint)
-        processes.barrier()  # everybody has looked at the folder before anybody writes to it
-        if processes.first:
-            runs.write_config(out, "train", config.to_dict())
-        report_to = runs.scalars(out, trainer.seen) if processes.first else contextlib.nullcontext(None)
-        with report_to as report:
-            finished = trainer.run(out, report=report, progress=not args.quiet)
-        if processes.first:
-            _finish(args, out, trainer, test, finished)
+        with _claimed(out, processes):
+            _train_in(out, args, given, processes)
+
+
+def _train_in(out: Path, args: argparse.Namespace, given: dict[str, Any], processes: Ranks) -> None:
+    settings, checkpoint = runs.prepare(out, "train", given, args.resume, TRAIN_FREE)
+    config = TrainConfig.from_dict(settings)
+    bank = _bank(args, config.data, config.weights, config.backbone, config.learner)
+    trainer = Trainer(config, bank, device=args.device, ranks=processes)
+    test = None
+    if args.eval_episodes and len(bank.classes("test")):
+        test = trainer.make_sampler(bank, "test")
+    if checkpoint:
+        trainer.restore(checkpoint)
+        if config.episodes < checkpoint.state["config"]["episodes"] and config.n_steps <= trainer.step:
+            return _nothing_to_do(out, "episodes", trainer.seen, config.episodes)
+    processes.barrier()  # everybody has looked at the folder before anybody writes to it
+    if processes.first:
+        runs.write_config(out, "train", config.to_dict())
+    report_to = runs.scalars(out, trainer.seen) if processes.first else contextlib.nullcontext(None)
+    with report_to as report:
+        finished = trainer.run(out, report=report, progress=not args.quiet)
+    if processes.first:
+        _finish(args, out, trainer, test, finished)
     if not finished:
         raise KeyboardInterrupt
 
@@ -359,6 +407,8 @@ def _finish(args: argparse.Namespace, out: Path, trainer: Trainer, test: Episode
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    if args.episodes < 2:
+        raise ValueError(f"episodes: expected at least 2, got {args.episodes}")
     head, trained = load_learner(args.checkpoint)
     data = args.data or trained.get("data")
     if data is None:
@@ -400,44 +450,57 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    settings = {field.name: getattr(args, field.name) for field in fields(CompareConfig) if hasattr(args, field.name)}
-    config = CompareConfig(**{**(_QUICK if args.quick else {}), **settings})
-    candidates = None if args.candidates is None else read_candidates(args.candidates)
+    given = {**(_QUICK if args.quick else {}), **_given(args, CompareConfig)}
+    if args.candidates is not None:
+        given["candidates"] = read_candidates(args.candidates)
     out = _run_folder(args, "compare")
-    _prepare_comparison(out, config.to_dict() | {"candidates": candidates}, args.resume)
-    bank = _bank(args, config.data, config.weights, config.backbone, "sib")
-    comparison = Comparison(
-        config,
-        bank,
-        out,
-        candidates=candidates,
-        device=args.device,
-        say=lambda line: None if args.quiet else print(line, file=sys.stderr, flush=True),
-        progress=not args.quiet,
-    )
-    write_json(out / CONFIG, {"command": "compare", **config.to_dict(), "candidates": candidates})
-    try:
-        results = comparison.run()
-    except KeyboardInterrupt:
-        print(f"stopped; to go on, the same command with --out {out} --resume", file=sys.stderr)
-        raise
-    write_json(out / RESULTS, results)
-    write_text(out / TABLE, markdown(results))
-    comparison_plot(out / PLOT, results, [cell_title(cell) for cell in results["cells"]])
+    with runs.claimed(out):
+        saved = _saved_comparison(out, given, args.resume)
+        settings = {"candidates": None, **saved, **given}
+        candidates = settings.pop("candidates")
+        config = CompareConfig.from_dict(settings)
+        bank = _bank(args, config.data, config.weights, config.backbone, "sib")
+        bank_is = fingerprint(bank)
+        if saved.get("features", bank_is) != bank_is:
+            raise ValueError(f"data: not the bank that the comparison began with ({saved['features']})")
+        comparison = Comparison(
+            config,
+            bank,
+            out,
+            candidates=candidates,
+            device=args.device,
+            say=lambda line: None if args.quiet else print(line, file=sys.stderr, flush=True),
+            progress=not args.quiet,
+        )
+        written = {"command": "compare", **config.to_dict(), "candidates": candidates, "features": bank_is}
+        write_json(out / CONFIG, written | {"out": str(out.absolute())})
+        try:
+            results = comparison.run()
+        except KeyboardInterrupt:
+            print(f"stopped; to go on: --out {out} --resume", file=sys.stderr)
+            raise
+        write_json(out / RESULTS, results)
+        write_text(out / TABLE, markdown(results))
+        comparison_plot(out / PLOT, results, [cell_title(cell) for cell in results["cells"]])
     print(markdown(results), end="")
     print(f"{out / RESULTS}")
 
 
-def _prepare_comparison(out: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Raises ValueError if ``out`` holds another comparison, or one that was not to be gone on with."""
+def _saved_comparison(out: Path, given: dict[str, Any], resume: bool) -> dict[str, Any]:
+    """The settings of the comparison in ``out``, none if it is new. Raises ValueError if it is another one, or was not
+    to be gone on with.
+    """
     if not (out / CONFIG).exists():
-        return
+        return {}
     if not resume:
         raise ValueError(f"out: {out} already holds a comparison; give --resume to go on, or another folder")
     saved = read_json(out / CONFIG)
-    for name, value in settings.items():
-        if saved.get(name) != value:
-            raise ValueError(f"{name}: the comparison in {out} has {saved.get(name)!r}, got {value!r}")
+    as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    check_same(saved, as_json, runs.WHERE, f"the comparison in {out} has {{0!r}}, got {{1!r}}")
+    for name in ("data", "weights"):
+        if saved.get(name) is not None:
+            saved[name] = runs.found(saved[name], saved.get("out"), out)
+    return saved
 
 
 def _info(args: argparse.Namespace) -> None:
@@ -451,11 +514,11 @@ def _check_machine(args: argparse.Namespace) -> None:
         return
     if args.device != "cpu" and not (args.device.split(":")[0] == "cuda" and torch.cuda.is_available()):
         raise ValueError(f"--device: expected cpu or an available cuda device, got {args.device!r}")
-    if args.workers < 0:
-        raise ValueError(f"--workers: expected at least 0, got {args.workers}")
+    if not 0 <= args.workers <= _MOST_WORKERS:
+        raise ValueError(f"--workers: expected 0 to {_MOST_WORKERS}, got {args.workers}")
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads: expected at least 1, got {args.threads}")
+        if not 1 <= args.threads <= _MOST_WORKERS:
+            raise ValueError(f"--threads: expected at least 1 and at most {_MOST_WORKERS}, got {args.threads}")
         torch.set_num_threads(args.threads)
     try:
         select(args.device.split(":")[0])
@@ -471,15 +534,43 @@ def _one_line(error: BaseException) -> str:
     return lines[-1].partition("Error: ")[2] or lines[-1] if "Traceback" in str(error) else " ".join(lines)
 
 
+def _out_of_memory(error: RuntimeError) -> str | None:
+    """What an allocation that failed within PyTorch asked for, to read; None if that is not what happened."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        size = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
+        return f"out of memory on the device: {size.group(1) if size else 'more'} were asked for"
+    asked = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", text)
+    if asked:
+        return f"out of memory: {size_text(int(asked.group(1)))} were asked for at once"
+    if "bad_alloc" in text or "Storage size calculation overflowed" in text:
+        return f"out of memory ({' '.join(text.split())[:120]})"
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = _parser().parse_args(argv)
+    # A name that is not UTF-8, or a terminal that takes no ±, are no reason to lose what was computed.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         _check_machine(args)
         args.run(args)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"kernelmeta {args.command}: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+    except (ValueError, TypeError, OSError, OverflowError, RecursionError, MemoryError) as error:
+        return _failed(args, _one_line(error))
+    except RuntimeError as error:
+        text = _out_of_memory(error)
+        if text is None:
+            raise
+        return _failed(args, text)
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _failed(args: argparse.Namespace, text: str) -> int:
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"kernelmeta {args.command}: error: {text}", file=sys.stderr)
+    return 2

@@ -40,6 +40,7 @@ def run(tmp_path_factory, bank_file):
 
 def refused(capsys, *args: object) -> str:
     """Runs a command that must end with 2 and one line on stderr; returns the line."""
+    capsys.readouterr()
     try:
         code = main([str(arg) for arg in args])
     except SystemExit as stopped:
@@ -430,11 +431,11 @@ def test_folders_that_cannot_be_written_to_are_refused(capsys, bank_file, run, t
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(capsys, bank_file, tmp_path, monkeypatch):
-    def full(tensors, path, metadata):
+    def full(path, tensors, metadata):
         with open("/dev/full", "wb", buffering=0) as file:
             file.write(b"x")
 
-    monkeypatch.setattr("kernelmeta.data.files.save_file", full)
+    monkeypatch.setattr("kernelmeta.data.tensor_files._write", full)
     line = refused(capsys, *TRAIN, "--data", bank_file, "--out", tmp_path / "run")
     assert "No space left on device" in line
     assert not [name for name in os.listdir(tmp_path / "run") if "checkpoint" in name]

@@ -1,9 +1,9 @@
 """Feature banks: the features of a whole data set in one memory-mapped safetensors file.
 
-Format "kernelmeta-bank-1": tensors ``features`` [n, D] (float32, float16 or bfloat16), ``labels`` [n] int64
+Format "kernelmeta-bank-1": tensors ``features`` [n, D] (float32, float16 or bfloat16), ``labels`` [n] of integers
 in 0..C-1, ``class_split`` [C] uint8 (see `SPLITS`: classes are split, not samples); string metadata
-``format``, ``class_names`` (JSON list of C strings), ``source`` (free text) and, if the rows are images,
-``image_shape`` (JSON list: channels, height, width).
+``format``, ``class_names`` (JSON list of C strings), ``source`` (free text), if the rows are images
+``image_shape`` (JSON list: channels, height, width), and a checksum, see `kernelmeta.data.tensor_files`.
 """
 
 from __future__ import annotations
@@ -11,17 +11,26 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
-from pathlib import Path
+import zlib
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from kernelmeta.data.files import read_tensors, write_tensors
+from kernelmeta.data.files import parse_json
+from kernelmeta.data.mapped_file import MappedFile
+from kernelmeta.data.tensor_files import CHECKSUM, read_tensors, write_tensors
+from kernelmeta.data.words import listing
 
 FORMAT = "kernelmeta-bank-1"
 SPLITS = {"train": 0, "val": 1, "test": 2}
 FEATURE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LABEL_DTYPES = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
+)  # fmt: skip
+# Elements that are looked at at a time.
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -30,11 +39,14 @@ class FeatureBank:
 
     Args:
         features: [n, D] float32, float16 or bfloat16.
-        labels: [n] int64 in 0..C-1; every class has a sample.
+        labels: [n] integers in 0..C-1, kept as int64; every class has a sample.
         class_split: [C] uint8: 0 meta-train, 1 meta-validation, 2 meta-test.
         class_names: C names.
         source: where the features come from, free text.
         image_shape: (channels, height, width) if the features are an image's pixels, flattened.
+        file: the file that the features are mapped from.
+
+    Features may be NaN or infinite here; `load` refuses them.
 
     Raises:
         ValueError, TypeError: anything of this does not hold.
@@ -46,10 +58,12 @@ class FeatureBank:
     class_names: tuple[str, ...]
     source: str = ""
     image_shape: tuple[int, ...] | None = None
+    file: MappedFile | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_tensor("features", self.features, 2, FEATURE_DTYPES)
-        _check_tensor("labels", self.labels, 1, (torch.int64,))
+        _check_tensor("labels", self.labels, 1, LABEL_DTYPES)
+        object.__setattr__(self, "labels", self.labels.long())  # frozen for its users
         _check_tensor("class_split", self.class_split, 1, (torch.uint8,))
         n, D = self.features.shape
         C = len(self.class_split)
@@ -71,29 +85,50 @@ class FeatureBank:
             raise ValueError(f"labels: class {empty[0]} ({self.class_names[empty[0]]!r}) has no sample")
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> FeatureBank:
-        """Open a bank; the features stay memory-mapped.
+    def load(cls, path: str | os.PathLike[str], *, non_finite: str = "refuse") -> FeatureBank:
+        """Open a bank; the features stay memory-mapped, once all of them were read.
+
+        Do not write into the file while it is in use (replace it by another, `save` does): see
+        :class:`kernelmeta.data.mapped_file.MappedFile`.
+
+        Args:
+            non_finite: what becomes of rows with NaN or infinite features: "refuse" them, "drop" them, or "keep" them.
 
         Raises:
             OSError: there is no such file, or it cannot be read.
-            ValueError: truncated, foreign, or it breaks a rule of the format.
+            ValueError: truncated, damaged, foreign, or it breaks a rule of the format; a row that is not finite.
         """
+        if non_finite not in ("refuse", "drop", "keep"):
+            raise ValueError(f"non_finite: expected one of refuse, drop, keep, got {non_finite!r}")
+        bank = cls._read(path)
+        if non_finite == "keep":
+            return bank
+        rows = bank.non_finite_rows()
+        if not len(rows):
+            return bank
+        if non_finite == "drop":
+            return bank.without_rows(rows)
+        raise ValueError(f"{path}: {bank.describe_rows(rows)}")
+
+    @classmethod
+    def _read(cls, path: str | os.PathLike[str]) -> FeatureBank:
         tensors, metadata = read_tensors(path)
+        checksum = int(metadata[CHECKSUM], 16) if CHECKSUM in metadata else None
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path}: expected metadata format {FORMAT!r}, got {metadata.get('format')!r}")
         missing = sorted({"features", "labels", "class_split"} - tensors.keys())
         if missing:
             raise ValueError(f"{path}: no tensor {missing[0]!r}")
         try:
-            names = json.loads(metadata.get("class_names", ""))
+            names = parse_json(metadata.get("class_names", ""))
         except ValueError:
             names = None
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{path}: metadata class_names is not a JSON list of strings")
         try:
-            shape = json.loads(metadata.get("image_shape", "null"))
+            shape = parse_json(metadata.get("image_shape", "null"))
             image_shape = None if shape is None else tuple(int(side) for side in shape)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{path}: metadata image_shape is not a JSON list of numbers") from None
         try:
             return cls(
@@ -103,6 +138,7 @@ class FeatureBank:
                 tuple(names),
                 metadata.get("source", ""),
                 image_shape,
+                MappedFile.of(path, checksum),
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
@@ -117,12 +153,48 @@ class FeatureBank:
         }
         if self.image_shape is not None:
             metadata["image_shape"] = json.dumps(self.image_shape)
-        write_tensors(Path(path), tensors, metadata)
+        write_tensors(path, tensors, metadata)
 
     @property
     def n_features(self) -> int:
         """D."""
         return self.features.shape[1]
+
+    @cached_property
+    def crc32(self) -> int:
+        """Of features, labels and class_split: tells whether two banks hold the same."""
+        crc = 0
+        for tensor in (self.labels, self.class_split, self.features):
+            rows = max(1, _PIECE // max(1, tensor[0].numel()))
+            for piece in tensor.split(rows):
+                crc = zlib.crc32(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+        return crc
+
+    def check_file(self) -> None:
+        """Raises ValueError if the file that the features are mapped from was cut or written to."""
+        if self.file is not None:
+            self.file.check()
+
+    def non_finite_rows(self) -> Tensor:
+        """Numbers of the rows with a NaN or infinite feature, int64."""
+        rows = max(1, _PIECE // self.n_features)
+        return torch.cat([~piece.isfinite().all(1) for piece in self.features.split(rows)]).nonzero().flatten()
+
+    def describe_rows(self, rows: Tensor) -> str:
+        """ "2 rows hold NaN or infinite features: row 7 (class 'ant'), row 9 (class 'bee')"."""
+        named = [f"row {row} (class {self.class_names[self.labels[row]]!r})" for row in rows.tolist()]
+        return f"{len(named)} row{'s hold' if len(named) > 1 else ' holds'} NaN or infinite features: {listing(named)}"
+
+    def without_rows(self, rows: Tensor) -> FeatureBank:
+        """The bank without some rows, in memory; classes that have no other are left out too. Raises ValueError if
+        nothing is left.
+        """
+        kept = torch.ones(len(self.labels), dtype=torch.bool)
+        kept[rows] = False
+        classes, labels = self.labels[kept].unique(return_inverse=True)
+        names = tuple(self.class_names[c] for c in classes.tolist())
+        split = self.class_split[classes]
+        return FeatureBank(self.features[kept], labels, split, names, self.source, self.image_shape)
 
     def classes(self, split: str) -> Tensor:
         """Labels of the classes of "train", "val" or "test", int64."""

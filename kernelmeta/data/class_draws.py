@@ -14,6 +14,8 @@ Ints = NDArray[np.int64]
 CLASSES, SAMPLES, PROPORTIONS, WAYS, SHOTS, QUERIES = range(6)
 # Elements of the permutations that are shuffled at a time.
 _SCRATCH = 1 << 21
+# Smaller shares than exp of that are told apart by their order alone.
+_LEAST_LOG = -600.0
 
 
 class ClassDraws:
@@ -25,16 +27,18 @@ class ClassDraws:
         seed: chooses the sequence of episodes.
 
     Raises:
-        ValueError: the split has fewer classes.
+        ValueError: the split has fewer classes; a seed out of range.
     """
 
     def __init__(self, bank: FeatureBank, split: str, way: int, seed: int) -> None:
+        counter.check_seed(seed)
         classes = bank.classes(split).numpy()
         if way > len(classes):
             raise ValueError(f"way: {way} classes asked for, the {split} split has {len(classes)}")
         labels = bank.labels.numpy()
         counts = np.bincount(labels, minlength=len(bank.class_names))
         self.split, self.way = split, way
+        self._bank = bank
         self.names = [bank.class_names[c] for c in classes]
         self.rows = np.argsort(labels, kind="stable")
         self.first = (np.cumsum(counts) - counts)[classes]  # of every class, its place in rows
@@ -50,7 +54,11 @@ class ClassDraws:
         return max(1, len(self._permutation) // self.way)
 
     def keys(self, first: int, n: int) -> counter.Words:
-        """[n] keys, of the episodes first .. first+n-1."""
+        """[n] keys, of the episodes first .. first+n-1, whose rows are soon to be read.
+
+        Raises ValueError if the bank's file has changed.
+        """
+        self._bank.check_file()
         return counter.words(self._key, np.arange(first, first + n))
 
     def check_samples(self, shot: int, query: int) -> None:
@@ -112,9 +120,29 @@ class ClassDraws:
         return picked
 
 
-def shares(keys: counter.Words, way: int, alpha: float) -> counter.Floats:
-    """[n] keys -> [n, way] gamma variates, of which Dirichlet(alpha) shares are made by dividing by their sum."""
-    return counter.gamma(counter.words(keys[:, None], PROPORTIONS, np.arange(way)), alpha)
+def shares(keys: counter.Words, way: int, alpha: float, used: NDArray[np.bool_] | None = None) -> counter.Floats:
+    """[n] keys -> [n, way] shares drawn from Dirichlet(alpha), of the classes in ``used`` [n, way] if given.
+
+    Each row sums to 1. Gamma variates divided by their sum, by their logarithms: of alpha 1e-3 most are too small for a
+    float. Those stay above 0, in their order.
+    """
+    words = counter.words(keys[:, None], PROPORTIONS, np.arange(way))
+    if alpha >= 1:
+        logs, unit = counter.log_gamma(words, alpha), 1.0
+    else:  # Gamma(alpha) = Gamma(alpha + 1) u^(1 / alpha); alpha times the logarithm does not overflow
+        logs, unit = (
+            alpha * counter.log_gamma(words, alpha + 1) + np.log(counter.uniform(counter.words(words, -1, 0))),
+            alpha,
+        )
+    if used is not None:
+        logs = np.where(used, logs, -np.inf)
+    with np.errstate(over="ignore"):
+        logs = (logs - logs.max(1, keepdims=True)) / unit
+    rank = np.argsort(np.argsort(-logs, axis=1), axis=1)
+    parts = np.exp(np.maximum(logs, _LEAST_LOG - rank))
+    if used is not None:
+        parts = parts * used
+    return np.asarray(parts / parts.sum(1, keepdims=True))
 
 
 def apportion(shares: counter.Floats, limit: Ints, total: Ints | int) -> Ints:

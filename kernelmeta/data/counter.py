@@ -20,6 +20,16 @@ _S27, _S30, _S31, _S32, _S11 = (np.uint64(shift) for shift in (27, 30, 31, 32, 1
 _ONE = np.uint64(1)
 
 
+# PyTorch takes no larger seed, and no larger number is a key.
+MOST_SEED = 2**64 - 1
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for what is no seed."""
+    if not 0 <= seed <= MOST_SEED:
+        raise ValueError(f"seed: expected 0 to 2**64 - 1, got {seed}")
+
+
 def words(key: Words | int, *counters: NDArray[np.integer] | Words | int) -> Words:
     """Random 64-bit words, one for each element of the broadcast counters.
 
@@ -46,11 +56,10 @@ def uniform(random: Words) -> Floats:
     return ((random >> _S11).astype(np.float64) + 0.5) * 2.0**-53
 
 
-def gamma(key: Words, alpha: float) -> Floats:
-    """One Gamma(alpha, 1) variate for every key (Marsaglia & Tsang, ACM TOMS 2000)."""
-    shape = alpha if alpha >= 1 else alpha + 1
+def log_gamma(key: Words, shape: float) -> Floats:
+    """Logarithms of Gamma(shape, 1) variates, one a key; shape at least 1 (Marsaglia & Tsang, ACM TOMS 2000)."""
     d = shape - 1 / 3
-    c = 1 / math.sqrt(9 * d)
+    c = 1 / (3 * math.sqrt(d))
     flat = key.reshape(-1)
     result = np.zeros(flat.shape)
     pending = np.arange(flat.size)
@@ -58,12 +67,10 @@ def gamma(key: Words, alpha: float) -> Floats:
     while pending.size:
         u1, u2, u3 = (uniform(words(flat[pending], attempt, i)) for i in range(3))
         normal = np.sqrt(-2 * np.log(u1)) * np.cos(2 * np.pi * u2)
-        v = (1 + c * normal) ** 3
         with np.errstate(invalid="ignore", divide="ignore"):
-            accepted = (v > 0) & (np.log(u3) < 0.5 * normal**2 + d - d * v + d * np.log(v))
-        result[pending[accepted]] = d * v[accepted]
+            log_v = 3 * np.log1p(c * normal)  # NaN where 1 + c normal is below 0: not accepted
+            accepted = np.log(u3) < 0.5 * normal**2 + d * (log_v - np.expm1(log_v))
+        result[pending[accepted]] = math.log(d) + log_v[accepted]
         pending = pending[~accepted]
         attempt += 1
-    if alpha < 1:
-        result *= uniform(words(flat, -1, 0)) ** (1 / alpha)
     return result.reshape(key.shape)

@@ -96,9 +96,7 @@ class EpisodeSampler:
         if self.alpha is None:
             counts = np.full((n, N), self.query)
         else:
-            parts = shares(keys, N, self.alpha)
-            parts /= np.maximum(parts.sum(1, keepdims=True), np.finfo(float).tiny)
-            counts = apportion(parts, available - shot, Q)
+            counts = apportion(shares(keys, N, self.alpha), available - shot, Q)
         picked = draws.choose_samples(keys, available, shot + int(counts.max(initial=0)))  # [n, N, draws]
 
         ends = np.cumsum(counts, axis=1)

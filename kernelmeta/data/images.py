@@ -7,6 +7,7 @@ CIFAR-FS).
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,16 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from kernelmeta.data.bank import SPLITS
+from kernelmeta.data.decoding import decode, shorter_side
+from kernelmeta.data.folders import scan
+from kernelmeta.data.words import listing, printable
 
 BACKBONE_SPLIT = 3
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+# Of an image whose longer side is more than so many times the shorter one, the middle is taken.
+LONGEST = 16
 
 
 class ImageStyle(NamedTuple):
@@ -55,6 +61,16 @@ class LabelledImages(Protocol):
     source: str
     channels: int
     size: int
+    notes: tuple[str, ...]  # lines to show before anything is done with them
+
+    def name(self, index: int) -> str:
+        """What to call an image in an error."""
+
+    def fingerprint(self) -> int:
+        """Tells whether two sets are the same."""
+
+    def check(self, *, skip_bad: bool = False, workers: int = 0, progress: bool = False) -> None:
+        """Raises ValueError if an image cannot be read, or leaves it out."""
 
     def load(self, index: int) -> Tensor:
         """One normalised image [channels, size, size], float32."""
@@ -80,9 +96,23 @@ class ArrayImages:
     source: str
     padding: int = 2
     channels: int = 1
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.size = self.pixels.shape[-1]
+        self.labels = self.labels.long()
+
+    def name(self, index: int) -> str:
+        return f"image {index}"
+
+    def fingerprint(self) -> int:
+        crc = 0
+        for tensor in (self.labels, self.class_split, self.pixels):
+            crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+        return crc
+
+    def check(self, *, skip_bad: bool = False, workers: int = 0, progress: bool = False) -> None:
+        pass
 
     def load(self, index: int) -> Tensor:
         return (self.pixels[index].float() / 127.5 - 1)[None]
@@ -99,60 +129,94 @@ class FolderImages:
     """Images of a folder with ``train/``, ``val/`` and ``test/``, decoded when asked for.
 
     Args:
-        root: the folder. A split without a folder is empty.
+        root: the folder. A split without a folder is empty. What is left out of it: see
+            :func:`kernelmeta.data.folders.scan`; ``notes`` says what was.
         style: a name of `STYLES`; without, "cifar-fs" if the first image's shorter side is at most 32
             pixels, else "miniimagenet". For training, as published: random crop after padding, jitter of
             brightness, contrast and saturation, horizontal flip.
 
     Raises:
-        ValueError: the folder holds none of the three, or a class folder without an image.
+        ValueError: the folder holds no class of images; a split or a class is not called as it should be.
         OSError: it cannot be read.
     """
 
     channels = 3
 
     def __init__(self, root: str | os.PathLike[str], style: str | None = None) -> None:
-        base = Path(root)
-        if not base.is_dir():
-            raise FileNotFoundError(f"{base}: no such folder")
-        names: list[str] = []
-        splits: list[int] = []
-        labels: list[int] = []
-        self.paths: list[Path] = []
-        for split, code in SPLITS.items():
-            folder = base / split
-            for class_folder in sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else ():
-                files = sorted(p for p in class_folder.iterdir() if p.suffix.lower() in EXTENSIONS)
-                if not files:
-                    raise ValueError(f"{class_folder}: a class without an image")
-                self.paths += files
-                labels += [len(names)] * len(files)
-                names.append(f"{split}/{class_folder.name}")
-                splits.append(code)
-        if not names:
-            raise ValueError(f"{base}: expected train/, val/ or test/ with one folder of images a class")
-        self.labels = torch.tensor(labels)
-        self.class_split = torch.tensor(splits, dtype=torch.uint8)
-        self.class_names = tuple(names)
-        self.source = str(base)
-        if style is None:
-            style = "cifar-fs" if min(self._open(0).size) <= 32 else "miniimagenet"
-        if style not in STYLES:
+        if style is not None and style not in STYLES:
             raise ValueError(f"style: expected one of {', '.join(STYLES)}, got {style!r}")
+        folder = scan(root)
+        self.root, self.source, self.notes = folder.root, printable(folder.root), tuple(folder.notes)
+        self._set(folder.classes)
+        if style is None:
+            sides = (side for side in map(shorter_side, self.paths) if side is not None)
+            style = "cifar-fs" if next(sides, STYLES["miniimagenet"].size) <= 32 else "miniimagenet"
         self.style = STYLES[style]
         self.size = self.style.size
+
+    def _set(self, classes: dict[tuple[str, str], list[Path]]) -> None:
+        self._classes = classes
+        self.paths = [path for files in classes.values() for path in files]
+        self.labels = torch.tensor([c for c, files in enumerate(classes.values()) for _ in files])
+        self.class_split = torch.tensor([SPLITS[split] for split, _ in classes], dtype=torch.uint8)
+        self.class_names = tuple(f"{split}/{name}" for split, name in classes)
+
+    def name(self, index: int) -> str:
+        return printable(self.paths[index])
+
+    def fingerprint(self) -> int:
+        """By names and sizes of the files: their content takes long to read."""
+        crc = 0
+        for path in self.paths:
+            line = f"{printable(path.relative_to(self.root))} {path.stat().st_size}\n"
+            crc = zlib.crc32(line.encode(), crc)
+        return crc
+
+    def check(self, *, skip_bad: bool = False, workers: int = 0, progress: bool = False) -> None:
+        """Decode every image once, so that all that cannot be read are known before anything is done with the others.
+
+        Args:
+            skip_bad: leave them out, with a note, and classes that have no other.
+            workers: processes that decode; 0: this one.
+
+        Raises:
+            ValueError: there are such images, all of them named; or with ``skip_bad``, no other.
+        """
+        loader = DataLoader(_Faults(self.paths), 64, num_workers=workers, collate_fn=list)
+        bar = tqdm(total=len(self.paths), desc="check", unit="image", disable=not progress)
+        faults: list[str | None] = []
+        for found in loader:
+            faults += found
+            bar.update(len(found))
+        bar.close()
+        bad = {path: fault for path, fault in zip(self.paths, faults, strict=True) if fault}
+        if not bad:
+            return
+        named = listing([f"{printable(path)}: {fault}" for path, fault in bad.items()], 1000)
+        text = f"{len(bad)} image{'s' if len(bad) > 1 else ''} cannot be read ({named})"
+        if not skip_bad:
+            raise ValueError(f"{text}; --skip-bad goes on without")
+        classes = {key: [path for path in files if path not in bad] for key, files in self._classes.items()}
+        gone = [f"{split}/{name}" for (split, name), files in classes.items() if not files]
+        if len(gone) == len(classes):
+            raise ValueError(f"{self.source}: no image can be read; {text}")
+        self._set({key: files for key, files in classes.items() if files})
+        lost = f", and with them classes {listing(gone)}" if gone else ""
+        self.notes = (*self.notes, f"{self.source}: left out: {text}{lost}")
 
     def _open(self, index: int) -> Image.Image:
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
-                return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path}: not an image that can be read ({error})") from None
+            return decode(path)
+        except ValueError as error:
+            raise ValueError(f"{printable(path)}: not an image that can be read ({error})") from None
 
     def _stored(self, index: int) -> Image.Image:
         image = self._open(index)
         shorter = min(image.size)
+        if max(image.size) > LONGEST * shorter:
+            left, top = (max(0, side - LONGEST * shorter) // 2 for side in image.size)
+            image = image.crop((left, top, image.width - left, image.height - top))
         if shorter == self.style.stored:
             return image
         width, height = (max(self.size, round(side * self.style.stored / shorter)) for side in image.size)
@@ -177,6 +241,23 @@ class FolderImages:
         if random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self._normalised(image)
+
+
+class _Faults(Dataset[str | None]):
+    """What is wrong with each of some files, if anything."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> str | None:
+        try:
+            decode(self.paths[i])
+        except ValueError as error:
+            return str(error)
+        return None
 
 
 class _Rows(Dataset[tuple[Tensor, int]]):

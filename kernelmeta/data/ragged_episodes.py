@@ -116,9 +116,7 @@ class RaggedEpisodeSampler:
         shots = used * _between(counter.words(keys[:, None], SHOTS, np.arange(W)), self.shots)
         queries = used * _between(counter.words(keys[:, None], QUERIES, np.arange(W)), self.queries)
         if self.alpha is not None:
-            parts = used * shares(keys, W, self.alpha)
-            parts /= np.maximum(parts.sum(1, keepdims=True), np.finfo(float).tiny)
-            queries = apportion(parts, used * (available - shots), queries.sum(1))
+            queries = apportion(shares(keys, W, self.alpha, used), used * (available - shots), queries.sum(1))
         picked = draws.choose_samples(keys, available, int((shots + queries).max(initial=0)))  # [n, W, draws]
         rows = draws.rows[picked + draws.first[chosen][:, :, None]]
         place = np.arange(picked.shape[2])

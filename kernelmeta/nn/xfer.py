@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+# What wrappers of modules put before every name: DataParallel and its like, torch.compile.
+_PREFIXES = ("module.", "_orig_mod.")
 _CHECKPOINT_KEYS = ("netFeat", "SIB", "lr", "nbStep")
 
 
 def part(checkpoint: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:
-    """The state_dict called ``name`` of a whole checkpoint; a state_dict is returned as it is.
+    """The state_dict called ``name`` of a whole checkpoint, or a state_dict itself; without wrappers' prefixes.
 
     Raises:
         TypeError: no dict.
@@ -19,10 +21,18 @@ def part(checkpoint: Mapping[str, Any], name: str) -> Mapping[str, Tensor]:
     """
     _check_mapping("checkpoint", checkpoint)
     if not any(key in checkpoint for key in _CHECKPOINT_KEYS):
-        return checkpoint
+        return unwrapped(checkpoint)
     _check_keys("checkpoint", checkpoint, _CHECKPOINT_KEYS)
     found: Mapping[str, Tensor] = checkpoint[name]
     _check_mapping(f"checkpoint[{name!r}]", found)
+    return unwrapped(found)
+
+
+def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The state_dict of the module within DataParallel, DistributedDataParallel or torch.compile, if it is one's."""
+    found = dict(state_dict)
+    while found and any(all(str(key).startswith(prefix) for key in found) for prefix in _PREFIXES):
+        found = {str(key).partition(".")[2]: value for key, value in found.items()}
     return found
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 
 from kernelmeta import nn
-from kernelmeta.data.files import one_line, read_weights
+from kernelmeta.data.files import read_weights
+from kernelmeta.data.words import one_line
+from kernelmeta.nn import xfer
 from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.finite import check_weights
 
 Backbone = nn.Conv4 | nn.WideResNet
 BACKBONES = ("conv4", "conv4_128", "wrn28_10")
@@ -30,13 +33,12 @@ def load_backbone(path: str | os.PathLike[str], name: str | None, channels: int,
 
     Args:
         path: a checkpoint of ``kernelmeta pretrain``, a published checkpoint (a dict with ``netFeat``) or
-            its feature
-            extractor alone, or a state dict of the backbone.
+            its feature extractor alone, or a state dict of the backbone.
         name: one of `BACKBONES`; only a checkpoint of ``kernelmeta pretrain`` knows by itself.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: truncated, foreign, a pickle that would run code, or the weights do not fit.
+        ValueError: truncated, foreign, a pickle that would run code, or the weights do not fit or are not finite.
     """
     weights = read_weights(path)
     if any(key.startswith("backbone.") for key in weights):
@@ -47,6 +49,7 @@ def load_backbone(path: str | os.PathLike[str], name: str | None, channels: int,
         name, weights = str(found), dict(checkpoint.tensors["backbone"])
     elif name is None:
         raise ValueError(f"{path}: which backbone are these weights of? Give one of {', '.join(BACKBONES)}")
+    weights = xfer.unwrapped(weights)
     backbone = make_backbone(name, channels, size)
     published = "netFeat" in weights or any(key.startswith(("conv_blocks.", "bn1.")) for key in weights)
     try:
@@ -57,4 +60,5 @@ def load_backbone(path: str | os.PathLike[str], name: str | None, channels: int,
         backbone.load_state_dict(weights)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not the weights of {name} ({one_line(error)})") from None
+    check_weights(path, weights)
     return backbone, name

@@ -11,8 +11,7 @@ import os
 from typing import Any
 
 from kernelmeta.data.files import read_json
-
-SOFT_KMEANS = "soft_kmeans"
+from kernelmeta.training.learners import SOFT_KMEANS
 
 
 def _grid(**choices: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:

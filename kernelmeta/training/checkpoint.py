@@ -1,21 +1,23 @@
 """Checkpoints: one safetensors file with all that a run needs to go on bit for bit.
 
 Tensors are named ``<group>.<name>``; everything else is one JSON object in the metadata. The bytes are a
-function of
-the content: no time stamps, no paths of the run folder.
+function of the content: no time stamps, no paths of the run folder. A checksum tells whether they still are what was
+written.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kernelmeta.data.files import read_tensors, write_tensors
+from kernelmeta.data.files import parse_json
+from kernelmeta.data.tensor_files import read_tensors, write_tensors
 
 FORMAT = "kernelmeta-checkpoint-1"
 _KEY = "kernelmeta"
@@ -51,7 +53,7 @@ class Checkpoint:
         """
         flat, metadata = read_tensors(path)
         try:
-            content = json.loads(metadata[_KEY])
+            content = parse_json(metadata[_KEY])
             if content["format"] != FORMAT:
                 raise ValueError
             tensors: dict[str, dict[str, Tensor]] = {str(group): {} for group in content["groups"]}
@@ -64,6 +66,29 @@ class Checkpoint:
         if found != kind:
             raise ValueError(f"{path}: expected a checkpoint of 'kernelmeta {kind}', got one of {found!r}")
         return cls(kind, tensors, state)
+
+
+def check_same(trained: Mapping[str, Any], others: Mapping[str, Any], free: Collection[str], text: str) -> None:
+    """Raises ValueError, the setting's name and ``text`` with both values, where settings differ that must not."""
+    for name, value in others.items():
+        if name in trained and name not in free and trained[name] != value:
+            raise ValueError(f"{name}: {text.format(trained[name], value)}")
+
+
+def count(state: dict[str, Any], name: str) -> int:
+    """A number of steps, say, from the state of a checkpoint. Raises ValueError if it is none, KeyError if missing."""
+    value = state[name]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"the checkpoint does not fit the run ({name}: expected 0 or more, got {value!r})")
+    return value
+
+
+def rows(state: dict[str, Any], name: str) -> list[Any]:
+    """Triples of numbers, a history, from the state of a checkpoint. Raises ValueError if it is none, KeyError."""
+    value = state[name]
+    if not isinstance(value, list) or not all(isinstance(row, list) and len(row) == 3 for row in value):
+        raise ValueError(f"the checkpoint does not fit the run ({name}: expected a list of triples)")
+    return [tuple(row) for row in value]
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:

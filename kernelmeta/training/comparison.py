@@ -25,17 +25,19 @@ from kernelmeta import nn
 from kernelmeta.backends import select
 from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.episodes import parse_balance
-from kernelmeta.data.files import read_json, read_tensors, write_json, write_tensors
-from kernelmeta.training.candidates import CANDIDATES, SOFT_KMEANS
+from kernelmeta.data.files import parse_json, read_json, write_json
+from kernelmeta.data.tensor_files import read_tensors, write_tensors
+from kernelmeta.training.candidates import CANDIDATES
 from kernelmeta.training.checkpoint import Checkpoint
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.evaluation import Learner, episode_accuracies, interval
-from kernelmeta.training.learners import LEARNERS, Rows
-from kernelmeta.training.trainer import CHECKPOINT, Trainer, fingerprint
+from kernelmeta.training.finite import NotFiniteError
+from kernelmeta.training.learners import LEARNERS, SOFT_KMEANS, TITLES, Rows
+from kernelmeta.training.settings import check_numbers, check_types
+from kernelmeta.training.trainer import CHECKPOINT, FREE, Trainer, fingerprint
 
 CONFIG, RESULTS, TABLE, PLOT = "compare.json", "comparison.json", "comparison.md", "comparison.png"
 CONTESTANTS = ("prototypes", SOFT_KMEANS, *(name for name in LEARNERS if name != "prototypes"))
-TITLES = {SOFT_KMEANS: "soft k-means", **{name: kind.title for name, kind in LEARNERS.items()}}
 
 Say = Callable[[str], None]
 Candidate = Mapping[str, Any]
@@ -79,6 +81,7 @@ class CompareConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("learners", "shots", "balances"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -90,10 +93,7 @@ class CompareConfig:
             parse_balance(balance)
         least = {"way": 2, "query": 1, "episodes": 1, "trial_episodes": 1, "finalists": 1, "seed": 0}
         least |= {"validation_episodes": 2, "eval_episodes": 2, "most_candidates": 1}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name}: expected at least {low}, got {value}")
+        check_numbers(self, least, ())
         if min(self.shots) < 1:
             raise ValueError(f"shots: expected at least 1, got {min(self.shots)}")
         if self.trial_episodes > self.episodes:
@@ -101,6 +101,19 @@ class CompareConfig:
                 f"trial_episodes: expected at most the {self.episodes} episodes of the whole training,"
                 f" got {self.trial_episodes}"
             )
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> CompareConfig:
+        """From what `to_dict` gave; other keys are left aside. Raises ValueError."""
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in settings.items()
+            if name in cls.__dataclass_fields__
+        }
+        try:
+            return cls(**known)
+        except TypeError as error:
+            raise ValueError(f"config: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The settings, as JSON takes them."""
@@ -199,11 +212,13 @@ class Comparison:
 
         Returns:
             What `comparison.json` holds: settings, and for every cell ``{shot, query_balance, learners, pairs}``:
-            ``learners[name]`` is ``{accuracy, ci95, chosen, episodes_trained, validation_accuracy, tried}``,
+            ``learners[name]`` is ``{accuracy, ci95, chosen, validation_accuracy, tried, not_finite}``, the last one how
+            many query rows of the test had NaN or infinite logits (they count as wrong);
             ``pairs[a][b]`` is ``{difference, difference_ci95}``, a minus b, paired by episode. In percent.
 
         Raises:
             KeyboardInterrupt: stopped; run again to go on.
+            NotFiniteError: the training of a candidate, named, led to NaN or infinite numbers.
         """
         began = time.perf_counter()
         cells = [self._cell(shot, balance) for shot, balance in self.cells()]
@@ -223,34 +238,37 @@ class Comparison:
         chosen = {learner: self._choose(self.out / name, learner, shot, balance) for learner in self.config.learners}
         file = self.out / name / "accuracies.safetensors"
         sampler = self._sampler("test", shot, balance)
-        values = self._known(file, chosen)
+        values, not_finite = self._known(file, chosen)
         missing = {learner: entry.pop("module") for learner, entry in chosen.items()}
         missing = {learner: module for learner, module in missing.items() if learner not in values}
         if missing:
-            values |= episode_accuracies(
+            found = episode_accuracies(
                 missing, self.features, sampler, self.config.eval_episodes, progress=self.progress
             )
+            values, not_finite = values | found, not_finite | found.not_finite
             keys = {learner: json.dumps(entry["chosen"], sort_keys=True) for learner, entry in chosen.items()}
-            write_tensors(file, values, {"chosen": json.dumps(keys)})
+            write_tensors(file, values, {"chosen": json.dumps(keys), "not_finite": json.dumps(not_finite)})
         values = {learner: values[learner] for learner in self.config.learners}
         summary = summarise(values)
         for learner, entry in chosen.items():
             row = summary["learners"][learner]
             row |= entry
+            row["not_finite"] = not_finite[learner]
             self.say(f"  {TITLES[learner]:<14}{row['accuracy']:7.2f} ± {row['ci95']:.2f} %")
         return {"shot": shot, "query_balance": balance, **summary}
 
-    def _known(self, file: Path, chosen: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Test accuracies that an earlier run left, of learners that are still the same."""
+    def _known(self, file: Path, chosen: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, int]]:
+        """Test accuracies that an earlier run left, of learners that are still the same; rows that were not finite."""
         if not file.exists():
-            return {}
+            return {}, {}
         values, metadata = read_tensors(file)
-        keys = json.loads(metadata.get("chosen", "{}"))
-        return {
-            learner: values[learner].clone()
+        keys, counts = (parse_json(metadata.get(name, "{}")) for name in ("chosen", "not_finite"))
+        same = [
+            learner
             for learner, entry in chosen.items()
             if learner in values and keys.get(learner) == json.dumps(entry["chosen"], sort_keys=True)
-        }
+        ]
+        return {learner: values[learner].clone() for learner in same}, {name: int(counts.get(name, 0)) for name in same}
 
     def _choose(self, folder: Path, learner: str, shot: int, balance: str) -> dict[str, Any]:
         """The learner with its best candidate, trained to the end, and the record of how it was chosen."""
@@ -287,7 +305,7 @@ class Comparison:
         if candidate.get("untrained"):
             episodes = 0
         config = self._train_config(learner, shot, balance, candidate, max(1, episodes))
-        out = folder / learner / f"{_key(config.to_dict() | {'episodes': 0}):08x}"
+        out = folder / learner / f"{_key({n: v for n, v in config.to_dict().items() if n not in FREE}):08x}"
         trainer = Trainer(config, self.bank, device=self.device)
         if episodes:
             finished = out / f"{episodes}-episodes"
@@ -306,8 +324,11 @@ class Comparison:
             trainer.restore(max(states, key=lambda state: state.state["step"]))
         if trainer.step < steps or not (finished / CHECKPOINT).exists():
             write_json(finished / "config.json", {"command": "train", **trainer.config.to_dict()})
-            if not trainer.run(finished, progress=self.progress, keep_bar=False):
-                raise KeyboardInterrupt
+            try:
+                if not trainer.run(finished, progress=self.progress, keep_bar=False):
+                    raise KeyboardInterrupt
+            except NotFiniteError as error:
+                raise NotFiniteError(f"{finished}: {error}") from None
 
     def _validated(
         self,
@@ -326,17 +347,19 @@ class Comparison:
             if record.get("validation_episodes") == E:
                 return record, head
         sampler = self._sampler("val", shot, balance)
-        values = episode_accuracies({learner: head}, self.features, sampler, E)[learner]
-        accuracy, ci95 = interval(values)
+        values = episode_accuracies({learner: head}, self.features, sampler, E)
+        accuracy, ci95 = interval(values[learner])
         record = {
             "settings": dict(candidate), "episodes": episodes, "validation_episodes": E,
-            "validation_accuracy": accuracy, "validation_ci95": ci95,
+            "validation_accuracy": accuracy, "validation_ci95": ci95, "not_finite": values.not_finite[learner],
         }  # fmt: skip
         trained = f"{episodes} episodes" if episodes else "not trained"
         self.say(
             f"  {TITLES[learner]:<14}{accuracy:7.2f} ± {ci95:.2f} % on the validation classes:"
             f" {describe(candidate)}, {trained}"
         )
+        if values.not_finite[learner]:
+            self.say(f"  {values.warning(TITLES)}")
         if file is not None:
             write_json(file, record)
         return record, head

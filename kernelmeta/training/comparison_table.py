@@ -32,6 +32,13 @@ def markdown(results: dict[str, Any]) -> str:
         lines += ["", _row(cell_title(cell), *titles.values()), _row("---", *("---:" for _ in titles))]
         for a, title in titles.items():
             lines.append(_row(title, *(_difference(cell["pairs"][a].get(b)) for b in titles)))
+    for cell in cells:
+        for name, title in titles.items():
+            if bad := cell["learners"][name].get("not_finite"):
+                lines += [
+                    "",
+                    f"{cell_title(cell)}, {title}: {bad} query rows have NaN or infinite logits; they count as wrong.",
+                ]
     lines += ["", "Chosen:", ""]
     for cell in cells:
         for name, title in titles.items():

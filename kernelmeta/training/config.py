@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.episodes import parse_balance
 from kernelmeta.training.learners import LEARNERS, SETTINGS, Rows, parse_phases, with_defaults
+from kernelmeta.training.settings import MOST_EPISODES, MOST_STEPS, check_memory, check_numbers, check_types
 
 # Where a setting is None and the learner has no default of its own.
 _DEFAULTS: dict[str, Any] = {"tasks_per_step": 1, "optimizer": "SGD", "lr": 1e-3}
@@ -69,14 +70,12 @@ class TrainConfig:
         for name, value in filled.items():
             # The dataclass is frozen for its users; its own defaults are not known before the learner is.
             object.__setattr__(self, name, _DEFAULTS.get(name) if value is None else value)
-        for name, low in _LEAST.items():
+        check_types(self)
+        check_numbers(self, _LEAST, ("inner_lr", "lr", "momentum", "weight_decay", "scale"))
+        for name, high in (("steps", MOST_STEPS), ("episodes", MOST_EPISODES)):
             value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name}: expected at least {low}, got {value}")
-        for name in ("inner_lr", "lr", "momentum", "weight_decay", "scale"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{name}: expected a number of at least 0, got {value}")
+            if value is not None and value > high:
+                raise ValueError(f"{name}: expected at most {high}, got {value}")
         parse_balance(self.query_balance)
         if self.phases is not None:
             parse_phases(self.phases)
@@ -100,18 +99,38 @@ class TrainConfig:
         """Outer steps: the episodes over the tasks per step, rounded up."""
         return -(-self.episodes // self.tasks_per_step)
 
-    def make_learner(self, n_features: int, image_shape: tuple[int, ...] | None = None) -> Any:
+    def make_learner(self, n_features: int, image_shape: tuple[int, ...] | None = None, *, copies: int = 1) -> Any:
         """The learner as it is before training; a function of the seed.
 
         Args:
             n_features, image_shape: of the bank.
+            copies: how often its parameters will be held: once, or with gradients and an optimizer's state.
 
         Raises:
             ValueError: the learner cannot take such rows.
+            MemoryError: so many copies would not fit into the machine's memory.
         """
+        check_memory(
+            f"{self.learner} with {n_features} features"
+            + "".join(f", {name} {value}" for name in ("hidden", "channels") if (value := getattr(self, name))),
+            copies * self.learner_bytes(n_features, image_shape),
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return LEARNERS[self.learner].make(self, Rows(n_features, image_shape))
+            head = LEARNERS[self.learner].make(self, Rows(n_features, image_shape))
+        if self.norm_stats == "batch":
+            head.tasks_together = self.tasks_per_step  # see `tasks_together`
+        return head
+
+    def learner_bytes(self, n_features: int, image_shape: tuple[int, ...] | None = None) -> int:
+        """What the parameters and buffers of the learner take, at most ``2**63``. Raises ValueError."""
+        with torch.device("meta"):
+            try:
+                head = LEARNERS[self.learner].make(self, Rows(n_features, image_shape))
+            except (RuntimeError, OverflowError):  # a tensor of more bytes than can be counted
+                return 2**63
+        tensors = (*head.parameters(), *head.buffers())
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def make_sampler(self, bank: FeatureBank, split: str) -> EpisodeSampler:
         """The episodes of a split. Raises ValueError if the bank has not enough for them."""

@@ -14,10 +14,31 @@ from tqdm import tqdm
 from kernelmeta import nn
 from kernelmeta.backends import select
 from kernelmeta.data.episodes import EpisodeSampler
-from kernelmeta.training.learners import LEARNERS, inner_steps
+from kernelmeta.training.learners import LEARNERS, TITLES, inner_steps, tasks_together
 
 Learner = Callable[[Tensor, Tensor, Tensor], Tensor]
 TASKS_PER_CALL = 64
+# The most numbers of steps after which the accuracy is told.
+_MOST_COUNTS = 50
+
+
+class Accuracies(dict[str, Tensor]):
+    """Share of right answers, [E] float64 on the CPU, by learner.
+
+    Attributes:
+        rows: query rows of the episodes, together.
+        not_finite: learner -> how many of them had NaN or infinite logits. Such a row counts as wrong.
+    """
+
+    rows: int
+    not_finite: dict[str, int]
+
+    def warning(self, titles: Mapping[str, str] | None = None) -> str:
+        """What to tell a reader about logits that are not finite; empty if all are."""
+        bad = [f"{(titles or {}).get(name, name)} {n}" for name, n in self.not_finite.items() if n]
+        if not bad:
+            return ""
+        return f"of {self.rows} query rows, some have NaN or infinite logits and count as wrong: {', '.join(bad)}"
 
 
 @torch.no_grad()
@@ -29,29 +50,42 @@ def episode_accuracies(
     *,
     first: int = 0,
     progress: bool = False,
-) -> dict[str, Tensor]:
-    """Share of right answers, [E] float64 on the CPU, for every learner on the same episodes.
+) -> Accuracies:
+    """Share of right answers for every learner on the same episodes.
+
+    A learner whose BatchNorm takes its statistics over the tasks of a call is called with as many as in training, see
+    `tasks_together`; the last call too, of which what is beyond the episodes asked for is left out.
 
     Args:
         learners: name -> f(support [T, S, D], labels [T, S], query [T, Q, D]) -> logits [T, Q, N].
         features: [n, D], those of the sampler's bank.
         first, episodes: the episodes are numbers first .. first+episodes-1 of the sampler.
 
-    A row with NaN among its logits counts as wrong.
+    A row with NaN or infinite logits counts as wrong.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in learners}
-    bar = tqdm(total=episodes, desc="evaluate", unit="episode", disable=not progress)
-    for start in range(first, first + episodes, TASKS_PER_CALL):
-        n = min(TASKS_PER_CALL, first + episodes - start)
-        support_index, labels, query_index, answers = (t.to(features.device) for t in sampler.draw(start, n))
-        support, query = features[support_index], features[query_index]
-        for name, learner in learners.items():
-            logits = learner(support, labels, query)
-            right = (logits.argmax(-1) == answers) & ~logits.isnan().any(-1)
-            found[name].append(right.double().mean(1).cpu())
-        bar.update(n)
+    bad = dict.fromkeys(learners, 0)
+    together = {name: tasks_together(learner) for name, learner in learners.items()}
+    sizes = sorted({n or 0 for n in together.values()})
+    bar = tqdm(total=episodes * len(sizes), desc="evaluate", unit="episode", disable=not progress)
+    for size in sizes:
+        some = {name: learner for name, learner in learners.items() if (together[name] or 0) == size}
+        for start in range(first, first + episodes, size or TASKS_PER_CALL):
+            n = min(size or TASKS_PER_CALL, first + episodes - start)
+            drawn = sampler.draw(start, size or n)
+            support_index, labels, query_index, answers = (t.to(features.device) for t in drawn)
+            support, query = features[support_index], features[query_index]
+            for name, learner in some.items():
+                logits = learner(support, labels, query)[:n]
+                finite = logits.isfinite().all(-1)
+                right = (logits.argmax(-1) == answers[:n]) & finite
+                found[name].append(right.double().mean(1).cpu())
+                bad[name] += int((~finite).sum())
+            bar.update(n)
     bar.close()
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    values = Accuracies({name: torch.cat(parts) for name, parts in found.items()})
+    values.rows, values.not_finite = episodes * sampler.way * sampler.query, bad
+    return values
 
 
 def interval(values: Tensor) -> tuple[float, float]:
@@ -79,8 +113,10 @@ def evaluate(
     Returns:
         In percent: ``accuracy, ci95``; ``baselines: {prototypes, soft_kmeans: {accuracy, ci95, difference,
         difference_ci95}}`` (learner minus baseline, paired by episode); ``accuracy_over_steps``, a list of
-        ``{steps, accuracy, ci95}``; also ``learner, episodes, way, shot, query,
-        steps, seconds, backend``. ``steps`` is 0 for a learner without any.
+        ``{steps, accuracy, ci95}``; also ``learner, episodes, way, shot, query, steps, seconds, backend``. ``steps`` is
+        0 for a learner without any. ``tasks_per_call`` is how many tasks shared a call, which matters for
+        ``norm_stats="batch"`` alone; ``not_finite`` says of the learner and its baselines how many of the
+        ``query_rows`` had NaN or infinite logits.
 
     Raises:
         ValueError: fewer than two episodes: there is no interval.
@@ -94,9 +130,9 @@ def evaluate(
         "soft_kmeans": nn.SoftKMeans(sampler.way, D),
     }
     last = inner_steps(head)
-    counts = range(last + 1) if LEARNERS[learner].over_steps else (last,)
+    counts = _counts(last) if LEARNERS[learner].over_steps else [last]
     for steps in counts:
-        learners[f"steps {steps}"] = head if steps == last else _after(head, steps)
+        learners[f"steps {steps}"] = head if steps == last else _After(head, steps)
     values = episode_accuracies(learners, features, sampler, episodes, progress=progress)
 
     own = values[f"steps {last}"]
@@ -113,6 +149,8 @@ def evaluate(
             "difference": difference,
             "difference_ci95": difference_ci95,
         }
+    not_finite = {"own": values.not_finite[f"steps {last}"]}
+    not_finite |= {name: values.not_finite[name] for name in baselines}
     curve = [(steps, *interval(values[f"steps {steps}"])) for steps in counts]
     return {
         "learner": learner,
@@ -125,38 +163,61 @@ def evaluate(
         "ci95": ci95,
         "baselines": baselines,
         "accuracy_over_steps": [dict(zip(("steps", "accuracy", "ci95"), row, strict=True)) for row in curve],
+        "tasks_per_call": tasks_together(head) or TASKS_PER_CALL,
+        "query_rows": values.rows,
+        "not_finite": not_finite,
         "seconds": time.perf_counter() - began,
         "backend": select(features.device.type),
     }
 
 
-def _after(head: Any, steps: int) -> Learner:
-    def run(support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
-        trained, head.steps = head.steps, steps
+def _counts(last: int) -> list[int]:
+    """0 to ``last``; some of these, evenly spread, where they are many."""
+    n = min(last, _MOST_COUNTS)
+    return sorted({round(i * last / max(1, n)) for i in range(n + 1)})
+
+
+class _After:
+    """A learner after fewer steps."""
+
+    def __init__(self, head: Any, steps: int) -> None:
+        self.head, self.steps, self.tasks_together = head, steps, tasks_together(head)
+
+    def __call__(self, support: Tensor, labels: Tensor, query: Tensor) -> Tensor:
+        trained, self.head.steps = self.head.steps, self.steps
         try:
-            logits: Tensor = head(support, labels, query)
+            logits: Tensor = self.head(support, labels, query)
             return logits
         finally:
-            head.steps = trained
-
-    return run
+            self.head.steps = trained
 
 
 def title(results: dict[str, Any]) -> str:
     """The learner, as a table or a plot calls it."""
     steps = f", K = {results['steps']}" if results["steps"] else ""
-    return LEARNERS[results["learner"]].title + steps
+    return TITLES[results["learner"]] + steps
+
+
+def ahead(difference: float, ci95: float) -> str:
+    """ "0.77 ± 0.30 points ahead", or behind."""
+    shown = f"{abs(difference):.2f}"
+    if shown == "0.00":
+        return f"level (± {ci95:.2f} points)"
+    return f"{shown} ± {ci95:.2f} points {'ahead' if difference > 0 else 'behind'}"
 
 
 def table(results: dict[str, Any]) -> str:
-    """Three lines to read: the learner and its two baselines."""
+    """Lines to read: the learner and its two baselines; what was not finite."""
     own = title(results)
     width = max(14, len(own) + 2)
-    rows = []
-    for name, text in (("prototypes", "prototypes"), ("soft_kmeans", "soft k-means")):
-        row = results["baselines"][name]
-        rows.append(
-            f"{text:<{width}}{row['accuracy']:7.2f} ± {row['ci95']:.2f} %"
-            f"   {own.partition(',')[0]} is {row['difference']:+.2f} ± {row['difference_ci95']:.2f} points ahead"
+    lines = []
+    for name, row in results["baselines"].items():
+        lines.append(
+            f"{TITLES[name]:<{width}}{row['accuracy']:7.2f} ± {row['ci95']:.2f} %"
+            f"   {own.partition(',')[0]} is {ahead(row['difference'], row['difference_ci95'])}"
         )
-    return "\n".join([*rows, f"{own:<{width}}{results['accuracy']:7.2f} ± {results['ci95']:.2f} %"])
+    lines.append(f"{own:<{width}}{results['accuracy']:7.2f} ± {results['ci95']:.2f} %")
+    counted = Accuracies()
+    counted.rows, counted.not_finite = results["query_rows"], results["not_finite"]
+    warning = counted.warning({**TITLES, "own": own})
+    return "\n".join([*lines, warning] if warning else lines)

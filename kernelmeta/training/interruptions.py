@@ -1,4 +1,4 @@
-"""Ctrl-C as a flag."""
+"""Ctrl-C, and being asked to end, as a flag."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+# SIGHUP: the terminal, or the connection to it, is gone. (Windows has none.)
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 @contextmanager
 def interruptions() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into a flag; a second Ctrl-C interrupts as usual."""
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a flag; a second Ctrl-C interrupts as usual. A signal that is
+    ignored (SIGHUP under nohup) stays so.
+    """
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -20,8 +25,9 @@ def interruptions() -> Iterator[Callable[[], bool]]:
 
     previous: dict[int, Any] = {}
     try:
-        for wanted in (signal.SIGINT, signal.SIGTERM):
-            previous[wanted] = signal.signal(wanted, note)
+        for wanted in _SIGNALS:
+            if signal.getsignal(wanted) is not signal.SIG_IGN:
+                previous[wanted] = signal.signal(wanted, note)
     except ValueError:  # not the main thread: signals are somebody else's
         pass
     try:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from kernelmeta import nn as km_nn
+from kernelmeta.training.settings import MOST_STEPS
 
 # Settings of a run that only some learners take.
 SETTINGS = (
@@ -85,6 +86,8 @@ def parse_phases(text: str, learn_rates: bool = False) -> list[km_nn.Phase]:
         except (IndexError, ValueError):
             raise ValueError(f"phases: expected ORACLE:STEPS:RATE, or several with commas, got {text!r}") from None
         phases.append(km_nn.Phase(oracle, steps, lr, learn_rates=learn_rates))
+    if sum(phase.steps for phase in phases) > MOST_STEPS:
+        raise ValueError(f"phases: expected at most {MOST_STEPS} steps, got {text!r}")
     return phases
 
 
@@ -163,6 +166,20 @@ LEARNERS: dict[str, LearnerKind] = {
         },
     ),
 }
+
+
+# What tables and plots call them; soft k-means is a baseline, there is nothing to train in it.
+SOFT_KMEANS = "soft_kmeans"
+TITLES = {SOFT_KMEANS: "soft k-means", **{name: kind.title for name, kind in LEARNERS.items()}}
+
+
+def tasks_together(learner: Any) -> int | None:
+    """How many tasks a call must have for a learner to do what it was trained to do; None where any number will do.
+
+    ``norm_stats="batch"`` couples the tasks of a call: with other numbers of them the logits of a task are others.
+    """
+    together: int | None = getattr(learner, "tasks_together", None)
+    return together
 
 
 def inner_steps(head: Any) -> int:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from kernelmeta import nn
-from kernelmeta.data.files import one_line, read_weights
+from kernelmeta.data.file_kinds import is_safetensors
+from kernelmeta.data.files import read_weights
+from kernelmeta.data.words import one_line
 from kernelmeta.training.checkpoint import Checkpoint
 from kernelmeta.training.config import TrainConfig
+from kernelmeta.training.finite import check_weights
 from kernelmeta.training.trainer import AVERAGED, CHECKPOINT
 
 
@@ -22,21 +25,23 @@ def load_learner(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: truncated, foreign, or a pickle that would run code.
+        ValueError: truncated, foreign, a pickle that would run code, or its weights are not finite.
     """
     file = Path(path)
     if file.is_dir():
         file = file / CHECKPOINT
         if not file.exists():
             raise ValueError(f"{path}: no run of 'kernelmeta train': it holds no {CHECKPOINT}")
-    if file.suffix == ".safetensors":
+    if file.suffix == ".safetensors" or is_safetensors(file):
         checkpoint = Checkpoint.load(file, "train")
         config = TrainConfig.from_dict(checkpoint.state.get("config", {}))
         try:
             head = config.make_learner(int(checkpoint.state["bank"]["features"]), _image_shape(checkpoint))
-            head.load_state_dict(checkpoint.tensors[AVERAGED if config.average else "model"])
+            weights = checkpoint.tensors[AVERAGED if config.average else "model"]
+            head.load_state_dict(weights)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: the weights do not fit the configuration ({one_line(error)})") from None
+        check_weights(file, weights)
         return head.eval(), config.to_dict()
     return _published(file)
 
@@ -59,4 +64,5 @@ def _published(file: Path) -> tuple[nn.SIB, dict[str, Any]]:
         head.load_state_dict(state)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{file}: no published checkpoint ({one_line(error)})") from None
+    check_weights(file, state)
     return head.eval(), {"learner": "sib", "way": way, "steps": steps, "inner_lr": inner_lr, "hidden": hidden}

@@ -6,7 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from kernelmeta.data.files import replacing
+from kernelmeta.data.replacing import replacing
+from kernelmeta.training.learners import TITLES
 
 
 def _axes(n: int) -> tuple[Any, Any]:
@@ -21,6 +22,12 @@ def _axes(n: int) -> tuple[Any, Any]:
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Below the plot, where it hides nothing of it."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
 
 
 def training_plot(
@@ -39,7 +46,7 @@ def training_plot(
     if validation:
         right.plot(*zip(*validation, strict=True), marker="o", markersize=3, label="validation")
     right.set(xlabel=unit, ylabel="accuracy, %")
-    right.legend()
+    _legend(figure, right)
     _save(figure, path)
 
 
@@ -50,6 +57,8 @@ def steps_plot(path: str | os.PathLike[str], results: dict[str, Any], label: str
     Args:
         label: of the curve.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, (axes,) = _axes(1)
     curve = results["accuracy_over_steps"]
     axes.errorbar(
@@ -61,9 +70,10 @@ def steps_plot(path: str | os.PathLike[str], results: dict[str, Any], label: str
         label=label,
     )
     for style, (name, row) in zip(("--", ":"), results["baselines"].items(), strict=True):
-        axes.axhline(row["accuracy"], linestyle=style, color="grey", label=name.replace("_", " "))
-    axes.set(xlabel="inner steps K", ylabel="accuracy, %", xticks=[row["steps"] for row in curve])
-    axes.legend()
+        axes.axhline(row["accuracy"], linestyle=style, color="grey", label=TITLES[name])
+    axes.set(xlabel="inner steps K", ylabel="accuracy, %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(figure, axes)
     _save(figure, path)
 
 

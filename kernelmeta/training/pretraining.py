@@ -4,11 +4,12 @@ meta-training.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -17,15 +18,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernelmeta import nn
-from kernelmeta.data.files import one_line
 from kernelmeta.data.images import BACKBONE_SPLIT, LabelledImages, batches
+from kernelmeta.data.words import listing, one_line
 from kernelmeta.training.backbones import BACKBONES, make_backbone
-from kernelmeta.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
+from kernelmeta.training.checkpoint import Checkpoint, count, optimizer_tensors, restore_optimizer, rows
+from kernelmeta.training.finite import NotFiniteError, not_finite
 from kernelmeta.training.interruptions import interruptions
+from kernelmeta.training.settings import check_numbers, check_types
 from kernelmeta.training.trainer import CHECKPOINT
 
 Report = Callable[[str, float, int], None]
 CHECKPOINT_SECONDS = 60.0
+# Settings that may differ between a checkpoint and the run that goes on from it; images have a fingerprint.
+FREE = ("epochs", "data")
 
 
 @dataclass(frozen=True)
@@ -51,13 +56,9 @@ class PretrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         least = {"epochs": 1, "warmup_epochs": 0, "milestone": 0, "batch_size": 2, "seed": 0}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name}: expected at least {low}, got {getattr(self, name)}")
-        for name in ("lr", "momentum", "weight_decay"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a number of at least 0, got {getattr(self, name)}")
+        check_numbers(self, least, ("lr", "momentum", "weight_decay", "warmup_epochs", "epochs"))
         if self.backbone not in BACKBONES:
             raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {self.backbone!r}")
 
@@ -93,6 +94,7 @@ class Pretrainer:
         self, config: PretrainConfig, images: LabelledImages, *, device: str = "cpu", workers: int = 0
     ) -> None:
         self.config, self.images, self.device, self.workers = config, images, device, workers
+        self.fingerprint = images.fingerprint()
         code = BACKBONE_SPLIT if bool((images.class_split == BACKBONE_SPLIT).any()) else 0
         classes = (images.class_split == code).nonzero().flatten()
         if len(classes) < 2:
@@ -133,30 +135,45 @@ class Pretrainer:
                 "batch": self.batch,
                 "seed": self.config.seed,
                 "config": self.config.to_dict(),
+                "images": self.fingerprint,
                 "history": self.history,
             },
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint of the same configuration. Raises ValueError if it does not fit."""
+        state = checkpoint.state
         try:
+            if state["images"] != self.fingerprint:
+                raise ValueError("data: not the images that the run began with")
+            for name, value in self.config.to_dict().items():
+                if name not in FREE and state["config"][name] != value:
+                    raise ValueError(
+                        f"{name}: the checkpoint was trained with {state['config'][name]!r}, not {value!r}"
+                    )
+            epoch, batch, history = count(state, "epoch"), count(state, "batch"), rows(state, "history")
+            if batch >= len(self.rows) // self.config.batch_size:
+                raise ValueError(f"the checkpoint does not fit the run (batch {batch} is beyond an epoch)")
             self.backbone.load_state_dict(checkpoint.tensors["backbone"])
             self.classifier.load_state_dict(checkpoint.tensors["classifier"])
             restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
             self.sums.copy_(checkpoint.tensors["progress"]["sums"])
-            self.epoch, self.batch = int(checkpoint.state["epoch"]), int(checkpoint.state["batch"])
-            self.history = [tuple(row) for row in checkpoint.state["history"]]
+            self.epoch, self.batch, self.history = epoch, batch, history
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"the checkpoint does not fit the run ({one_line(error)})") from None
+        bad = not_finite(self._tensors())
+        if bad:
+            raise ValueError(f"the checkpoint holds NaN or infinite numbers ({bad[0]})")
 
     def run(self, out: Path, *, report: Report | None = None, progress: bool = False) -> bool:
         """Train to the end, with checkpoints in ``out`` after every epoch and every minute.
 
         Returns:
-            False if Ctrl-C or SIGTERM ended it early; the checkpoint holds where.
+            False if Ctrl-C, SIGTERM or SIGHUP ended it early; the checkpoint holds where.
 
         Raises:
             OSError: a checkpoint could not be written.
+            NotFiniteError: the loss or a parameter became NaN or infinite; the last checkpoint is one from before.
             ValueError: an image could not be read.
         """
         with interruptions() as interrupted:
@@ -191,22 +208,43 @@ class Pretrainer:
                 group["lr"] = c.rate(self.epoch + (self.batch + 1) / n_batches)
             self._step(pixels.to(self.device), self.target[labels].to(self.device))
             self.batch += 1
-            bar.update(len(labels))
-            bar.set_postfix_str(f"loss {float(self.sums[0]) / self.batch:.3f}", refresh=False)
+            loss_sum = float(self.sums[0])
+            if not math.isfinite(loss_sum):
+                self._refuse(f"the loss is {loss_sum}", order[(self.batch - 1) * c.batch_size :][: c.batch_size])
             stop = interrupted()
             if self.batch < n_batches and (stop or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
-                self.checkpoint().save(out / CHECKPOINT)
+                self._save(out)
                 saved_at = time.monotonic()
+            # After the checkpoint: where the terminal is gone, this is an error.
+            bar.update(len(labels))
+            bar.set_postfix_str(f"loss {loss_sum / self.batch:.3f}", refresh=False)
             if stop and self.batch < n_batches:
                 bar.close()
                 return False
-        bar.close()
         loss, right = (float(value) / n_batches for value in self.sums)
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums.zero_()
         self.history.append((self.epoch, loss, 100 * right / c.batch_size))
-        self.checkpoint().save(out / CHECKPOINT)
+        self._save(out)
+        bar.close()
         return self.epoch == c.epochs or not interrupted()
+
+    def _save(self, out: Path) -> None:
+        bad = not_finite(self._tensors())
+        if bad:
+            self._refuse(f"{bad[0]} is NaN or infinite", None)
+        self.checkpoint().save(out / CHECKPOINT)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds, by name."""
+        return {f"{group}.{name}": t for group, named in self.checkpoint().tensors.items() for name, t in named.items()}
+
+    def _refuse(self, what: str, batch: Any) -> NoReturn:
+        seen = "" if batch is None else f" ({listing([self.images.name(row) for row in batch], 3)})"
+        raise NotFiniteError(
+            f"training stopped: {what} after epoch {self.epoch + 1}, batch {self.batch}{seen}; is the rate (lr"
+            f" {self.config.lr:g}) too large? The last checkpoint, if there is one, is from before"
+        )
 
     def _step(self, pixels: Tensor, answers: Tensor) -> None:
         logits: Tensor = self.classifier(self.backbone(pixels))

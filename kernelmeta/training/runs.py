@@ -2,57 +2,117 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kernelmeta.data.files import read_json, write_json
+from kernelmeta.data.locks import FolderLock
+from kernelmeta.data.replacing import sweep
+from kernelmeta.training.checkpoint import Checkpoint, check_same
 from kernelmeta.training.trainer import CHECKPOINT
 from kernelmeta.version import __version__
 
 CONFIG, RESULTS = "config.json", "results.json"
+# What names the data: files may be named otherwise, or have moved. Fingerprints tell whether they are the same.
+WHERE = ("data", "weights", "backbone")
 
 
-def prepare(out: Path, command: str, given: dict[str, Any], resume: bool) -> tuple[dict[str, Any], bool]:
-    """Settings of the run in ``out``, and whether it has a checkpoint to go on from.
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """The run folder for this process alone, made if it is not there, and taken away again if it stays empty.
 
-    Args:
-        given: what the user set. When resuming, a setting that the run has otherwise is an error;
-            ``episodes`` and
-            ``epochs`` may differ, to train longer.
+    What earlier processes left half-written when they were killed is deleted.
 
     Raises:
-        ValueError: ``out`` holds another run; a setting differs.
+        ValueError: another process is at work there.
+        OSError: it cannot be made.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FolderLock(out)
+    except BlockingIOError:
+        raise ValueError(f"out: another process is at work in {out}") from None
+    try:
+        for within, _, _ in os.walk(out):
+            sweep(Path(within))
+        yield
+    finally:
+        with suppress(OSError):  # not empty
+            for folder in made:
+                folder.rmdir()
+        held.close()
+
+
+def prepare(
+    out: Path, command: str, given: dict[str, Any], resume: bool, free: Collection[str]
+) -> tuple[dict[str, Any], Checkpoint | None]:
+    """Settings of the run in ``out``, and its checkpoint if it has one to go on from.
+
+    Args:
+        given: what the user set.
+        free: settings that may differ from the run's when it is resumed; any other is an error.
+
+    Raises:
+        ValueError: ``out`` holds another run; a setting differs; its configuration is not its checkpoint's.
         OSError: ``out`` cannot be read.
     """
     begun = (out / CHECKPOINT).exists()
     if not resume:
         if begun:
             raise ValueError(f"out: {out} already holds a run; give --resume to go on, or another folder")
-        return given, False
+        return given, None
     if not (out / CONFIG).exists():
         if begun:
             raise ValueError(f"out: {out} holds a checkpoint but no {CONFIG}")
-        return given, False
-    saved = read_json(out / CONFIG)
-    if saved.get("command") != command:
-        raise ValueError(f"out: {out} holds a run of 'kernelmeta {saved.get('command')}', not of {command!r}")
-    for name, value in given.items():
-        if name not in ("episodes", "epochs") and saved.get(name) != value:
-            raise ValueError(f"{name}: the run in {out} has {saved.get(name)!r}, got {value!r}")
-    return {**saved, **given}, begun
+        return given, None
+    written = read_json(out / CONFIG)
+    if written.get("command") != command:
+        raise ValueError(f"out: {out} holds a run of 'kernelmeta {written.get('command')}', not of {command!r}")
+    if not begun:
+        return {**written, **given}, None
+    checkpoint = Checkpoint.load(out / CHECKPOINT, command)
+    trained = checkpoint.state.get("config")
+    if not isinstance(trained, dict):
+        raise ValueError(f"{out / CHECKPOINT}: it does not hold the settings of its run")
+    check_same(trained, written, free, f"{out / CONFIG} says {{1!r}}, but its checkpoint was trained with {{0!r}}")
+    check_same(trained, given, free, f"the run in {out} has {{0!r}}, got {{1!r}}")
+    for name in WHERE:
+        if name in free and trained.get(name) is not None:
+            trained = {**trained, name: found(trained[name], written.get("out"), out)}
+    return {**trained, **given}, checkpoint
+
+
+def found(path: str, written_to: Any, out: Path) -> str:
+    """A file or folder that a run was given: where it was, or if it is not there any more, as far from the run folder
+    as it was from the folder ``written_to``.
+    """
+    if os.path.exists(path) or not isinstance(written_to, str):
+        return path
+    moved = os.path.normpath(os.path.join(os.path.abspath(out), os.path.relpath(path, written_to)))
+    return moved if os.path.exists(moved) else path
+
+
+def absolute(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the paths among them spelled so that they hold from any folder."""
+    return {
+        name: os.path.abspath(value) if name in ("data", "weights") and value not in (None, "glyphs") else value
+        for name, value in given.items()
+    }
 
 
 def write_config(out: Path, command: str, settings: dict[str, Any]) -> None:
     """The full configuration, seed and versions included. Raises OSError."""
     versions = {"kernelmeta": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    content = {"command": command, **settings, "threads": torch.get_num_threads(), "versions": versions}
-    write_json(out / CONFIG, content)
+    content = {"command": command, **settings, "out": os.path.abspath(out), "threads": torch.get_num_threads()}
+    write_json(out / CONFIG, {**content, "versions": versions})
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,6 +13,8 @@ from kernelmeta.data import FeatureBank
 from kernelmeta.data.images import BACKBONE_SPLIT, ArrayImages, FolderImages, LabelledImages
 from kernelmeta.training.backbones import load_backbone
 from kernelmeta.training.extraction import extract
+
+Say = Callable[[str], None]
 
 
 def open_images(data: str, style: str | None = None) -> LabelledImages:
@@ -38,23 +42,30 @@ def open_bank(
     device: str = "cpu",
     workers: int = 0,
     progress: bool = False,
+    skip_bad: bool = False,
+    say: Say = lambda line: None,
 ) -> FeatureBank:
     """The bank that ``data`` names; with ``weights``, images go through that backbone.
 
     Glyphs without ``weights`` are their pixels: 784 features, ink 1, paper 0. With ``pixels``, so are other images:
     normalised, as a backbone sees them, in float16.
 
+    Args:
+        skip_bad: go on without images that cannot be read, and without rows that are not finite.
+        say: takes lines about what was left out.
+
     Raises:
         OSError: there is no such file or folder, or it cannot be read.
         ValueError: it cannot be used; the message says why.
     """
+    reading: dict[str, Any] = {"workers": workers, "progress": progress, "skip_bad": skip_bad, "say": say}
     if data != "glyphs" and not Path(data).is_dir():
         if weights is not None:
             raise ValueError(f"weights: {data} is not a folder of images; a bank's features are used as they are")
-        return FeatureBank.load(data)
+        return _bank(data, skip_bad, say)
     if weights is None:
         if data != "glyphs" and pixels:
-            return _pixels_of(open_images(data, style), workers, progress)
+            return _pixels_of(open_images(data, style), reading)
         if data != "glyphs":
             raise ValueError(
                 f"{data} is a folder of images: give the --weights of a backbone ('kernelmeta pretrain'"
@@ -63,7 +74,19 @@ def open_bank(
         return _glyph_pixels()
     images = open_images(data, style)
     network, name = load_backbone(weights, backbone, images.channels, images.size)
-    return extract(images, network, f"{images.source}, {name}", device=device, workers=workers, progress=progress)
+    return extract(images, network, f"{images.source}, {name}", device=device, **reading)
+
+
+def _bank(path: str, skip_bad: bool, say: Say) -> FeatureBank:
+    bank = FeatureBank.load(path, non_finite="keep")
+    bad = bank.non_finite_rows()
+    if not len(bad):
+        return bank
+    text = f"{path}: {bank.describe_rows(bad)}"
+    if not skip_bad:
+        raise ValueError(f"{text}; --skip-bad goes on without")
+    say(f"left out: {text}")
+    return bank.without_rows(bad)
 
 
 def _glyph_pixels() -> FeatureBank:
@@ -83,8 +106,6 @@ def _glyph_pixels() -> FeatureBank:
     )
 
 
-def _pixels_of(images: LabelledImages, workers: int, progress: bool) -> FeatureBank:
-    bank = extract(
-        images, torch.nn.Flatten(), f"{images.source}, pixels", dtype=torch.float16, workers=workers, progress=progress
-    )
+def _pixels_of(images: LabelledImages, reading: dict[str, Any]) -> FeatureBank:
+    bank = extract(images, torch.nn.Flatten(), f"{images.source}, pixels", dtype=torch.float16, **reading)
     return replace(bank, image_shape=(images.channels, images.size, images.size))

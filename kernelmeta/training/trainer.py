@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,14 +16,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernelmeta.data import EpisodeSampler, FeatureBank
-from kernelmeta.data.files import one_line
+from kernelmeta.data.words import one_line
 from kernelmeta.nn.training_step import TrainsAtOnce
-from kernelmeta.training.checkpoint import Checkpoint, optimizer_tensors, restore_optimizer
+from kernelmeta.training.checkpoint import Checkpoint, count, optimizer_tensors, restore_optimizer, rows
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.distributed import Ranks
 from kernelmeta.training.evaluation import episode_accuracies, interval
+from kernelmeta.training.finite import NotFiniteError, not_finite
 from kernelmeta.training.interruptions import interruptions
 from kernelmeta.training.learners import LEARNERS
+from kernelmeta.training.settings import check_memory
 
 CHECKPOINT = "checkpoint.safetensors"
 # The group of a checkpoint with the running mean of the weights, where there is one.
@@ -44,14 +46,14 @@ VALIDATION_FIRST = 1 << 40
 Report = Callable[[str, float, int], None]
 
 
+# Settings that may differ between a checkpoint and the run that goes on from it: training longer, and where the data
+# are, which have a fingerprint.
+FREE = ("episodes", "data", "weights", "backbone")
+
+
 def fingerprint(bank: FeatureBank) -> dict[str, int]:
     """Tells whether a bank is the one that a run began with."""
-    rows = bank.features[:: max(1, len(bank.labels) // 64)].contiguous()
-    parts = (bank.labels, bank.class_split, rows.view(torch.uint8))
-    crc = 0
-    for part in parts:
-        crc = zlib.crc32(part.numpy().tobytes(), crc)
-    return {"samples": len(bank.labels), "features": bank.n_features, "crc32": crc}
+    return {"samples": len(bank.labels), "features": bank.n_features, "crc32": bank.crc32}
 
 
 class Trainer:
@@ -65,6 +67,7 @@ class Trainer:
 
     Raises:
         ValueError: the bank does not suit the configuration.
+        MemoryError: the learner, or the episodes of a step, would not fit into the machine's memory.
     """
 
     def __init__(
@@ -80,17 +83,20 @@ class Trainer:
         if config.validate_every != 0 and len(bank.classes("val")):
             self.validation = self.make_sampler(bank, "val")
         self.fingerprint = fingerprint(bank)
+        self.kind = LEARNERS[config.learner]
+        block = BLOCK_EPISODES_WHOLE_NETWORK if self.kind.whole_network else BLOCK_EPISODES
+        self.block_steps = max(1, min(BLOCK_STEPS, block // config.tasks_per_step))
+        index_bytes = 16 * config.way * (config.shot + config.query)  # of an episode: rows and labels
+        check_memory(f"tasks_per_step: {config.tasks_per_step}", self.block_steps * config.tasks_per_step * index_bytes)
         self.features = bank.features.to(device)
         self.image_shape = bank.image_shape
-        self.head = config.make_learner(bank.n_features, bank.image_shape).to(device)
+        # Parameters, their gradients, an optimizer's two numbers each.
+        self.head = config.make_learner(bank.n_features, bank.image_shape, copies=4).to(device)
         self.head.train()
         # What counts: the running mean of the weights, or the weights as they are.
         self.learner = copy.deepcopy(self.head) if config.average else self.head
         self.parameters = [p for p in self.head.parameters() if p.requires_grad]
         self.optimizer = config.make_optimizer(self.parameters)
-        self.kind = LEARNERS[config.learner]
-        block = BLOCK_EPISODES_WHOLE_NETWORK if self.kind.whole_network else BLOCK_EPISODES
-        self.block_steps = max(1, min(BLOCK_STEPS, block // config.tasks_per_step))
         self.step = 0
         self.history: list[tuple[int, float, float]] = []  # episodes, loss, accuracy in percent
         self.validations: list[tuple[int, float, float]] = []  # episodes, accuracy in percent, ci95
@@ -132,15 +138,22 @@ class Trainer:
         try:
             if state["bank"] != self.fingerprint:
                 raise ValueError(f"data: not the bank that the run began with ({state['bank']})")
+            for name, value in self.config.to_dict().items():
+                if name not in FREE and state["config"][name] != value:
+                    raise ValueError(
+                        f"{name}: the checkpoint was trained with {state['config'][name]!r}, not {value!r}"
+                    )
+            step, history, validations = count(state, "step"), rows(state, "history"), rows(state, "validations")
             self.head.load_state_dict(checkpoint.tensors["model"])
             if self.config.average:
                 self.learner.load_state_dict(checkpoint.tensors[AVERAGED])
             restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
-            self.step = int(state["step"])
-            self.history = [tuple(row) for row in state["history"]]
-            self.validations = [tuple(row) for row in state["validations"]]
+            self.step, self.history, self.validations = step, history, validations
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"the checkpoint does not fit the run ({one_line(error)})") from None
+        bad = not_finite(self._tensors())
+        if bad:
+            raise ValueError(f"the checkpoint holds NaN or infinite numbers ({bad[0]})")
 
     def run(self, out: Path, *, report: Report | None = None, progress: bool = False, keep_bar: bool = True) -> bool:
         """Train from where it stands to the end, with checkpoints in ``out`` every few seconds and at the
@@ -151,10 +164,12 @@ class Trainer:
             progress: show a bar, and with ``keep_bar`` leave it on the screen.
 
         Returns:
-            False if Ctrl-C or SIGTERM ended it early; the checkpoint holds where.
+            False if Ctrl-C, SIGTERM or SIGHUP ended it early; the checkpoint holds where.
 
         Raises:
             OSError: a checkpoint could not be written.
+            NotFiniteError: the loss or a parameter became NaN or infinite; the last checkpoint is one from before.
+            ValueError: the bank's file was written to.
         """
         total, per_step = self.config.n_steps, self.config.tasks_per_step
         saved_at = -math.inf  # the first block's end shows whether there is room for checkpoints
@@ -177,8 +192,6 @@ class Trainer:
                 if report:
                     report("loss", loss, seen)
                     report("accuracy", accuracy, seen)
-                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f} %", refresh=False)
-                bar.update(n * per_step)
                 if self._validate_now(n):
                     value = self._validate()
                     self.validations.append((seen, *value))
@@ -189,9 +202,12 @@ class Trainer:
                 if self.ranks.first and (stop or self.step == total or now - saved_at >= CHECKPOINT_SECONDS):
                     self.checkpoint().save(out / CHECKPOINT)
                     saved_at = now
+                # After the checkpoint: where the terminal is gone, this is an error.
+                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1f} %", refresh=False)
+                bar.update(n * per_step)
                 if stop and self.step < total:
                     break
-        bar.close()
+            bar.close()
         return self.step >= total
 
     def _run_block(self, n: int) -> tuple[float, float]:
@@ -211,9 +227,33 @@ class Trainer:
             self.step += 1
             if self.config.average and (self.step < AVERAGE_EVERY or self.step % AVERAGE_EVERY == 0):
                 self._average()
-        means = torch.stack([torch.stack(each) for each in zip(*measures, strict=True)]).mean(1)
-        self.ranks.average([means])
+        each = torch.stack([torch.stack(values) for values in zip(*measures, strict=True)])  # [2, n]
+        self.ranks.average([each])
+        self._check_finite(each[0])
+        means = each.mean(1)
         return float(means[0]), 100 * float(means[1])
+
+    def _check_finite(self, losses: Tensor) -> None:
+        """Raises NotFiniteError if the steps done last, whose losses these are, led to what is not finite."""
+        T, first = self.config.tasks_per_step, self.step - len(losses)
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            value, at = float(losses[bad[0]]), first + bad[0]
+            what = f"the loss of episodes {at * T} to {at * T + T - 1} (step {at}) is {value}"
+        else:
+            names = not_finite(self._tensors())
+            if not names:
+                return
+            what = f"{names[0]} is NaN or infinite after episodes {first * T} to {self.step * T - 1}"
+        raise NotFiniteError(
+            f"training stopped: {what}; are the features very large, or the rates (lr {self.config.lr:g}"
+            + ("" if self.config.inner_lr is None else f", inner_lr {self.config.inner_lr:g}")
+            + ")? The last checkpoint, if there is one, is from before"
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds, by name."""
+        return {f"{group}.{name}": t for group, named in self.checkpoint().tensors.items() for name, t in named.items()}
 
     def _step_at_once(
         self, support_index: Tensor, support_labels: Tensor, query_index: Tensor, answers: Tensor
@@ -268,6 +308,8 @@ class Trainer:
             {"own": self.learner}, self.features, self.validation, VALIDATION_EPISODES, first=VALIDATION_FIRST
         )
         self.head.train()
+        if values.not_finite["own"]:
+            tqdm.write(f"validation after {self.seen} episodes: {values.warning()}", file=sys.stderr)
         return interval(values["own"])
 
 

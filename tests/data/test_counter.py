@@ -38,12 +38,19 @@ def test_below_covers_its_range_evenly():
     assert ((counts - 10_000) ** 2 / 10_000).sum() < 30  # chi-square, 6 degrees of freedom: p = 4e-5
 
 
-@pytest.mark.parametrize("alpha", [0.3, 1.0, 2.0, 9.5])
-def test_gamma_has_its_mean_and_variance(alpha):
+@pytest.mark.parametrize("shape", [1.0, 1.3, 2.0, 9.5, 1e6])
+def test_log_gamma_has_its_mean_and_variance(shape):
     n = 40_000
-    drawn = counter.gamma(counter.words(5, np.arange(n)), alpha)
-    assert (drawn >= 0).all()
-    assert abs(drawn.mean() - alpha) < 5 * np.sqrt(alpha / n)
-    # Var(sample variance) = (kurtosis - (n-3)/(n-1)) variance^2 / n, kurtosis 3 + 6 / alpha
-    assert abs(drawn.var() - alpha) < 5 * alpha * np.sqrt((2 + 6 / alpha) / n)
-    assert (counter.gamma(counter.words(5, np.arange(100, 103)), alpha) == drawn[100:103]).all()
+    logs = counter.log_gamma(counter.words(5, np.arange(n)), shape)
+    drawn = np.exp(logs)
+    assert abs(drawn.mean() - shape) < 5 * np.sqrt(shape / n)
+    # Var(sample variance) = (kurtosis - (n-3)/(n-1)) variance^2 / n, kurtosis 3 + 6 / shape
+    assert abs(drawn.var() - shape) < 5 * shape * np.sqrt((2 + 6 / shape) / n)
+    assert (counter.log_gamma(counter.words(5, np.arange(100, 103)), shape) == logs[100:103]).all()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64, 10**40])
+def test_what_is_no_seed_is_refused(seed):
+    with pytest.raises(ValueError, match="seed: expected 0 to"):
+        counter.check_seed(seed)
+    counter.check_seed(2**64 - 1)

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernelmeta.data import EpisodeSampler, FeatureBank
-from kernelmeta.data.class_draws import apportion
+from kernelmeta.data import EpisodeSampler, FeatureBank, counter
+from kernelmeta.data.class_draws import apportion, shares
 from kernelmeta.data.episodes import parse_balance
 
 
@@ -105,6 +105,44 @@ def test_dirichlet_shares_have_their_mean_and_variance():
     assert shares.var(0).numpy() == pytest.approx(0.2 * 0.8 / 11, rel=0.12)
 
 
+@pytest.mark.parametrize("alpha", [5e-324, 1e-9, 1e-6, 1e-3, 0.1, 0.9, 1.0, 2.0, 100.0, 1e6, 1e300])
+def test_shares_have_the_moments_of_dirichlet_whatever_alpha(alpha):
+    N, n = 5, 20_000
+    drawn = shares(counter.words(3, np.arange(n)), N, alpha)
+    assert np.isfinite(drawn).all()
+    assert abs(drawn.sum(1) - 1).max() < 1e-12
+    variance = (1 / N) * (1 - 1 / N) / (N * alpha + 1)
+    assert abs(drawn.mean(0) - 1 / N).max() <= 5 * np.sqrt(variance / n) + 1e-12
+    # Of a variable in [0, 1], (x - mean)^2 has at most the variance of x as its own.
+    spread = variance * np.sqrt(3 / n) if alpha >= 1 else np.sqrt(variance / n)
+    assert abs(drawn.var(0) - variance).max() < 5 * spread + 1e-16
+    together = (drawn[:, 0] * drawn[:, 1]).mean()  # alpha^2 / (N alpha (N alpha + 1))
+    assert together == pytest.approx(alpha / (N * (N * alpha + 1)) if alpha < 1e100 else 1 / N**2, rel=0.2, abs=2e-3)
+
+
+def test_shares_that_are_used_are_a_smaller_dirichlet():
+    used = np.arange(6) < np.array([2, 3, 6])[np.arange(30_000) % 3][:, None]
+    for alpha in (1e-6, 0.5, 3.0):
+        drawn = shares(counter.words(3, np.arange(30_000)), 6, alpha, used)
+        assert (drawn[~used] == 0).all() and abs(drawn.sum(1) - 1).max() < 1e-12
+        for row, n in enumerate((2, 3, 6)):
+            some = drawn[row::3, :n]
+            variance = (1 / n) * (1 - 1 / n) / (n * alpha + 1)
+            assert abs(some.mean(0) - 1 / n).max() < 5 * np.sqrt(variance / 10_000)
+            assert abs(some.var(0) - variance).max() < 5 * np.sqrt(variance / 10_000)
+
+
+@pytest.mark.parametrize("alpha", [1e-9, 1e-4])
+def test_of_a_tiny_alpha_one_class_takes_all_and_no_label_is_preferred(alpha):
+    sampler = EpisodeSampler(make_bank([400] * 8), "train", way=5, query=15, balance=f"dirichlet:{alpha}")
+    counts = torch.nn.functional.one_hot(sampler.draw(0, 2000).query_labels, 5).sum(1)
+    assert (counts.max(1).values == 75).double().mean() > 0.99
+    # Where classes run out of samples, the others take over, none more than another.
+    sampler = EpisodeSampler(make_bank([40] * 8), "train", way=5, query=15, balance=f"dirichlet:{alpha}")
+    counts = torch.nn.functional.one_hot(sampler.draw(0, 4000).query_labels, 5).sum(1).double()
+    assert abs(counts.mean(0) - 15).max() < 5 * counts.std() / np.sqrt(4000)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_apportioned_numbers_sum_and_stay_within_limits(data):
@@ -137,6 +175,8 @@ def test_no_episodes_is_no_error():
         ({"query": 0}, "query: expected at least 1"),
         ({"split": "testing"}, "split: expected one of train, val, test"),
         ({"split": "val"}, "the val split has 0"),
+        ({"seed": 2**64}, "seed: expected 0 to"),
+        ({"seed": -1}, "seed: expected 0 to"),
         ({"balance": "uneven"}, "query_balance: expected 'even' or 'dirichlet:ALPHA'"),
     ],
 )

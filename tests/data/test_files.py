@@ -7,9 +7,12 @@ import pickle
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from kernelmeta.data.files import read_json, read_weights, replacing, write_tensors, write_text
+from kernelmeta.data.files import read_json, read_weights, write_json, write_text
+from kernelmeta.data.replacing import replacing
+from kernelmeta.data.tensor_files import read_tensors, write_tensors
 
 
 def test_a_failure_leaves_the_old_file_and_no_other(tmp_path):
@@ -29,11 +32,11 @@ def test_a_failure_leaves_the_old_file_and_no_other(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_an_oserror(tmp_path, monkeypatch):
-    def full(tensors, path, metadata):
+    def full(path, tensors, metadata):
         with open("/dev/full", "wb", buffering=0) as file:
             file.write(b"x")
 
-    monkeypatch.setattr("kernelmeta.data.files.save_file", full)
+    monkeypatch.setattr("kernelmeta.data.tensor_files._write", full)
     with pytest.raises(OSError, match="No space left"):
         write_tensors(tmp_path / "file", {"a": torch.zeros(3)}, {})
     assert os.listdir(tmp_path) == []
@@ -81,10 +84,51 @@ def test_weights_of_both_formats_are_read(tmp_path):
         read_weights(tmp_path / "list.pth")
 
 
-def test_json_that_is_none_is_refused(tmp_path):
-    (tmp_path / "a.json").write_text("{")
-    (tmp_path / "b.json").write_text("[1]")
-    with pytest.raises(ValueError, match="not a JSON file"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not a JSON file"),
+        (b"[1]", "expected a JSON object, got list"),
+        (b"[" * 200_000, "not a JSON file"),
+        (b'{"a":' * 200_000, "not a JSON file"),
+        (b'{"a": 1e400}', "the number 1e400 is too large"),
+        (b'{"a": -1e999}', "the number -1e999 is too large"),
+        (b'{"a": NaN}', "NaN is no number"),
+        (b'{"a": Infinity}', "Infinity is no number"),
+        (b'\xef\xbb\xbf{"a": 1}', "BOM"),
+        ('{"a": 1}'.encode("utf-16"), "not a JSON file"),
+        (b"", "not a JSON file"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", "not a JSON file"),
+    ],
+)
+def test_json_that_is_none_is_refused(tmp_path, content, message):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
         read_json(tmp_path / "a.json")
-    with pytest.raises(ValueError, match="expected a JSON object, got list"):
-        read_json(tmp_path / "b.json")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_json_has_no_number_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "a.json", {"a": float("nan")})
+    assert os.listdir(tmp_path) == []
+
+
+def test_tensors_come_back_to_the_library_and_to_us(tmp_path):
+    tensors = {
+        "half": torch.rand(3, 5).half(), "b": torch.rand(7).bfloat16(), "double": torch.rand(2, 2).double(),
+        "flag": torch.tensor([True, False]), "none": torch.zeros(0, 4), "one": torch.tensor(3.5),
+        "strided": torch.rand(4, 6).t(), "int": torch.arange(5, dtype=torch.int32),
+    }  # fmt: skip
+    metadata = {"a": 'quotes " and \\ and \n and ü and "crc32":"', "crc": "x"}
+    write_tensors(tmp_path / "file", tensors, metadata)
+    found, read = read_tensors(tmp_path / "file")
+    with safe_open(tmp_path / "file", "pt") as file:
+        assert file.metadata() == read == {**metadata, "crc32": read["crc32"]}
+    theirs = load_file(tmp_path / "file")
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor) and torch.equal(theirs[name], tensor)
+        assert found[name].dtype == tensor.dtype
+    with pytest.raises(TypeError, match=r"c: .*complex64 cannot be written"):
+        write_tensors(tmp_path / "file", {"c": torch.zeros(1, dtype=torch.complex64)}, {})
+    assert os.listdir(tmp_path) == ["file"]

@@ -11,7 +11,7 @@ from runs import make_bank
 
 from kernelmeta import nn
 from kernelmeta.data import EpisodeSampler
-from kernelmeta.data.files import read_tensors
+from kernelmeta.data.tensor_files import read_tensors
 from kernelmeta.training.candidates import CANDIDATES, read_candidates
 from kernelmeta.training.comparison import CONTESTANTS, CompareConfig, Comparison, summarise
 from kernelmeta.training.comparison_table import markdown

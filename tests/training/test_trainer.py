@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import select
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +19,7 @@ from runs import make_bank, start
 
 from kernelmeta.training import TrainConfig, Trainer
 from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.finite import NotFiniteError
 from kernelmeta.training.loading import load_learner
 from kernelmeta.training.trainer import CHECKPOINT
 
@@ -107,12 +113,14 @@ def test_the_average_is_that_of_the_weights_of_the_last_steps(bank, tmp_path):
     assert torch.equal(short.learner.weight, short.head.weight)
 
 
-def test_interrupted_leaves_a_checkpoint_and_the_usual_handler(bank, tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_interrupted_leaves_a_checkpoint_and_the_usual_handler(bank, tmp_path, name):
     trainer = Trainer(replace(SMALL, episodes=10**7), bank)
-    before = signal.getsignal(signal.SIGINT)
-    threading.Timer(0.3, signal.raise_signal, (signal.SIGINT,)).start()
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    threading.Timer(0.3, signal.raise_signal, (number,)).start()
     assert not trainer.run(tmp_path)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert Checkpoint.load(tmp_path / CHECKPOINT, "train").state["step"] == trainer.step > 0
 
 
@@ -122,10 +130,95 @@ def test_a_checkpoint_of_something_else_is_refused(bank, tmp_path):
     checkpoint = Checkpoint.load(tmp_path / CHECKPOINT, "train")
     with pytest.raises(ValueError, match="data: not the bank that the run began with"):
         Trainer(SMALL, make_bank(samples=21)).restore(checkpoint)
-    with pytest.raises(ValueError, match=r"does not fit the run.*weight1"):
-        Trainer(replace(SMALL, hidden=5), bank).restore(checkpoint)
+    for change, message in (
+        ({"hidden": 5}, "hidden: the checkpoint was trained with None, not 5"),
+        ({"seed": 4}, "seed: the checkpoint was trained with 3, not 4"),
+        ({"lr": 2e-3}, "lr: the checkpoint was trained with 0.001, not 0.002"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(replace(SMALL, **change), bank).restore(checkpoint)
+    for name, value in (("step", -1), ("step", 2.5), ("step", True), ("history", [[1, 2]]), ("validations", 3)):
+        broken = replace(checkpoint, state={**checkpoint.state, name: value})
+        with pytest.raises(ValueError, match=f"does not fit the run \\({name}: expected"):
+            Trainer(SMALL, bank).restore(broken)
+    checkpoint.tensors["optimizer"]["0.momentum_buffer"][0] = float("inf")
+    with pytest.raises(ValueError, match="holds NaN or infinite numbers"):
+        Trainer(SMALL, bank).restore(checkpoint)
     with pytest.raises(ValueError, match="expected a checkpoint of 'kernelmeta pretrain', got one of 'train'"):
         Checkpoint.load(tmp_path / CHECKPOINT, "pretrain")
+
+
+def test_longer_training_and_data_elsewhere_are_no_other_run(bank, tmp_path):
+    trainer = Trainer(SMALL, bank)
+    trainer.run(tmp_path)
+    resumed = Trainer(replace(SMALL, episodes=700, data="elsewhere"), bank)
+    resumed.restore(Checkpoint.load(tmp_path / CHECKPOINT, "train"))
+    assert resumed.step == trainer.step
+    other = make_bank()
+    other.features[-1, -1] += 1  # one number of all makes another bank
+    with pytest.raises(ValueError, match="data: not the bank that the run began with"):
+        Trainer(SMALL, other).restore(Checkpoint.load(tmp_path / CHECKPOINT, "train"))
+
+
+MANY_WAYS = [
+    {},
+    {"tasks_per_step": 4},
+    {"learner": "maml", "steps": 2, "hidden": 8, "norm_stats": None},
+    {"learner": "anil"},
+    {"learner": "prototypes"},
+    {"learner": "ridge"},
+    {"learner": "combined"},
+]
+
+
+@pytest.mark.parametrize("change", MANY_WAYS, ids=lambda change: change.get("learner", f"sib {len(change)}"))
+def test_training_stops_at_what_is_not_finite_and_keeps_the_checkpoint(bank, tmp_path, monkeypatch, change):
+    monkeypatch.setattr("kernelmeta.training.trainer.CHECKPOINT_SECONDS", 0.0)
+    settings = {"way": 3, "shot": 1, "query": 4, "episodes": 4000, "data": "a test", "validate_every": 0}
+    config = TrainConfig(**{**settings, **change})
+    broken = make_bank()
+    trainer = Trainer(config, broken)
+    trainer._run_block(trainer.block_steps)
+    trainer.checkpoint().save(tmp_path / CHECKPOINT)
+    good = (tmp_path / CHECKPOINT).read_bytes()
+    broken.features[broken.labels == 3] = float("nan")
+    episodes = trainer.sampler.draw(trainer.seen, 400)
+    touched = (broken.labels[episodes.support_index] == 3).any(1) | (broken.labels[episodes.query_index] == 3).any(1)
+    T = config.tasks_per_step
+    first = (trainer.seen + int(touched.nonzero()[0])) // T * T
+    with pytest.raises(NotFiniteError, match=rf"the loss of episodes {first} to {first + T - 1} \(step {first // T}\)"):
+        trainer.run(tmp_path)
+    assert (tmp_path / CHECKPOINT).read_bytes() == good
+
+
+def test_a_rate_that_is_too_large_stops_training(bank, tmp_path):
+    with pytest.raises(NotFiniteError, match=r"training stopped: .*lr 1e\+30"):
+        Trainer(replace(SMALL, lr=1e30), bank).run(tmp_path)
+    assert not (tmp_path / CHECKPOINT).exists()
+
+
+def test_what_is_not_finite_is_noticed_in_every_tensor_of_a_checkpoint(bank, tmp_path):
+    config = replace(SMALL, average=64, optimizer="Adam")
+    trainer = Trainer(config, bank)
+    trainer._run_block(3)
+    names = [name for name, tensor in trainer._tensors().items() if tensor.is_floating_point()]
+    assert {name.partition(".")[0] for name in names} == {"model", "optimizer", "average"}
+    for name in names:
+        tensor = trainer._tensors()[name]
+        before = tensor.clone()
+        tensor.view(-1)[-1] = float("inf")
+        with pytest.raises(NotFiniteError, match=f"{name} is NaN or infinite after episodes 0 to 2"):
+            trainer._check_finite(torch.zeros(3))
+        tensor.copy_(before)
+    trainer._check_finite(torch.zeros(3))
+
+
+def test_validation_with_rows_that_are_not_finite_is_told(bank, tmp_path, capsys):
+    broken = make_bank()
+    broken.features[broken.labels == 15] = float("nan")  # a validation class
+    trainer = Trainer(replace(SMALL, episodes=128), broken)
+    assert trainer.run(tmp_path)
+    assert "validation after 128 episodes: of 4800 query rows, some have NaN" in capsys.readouterr().err
 
 
 def test_nan_in_one_class_leaves_training_running(bank, tmp_path):
@@ -169,9 +262,7 @@ def arguments(bank_file, out, *more):
 def test_a_killed_run_resumes_bit_for_bit(bank_file, tmp_path):
     episodes = ("--episodes", 8000)
     run = start(*arguments(bank_file, tmp_path / "cut", *episodes))
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "cut" / CHECKPOINT).exists() and run.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_for(run, tmp_path / "cut" / CHECKPOINT)
     run.kill()
     run.communicate()
     step = Checkpoint.load(tmp_path / "cut" / CHECKPOINT, "train").state["step"]
@@ -181,6 +272,49 @@ def test_a_killed_run_resumes_bit_for_bit(bank_file, tmp_path):
         _, errors = run.communicate(timeout=120)
         assert run.returncode == 0, errors
     assert (tmp_path / "cut" / CHECKPOINT).read_bytes() == (tmp_path / "whole" / CHECKPOINT).read_bytes()
+
+
+def test_under_nohup_a_run_goes_on(bank_file, tmp_path):
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; the process inherits it
+    try:
+        run = start(*arguments(bank_file, tmp_path / "run", "--episodes", 20000))
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+    wait_for(run, tmp_path / "run" / CHECKPOINT)
+    run.send_signal(signal.SIGHUP)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+
+
+@pytest.mark.parametrize("more", [(), ("--quiet",)])
+def test_a_terminal_that_goes_away_leaves_a_checkpoint(bank_file, tmp_path, more):
+    out = tmp_path / "run"
+    args = [arg for arg in arguments(bank_file, out, "--episodes", 10**8) if arg != "--quiet"]
+    child, terminal = pty.fork()
+    if child == 0:
+        os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        os.execv(sys.executable, [sys.executable, "-m", "kernelmeta", *map(str, args), *more])
+    deadline = time.monotonic() + 60
+    while not (out / CHECKPOINT).exists() and time.monotonic() < deadline:
+        read_what_is_there(terminal)
+    first = Checkpoint.load(out / CHECKPOINT, "train").state["step"]
+    for _ in range(10):
+        read_what_is_there(terminal)
+    os.close(terminal)  # all writing to it fails from here on, and SIGHUP is sent
+    _, status = os.waitpid(child, 0)
+    assert os.WIFEXITED(status), status
+    assert Checkpoint.load(out / CHECKPOINT, "train").state["step"] > first
+
+
+def read_what_is_there(terminal: int) -> None:
+    if select.select([terminal], [], [], 0.05)[0]:
+        os.read(terminal, 1 << 16)
+
+
+def wait_for(run, path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def test_two_processes_give_what_one_gives(bank_file, tmp_path):

@@ -1,0 +1,128 @@
+"""safetensors files with a checksum.
+
+They are what the safetensors library reads and writes; what it has no use for is the metadata entry ``crc32``: eight
+hexadecimal digits, the CRC-32 of all bytes of the file with eight zeros in their place. A file without that entry, of
+another tool, is read as it is. The bytes of a file are a function of its content.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kernelmeta.data.file_kinds import is_safetensors, kind_of_file
+from kernelmeta.data.replacing import replacing
+from kernelmeta.data.words import one_line
+
+CHECKSUM = "crc32"
+_UNKNOWN = "00000000"
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+_PIECE = 1 << 24
+
+
+def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+        TypeError: a dtype that the project does not use.
+    """
+    with replacing(path) as temporary:
+        _write(temporary, tensors, {**metadata, CHECKSUM: _UNKNOWN})
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    # The widest numbers first, so that all are aligned.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{name}: {tensor.dtype} cannot be written")
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        shape = list(tensor.shape)
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    start = len(text).to_bytes(8, "little") + text
+    checksum = zlib.crc32(start)
+    with open(path, "wb") as file:
+        file.write(start)
+        for name in names:
+            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            for at in range(0, len(data), _PIECE):
+                piece = data[at : at + _PIECE]
+                checksum = zlib.crc32(piece, checksum)
+                file.write(piece)
+        file.seek(_place_of_checksum(start))
+        file.write(f"{checksum:08x}".encode())
+
+
+def _place_of_checksum(start: bytes) -> int:
+    """Where in a file the digits stand. The metadata come first, and a quotation mark within a string has a backslash
+    before it, so that nothing else looks like this.
+    """
+    key = f'"{CHECKSUM}":"'.encode()
+    return start.index(key) + len(key)
+
+
+def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (memory-mapped, on the CPU) and metadata of a safetensors file, once all of it was read for its checksum.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is truncated, or no safetensors file, or its checksum is not that of its bytes.
+    """
+    mode = os.stat(path).st_mode  # the usual errors for a file that is missing
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{path}: not a regular file: tensors are mapped, which needs one")
+    with open(path, "rb"):  # and for one that must not be read
+        pass
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            if CHECKSUM in metadata:
+                _verify(path, metadata[CHECKSUM])
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, metadata
+    except SafetensorError as error:
+        kind = None if is_safetensors(path) else kind_of_file(path)
+        fault = "truncated, or not a safetensors file" if kind is None else f"{kind}, not a safetensors file"
+        raise ValueError(f"{path}: {fault} ({one_line(error)})") from None
+
+
+def _verify(path: str | os.PathLike[str], expected: str) -> None:
+    found = checksum_of_file(path)
+    if f"{found:08x}" != expected:
+        raise ValueError(f"{path}: damaged: its checksum is {found:08x}, but it was written with {expected}")
+
+
+def checksum_of_file(path: str | os.PathLike[str]) -> int:
+    """The CRC-32 of a file that `write_tensors` wrote, by its bytes as they are now."""
+    with open(path, "rb") as file:
+        length = file.read(8)
+        start = bytearray(length + file.read(int.from_bytes(length, "little")))
+        try:
+            place = _place_of_checksum(bytes(start))
+        except ValueError:  # a foreign tool wrote it with spaces
+            raise ValueError(f"{path}: damaged, or its metadata {CHECKSUM!r} is of another tool") from None
+        start[place : place + len(_UNKNOWN)] = _UNKNOWN.encode()
+        checksum = zlib.crc32(start)
+        while piece := file.read(_PIECE):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum

@@ -1,0 +1,69 @@
+"""Checks of settings that come from a command line or from JSON: their types, and what they would take."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from kernelmeta.data.counter import check_seed
+from kernelmeta.data.words import size_text
+
+# Inner steps beyond that are a mistake: each is held until the backward pass.
+MOST_STEPS = 10_000
+# Numbers of episodes are those of 64-bit words.
+MOST_EPISODES = 2**60
+
+_TYPES: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
+
+
+def check_types(config: Any) -> None:
+    """Every setting of a dataclass is of its type. None is taken where a setting may be left open.
+
+    Raises:
+        ValueError: it is not, named.
+    """
+    for field in fields(config):
+        name, _, optional = str(field.type).partition(" | ")
+        value = getattr(config, field.name)
+        if name not in _TYPES or (value is None and optional):
+            continue
+        if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and name != "bool"):
+            raise ValueError(f"{field.name}: expected {name}, got {str(value)[:40]!r}")
+
+
+def check_numbers(config: Any, least: Mapping[str, int], rates: tuple[str, ...]) -> None:
+    """Whole numbers are at least so large, and rates finite and not negative; the seed is one.
+
+    Raises:
+        ValueError: it is not so, named.
+    """
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value is not None and value < low:
+            raise ValueError(f"{name}: expected at least {low}, got {value}")
+    for name in rates:
+        value = getattr(config, name)
+        if value is not None and not 0 <= as_float(value) < math.inf:
+            raise ValueError(f"{name}: expected a number of at least 0, got {str(value)[:40]}")
+    check_seed(config.seed)
+
+
+def as_float(value: float) -> float:
+    """Infinite, where a whole number is larger than any float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def check_memory(what: str, n_bytes: int) -> None:
+    """Raises MemoryError if ``what`` takes more than the machine has."""
+    try:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # not told
+        return
+    if n_bytes > there:
+        raise MemoryError(f"{what}: that takes {size_text(n_bytes)} of memory; this machine has {size_text(there)}")
