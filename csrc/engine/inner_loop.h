@@ -1,18 +1,11 @@
 // The inner loop of one task in the dual form, and its adjoint.
 //
 // The classifier theta never leaves the span of theta0 and the normalised query rows, so its whole state is
-// U [N][ld] (cosines of every query row with every class) and r2 [N] (squared norms). With A the Gram matrix
-// of the normalised query rows, G = MLP(s (U + b)) and AG = A G, one step is, with e = learning rate * s,
-//
-//   dot = sum_q(U G),  q = sum_q(G AG),  c = e dot / r2
-//   r2' = r2 + e^2 (q - dot^2) / r2
-//   U'  = (1 + c) (r / r') U - e / (r r') AG
-//
-// and, only if theta_K itself is wanted, theta = a theta0 + Xhat^T P with
-//
-//   P' = (1 + c) P - (e / r) G,   a' = (1 + c) a.
+// U [N][ld] (cosines of every query row with every class) and r2 [N] (squared norms). cosine_step.h says what
+// a step does to it, with A the Gram matrix of the normalised query rows and G = MLP(s (U + b)).
 #pragma once
 
+#include "engine/cosine_step.h"
 #include "engine/gram.h"
 #include "engine/mlp.h"
 
@@ -61,21 +54,6 @@ struct Trace {
              row(gram, s.Q, s.Q) || row(ag, KN, s.Q) || row(a, 1, KN + N) || row(p, KN + N, s.Q));
     });
   }
-};
-
-// Scalars of one step and one class, from r2, dot and q; used by the step and by its adjoint.
-template <class B>
-struct StepScalars {
-  using C = typename B::Scalar;
-  C c, grown, r, r_next, alpha, beta;  // U' = alpha U - beta AG
-
-  __host__ __device__ __forceinline__ StepScalars(C e, C r2, C dot, C q)
-      : c(e * dot / r2),
-        grown(r2 + e * e * (q - dot * dot) / r2),
-        r(B::sqrt(r2)),
-        r_next(B::sqrt(grown)),
-        alpha((C(1) + c) * r / r_next),
-        beta(e / (r * r_next)) {}
 };
 
 // Scratch of the backward pass of an inner loop.
@@ -193,6 +171,19 @@ struct InnerLoop {
   }
 
  private:
+  // Class n before step k, whose G is gs [N][ld].
+  __host__ __device__ __forceinline__ StepFrom<C> state(const Trace<C>& trace, int64_t k, int64_t n,
+                                                        const C* gs) const {
+    const int64_t ld = s.ld(), i = k * s.N + n;
+    return {e,
+            trace.r2[i],
+            trace.u + i * ld,
+            trace.ag + i * ld,
+            gs + n * ld,
+            trace.a ? trace.a + i : nullptr,
+            trace.p ? trace.p + i * ld : nullptr};
+  }
+
   __host__ __device__ __forceinline__ typename Mlp<B>::Activations activations(int64_t k) const {
     Arena<C> memory(kept + k * kept_size(s));
     return {memory, s, true};
@@ -232,22 +223,10 @@ struct InnerLoop {
     mlp.forward(z, gs, stats);
     gram.multiply(gs, ag, false);
     block.rows(N, Q, [&](int64_t n, auto row) {
-      const C *un = u + n * ld, *gn = gs + n * ld, *agn = ag + n * ld;
-      const C dot = row.sum([&](auto q) { return q.load(un) * q.load(gn); });
-      const C gag = row.sum([&](auto q) { return q.load(gn) * q.load(agn); });
-      const StepScalars<B> v(e, trace.r2[k * N + n], dot, gag);
-      C* u_next = trace.u + ((k + 1) * N + n) * ld;
-      row.each([&](auto q) { q.store(u_next, q.load(un) * v.alpha - q.load(agn) * v.beta); });
-      row.one([&] {
-        trace.r2[(k + 1) * N + n] = v.grown;
-        if (trace.a) trace.a[(k + 1) * N + n] = (C(1) + v.c) * trace.a[k * N + n];
-      });
-      if (trace.p) {
-        const C* p = trace.p + (k * N + n) * ld;
-        C* p_next = trace.p + ((k + 1) * N + n) * ld;
-        const C share = e / v.r;
-        row.each([&](auto q) { q.store(p_next, q.load(p) * (C(1) + v.c) - q.load(gn) * share); });
-      }
+      const int64_t i = (k + 1) * N + n;
+      cosine_step<B>(LiveRow(row), state(trace, k, n, gs),
+                     {trace.r2 + i, trace.u + i * ld, trace.a ? trace.a + i : nullptr,
+                      trace.p ? trace.p + i * ld : nullptr});
     });
   }
 
@@ -255,7 +234,7 @@ struct InnerLoop {
                                                          int64_t k, const Adjoint& adj,
                                                          const FoldedMlpGrad<C>& grad) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
-    const C *u = trace.u + k * N * ld, *ag = trace.ag + k * N * ld;
+    const C* u = trace.u + k * N * ld;
     C *gs = adj.gs + k * N * ld, *gag = adj.gag + k * N * ld;
     classify(u);
     if constexpr (kKeeps)
@@ -263,50 +242,11 @@ struct InnerLoop {
     else
       mlp.forward(z, gs, nullptr);
     block.rows(N, Q, [&](int64_t n, auto row) {
-      const C *un = u + n * ld, *gn = gs + n * ld, *agn = ag + n * ld;
-      C *gu = adj.gu + n * ld, *gg = adj.gg + n * ld, *gagn = gag + n * ld;
-      const C r2 = trace.r2[k * N + n];
-      const C dot = row.sum([&](auto q) { return q.load(un) * q.load(gn); });
-      const C quad = row.sum([&](auto q) { return q.load(gn) * q.load(agn); });
-      const StepScalars<B> v(e, r2, dot, quad);
-      const C galpha = row.sum([&](auto q) { return q.load(gu) * q.load(un); });
-      const C gbeta = -row.sum([&](auto q) { return q.load(gu) * q.load(agn); });
-      C gc = galpha * v.r / v.r_next;
-      C gr2 = (galpha * v.alpha - gbeta * v.beta) / (2 * r2);
-      const C ggrown = adj.gr2[n] - (galpha * v.alpha + gbeta * v.beta) / (2 * v.grown);
-      C ge = 0;
-      C along_g = 0;  // of P' = (1 + c) P - (e / r) G
-      if (adj.gp) {
-        const C *gp = adj.gp + n * ld, *p = trace.p + (k * N + n) * ld;
-        gc += row.sum([&](auto q) { return q.load(gp) * q.load(p); }) + adj.ga[n] * trace.a[k * N + n];
-        const C gp_g = row.sum([&](auto q) { return q.load(gp) * q.load(gn); });
-        gr2 += gp_g * e / (2 * v.r * r2);
-        ge -= gp_g / v.r;
-        along_g = -e / v.r;
-      }
-      const C growth = (quad - dot * dot) / r2;  // r2' = r2 + e^2 growth
-      const C gq = ggrown * e * e / r2;
-      const C gdot = gc * e / r2 - 2 * gq * dot;
-      gr2 += ggrown * (C(1) - e * e * growth / r2) - gc * v.c / r2;
-      ge += gbeta / (v.r * v.r_next) + gc * dot / r2 + 2 * ggrown * e * growth;
-      row.each([&](auto q) {
-        const auto gu_next = q.load(gu);
-        q.store(gg, q.load(un) * gdot + q.load(agn) * gq);
-        q.store(gagn, q.load(gn) * gq - gu_next * v.beta);
-        q.store(gu, q.load(gn) * gdot + gu_next * v.alpha);
-      });
-      if (adj.gp) {
-        C* gp = adj.gp + n * ld;
-        row.each([&](auto q) {
-          q.store(gg, q.load(gg) + q.load(gp) * along_g);
-          q.store(gp, q.load(gp) * (C(1) + v.c));
-        });
-        row.one([&] { adj.ga[n] *= C(1) + v.c; });
-      }
-      row.one([&] {
-        adj.gr2[n] = gr2;
-        adj.gscale[n] += lr * ge;
-      });
+      const int64_t i = n * ld;
+      const C ge = cosine_step_backward<B>(LiveRow(row), state(trace, k, n, gs),
+                                           {adj.gr2 + n, adj.gu + i, adj.ga ? adj.ga + n : nullptr,
+                                            adj.gp ? adj.gp + i : nullptr, adj.gg + i, gag + i});
+      row.one([&] { adj.gscale[n] += lr * ge; });
     });
     gram.multiply(gag, adj.gg, true);
     mlp.backward(z, adj.gg, adj.gz, adj.g2, grad);

@@ -7,7 +7,7 @@
 //
 //   linear   Z  = X W^T + b              Z' = Z - lr (A + 1) G             W = W0 + P^T X, b = b0 + sum(P)
 //                                        P' = P - lr G
-//   cosine   as in inner_loop.h: the state is U and r2, with e = lr * scale; theta = a theta0 + Xhat^T P
+//   cosine   as in cosine_step.h: the state is U and r2, with e = lr * scale; theta = a theta0 + Xhat^T P
 //
 // (the + 1 is the bias' part). Soft assignment is not a gradient step: with p = softmax(Z), theta_a the
 // classifier at the start of the phase and c its weight, the support rows of each class, it moves by lr to
@@ -76,7 +76,7 @@ struct ProgramLoop {
         if (phase.oracle == Oracle::kSoftAssignment)
           assignment_step(trace, part, start, k);
         else if (s.cosine)
-          cosine_step(trace, part, k);
+          step(trace, part, s.part(!phase.query), k);
         else
           linear_step(trace, part, k);
       }
@@ -161,7 +161,7 @@ struct ProgramLoop {
         if (assigns)
           assignment_backward(trace, part, start, k, adj, gs);
         else if (s.cosine)
-          cosine_backward(trace, part, k, adj, gs);
+          step_backward(trace, part, s.part(!phase.query), k, adj, gs);
         else
           linear_backward(trace, part, k, adj, gs);
         block.unfenced().each_item(1, [&](int64_t) {
@@ -293,7 +293,11 @@ struct ProgramLoop {
       const int64_t at = (k * N + n) * ld;
       const C *u = trace.u + at, *ag = trace.ag + at;
       row.each([&](auto q) { q.store(trace.u + at + N * ld, q.load(u) - q.load(ag) * rate); });
-      if (trace.p) move_coefficients(trace, row, part, k, n, C(1), rate);
+      if (!trace.p) return;
+      const C *p = trace.p + at, *gn = g + n * part.ld();
+      C *next = trace.p + at + N * ld, *own = next + part.first;
+      row.each([&](auto q) { q.store(next, q.load(p)); });
+      row.part(part.first, part.count).each([&](auto q) { q.store(own, q.load(own) - q.load(gn) * rate); });
     });
   }
 
@@ -318,92 +322,43 @@ struct ProgramLoop {
     });
   }
 
-  // P' = grown P - moved G
-  template <class Row>
-  __host__ __device__ __forceinline__ void move_coefficients(const ProgramTrace<C>& trace, Row row,
-                                                             RowPart part, int64_t k, int64_t n, C grown,
-                                                             C moved) const {
-    const C* p = trace.p + (k * s.N + n) * s.ld();
-    C* next = trace.p + ((k + 1) * s.N + n) * s.ld();
-    const C* gn = g + n * part.ld();
-    row.each([&](auto q) { q.store(next, q.load(p) * grown); });
-    row.part(part.first, part.count).each([&](auto q) {
-      q.store(next + part.first, q.load(next + part.first) - q.load(gn) * moved);
+  // ---- cosine
+
+  // Class n before step k, whose G is gs [N][part.ld()].
+  __host__ __device__ __forceinline__ StepFrom<C> state(const ProgramTrace<C>& trace, RowPart part, int64_t k,
+                                                        int64_t n, const C* gs) const {
+    const int64_t ld = s.ld(), i = k * s.N + n;
+    return {with.rates[k] * with.scale,
+            trace.r2[i],
+            trace.u + i * ld,
+            trace.ag + i * ld,
+            gs + n * part.ld(),
+            trace.a ? trace.a + i : nullptr,
+            trace.p ? trace.p + i * ld : nullptr};
+  }
+
+  __host__ __device__ KERNELMETA_GPU_CALL void step(const ProgramTrace<C>& trace, RowPart part,
+                                                    RowPart others, int64_t k) {
+    const int64_t N = s.N, ld = s.ld();
+    block.rows(N, ld, [&](int64_t n, auto row) {
+      const int64_t i = (k + 1) * N + n;
+      cosine_step<B>(LiveRow(row, part, others), state(trace, part, k, n, g),
+                     {trace.r2 + i, trace.u + i * ld, trace.a ? trace.a + i : nullptr,
+                      trace.p ? trace.p + i * ld : nullptr});
     });
   }
 
-  // ---- cosine: inner_loop.h, with G on a part of the live rows
-
-  __host__ __device__ KERNELMETA_GPU_CALL void cosine_step(const ProgramTrace<C>& trace, RowPart part,
-                                                           int64_t k) {
+  __host__ __device__ KERNELMETA_GPU_CALL void step_backward(const ProgramTrace<C>& trace, RowPart part,
+                                                             RowPart others, int64_t k, const Adjoint& adj,
+                                                             const C* gs) {
     const int64_t N = s.N, ld = s.ld();
-    const C e = with.rates[k] * with.scale;
     block.rows(N, ld, [&](int64_t n, auto row) {
-      const int64_t at = (k * N + n) * ld;
-      const C *u = trace.u + at, *ag = trace.ag + at, *gn = g + n * part.ld();
-      const auto of_part = row.part(part.first, part.count);
-      const C dot = of_part.sum([&](auto q) { return q.load(u + part.first) * q.load(gn); });
-      const C quad = of_part.sum([&](auto q) { return q.load(gn) * q.load(ag + part.first); });
-      const StepScalars<B> v(e, trace.r2[k * N + n], dot, quad);
-      row.each([&](auto q) { q.store(trace.u + at + N * ld, q.load(u) * v.alpha - q.load(ag) * v.beta); });
+      const int64_t i = n * ld;
+      const C ge = cosine_step_backward<B>(
+          LiveRow(row, part, others), state(trace, part, k, n, gs),
+          {adj.gr2 + n, adj.gu + i, adj.gp ? adj.ga + n : nullptr, adj.gp ? adj.gp + i : nullptr,
+           adj.gg + n * part.ld(), adj.gag + (k * N + n) * ld});
       row.one([&] {
-        trace.r2[(k + 1) * N + n] = v.grown;
-        if (trace.a) trace.a[(k + 1) * N + n] = (C(1) + v.c) * trace.a[k * N + n];
-      });
-      if (trace.p) move_coefficients(trace, row, part, k, n, C(1) + v.c, e / v.r);
-    });
-  }
-
-  __host__ __device__ KERNELMETA_GPU_CALL void cosine_backward(const ProgramTrace<C>& trace, RowPart part,
-                                                               int64_t k, const Adjoint& adj, const C* gs) {
-    const int64_t N = s.N, ld = s.ld();
-    const C e = with.rates[k] * with.scale;
-    block.rows(N, ld, [&](int64_t n, auto row) {
-      const int64_t at = (k * N + n) * ld;
-      const C *u = trace.u + at, *ag = trace.ag + at, *gn = gs + n * part.ld();
-      const C *u_part = u + part.first, *ag_part = ag + part.first;
-      C *gu = adj.gu + n * ld, *gg = adj.gg + n * part.ld(), *gag = adj.gag + at;
-      const auto of_part = row.part(part.first, part.count);
-      const C r2 = trace.r2[k * N + n];
-      const C dot = of_part.sum([&](auto q) { return q.load(u_part) * q.load(gn); });
-      const C quad = of_part.sum([&](auto q) { return q.load(gn) * q.load(ag_part); });
-      const StepScalars<B> v(e, r2, dot, quad);
-      const C galpha = row.sum([&](auto q) { return q.load(gu) * q.load(u); });
-      const C gbeta = -row.sum([&](auto q) { return q.load(gu) * q.load(ag); });
-      C gc = galpha * v.r / v.r_next;
-      C gr2 = (galpha * v.alpha - gbeta * v.beta) / (2 * r2);
-      const C ggrown = adj.gr2[n] - (galpha * v.alpha + gbeta * v.beta) / (2 * v.grown);
-      C ge = 0;
-      if (adj.gp) {
-        const C *gp = adj.gp + n * ld, *p = trace.p + at;
-        gc += row.sum([&](auto q) { return q.load(gp) * q.load(p); }) + adj.ga[n] * trace.a[k * N + n];
-        const C gp_g = of_part.sum([&](auto q) { return q.load(gp + part.first) * q.load(gn); });
-        gr2 += gp_g * e / (2 * v.r * r2);
-        ge -= gp_g / v.r;
-      }
-      const C growth = (quad - dot * dot) / r2;  // r2' = r2 + e^2 growth
-      const C gq = ggrown * e * e / r2;
-      const C gdot = gc * e / r2 - 2 * gq * dot;
-      gr2 += ggrown * (C(1) - e * e * growth / r2) - gc * v.c / r2;
-      ge += gbeta / (v.r * v.r_next) + gc * dot / r2 + 2 * ggrown * e * growth;
-      row.each([&](auto q) {
-        const auto gu_next = q.load(gu);
-        q.store(gag, gu_next * -v.beta);
-        q.store(gu, gu_next * v.alpha);
-      });
-      of_part.each([&](auto q) {
-        q.store(gg, q.load(u_part) * gdot + q.load(ag_part) * gq);
-        q.store(gag + part.first, q.load(gag + part.first) + q.load(gn) * gq);
-        q.store(gu + part.first, q.load(gu + part.first) + q.load(gn) * gdot);
-      });
-      if (adj.gp) {
-        C* gp = adj.gp + n * ld;
-        of_part.each([&](auto q) { q.store(gg, q.load(gg) - q.load(gp + part.first) * (e / v.r)); });
-        row.each([&](auto q) { q.store(gp, q.load(gp) * (C(1) + v.c)); });
-        row.one([&] { adj.ga[n] *= C(1) + v.c; });
-      }
-      row.one([&] {
-        adj.gr2[n] = gr2;
         adj.gscale[n] += with.rates[k] * ge;
         adj.grate[n] = with.scale * ge;
       });

@@ -1,4 +1,4 @@
-"""The inner loop of one task and its adjoint, one program a task (the formulas: csrc/engine/inner_loop.h).
+"""The inner loop of one task and its adjoint, one program a task (the formulas: csrc/engine/cosine_step.h).
 
 The state U and everything beside it are tiles [QP, NP]; the Gram matrix of the raw rows is one tile [QP, QP],
 read again at every step and normalised by its factors: A G = inverse * (gram @ (inverse * G)).
@@ -12,6 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernelmeta.triton.cosine_step import cosine_step, cosine_step_backward
 from kernelmeta.triton.mlp_kernels import mlp_backward, mlp_forward
 from kernelmeta.triton.tiles import product, store_matrix
 
@@ -68,19 +69,13 @@ def loop_forward_kernel(
             tl.store(to + 2 * H, mean2, mask=h < H)
             tl.store(to + 3 * H, variance2 * Q / rows, mask=h < H)
         ag = _times_gram(gram, inverse, g, product_work, q, n, Q, N, ld, NP, C, PRECISION)
-        dot = tl.sum(u * g, 0)
-        quad = tl.sum(g * ag, 0)
-        c = e * dot / r2
-        grown = r2 + e * e * (quad - dot * dot) / r2
-        r, grown_r = tl.sqrt(r2), tl.sqrt(grown)
-        u = ((1 + c) * r / grown_r)[None, :] * u - (e / (r * grown_r))[None, :] * ag
-        r2 = grown
+        u, r2, grown, moved = cosine_step(u, g, ag, r2, e)
         tl.store(trace + ag_at + k * N * ld + tile, ag, mask=inside)
         tl.store(trace + u_at + (k + 1) * N * ld + tile, u, mask=inside)
         tl.store(trace + r2_at + (k + 1) * N + n, r2, mask=n < N)
         if WEIGHTS:
-            a = (1 + c) * a
-            combination = (1 + c)[None, :] * combination - (e / r)[None, :] * g
+            a = grown * a
+            combination = grown[None, :] * combination - moved[None, :] * g
             tl.store(trace + a_at + (k + 1) * N + n, a, mask=n < N)
             tl.store(trace + p_at + (k + 1) * N * ld + tile, combination, mask=inside)
     tl.store(logits + t * Q * N + q[:, None] * N + n[None, :], scale * (u + bias), mask=inside)
@@ -132,38 +127,12 @@ def loop_backward_kernel(
         g, mean1, variance1, mean2, variance2 = mlp_forward(
             z, p + 2, fixed, work, q, n, h, Q, N, H, QP, HP, FIXED, C, PRECISION
         )
-        dot = tl.sum(u * g, 0)
-        quad = tl.sum(g * ag, 0)
-        c = e * dot / r2
-        growth = (quad - dot * dot) / r2
-        grown = r2 + e * e * growth
-        r, grown_r = tl.sqrt(r2), tl.sqrt(grown)
-        alpha = (1 + c) * r / grown_r  # U' = alpha U - beta A G
-        beta = e / (r * grown_r)
-        galpha = tl.sum(gu * u, 0)
-        gbeta = -tl.sum(gu * ag, 0)
-        gc = galpha * r / grown_r
-        ggrown = gr2 - (galpha * alpha + gbeta * beta) / (2 * grown)
-        gr2 = (galpha * alpha - gbeta * beta) / (2 * r2)
-        ge = gbeta / (r * grown_r)
-        gg = tl.zeros([QP, NP], C)
-        if WEIGHTS:  # P' = (1 + c) P - (e / r) G, a' = (1 + c) a
-            last = tl.load(trace + p_at + k * N * ld + tile, mask=inside, other=0.0)
-            gc += tl.sum(gp * last, 0) + ga * tl.load(trace + a_at + k * N + n, mask=n < N, other=0.0)
-            along = tl.sum(gp * g, 0)
-            gr2 += along * e / (2 * r * r2)
-            ge -= along / r
-            gg -= (e / r)[None, :] * gp
-            gp = (1 + c)[None, :] * gp
-            ga = (1 + c) * ga
-        gquad = ggrown * e * e / r2
-        gdot = gc * e / r2 - 2 * gquad * dot
-        gr2 += ggrown * (1 - e * e * growth / r2) - gc * c / r2
-        ge += gc * dot / r2 + 2 * ggrown * e * growth
-        gag = gquad[None, :] * g - beta[None, :] * gu
-        gg += gdot[None, :] * u + gquad[None, :] * ag
+        last_p, last_a = gp, ga
+        if WEIGHTS:
+            last_p = tl.load(trace + p_at + k * N * ld + tile, mask=inside, other=0.0)
+            last_a = tl.load(trace + a_at + k * N + n, mask=n < N, other=0.0)
+        gu, gr2, gp, ga, gg, gag, ge = cosine_step_backward(u, g, ag, r2, e, gu, gr2, last_p, last_a, gp, ga, WEIGHTS)
         gg += _times_gram(gram, inverse, gag, product_work, q, n, Q, N, ld, NP, C, PRECISION)
-        gu = gdot[None, :] * g + alpha[None, :] * gu
         gscale += lr * ge
         if ROWS:
             tl.store(gs + (t * K + k) * N * Q + dense, g, mask=inside)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernelmeta.triton.cosine_step import cosine_step, cosine_step_backward
 from kernelmeta.triton.mlp_kernels import mlp_backward, mlp_forward
 from kernelmeta.triton.oracle_kernels import (
     SOFT_ASSIGNMENT,
@@ -153,17 +154,10 @@ def phase_forward_kernel(
                 moved = (sizes / m)[None, :] * first_combination + g / m[None, :]
                 combination = kept * combination + rate * moved
         else:
-            e = rate * scale
-            dot = tl.sum(u * g, 0)
-            quad = tl.sum(g * ag, 0)
-            c = e * dot / r2
-            grown = r2 + e * e * (quad - dot * dot) / r2
-            r, grown_r = tl.sqrt(r2), tl.sqrt(grown)
-            u = ((1 + c) * r / grown_r)[None, :] * u - (e / (r * grown_r))[None, :] * ag
-            r2 = grown
+            u, r2, grown, moved = cosine_step(u, g, ag, r2, rate * scale)
             if COEFFICIENTS:
-                a = (1 + c) * a
-                combination = (1 + c)[None, :] * combination - (e / r)[None, :] * g
+                a = grown * a
+                combination = grown[None, :] * combination - moved[None, :] * g
         if k + 1 < states:
             tl.store(trace + u_at + (k + 1) * state + tile, u, mask=inside)
         if COEFFICIENTS:
@@ -270,6 +264,7 @@ def phase_backward_kernel(
             r2 = tl.load(trace + r2_at + k * n_way + n, mask=n < N, other=1.0)
             ag = tl.load(trace + ag_at + k * state + tile, mask=inside, other=0.0)
             r = tl.sqrt(r2)
+            last_p, last_a = gp, ga
             if COEFFICIENTS:
                 last_p = tl.load(trace + p_at + k * state + tile, mask=inside, other=0.0)
                 last_a = tl.load(trace + a_at + k * n_way + n, mask=n < N, other=0.0)
@@ -316,37 +311,9 @@ def phase_backward_kernel(
                 gr2 = kept * kept * gnext + tl.sum(gr * u, 0) / (2 * r)
                 gu = r[None, :] * gr
             else:
-                e = rate * scale
-                dot = tl.sum(u * g, 0)
-                quad = tl.sum(g * ag, 0)
-                c = e * dot / r2
-                growth = (quad - dot * dot) / r2
-                grown = r2 + e * e * growth
-                grown_r = tl.sqrt(grown)
-                alpha = (1 + c) * r / grown_r  # U' = alpha U - beta A G
-                beta = e / (r * grown_r)
-                galpha = tl.sum(gu * u, 0)
-                gbeta = -tl.sum(gu * ag, 0)
-                gc = galpha * r / grown_r
-                ggrown = gr2 - (galpha * alpha + gbeta * beta) / (2 * grown)
-                gr2 = (galpha * alpha - gbeta * beta) / (2 * r2)
-                ge = gbeta / (r * grown_r)
-                gg = tl.zeros([LP, NP], C)
-                if COEFFICIENTS:  # P' = (1 + c) P - (e / r) G, a' = (1 + c) a
-                    gc += tl.sum(gp * last_p, 0) + ga * last_a
-                    towards = tl.sum(gp * g, 0)
-                    gr2 += towards * e / (2 * r * r2)
-                    ge -= towards / r
-                    gg -= (e / r)[None, :] * gp
-                    gp = (1 + c)[None, :] * gp
-                    ga = (1 + c) * ga
-                gquad = ggrown * e * e / r2
-                gdot = gc * e / r2 - 2 * gquad * dot
-                gr2 += ggrown * (1 - e * e * growth / r2) - gc * c / r2
-                ge += gc * dot / r2 + 2 * ggrown * e * growth
-                gag = gquad[None, :] * g - beta[None, :] * gu
-                gg += gdot[None, :] * u + gquad[None, :] * ag
-                gu = gdot[None, :] * g + alpha[None, :] * gu
+                gu, gr2, gp, ga, gg, gag, ge = cosine_step_backward(
+                    u, g, ag, r2, rate * scale, gu, gr2, last_p, last_a, gp, ga, COEFFICIENTS
+                )
                 gscale += rate * ge
                 grate = scale * ge
             gg += _times(trace + gram_at, ld, 1, gag, product_work, row, line, n, count, ld, n_way, NP, C, PRECISION)
