@@ -9,8 +9,13 @@ namespace kernelmeta::cpu {
 class ClassLists {
  public:
   // Of tasks of S rows and N ways each.
-  ClassLists(const int64_t* labels, int64_t T, int64_t S, int64_t N)
-      : members_(size_t(T * S)), offsets_(size_t(T * (N + 1))) {
+  ClassLists(const int64_t* labels, int64_t T, int64_t S, int64_t N) {
+    if (T > 0 && N > S) {
+      refuse("support_labels: " + std::to_string(N) + " classes and " + std::to_string(S) +
+             " support rows a task; every class needs at least one support row");
+    }
+    members_.resize(size_t(T * S));
+    offsets_.resize(size_t(T * (N + 1)));
     for (int64_t t = 0; t < T; ++t) sort(t, N, N, labels, t * S, S);
   }
   // Of tasks that may differ; N: the most ways.

@@ -5,6 +5,9 @@
 #include <sys/mman.h>
 #endif
 
+#include <atomic>
+#include <exception>
+
 #include "cpu/kernel_table.h"
 #include "engine/serial_block.h"
 #include "ops/sums.h"
@@ -71,6 +74,22 @@ const Kernels<C>& kernels() {
   return kernel_table().of<C>();
 }
 
+// f(begin, end) over ranges of 0 .. n, on PyTorch's threads; what one of them throws is thrown here. (Through
+// PyTorch's C functions it would come out as a line of theirs.)
+template <class F>
+void parallel(int64_t n, int64_t grain, F f) {
+  std::atomic_flag failed;
+  std::exception_ptr error;
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    try {
+      f(begin, end);
+    } catch (...) {
+      if (!failed.test_and_set()) error = std::current_exception();
+    }
+  });
+  if (error) std::rethrow_exception(error);
+}
+
 // How many items a thread must get before a second one is worth waking: some 20 us of work.
 inline int64_t grain(int64_t work_per_item) {
   return std::max<int64_t>(1, 1'000'000 / std::max<int64_t>(work_per_item, 1));
@@ -79,7 +98,7 @@ inline int64_t grain(int64_t work_per_item) {
 // f(begin, end) over ranges of tasks that take `work` multiplications each, roughly.
 template <class F>
 void over_tasks(int64_t T, int64_t work, F f) {
-  torch::stable::parallel_for(0, T, grain(work), f);
+  parallel(T, grain(work), f);
 }
 
 // Tasks split into chunks of about the same work: chunk c is bounds[c] .. bounds[c + 1]. They depend on the
@@ -104,9 +123,8 @@ class TaskChunks {
   // f(begin, end) over ranges of tasks; `factor` times their work is what a call costs.
   template <class F>
   void each(int64_t factor, F f) const {
-    torch::stable::parallel_for(0, count(), grain(factor * work_ / count()), [&](int64_t begin, int64_t end) {
-      f(bounds_[size_t(begin)], bounds_[size_t(end)]);
-    });
+    parallel(count(), grain(factor * work_ / count()),
+             [&](int64_t begin, int64_t end) { f(bounds_[size_t(begin)], bounds_[size_t(end)]); });
   }
 
   // f(grad, begin, end) adds the sums over the tasks of a chunk to `grad`; their totals go to where `sums`
@@ -116,7 +134,7 @@ class TaskChunks {
     const int64_t n = count(), size = sums.size();
     const std::unique_ptr<C[]> partial = allocate<C>(size * n);
     std::fill(partial.get(), partial.get() + size * n, C(0));
-    torch::stable::parallel_for(0, n, grain(factor * work_ / n), [&](int64_t begin, int64_t end) {
+    parallel(n, grain(factor * work_ / n), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
         Arena<C> arena(partial.get() + c * size);
         f(Grad(arena, args...), bounds_[size_t(c)], bounds_[size_t(c + 1)]);

@@ -3,9 +3,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
+
+#include "engine/out_of_memory.h"
 
 namespace kernelmeta {
 
@@ -77,7 +78,7 @@ void* scratch(int64_t bytes) {
     buffer.size = 0;
     buffer.memory.reset();
     buffer.memory.reset(std::aligned_alloc(64, static_cast<size_t>(size)));
-    if (!buffer.memory) throw std::bad_alloc();
+    if (!buffer.memory) throw OutOfMemory("no memory for " + std::to_string(size) + " bytes of scratch");
     buffer.size = size;
   }
   return buffer.memory.get();

@@ -22,6 +22,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "engine/out_of_memory.h"
+
 namespace kernelmeta {
 
 using torch::stable::Tensor;
@@ -79,6 +81,20 @@ std::string schema_of() {
 }
 
 template <class Op, class Device>
+Tensors<Op::results> run(const typename Op::Call& call) {
+  const char* failed = ": no memory for tasks of these sizes";
+  try {
+    return Op::template run<Device>(call);
+  } catch (const OutOfMemory&) {
+    throw;
+  } catch (const std::bad_alloc&) {
+    throw OutOfMemory(Op::name + std::string(failed));
+  } catch (const std::length_error&) {
+    throw OutOfMemory(Op::name + std::string(failed));
+  }
+}
+
+template <class Op, class Device>
 void boxed(StableIValue* stack, uint64_t n_arguments, uint64_t n_results) {
   static const uint64_t expected = [] {
     const std::string schema = schema_of<Op>();
@@ -92,7 +108,7 @@ void boxed(StableIValue* stack, uint64_t n_arguments, uint64_t n_results) {
   }
   Reader in(stack);
   const typename Op::Call call{in};
-  const Tensors<Op::results> results = Op::template run<Device>(call);
+  const Tensors<Op::results> results = run<Op, Device>(call);
   for (size_t i = 0; i < Op::results; ++i) stack[i] = torch::stable::detail::from(results[i]);
 }
 

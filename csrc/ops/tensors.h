@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "engine/out_of_memory.h"
 #include "engine/problem.h"
 #include "ops/call.h"
 
@@ -42,15 +43,6 @@ inline Shape shape_of(const Tensor& t) {
   const auto shape = t.sizes();
   return {shape.begin(), shape.end()};
 }
-
-class OutOfMemory : public std::bad_alloc {
- public:
-  explicit OutOfMemory(std::string what) : what_(std::move(what)) {}
-  const char* what() const noexcept override { return what_.c_str(); }
-
- private:
-  std::string what_;
-};
 
 // What a call needs, counted before anything is computed from sizes that could wrap around: sums of products,
 // each at most kMost elements.

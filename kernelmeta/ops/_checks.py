@@ -17,6 +17,7 @@ _FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float
 _NARROW_INTEGERS = frozenset({torch.int32, torch.int16, torch.int8, torch.uint8})
 _COMPUTED_IN = frozenset({torch.float32, torch.float64})
 
+MOST = 2**31  # ways of a task, steps
 NORM_STATS = ("task", "batch", "running")
 REDUCTIONS = ("sum", "mean")
 
@@ -146,6 +147,8 @@ def integers(name: str, tensor: Tensor, features: Tensor) -> None:
 def ways(n_way: int) -> None:
     if not isinstance(n_way, int) or isinstance(n_way, bool) or n_way < 1:
         raise ValueError(f"n_way: expected an int of at least 1, got {n_way!r}")
+    if n_way > MOST:
+        raise ValueError(f"n_way: expected at most 2^31, got {n_way}")
 
 
 def row_shapes(
@@ -251,6 +254,8 @@ def step_size(steps: int, inner_lr: float, reduction: str, rows: int) -> float:
         raise TypeError(f"steps: expected an int, got {type(steps).__name__}")
     if steps < 0:
         raise ValueError(f"steps: expected 0 or more, got {steps}")
+    if steps > MOST:
+        raise ValueError(f"steps: expected at most 2^31, got {steps}")
     if reduction == "sum":
         return float(inner_lr)
     if reduction == "mean":

@@ -65,8 +65,7 @@ def class_means(support: Tensor, support_labels: Tensor, n_way: int, weight: Ten
     else:
         _checks.tensors(support=support, weight=weight)
     _checks.dimensions("support", support, "[T, S, D]")
-    if not isinstance(n_way, int) or n_way < 1:
-        raise ValueError(f"n_way: expected an int of at least 1, got {n_way!r}")
+    _checks.ways(n_way)
     if support.shape[2] == 0:
         raise ValueError(f"support: expected at least one feature, got {_checks.shape_text(support)}")
     if weight is not None:

@@ -238,6 +238,8 @@ def program(
     D = query.shape[-1]
     _check_program(phases, n_way, classifier, start, scale, mlp, reduction, first_order)
     phases = [p for p in phases if p.steps]
+    if total_steps(phases) > _checks.MOST:
+        raise ValueError(f"phases: expected at most 2^31 steps in all, got {total_steps(phases)}")
     if theta0 is not None:
         _checks.shape("start", theta0, (n_way, D), "[N, D]")
     if weight is not None:
