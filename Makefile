@@ -103,7 +103,7 @@ bench: install
 
 docs: EXTRAS := test,docs
 docs: install
-	"$(BIN)/python" -m mkdocs build --strict --quiet --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 "$(BIN)/python" -m mkdocs build --strict
 	@echo "build/site/index.html"
 
 # With whatever PyTorch that machine has: nothing is installed. PYTHON=... to choose the environment.

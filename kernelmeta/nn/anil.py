@@ -32,6 +32,9 @@ class ANIL(TrainsAtOnce, Program):
         oracle: the loss: "cross_entropy" or "hinge".
 
     Parameters: ``weight`` [N, D], ``bias`` [N], and with ``learn_rates`` one ``rates`` [K].
+
+    Raises:
+        ValueError: an argument out of its range, named.
     """
 
     weight: nn.Parameter

@@ -36,6 +36,9 @@ class Conv4(nn.Module):
     Args:
         channels: 64 or 128 in the published experiments.
         in_channels: 3 for colour, 1 for grey images.
+
+    Raises:
+        ValueError: images of fewer than 16 x 16 pixels, when it is called.
     """
 
     def __init__(self, channels: int = 64, in_channels: int = 3) -> None:
@@ -108,6 +111,9 @@ class WideResNet(nn.Module):
         depth, widen_factor: 28 and 10 in the published experiments.
         first_stride: of the first group of blocks: 2 for 80 x 80 images, 1 for 32 x 32.
         in_channels: 3 for colour, 1 for grey images.
+
+    Raises:
+        ValueError: a depth that is not 4 more than a multiple of 6.
     """
 
     def __init__(self, depth: int = 28, widen_factor: int = 10, first_stride: int = 2, in_channels: int = 3) -> None:

@@ -20,6 +20,9 @@ class Prototypes(Learner):
         n_features: D, for learned weights of the features; without it there are none.
 
     Parameters: ``weight`` [D] (1 at start), ``scale`` [1], ``bias`` [1].
+
+    Raises:
+        ValueError: a size below 1.
     """
 
     weight: nn.Parameter | None

@@ -23,6 +23,9 @@ class RidgeHead(Learner):
         scale: starting value of the scale of the logits.
 
     Parameters: ``log_regularization`` [1] (so that lambda stays positive), ``scale`` [1], ``bias`` [1].
+
+    Raises:
+        ValueError: a size below 1, or a regularization that is not positive.
     """
 
     def __init__(

@@ -50,6 +50,9 @@ class SIB(TrainsAtOnce):
             torch.func transforms, which allow no side effects, leave them as they are.
 
     Parameters: ``weight`` [D], ``scale`` [1], ``bias`` [1] and those of ``mlp``.
+
+    Raises:
+        ValueError: an argument out of its range, named.
     """
 
     def __init__(

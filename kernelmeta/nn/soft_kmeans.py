@@ -21,6 +21,9 @@ class SoftKMeans(Learner):
         n_features: D; taken so that learners are built alike, nothing depends on it.
         steps: refinements; 0 gives plain prototypes.
         scale: of the cosines, in the assignment and in the logits.
+
+    Raises:
+        ValueError: ``n_way`` below 1 or ``steps`` below 0.
     """
 
     def __init__(self, n_way: int, n_features: int | None = None, steps: int = 10, scale: float = 10.0) -> None:

@@ -19,6 +19,9 @@ class SyntheticGradientMLP(nn.Module):
 
     Parameters are named as in :class:`kernelmeta.reference.MLPParameters`; ``running_stats`` [2, 2, H] holds the
     running mean and variance of both layers.
+
+    Raises:
+        ValueError: a size below 1.
     """
 
     running_stats: Tensor

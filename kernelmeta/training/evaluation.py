@@ -109,6 +109,7 @@ def evaluate(
         head: the trained learner.
         features: [n, D], those of the sampler's bank.
         learner: its name in `LEARNERS`.
+        progress: show a bar.
 
     Returns:
         In percent: ``accuracy, ci95``; ``baselines: {prototypes, soft_kmeans: {accuracy, ci95, difference,

@@ -107,6 +107,7 @@ class Trainer:
         return self.step * self.config.tasks_per_step
 
     def make_sampler(self, bank: FeatureBank, split: str) -> EpisodeSampler:
+        """The episodes of a split, as the configuration has them. Raises ValueError if the bank has not enough."""
         return self.config.make_sampler(bank, split)
 
     def checkpoint(self) -> Checkpoint:

@@ -32,10 +32,16 @@ class Case(NamedTuple):
     options: Values
 
 
-def call(case: Case, device: str, dtype: torch.dtype) -> tuple[Any, list[Tensor]]:
-    """The results of the op, and its leaves there."""
-    leaves = {k: t.to(device, dtype).detach().requires_grad_() for k, t in case.leaves.items()}
-    fixed = {k: t.to(device) for k, t in case.fixed.items()}
+FEATURES = ("support", "query")
+
+
+def call(case: Case, device: str, dtype: torch.dtype, stored: torch.dtype | None = None) -> tuple[Any, list[Tensor]]:
+    """The results of the op, and its leaves there; features may be stored in a precision of their own."""
+    leaves = {
+        k: t.to(device, stored if stored and k in FEATURES else dtype).detach().requires_grad_()
+        for k, t in case.leaves.items()
+    }
+    fixed = {k: t.to(device, dtype if t.is_floating_point() else t.dtype) for k, t in case.fixed.items()}
     arguments = {k: v for k, v in leaves.items() if not k.startswith("mlp.")}
     mlp = [v for k, v in leaves.items() if k.startswith("mlp.")]
     if mlp:
@@ -49,9 +55,9 @@ def flat(results: Any) -> list[Tensor]:
     return [tensor for part in results for tensor in flat(part)]
 
 
-def with_gradients(case: Case, device: str, dtype: torch.dtype) -> list[Tensor]:
+def with_gradients(case: Case, device: str, dtype: torch.dtype, stored: torch.dtype | None = None) -> list[Tensor]:
     """Results and the gradients of a fixed linear function of them, on the CPU. What is minus infinity counts as 0."""
-    results, leaves = call(case, device, dtype)
+    results, leaves = call(case, device, dtype, stored)
     results = [r.masked_fill(r == -torch.inf, 0) for r in flat(results)]
     g = torch.Generator().manual_seed(3)
     loss = sum((r * torch.randn(r.shape, dtype=torch.float64, generator=g).to(r)).sum() for r in results)
@@ -60,9 +66,9 @@ def with_gradients(case: Case, device: str, dtype: torch.dtype) -> list[Tensor]:
     return [r.detach().cpu() for r in (*results, *zeros)]
 
 
-def check(case: Case, dtype: torch.dtype = torch.float64, tolerance: float = 1e-9) -> None:
+def check(case: Case, dtype: torch.dtype = torch.float64, tolerance: float = 1e-9, backend: str = "cuda") -> None:
     want = with_gradients(case, "cpu", torch.float64)
-    with km.use_backend("cuda"):
+    with km.use_backend(backend):
         got = with_gradients(case, "cuda", dtype)
     assert_close(got, want, tolerance)
 
@@ -156,7 +162,7 @@ def on_device(case: Case) -> Case:
     return case._replace(fixed=fixed, options=options)
 
 
-@pytest.mark.parametrize("name", ["synthetic gradient", "linear head", "soft k-means", "unequal tasks"])
+@pytest.mark.parametrize("name", PROGRAMS)
 def test_program_in_float32(name: str) -> None:
     check(on_device(PROGRAMS[name]), torch.float32, 1e-2)
 
@@ -202,6 +208,11 @@ def test_ridge_small_ops(name: str) -> None:
     check(RIDGES[name])
 
 
+@pytest.mark.parametrize("case", [HEADS["small"], HEADS["published"], RIDGES["small"], RIDGES["unequal tasks"]])
+def test_other_learners_in_float32(case: Case) -> None:
+    check(case, torch.float32, 1e-2)
+
+
 @pytest.mark.parametrize("case", [HEADS["published"], PROGRAMS["synthetic gradient"], RIDGES["small"]])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
 def test_narrow_features_and_banks(case: Case, dtype: torch.dtype, tolerance: float) -> None:
@@ -224,6 +235,16 @@ def test_narrow_features_and_banks(case: Case, dtype: torch.dtype, tolerance: fl
         banked = case.op(**banks, **index, **parameters, **fixed, **case.options)
     assert_close([r.cpu() for r in flat(straight)], want, tolerance)
     assert all(torch.equal(a, b) for a, b in zip(flat(straight), flat(banked), strict=True))
+
+
+@pytest.mark.parametrize("case", [HEADS["published"], PROGRAMS["synthetic gradient"], RIDGES["small"]])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_gradients_with_narrow_features(case: Case, stored: torch.dtype) -> None:
+    rounded = {name: case.leaves[name].to(stored).double() for name in FEATURES}
+    want = with_gradients(case._replace(leaves={**case.leaves, **rounded}), "cpu", torch.float64)
+    with km.use_backend("cuda"):
+        got = with_gradients(case, "cuda", torch.float32, stored)
+    assert_close(got, want, 3e-2)
 
 
 @pytest.mark.parametrize("case", [HEADS["small"], PROGRAMS["soft k-means"], RIDGES["small"]])
