@@ -31,7 +31,7 @@ def sib(dtype: torch.dtype, stored: torch.dtype, N: int, H: int) -> None:
     episode = on_card(draw(T=2, S=N + 1, Q=2 * N + 1, N=N, D=36, H=H), dtype)
     support, query = (t.detach().to(stored).requires_grad_() for t in (episode.support, episode.query))
     e = episode._replace(support=support, query=query)
-    logits, theta = km.ops.sib(*e.arguments(), steps=2, inner_lr=0.02, return_weights=True)
+    logits, (theta, _) = km.ops.sib(*e.arguments(), steps=2, inner_lr=0.02, return_weights=True)
     means = km.ops.class_means(e.support, e.labels, N, e.weight)
     guess = km.ops.synthetic_gradient_mlp(logits.detach(), e.mlp)
     inner = km.ops.sib_inner_loop(means, e.query, e.scale, e.bias, e.mlp, steps=2, inner_lr=0.02)

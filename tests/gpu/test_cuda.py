@@ -32,7 +32,7 @@ def on_card(episode: Episode, dtype: torch.dtype) -> Episode:
 
 def results(episode: Episode, **options: Any) -> list[Tensor]:
     """Logits, theta_K, and the gradients of a fixed linear function of both; on the CPU."""
-    logits, theta = km.ops.sib(*episode.arguments(), return_weights=True, **options)
+    logits, (theta, _) = km.ops.sib(*episode.arguments(), return_weights=True, **options)
     g = torch.Generator().manual_seed(3)
     loss = sum((r * torch.randn(r.shape, dtype=torch.float64, generator=g).to(r)).sum() for r in (logits, theta))
     return [r.detach().cpu() for r in (logits, theta, *torch.autograd.grad(loss, episode.leaves()))]

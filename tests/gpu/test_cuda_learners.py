@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from episodes import assert_close, draw_labels, draw_mlp, running_stats
+from episodes import assert_close, draw_labels, draw_mlp, flat, running_stats
 from torch import Tensor
 
 import kernelmeta as km
@@ -46,13 +46,14 @@ def call(case: Case, device: str, dtype: torch.dtype, stored: torch.dtype | None
     mlp = [v for k, v in leaves.items() if k.startswith("mlp.")]
     if mlp:
         arguments["mlp"] = MLPParameters(*mlp)
-    return case.op(**arguments, **fixed, **case.options), list(leaves.values())
+    return case.op(**arguments, **with_ragged(fixed, case.options)), list(leaves.values())
 
 
-def flat(results: Any) -> list[Tensor]:
-    if isinstance(results, Tensor):
-        return [results]
-    return [tensor for part in results for tensor in flat(part)]
+def with_ragged(fixed: Values, options: Values) -> Values:
+    """What else an op is told, with what `km.Ragged` holds in one."""
+    told = {**fixed, **options}
+    own = {name: told.pop(name) for name in km.Ragged._fields if name in told}
+    return {**told, "ragged": km.Ragged(**own)} if own else told
 
 
 def with_gradients(case: Case, device: str, dtype: torch.dtype, stored: torch.dtype | None = None) -> list[Tensor]:
@@ -231,8 +232,8 @@ def test_narrow_features_and_banks(case: Case, dtype: torch.dtype, tolerance: fl
         for name, t in narrow.items()
     }
     with km.use_backend("cuda"), torch.no_grad():
-        straight = case.op(**{k: t.cuda() for k, t in narrow.items()}, **parameters, **fixed, **case.options)
-        banked = case.op(**banks, **index, **parameters, **fixed, **case.options)
+        straight = case.op(**{k: t.cuda() for k, t in narrow.items()}, **parameters, **with_ragged(fixed, case.options))
+        banked = case.op(**banks, **index, **parameters, **with_ragged(fixed, case.options))
     assert_close([r.cpu() for r in flat(straight)], want, tolerance)
     assert all(torch.equal(a, b) for a, b in zip(flat(straight), flat(banked), strict=True))
 
@@ -307,7 +308,7 @@ def test_graph_capture_and_replay(case: Case) -> None:
         arguments["mlp"] = MLPParameters(*mlp)
 
     def step() -> list[Tensor]:
-        logits = flat(case.op(**arguments, **fixed, **case.options))[0]
+        logits = flat(case.op(**arguments, **with_ragged(fixed, case.options)))[0]
         logits = logits.where(logits != -torch.inf, 0)
         return [logits, *torch.autograd.grad(logits.square().sum(), list(leaves.values()))]
 
