@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 
-from kernelmeta.backends import select
+from kernelmeta.backends import is_traced, select
 from kernelmeta.ops import _checks, _ragged
 from kernelmeta.ops._differentiable import DifferentiableOp
 from kernelmeta.ops._signature import mlp_of, mlp_tensors
@@ -104,6 +104,23 @@ def _work(call: Any) -> int:
         if phase.oracle == "synthetic_gradient":
             total += phase.steps * rows * H * (2 * N + H)
     return T * total
+
+
+def _has_many_rows(call: Any) -> bool:
+    """Whether the rows of a task are so many that their Gram matrix is not worth forming.
+
+    It takes (S + Q)^2 D / 2 multiplications a task, and (S + Q)^2 elements; without it a step takes 2 (S + Q) N D, in
+    products that PyTorch's own are good at. Those come with some dozen calls a step.
+    """
+    support, query, T = _ragged.shapes(call)
+    S, Q = (math.prod(rows) // max(T, 1) for rows in (support, query))
+    N, D, of_query = call.n_way, call.query.shape[-1], call.phases[1::4]
+    gram = (0 if all(of_query) else S * (S / 2 + Q)) + (Q * Q / 2 if any(of_query) else 0)
+    rows = Q + (0 if all(of_query) else S)
+    with_gram = gram * D + sum(call.phases[3::4]) * gram * N
+    without = (3 + 2 * sum(call.phases[3::4])) * rows * N * D
+    calls = 2e6 * (1 + sum(call.phases[3::4]))
+    return T * with_gram > 2 * T * without + calls
 
 
 OP = DifferentiableOp(
@@ -271,7 +288,10 @@ def program(
         # (not a tensor of numbers: a copy to a GPU waits for it)
         steps = [torch.full((p.steps,), float(p.lr), dtype=compute, device=query.device) for p in phases]
         args = OP.signature.replace(args, rates=torch.cat(steps) if steps else query.new_empty(0, dtype=compute))
-    logits, *coefficients = OP.run(select(query.device.type), args)
+    backend = select(query.device.type)
+    if backend != "reference" and not is_traced() and _has_many_rows(OP.signature.call(*args)):
+        backend = "reference"
+    logits, *coefficients = OP.run(backend, args)
     if not return_weights:
         return logits if result_type is None else logits.to(result_type)
     made = (logits, *_classifiers(OP.signature.call(*args), *coefficients))
