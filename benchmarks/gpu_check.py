@@ -126,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"no GPU: PyTorch {torch.__version__} finds none; nothing was checked or measured")
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what a step has started is ended
     card = torch.cuda.get_device_name()
     path = results_path(card)
     measured = path.with_name(f"{path.stem}-measured.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Any
 
 import pytest
@@ -10,8 +11,27 @@ from episodes import flat
 
 import kernelmeta as km
 
+
+def version(package: str) -> tuple[int, ...]:
+    """Its major and minor version; (0, 0) where it is not installed."""
+    try:
+        return tuple(map(int, importlib.metadata.version(package).split(".")[:2]))
+    except importlib.metadata.PackageNotFoundError:
+        return (0, 0)
+
+
+BROKEN = (
+    "Triton before 3.7 cannot interpret beside NumPy 2.4 or later, which makes no number of an array of one element"
+    if version("triton") < (3, 7) and version("numpy") >= (2, 4)
+    else ""
+)
 INTERPRETED = bool(km.backends()["triton"].details.get("interpreted"))
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a Python with TRITON_INTERPRET=1")
+
+
+def interpreted(test: Any) -> Any:
+    """Mark of a test that needs the interpreter."""
+    test = pytest.mark.skipif(not INTERPRETED, reason="runs in a Python with TRITON_INTERPRET=1")(test)
+    return pytest.mark.skipif(bool(BROKEN), reason=BROKEN)(test)
 
 
 def both(f: Any, leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from triton_kernels.interpreter import version
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -36,7 +37,24 @@ _STACK["gfx942"] = {
     "synthetic_gradient_forward": 960,
     "synthetic_gradient_backward": 3200,
 }
+# Triton before 3.7 keeps less in registers: seen with 3.6.0 568, 2664, 40 and 376 on sm_80; 456, 1760, 96 and 264 on
+# sm_90; 440, 1752, 136 and 272 on sm_100; 156 and 52 on gfx942.
+_OLDER = {
+    "NVIDIA": {
+        "loop_forward_kernel": 640,
+        "loop_backward_kernel": 2800,
+        "mlp_forward_kernel": 160,
+        "mlp_backward_kernel": 416,
+    },
+    "AMD": {"mlp_backward_kernel": 192, "factorise_of_100_rows": 64},
+}
 _KERNELS = 17
+
+
+def stack_limits(target: str) -> dict[str, int]:
+    """Bytes of stack that a kernel may take, by its name; none where it is not named."""
+    older = _OLDER["AMD" if target.startswith("gfx") else "NVIDIA"] if version("triton") < (3, 7) else {}
+    return {**_STACK[target], **older}
 
 
 @pytest.mark.parametrize("target", ["sm_80", *(pytest.param(t, marks=pytest.mark.rare) for t in list(_SHARED)[1:])])
@@ -50,8 +68,9 @@ def test_compiles_at_the_published_sizes(target: str, monkeypatch: pytest.Monkey
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     print(f"{target}: kernel, shared memory, stack, registers\n{done.stdout}")
+    limits = stack_limits(target)
     lines = re.findall(r"^(\w+) (\d+) (\d+) (\d+)$", done.stdout, re.MULTILINE)
     assert len(lines) == _KERNELS
     for name, shared, stack, _ in lines:
         assert int(shared) <= _SHARED[target], name
-        assert int(stack) <= _STACK[target].get(name, 0), name
+        assert int(stack) <= limits.get(name, 0), name

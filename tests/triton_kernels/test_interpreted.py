@@ -17,7 +17,7 @@ import torch
 from episodes import assert_close, draw, flat, relative_error, running_stats, shapes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from triton_kernels.interpreter import INTERPRETED, both, interpreted
+from triton_kernels.interpreter import BROKEN, INTERPRETED, both, interpreted
 
 import kernelmeta as km
 from kernelmeta.ops import sib_op
@@ -26,6 +26,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is that Python")
+@pytest.mark.skipif(bool(BROKEN), reason=BROKEN)
 def test_interpreted() -> None:
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
