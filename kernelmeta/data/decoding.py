@@ -56,7 +56,7 @@ def decode(path: str | os.PathLike[str]) -> Image.Image:
     try:
         with Image.open(path, formats=formats()) as image:
             image.load()
-            return _rgb(_upright(image))
+            return _rgb(_upright(image), image.format, getattr(image, "tag_v2", {}))
     except Exception as error:  # decoders raise nearly anything on a damaged file
         raise ValueError(f"{_what(error)}") from None
 
@@ -73,11 +73,10 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    tags: Any = getattr(image, "tag_v2", {})
+def _rgb(image: Image.Image, file_format: str | None, tags: Any) -> Image.Image:
     if image.mode == "L" and 1 not in _numbers(tags.get(_SAMPLE_FORMAT, 1)):
         raise ValueError(_undefined("numbers with a sign"))
-    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM"))
     if deep:
         return _from_16_bits(image, tags)
     if image.mode in _WITH_ALPHA or (image.mode in _PLAIN and "transparency" in image.info):
