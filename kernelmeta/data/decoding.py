@@ -54,7 +54,8 @@ def decode(path: str | os.PathLike[str]) -> Image.Image:
         ValueError: it cannot be read, or its numbers do not say which is white.
     """
     try:
-        with Image.open(path, formats=formats()) as image:
+        # By a file object: Pillow maps files that it knows by name, and then garbles TIFF images that lie on a side.
+        with open(path, "rb") as file, Image.open(file, formats=formats()) as image:
             image.load()
             return _rgb(_upright(image), image.format, getattr(image, "tag_v2", {}))
     except Exception as error:  # decoders raise nearly anything on a damaged file
@@ -63,7 +64,7 @@ def decode(path: str | os.PathLike[str]) -> Image.Image:
 
 def _what(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return "cannot be identified" if text.startswith("cannot identify image file") else text
+    return "not an image" if text.startswith("cannot identify image file") else text
 
 
 def _upright(image: Image.Image) -> Image.Image:

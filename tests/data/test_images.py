@@ -290,7 +290,8 @@ def test_ranges_that_are_not_defined_are_refused_by_name(tmp_path, values, bits,
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif"])
-def test_an_image_is_turned_as_its_exif_data_say(tmp_path, orientation, extension):
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_an_image_is_turned_as_its_exif_data_say(tmp_path, orientation, extension, mode):
     upright = Image.new("RGB", (32, 16), "black")
     upright.paste("white", (0, 0, 16, 8))
     undo = {
@@ -303,7 +304,7 @@ def test_an_image_is_turned_as_its_exif_data_say(tmp_path, orientation, extensio
         stored = stored.transpose(step)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    stored.save(tmp_path / f"a.{extension}", exif=exif)
+    stored.convert(mode).save(tmp_path / f"a.{extension}", exif=exif)
     assert np.abs(shown(tmp_path / f"a.{extension}") - np.asarray(upright).astype(int)).mean() < 8
 
 
