@@ -99,7 +99,7 @@ _GLYPHS = {"epochs": 6, "warmup_epochs": 1, "milestone": 4}
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())} (see {self.prog} --help)\n")
 
 
 def _settings(parser: argparse.ArgumentParser, config: type[TrainConfig] | type[PretrainConfig]) -> None:
@@ -261,7 +261,10 @@ def _reading(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _say(args: argparse.Namespace) -> Callable[[str], None]:
-    return lambda line: print(f"kernelmeta {args.command}: {line}", file=sys.stderr, flush=True)
+    def say(line: str) -> None:
+        print(f"kernelmeta {args.command}: {' '.join(line.splitlines())}", file=sys.stderr, flush=True)
+
+    return say
 
 
 def _run_folder(args: argparse.Namespace, name: str) -> Path:
@@ -572,5 +575,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _failed(args: argparse.Namespace, text: str) -> int:
     with contextlib.suppress(OSError):  # the terminal may be gone
-        print(f"kernelmeta {args.command}: error: {text}", file=sys.stderr)
+        print(f"kernelmeta {args.command}: error: {' '.join(text.splitlines())}", file=sys.stderr)
     return 2

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import signal
+import stat
+import sys
 import threading
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from kernelmeta.cli import main
 from kernelmeta.data import FeatureBank
 from kernelmeta.training.learners import LEARNERS
+from kernelmeta.training.loading import load_learner
 
 TRAIN = ("train", "--way", "3", "--query", "4", "--episodes", "300", "--inner-lr", "0.01", "--quiet")
 
@@ -140,6 +144,16 @@ def test_a_published_checkpoint_is_evaluated(bank_file, tmp_path, capsys):
     assert main([*args, "--data", bank_file, "--json", str(json_file)]) == 0
     results = json.loads(json_file.read_text())
     assert (results["steps"], results["way"]) == (2, 3)
+    wrapped = published(make_bank())
+    wrapped["SIB"] = {f"module.{name}": tensor for name, tensor in wrapped["SIB"].items()}  # of DataParallel
+    torch.manual_seed(0)
+    torch.save(wrapped, tmp_path / "wrapped.pth")
+    assert "SIB" in str(load_learner(tmp_path / "wrapped.pth")[0])
+    wrapped["SIB"]["module.bias"][0] = float("nan")
+    torch.save(wrapped, tmp_path / "nan.pth")
+    assert "holds NaN or infinite weights (bias)" in refused(
+        capsys, "evaluate", tmp_path / "nan.pth", "--data", bank_file
+    )
     assert "does not say what it was trained on" in refused(capsys, *args)
 
 
@@ -348,6 +362,22 @@ def test_info_says_what_runs(capsys):
         (("--device", "tpu"), "--device: expected cpu"),
         (("--threads", 0), "--threads: expected at least 1"),
         (("--data", "/nowhere.safetensors"), "/nowhere.safetensors: No such file or directory"),
+        (("--hidden", 100_000), "hidden 100000: that takes 160.0 GB of memory; this machine has"),
+        (("--hidden", 10**30), "of memory; this machine has"),
+        (("--learner", "combined", "--hidden", 100_000), "of memory; this machine has"),
+        (("--learner", "maml", "--hidden", 10**13), "of memory; this machine has"),
+        (("--steps", 10**9), "steps: expected at most 10000, got 1000000000"),
+        (("--learner", "anil", "--steps", 10**9), "steps: expected at most 10000"),
+        (("--learner", "combined", "--phases", "cross_entropy:9999:1,hinge:2:1"), "phases: expected at most 10000"),
+        (("--seed", 2**64), "seed: expected 0 to 2**64 - 1"),
+        (("--seed", -1), "seed: expected at least 0"),
+        (("--tasks-per-step", 10**9), "tasks_per_step: 1000000000: that takes 240.0 GB of memory"),
+        (("--episodes", 2**64), "episodes: expected at most"),
+        (("--lr", "1e400"), "lr: expected a number of at least 0, got inf"),
+        (("--query-balance", "dirichlet:1e400"), "query_balance: expected"),
+        (("--threads", 10**9), "--threads: expected at least 1 and at most 1024"),
+        (("--workers", 10**9), "--workers: expected 0 to 1024"),
+        (("--data", ""), "No such file"),
         (("--eval-episodes", 1), "--eval-episodes: expected 0 or at least 2"),
         (("--colour", "red"), "unrecognized arguments: --colour red"),
     ],
@@ -439,6 +469,89 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(capsys, bank_fi
     line = refused(capsys, *TRAIN, "--data", bank_file, "--out", tmp_path / "run")
     assert "No space left on device" in line
     assert not [name for name in os.listdir(tmp_path / "run") if "checkpoint" in name]
+
+
+def test_rows_that_are_not_finite_stop_a_command_or_are_left_out(capsys, run, tmp_path):
+    bank, path = make_bank(), tmp_path / "nan.safetensors"
+    bank.features[7, 3] = float("nan")
+    bank.features[-1, 0] = float("inf")
+    bank.save(path)
+    named = "2 rows hold NaN or infinite features: row 7 (class 'class 0'), row 479 (class 'class 23')"
+    json_file = tmp_path / "r.json"
+    for args in (
+        (*TRAIN, "--out", tmp_path / "run"),
+        ("evaluate", run),
+        (*COMPARE, *LITTLE, "--quiet", "--out", tmp_path / "compare"),
+    ):
+        assert named in refused(capsys, *args, "--data", path)
+    args = ("evaluate", str(run), "--data", str(path), "--skip-bad", "--episodes", "20", "--quiet")
+    assert main([*args, "--json", str(json_file)]) == 0
+    assert f"{path}: {named}" in capsys.readouterr().err
+    assert json.loads(json_file.read_text())["not_finite"] == {"own": 0, "prototypes": 0, "soft_kmeans": 0}
+    args = (*TRAIN, "--data", str(path), "--skip-bad", "--out", str(tmp_path / "run"), "--eval-episodes", "0")
+    assert main([*args]) == 0
+
+
+def test_images_that_cannot_be_read_are_listed_or_left_out(capsys, tmp_path):
+    draw_images(tmp_path / "images")
+    for name in ("train/a/1.png", "val/b/0.png", "test/c/5.png"):
+        (tmp_path / "images" / name).write_bytes(b"nothing")
+    out = tmp_path / "bank.safetensors"
+    line = refused(capsys, "extract", tmp_path / "images", "--out", out, "--quiet")
+    assert "3 images cannot be read" in line
+    assert all(name in line for name in ("train/a/1.png", "val/b/0.png", "test/c/5.png"))
+    line = refused(capsys, "pretrain", tmp_path / "images", "--out", tmp_path / "p", "--quiet", "--batch-size", 6)
+    assert "3 images cannot be read" in line
+    assert main(["extract", str(tmp_path / "images"), "--out", str(out), "--quiet", "--skip-bad"]) == 0
+    errors = capsys.readouterr().err
+    assert "left out: 3 images cannot be read" in errors
+    assert "classes of the same name in two splits" in errors
+    assert len(FeatureBank.load(out).labels) == 51
+
+
+def test_results_go_where_their_path_leads(run, tmp_path, capfd):
+    args = ("evaluate", str(run), "--episodes", "4", "--quiet")
+    assert main([*args, "--json", "/dev/null", "--plot", "/dev/null"]) == 0
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link.json").symlink_to("disk/real.json")
+    assert main([*args, "--json", str(tmp_path / "link.json")]) == 0
+    assert json.loads((tmp_path / "disk" / "real.json").read_text())["episodes"] == 4
+    capfd.readouterr()
+    assert main([*args, "--json", "/dev/fd/1"]) == 0
+    text = capfd.readouterr().out
+    assert json.JSONDecoder().raw_decode(text)[0]["episodes"] == 4
+    assert "prototypes" in text.partition("\n}\n")[2]
+
+
+def test_what_a_name_or_a_terminal_cannot_show_is_no_reason_to_fail(run, tmp_path, monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    json_file = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.json")
+    assert main(["evaluate", str(run), "--episodes", "4", "--quiet", "--json", json_file]) == 0
+    output.flush()
+    assert b"\\xb1" in output.buffer.getvalue()
+    assert Path(json_file).exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory:"
+                      " you tried to allocate 40000000000 bytes. Error code 12"), "40.0 GB were asked for at once"),
+        (RuntimeError("Storage size calculation overflowed with sizes=[1, 2]"), "out of memory"),
+        (RuntimeError("std::bad_alloc"), "out of memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0"), "20.00 GiB were asked for"),
+        (MemoryError("Unable to allocate 7.45 GiB for an array"), "Unable to allocate 7.45 GiB"),
+        (OverflowError("int too large"), "int too large"),
+    ],
+)  # fmt: skip
+def test_memory_that_is_not_there_is_one_line(capsys, run, monkeypatch, error, said):
+    def fail(*args, **more):
+        raise error
+
+    monkeypatch.setattr("kernelmeta.cli.evaluate", fail)
+    assert said in refused(capsys, "evaluate", run)
 
 
 def test_a_backend_that_cannot_run_is_refused(capsys, bank_file, monkeypatch):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernelmeta.data.files import parse_json
 from kernelmeta.data.mapped_file import MappedFile
-from kernelmeta.data.tensor_files import CHECKSUM, read_tensors, write_tensors
+from kernelmeta.data.tensor_files import CHECKSUM, bytes_of, read_tensors, write_tensors
 from kernelmeta.data.words import listing
 
 FORMAT = "kernelmeta-bank-1"
@@ -167,7 +167,7 @@ class FeatureBank:
         for tensor in (self.labels, self.class_split, self.features):
             rows = max(1, _PIECE // max(1, tensor[0].numel()))
             for piece in tensor.split(rows):
-                crc = zlib.crc32(piece.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+                crc = zlib.crc32(bytes_of(piece), crc)
         return crc
 
     def check_file(self) -> None:

@@ -54,16 +54,17 @@ def decode(path: str | os.PathLike[str]) -> Image.Image:
         ValueError: it cannot be read, or its numbers do not say which is white.
     """
     try:
-        with Image.open(path, formats=formats()) as image:
+        # By a file object: Pillow maps files that it knows by name, and then garbles TIFF images that lie on a side.
+        with open(path, "rb") as file, Image.open(file, formats=formats()) as image:
             image.load()
-            return _rgb(_upright(image))
+            return _rgb(_upright(image), image.format, getattr(image, "tag_v2", {}))
     except Exception as error:  # decoders raise nearly anything on a damaged file
         raise ValueError(f"{_what(error)}") from None
 
 
 def _what(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return "cannot be identified" if text.startswith("cannot identify image file") else text
+    return "not an image" if text.startswith("cannot identify image file") else text
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -73,11 +74,10 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    tags: Any = getattr(image, "tag_v2", {})
+def _rgb(image: Image.Image, file_format: str | None, tags: Any) -> Image.Image:
     if image.mode == "L" and 1 not in _numbers(tags.get(_SAMPLE_FORMAT, 1)):
         raise ValueError(_undefined("numbers with a sign"))
-    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM"))
     if deep:
         return _from_16_bits(image, tags)
     if image.mode in _WITH_ALPHA or (image.mode in _PLAIN and "transparency" in image.info):

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from kernelmeta.data.bank import SPLITS
 from kernelmeta.data.decoding import decode, shorter_side
 from kernelmeta.data.folders import scan
+from kernelmeta.data.tensor_files import bytes_of
 from kernelmeta.data.words import listing, printable
 
 BACKBONE_SPLIT = 3
@@ -108,7 +109,7 @@ class ArrayImages:
     def fingerprint(self) -> int:
         crc = 0
         for tensor in (self.labels, self.class_split, self.pixels):
-            crc = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+            crc = zlib.crc32(bytes_of(tensor), crc)
         return crc
 
     def check(self, *, skip_bad: bool = False, workers: int = 0, progress: bool = False) -> None:

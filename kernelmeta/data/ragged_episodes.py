@@ -118,7 +118,8 @@ class RaggedEpisodeSampler:
         if self.alpha is not None:
             queries = apportion(shares(keys, W, self.alpha, used), used * (available - shots), queries.sum(1))
         picked = draws.choose_samples(keys, available, int((shots + queries).max(initial=0)))  # [n, W, draws]
-        rows = draws.rows[picked + draws.first[chosen][:, :, None]]
+        # Draws beyond a class's samples, which nobody reads, may be beyond all rows.
+        rows = draws.rows[np.minimum(picked + draws.first[chosen][:, :, None], len(draws.rows) - 1)]
         place = np.arange(picked.shape[2])
         label = np.broadcast_to(np.arange(W)[None, :, None], picked.shape)
         in_support = place < shots[:, :, None]

@@ -62,13 +62,21 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     with open(path, "wb") as file:
         file.write(start)
         for name in names:
-            data = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            data = bytes_of(tensors[name])
             for at in range(0, len(data), _PIECE):
                 piece = data[at : at + _PIECE]
                 checksum = zlib.crc32(piece, checksum)
                 file.write(piece)
         file.seek(_place_of_checksum(start))
         file.write(f"{checksum:08x}".encode())
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's elements, in order."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() <= 1:  # may have any stride and count as contiguous
+        flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
+    return flat.view(torch.uint8).numpy().data
 
 
 def _place_of_checksum(start: bytes) -> int:

@@ -33,7 +33,7 @@ from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.evaluation import Learner, episode_accuracies, interval
 from kernelmeta.training.finite import NotFiniteError
 from kernelmeta.training.learners import LEARNERS, SOFT_KMEANS, TITLES, Rows
-from kernelmeta.training.settings import check_numbers, check_types
+from kernelmeta.training.settings import MOST_STEPS, as_float, check_numbers, check_types
 from kernelmeta.training.trainer import CHECKPOINT, FREE, Trainer, fingerprint
 
 CONFIG, RESULTS, TABLE, PLOT = "compare.json", "comparison.json", "comparison.md", "comparison.png"
@@ -190,6 +190,11 @@ class Comparison:
             raise ValueError(f"candidates: {learner} {describe(candidate)}: {error}") from None
 
     def _soft_kmeans(self, candidate: Candidate) -> Learner:
+        steps, scale = candidate.get("steps", 0), candidate.get("scale", 1.0)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps > MOST_STEPS:
+            raise ValueError(f"steps: expected 0 to {MOST_STEPS}, got {str(steps)[:40]}")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(as_float(scale)):
+            raise ValueError(f"scale: expected a finite number, got {str(scale)[:40]}")
         return nn.SoftKMeans(self.config.way, self.bank.n_features, **candidate)
 
     def _train_config(self, learner: str, shot: int, balance: str, candidate: Candidate, episodes: int) -> TrainConfig:

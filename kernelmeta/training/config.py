@@ -124,10 +124,12 @@ class TrainConfig:
 
     def learner_bytes(self, n_features: int, image_shape: tuple[int, ...] | None = None) -> int:
         """What the parameters and buffers of the learner take, at most ``2**63``. Raises ValueError."""
+        if max(self.hidden or 0, self.channels or 0) >= 2**31:
+            return 2**63
         with torch.device("meta"):
             try:
                 head = LEARNERS[self.learner].make(self, Rows(n_features, image_shape))
-            except (RuntimeError, OverflowError):  # a tensor of more bytes than can be counted
+            except RuntimeError:  # a tensor of more bytes than can be counted
                 return 2**63
         tensors = (*head.parameters(), *head.buffers())
         return sum(t.numel() * t.element_size() for t in tensors)

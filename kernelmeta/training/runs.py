@@ -103,7 +103,7 @@ def found(path: str, written_to: Any, out: Path) -> str:
 def absolute(given: dict[str, Any]) -> dict[str, Any]:
     """Settings with the paths among them spelled so that they hold from any folder."""
     return {
-        name: os.path.abspath(value) if name in ("data", "weights") and value not in (None, "glyphs") else value
+        name: os.path.abspath(value) if name in ("data", "weights") and value not in (None, "", "glyphs") else value
         for name, value in given.items()
     }
 

@@ -118,7 +118,9 @@ def test_tensors_come_back_to_the_library_and_to_us(tmp_path):
     tensors = {
         "half": torch.rand(3, 5).half(), "b": torch.rand(7).bfloat16(), "double": torch.rand(2, 2).double(),
         "flag": torch.tensor([True, False]), "none": torch.zeros(0, 4), "one": torch.tensor(3.5),
-        "strided": torch.rand(4, 6).t(), "int": torch.arange(5, dtype=torch.int32),
+        "strided": torch.rand(4, 6).t(), "expanded": torch.rand(1).expand(3, 1), "one more": torch.rand(1, 1)[:, ::2],
+        "stride 0": torch.ones(()).expand(1, 1), "no row": torch.zeros(0, 3).t(),
+        "int": torch.arange(5, dtype=torch.int32),
     }  # fmt: skip
     metadata = {"a": 'quotes " and \\ and \n and ü and "crc32":"', "crc": "x"}
     write_tensors(tmp_path / "file", tensors, metadata)

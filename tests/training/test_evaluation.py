@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kernelmeta import nn
 from kernelmeta.data import EpisodeSampler
-from kernelmeta.training.evaluation import episode_accuracies, evaluate, interval, table
+from kernelmeta.training import TrainConfig
+from kernelmeta.training.evaluation import _counts, ahead, episode_accuracies, evaluate, interval, table
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,10 @@ def test_nan_features_cost_their_episodes_alone(bank, head):
     features = bank.features.clone()
     features[bank.labels == 20] = float("nan")
     clean = episode_accuracies({"sib": head}, bank.features, sampler(bank), 40)["sib"]
-    found = episode_accuracies({"sib": head}, features, sampler(bank), 40)["sib"]
+    values = episode_accuracies({"sib": head}, features, sampler(bank), 40)
+    found = values["sib"]
+    assert values.rows == 40 * 12
+    assert values.not_finite["sib"] == 12 * int((found == 0).sum())
     touched = (bank.labels[sampler(bank).draw(0, 40).support_index] == 20).any(1)
     assert 0 < touched.sum() < 40
     assert torch.equal(found[~touched], clean[~touched])
@@ -83,3 +88,63 @@ def test_nan_features_cost_their_episodes_alone(bank, head):
 def test_one_episode_has_no_interval(bank, head):
     with pytest.raises(ValueError, match="episodes: expected at least 2, got 1"):
         evaluate(head, bank.features, sampler(bank), 1)
+
+
+def test_rows_that_are_not_finite_are_counted_and_told(bank, head):
+    features = bank.features.clone()
+    features[-3, 0] = float("nan")
+    results = evaluate(head, features, sampler(bank), 200)
+    index = sampler(bank).draw(0, 200)
+    row = len(features) - 3
+    in_support, in_query = (index.support_index == row).any(1), (index.query_index == row)
+    expected = int((in_query & ~in_support[:, None]).sum()) + 12 * int(in_support.sum())
+    assert expected > 0
+    # A transductive learner's whole episode depends on each of its query rows.
+    assert results["not_finite"]["prototypes"] == expected
+    episodes = int((in_support | in_query.any(1)).sum())
+    assert results["not_finite"]["own"] == results["not_finite"]["soft_kmeans"] == 12 * episodes
+    assert results["query_rows"] == 200 * 12
+    last = table(results).splitlines()[-1]
+    assert last.startswith("of 2400 query rows, some have NaN or infinite logits and count as wrong")
+    assert f"prototypes {expected}" in last and f"SIB, K = 2 {12 * episodes}" in last
+    assert len(table(evaluate(head, bank.features, sampler(bank), 20)).splitlines()) == 3
+
+
+@pytest.mark.parametrize("together", [1, 3, 7, 100])
+@pytest.mark.parametrize("episodes", [20, 64, 70])
+def test_batch_statistics_are_those_of_as_many_tasks_as_in_training(bank, together, episodes):
+    config = TrainConfig(way=4, query=3, norm_stats="batch", tasks_per_step=together, inner_lr=0.5, seed=7)
+    head = config.make_learner(bank.n_features).eval()
+    results = evaluate(head, bank.features, sampler(bank), episodes)
+    assert results["tasks_per_call"] == together
+    expected = []
+    with torch.no_grad():
+        for first in range(0, episodes, together):
+            support_index, labels, query_index, answers = sampler(bank).draw(first, together)
+            logits = head(bank.features[support_index], labels, bank.features[query_index])
+            expected.append((logits.argmax(-1) == answers).double().mean(1))
+    own = torch.cat(expected)[:episodes]
+    assert results["accuracy"] == interval(own)[0]
+    task = replace(config, norm_stats="task").make_learner(bank.n_features).eval()
+    assert evaluate(task, bank.features, sampler(bank), 20)["tasks_per_call"] == 64
+
+
+def test_learners_that_want_calls_of_different_sizes_see_the_same_episodes(bank, head):
+    batch = TrainConfig(way=4, query=3, norm_stats="batch", tasks_per_step=5).make_learner(bank.n_features).eval()
+    other = TrainConfig(way=4, query=3, norm_stats="batch", tasks_per_step=2).make_learner(bank.n_features).eval()
+    together = episode_accuracies({"a": head, "b": batch, "c": other}, bank.features, sampler(bank), 33)
+    for name, learner in (("a", head), ("b", batch), ("c", other)):
+        assert torch.equal(together[name], episode_accuracies({name: learner}, bank.features, sampler(bank), 33)[name])
+
+
+def test_ahead_and_behind():
+    assert ahead(0.774, 0.3) == "0.77 ± 0.30 points ahead"
+    assert ahead(-0.774, 0.3) == "0.77 ± 0.30 points behind"
+    assert ahead(-0.004, 0.3) == ahead(0.0, 0.3) == "level (± 0.30 points)"
+
+
+def test_many_steps_are_looked_at_here_and_there():
+    assert _counts(0) == [0]
+    assert _counts(3) == [0, 1, 2, 3]
+    many = _counts(1000)
+    assert len(many) == 51 and many[0] == 0 and many[-1] == 1000

@@ -115,8 +115,20 @@ def test_published_weights_are_read_whole_or_alone(tmp_path):
         backbone, _ = load_backbone(tmp_path / file, "conv4", 3, 80)
         for key, value in ours.state_dict().items():
             assert torch.equal(backbone.state_dict()[key], value), (file, key)
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod."):  # of DataParallel, torch.compile, both
+        wrapped = {f"{prefix}{key}": value for key, value in published.items()}
+        torch.save({"netFeat": wrapped, "SIB": {}, "lr": 1e-3, "nbStep": 3}, tmp_path / "wrapped whole.pth")
+        torch.save(wrapped, tmp_path / "wrapped alone.pth")
+        save_file({f"{prefix}{key}": value for key, value in ours.state_dict().items()}, tmp_path / "wrapped ours.st")
+        for file in ("wrapped whole.pth", "wrapped alone.pth", "wrapped ours.st"):
+            backbone, _ = load_backbone(tmp_path / file, "conv4", 3, 80)
+            for key, value in ours.state_dict().items():
+                assert torch.equal(backbone.state_dict()[key], value), (prefix, file, key)
     with pytest.raises(ValueError, match="which backbone are these weights of"):
         load_backbone(tmp_path / "alone.pth", None, 3, 80)
+    save_file({**ours.state_dict(), "blocks.0.0.weight": torch.full((64, 3, 3, 3), torch.inf)}, tmp_path / "inf.st")
+    with pytest.raises(ValueError, match=r"inf\.st: holds NaN or infinite weights"):
+        load_backbone(tmp_path / "inf.st", "conv4", 3, 80)
     with pytest.raises(ValueError, match="not the weights of wrn28_10"):
         load_backbone(tmp_path / "alone.pth", "wrn28_10", 3, 80)
     del published["conv_blocks.2.layers.Conv.weight"]
