@@ -16,6 +16,18 @@ struct MlpTensors {
   T weight3 = in.take<T>("weight3"), bias3 = in.take<T>("bias3");
 };
 
+// What weight1 [H, N] says: the hidden units, and the ways that the MLP is made for.
+struct MlpSizes {
+  int64_t H, N;
+
+  explicit MlpSizes(const Tensor& weight1) {
+    require(weight1.dim() == 2 && weight1.numel() > 0,
+            "weight1 must be [H, N], hidden units and ways: at least one");
+    H = weight1.size(0);
+    N = weight1.size(1);
+  }
+};
+
 // The parameters, held; null pointers where there is no MLP. running: [2, 2, H] or none.
 template <class C>
 class MlpParameters {
@@ -24,7 +36,7 @@ class MlpParameters {
 
   template <class T>
   MlpParameters(const TensorDevice& on, const MlpTensors<T>& m, const OptionalTensor& running, int64_t N)
-      : H(hidden(m.weight1)),
+      : H(hidden_units(m.weight1)),
         weight1_(on, m.weight1, {H, N}, "weight1"),
         bias1_(on, m.bias1, {H}, "bias1"),
         gain1_(on, m.gain1, {H}, "gain1"),
@@ -53,20 +65,8 @@ class MlpParameters {
   Parameter<C> weight1_, bias1_, gain1_, shift1_, weight2_, bias2_, gain2_, shift2_, weight3_, bias3_,
       running_;
 
-  static int64_t hidden(const OptionalTensor& weight1) {
-    if (!weight1) return 0;
-    require(weight1->dim() == 2 && weight1->numel() > 0,
-            "weight1 must be [H, N], hidden units and ways: at least one");
-    return weight1->size(0);
-  }
+  static int64_t hidden_units(const OptionalTensor& weight1) { return weight1 ? MlpSizes(*weight1).H : 0; }
 };
-
-// The ways that the MLP is made for.
-inline int64_t ways_of(const Tensor& weight1) {
-  require(weight1.dim() == 2 && weight1.numel() > 0,
-          "weight1 must be [H, N], hidden units and ways: at least one");
-  return weight1.size(1);
-}
 
 template <class C>
 struct MlpGradients {

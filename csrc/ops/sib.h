@@ -73,7 +73,7 @@ struct SibArguments {
       : on(f.query),
         start(on, f.start, f.start_index, "support"),
         query(on, f.query, f.query_index, "query"),
-        s(even_sizes(start, query, ways_of(p.mlp.weight1), p.mlp.weight1.size(0), p.steps)),
+        s(even_sizes(start, query, MlpSizes(p.mlp.weight1).N, MlpSizes(p.mlp.weight1).H, p.steps)),
         mlp(on, p.mlp, p.running_stats, s.N) {
     Elements()
         .add({s.T + 1, s.K + 1, 5, s.N, padded(s.Q)})

@@ -39,8 +39,8 @@ struct MlpArguments {
   static Sizes sizes(const MlpCall& call) {
     require(call.logits.dim() == 3 && call.logits.size(1) >= 1,
             "logits must be [T, Q, N], at least one row each");
-    const int64_t N = ways_of(call.mlp.weight1);
-    return {call.logits.size(0), 0, call.logits.size(1), N, 0, call.mlp.weight1.size(0), 0};
+    const MlpSizes mlp(call.mlp.weight1);
+    return {call.logits.size(0), 0, call.logits.size(1), mlp.N, 0, mlp.H, 0};
   }
 };
 

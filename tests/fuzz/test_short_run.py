@@ -8,7 +8,6 @@ import time
 import types
 
 import pytest
-
 from tests.fuzz import running
 from tests.fuzz.running import cases, targets
 

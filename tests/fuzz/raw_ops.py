@@ -1,0 +1,95 @@
+"""Raw ops with arguments that no caller in the package passes: hostile sizes, shapes, types, values, layouts.
+
+A call may raise what Python knows (and say so in words of this project); it must not take the process down.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import kernelmeta  # noqa: F401 (defines the ops)
+
+CALLS = 200  # a case
+HOSTILE = [-(2**63), -(2**31), -1, 0, 1, 2, 3, 2**15, 2**31 - 1, 2**31, 2**32, 2**40, 2**62 - 1, 2**62, 2**63 - 1]
+SIZES = {"T": (0, 1, 2, 3), "S": (0, 1, 5, 7), "Q": (0, 1, 4, 17), "N": (1, 2, 3, 5), "D": (0, 1, 8, 33), "H": (1, 4)}
+TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool]
+# The shapes that arguments have in a call that makes sense; others have one element.
+SHAPES = {
+    "support": "TSD", "start": "TSD", "query": "TQD", "support_labels": "TS", "query_labels": "TQ", "logits": "TQN",
+    "support_index": "TS", "start_index": "TS", "query_index": "TQ", "grad_logits": "TQN", "grad_theta0": "TND",
+    "grad_gradients": "TQN", "grad_weights": "TND", "grad_coefficients": "TSN", "grad_support_coefficients": "TSN",
+    "grad_query_coefficients": "TQN", "grad_start_coefficients": "TN", "theta0": "ND", "weight": "D", "weight1": "HN",
+    "bias1": "H", "gain1": "H", "shift1": "H", "weight2": "HH", "bias2": "H", "gain2": "H", "shift2": "H",
+    "weight3": "NH", "bias3": "N", "rates": "K", "n_ways": "T", "support_offsets": "U", "query_offsets": "U",
+}  # fmt: skip
+NUMBERS = {"support_labels", "query_labels", "support_index", "start_index", "query_index", "n_ways", "support_offsets",
+           "query_offsets"}  # fmt: skip
+USUAL = {"max_support": -1, "max_query": -1, "oracle": 0, "start": 0}
+OPS = [
+    name + suffix
+    for name in ("sib", "synthetic_gradient_mlp", "class_means", "linear_head", "program", "ridge")
+    for suffix in ("", "_backward")
+] + ["sib_gradients", "linear_head_gradients", "noop"]
+
+
+class Arguments:
+    """Draws the arguments of one call; ``wild``: how many of them make no sense."""
+
+    def __init__(self, random: np.random.Generator) -> None:
+        self.random = random
+        self.sizes = {letter: int(random.choice(choices)) for letter, choices in SIZES.items()}
+        self.sizes |= {"K": int(random.integers(3)), "U": self.sizes["T"] + 1}
+        self.type = TYPES[int(random.integers(2))]
+        self.wild = float(random.choice([0.0, 0.05, 0.3]))
+
+    def odd(self) -> bool:
+        return bool(self.random.random() < self.wild)
+
+    def hostile(self) -> int:
+        return HOSTILE[int(self.random.integers(len(HOSTILE)))]
+
+    def draw(self, name: str, kind: str) -> Any:
+        if kind == "int":
+            usual = {"n_way": self.sizes["N"], "steps": self.sizes["K"], **USUAL}
+            return self.hostile() if self.odd() else usual.get(name, 1)
+        if kind == "float":
+            return float(self.random.choice([0.0, 0.1, np.nan, np.inf, 1e308]))
+        if kind == "bool":
+            return bool(self.random.integers(2))
+        if kind == "List[int]":
+            phase = [int(self.random.integers(6)), *map(int, self.random.integers(2, size=2)), self.sizes["K"]]
+            return [self.hostile() if self.odd() else n for n in phase * int(self.random.integers(3))]
+        if kind == "Optional[Tensor]" and self.random.random() < 0.4:
+            return None
+        return self.tensor(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        shape = [self.sizes[letter] for letter in SHAPES.get(name, "")] if name in SHAPES else [1]
+        if name == "trace":
+            shape = [int(self.random.choice([0, 1, 100, 10_000]))]
+        if self.odd():
+            shape = [int(n) for n in self.random.choice([0, 1, 2, 9], size=int(self.random.integers(5)))]
+        if name in NUMBERS and not self.odd():
+            low, high = [(0, 1), (0, self.sizes["N"]), (-3, 9), (-(2**63), 2**63 - 1)][int(self.random.integers(4))]
+            return torch.randint(low, max(high, low + 1), shape)
+        made = torch.randn(shape).to(TYPES[int(self.random.integers(len(TYPES)))] if self.odd() else self.type)
+        return made.mT if made.dim() >= 2 and self.random.random() < 0.1 else made
+
+
+def check(random: np.random.Generator, folder: Path) -> None:
+    torch.manual_seed(int(random.integers(2**31)))
+    for _ in range(CALLS):
+        name = OPS[int(random.integers(len(OPS)))]
+        op = getattr(torch.ops.kernelmeta, name).default
+        arguments = Arguments(random)
+        values = [arguments.draw(argument.name, str(argument.type)) for argument in op._schema.arguments]
+        try:
+            op(*values)
+        except (ValueError, TypeError, MemoryError, RuntimeError, NotImplementedError) as error:
+            text = str(error)
+            assert "bad_alloc" not in text, f"{name}: {text}"
+            assert "API call failed" not in text, f"{name}: {text}"
