@@ -54,10 +54,11 @@ def own_docstring(thing: Any) -> str:
 
 
 def described(thing: Any, text: str) -> list[str]:
-    """The parameters, or fields, that the docstring does not name. (A comment beside a field describes it.)"""
+    """The parameters, or fields, that the docstring does not name. (A field may have a comment beside it, or a
+    docstring below.)"""
     if inspect.isclass(thing) and issubclass(thing, tuple):
         names = list(thing.__annotations__)
-        text += "\n" + "\n".join(re.findall(r"^    (\w+): .*# .*", inspect.getsource(thing), re.MULTILINE))
+        text += "\n".join(re.findall(r'^    (\w+): .*(?:# .*|\n    """)', inspect.getsource(thing), re.MULTILINE))
     else:
         names = [name for name in inspect.signature(thing).parameters if name not in ("self", "args", "kwargs")]
     return [name for name in names if not re.search(rf"\b{name}\b", text)]
@@ -100,7 +101,7 @@ def test_every_public_module_has_a_page() -> None:
     for module in MODULES[1:]:
         assert re.search(rf"^::: {re.escape(module.__name__)}$", pages, re.MULTILINE), module.__name__
     for name in km.__all__:
-        if inspect.isfunction(getattr(km, name)):
+        if callable(getattr(km, name)):
             assert re.search(rf"^::: [\w.]+\.{name}$", pages, re.MULTILINE), name
 
 

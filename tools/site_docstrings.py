@@ -14,7 +14,7 @@ import griffe
 
 ROLE = re.compile(r":(?:func|class|mod|meth):`~?([\w.]+)`")
 # What has an entry of its own: a name of a public module.
-PUBLIC = re.compile(r"kernelmeta\.(?:ops|nn|data|func|training)\.[A-Za-z]\w*$|kernelmeta\.(?:backends|use_backend)$")
+PUBLIC = re.compile(r"kernelmeta\.(?:ops|nn|data|func|training)\.[A-Za-z]\w*$|kernelmeta\.(?:Ragged|Classifier)$")
 
 
 class Docstrings(griffe.Extension):
