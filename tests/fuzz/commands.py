@@ -12,9 +12,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from tests.runs import make_bank
 
 from kernelmeta.cli import main
-from tests.runs import make_bank
 
 LIMIT = 180.0
 HOSTILE = (

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tests.fuzz.tensor_files import damaged
+from tests.runs import make_bank
 
 from kernelmeta.data import FeatureBank
 from kernelmeta.data.files import read_json, read_weights
 from kernelmeta.training import TrainConfig, Trainer
 from kernelmeta.training.checkpoint import Checkpoint
 from kernelmeta.training.loading import load_learner
-from tests.fuzz.tensor_files import damaged
-from tests.runs import make_bank
 
 NAMES = ("file", "file.safetensors", "file.pth", "file.json", "file.npy")
 READERS = {

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tests.fuzz.tensor_files import damaged
 
 from kernelmeta.data.decoding import decode
 from kernelmeta.data.images import FolderImages
-from tests.fuzz.tensor_files import damaged
 
 # Mode, format, extension.
 KINDS = (

@@ -11,10 +11,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+from tests.fuzz.commands import bank
 
 from kernelmeta.cli import main
 from kernelmeta.training import trainer
-from tests.fuzz.commands import bank
 
 LEARNERS = (
     ("--learner=sib",), ("--learner=sib", "--tasks-per-step=8", "--average=64"), ("--learner=anil",),
