@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from typing import Any
 
 import numpy as np
@@ -54,12 +55,18 @@ def decode(path: str | os.PathLike[str]) -> Image.Image:
         ValueError: it cannot be read, or its numbers do not say which is white.
     """
     try:
-        # By a file object: Pillow maps files that it knows by name, and then garbles TIFF images that lie on a side.
-        with open(path, "rb") as file, Image.open(file, formats=formats()) as image:
-            image.load()
-            return _rgb(_upright(image), image.format, getattr(image, "tag_v2", {}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about tags that are damaged, and large images
+            return _decode(path)
     except Exception as error:  # decoders raise nearly anything on a damaged file
         raise ValueError(f"{_what(error)}") from None
+
+
+def _decode(path: str | os.PathLike[str]) -> Image.Image:
+    # By a file object: Pillow maps files that it knows by name, and then garbles TIFF images that lie on a side.
+    with open(path, "rb") as file, Image.open(file, formats=formats()) as image:
+        image.load()
+        return _rgb(_upright(image), image.format, getattr(image, "tag_v2", {}))
 
 
 def _what(error: Exception) -> str:

@@ -81,7 +81,8 @@ class RaggedEpisodeSampler:
         self.alpha = parse_balance(balance)
         self._draws = ClassDraws(bank, split, ways[1], seed)
         self._draws.check_samples(shots[1], queries[1] if self.alpha is None else 0)
-        self._draws.check_left(ways[1], shots[1], queries[1])
+        # Of the smallest classes: if the fewest that an episode may have suffice, so do more.
+        self._draws.check_left(ways[0], shots[1], queries[1])
 
     @property
     def max_support(self) -> int:

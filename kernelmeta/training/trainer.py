@@ -240,7 +240,8 @@ class Trainer:
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         if bad:
             value, at = float(losses[bad[0]]), first + bad[0]
-            what = f"the loss of episodes {at * T} to {at * T + T - 1} (step {at}) is {value}"
+            episodes = f"episode {at}" if T == 1 else f"episodes {at * T} to {at * T + T - 1}"
+            what = f"the loss of {episodes} (step {at}) is {value}"
         else:
             names = not_finite(self._tensors())
             if not names:

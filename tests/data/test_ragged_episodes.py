@@ -129,7 +129,7 @@ def test_no_episodes_is_no_error():
         ({"shots": (3, 2)}, "shots: expected"),
         ({"queries": (0, 2)}, "queries: expected"),
         ({"shots": (1, 10), "queries": (1, 7)}, "class 'class 2' of the train split has 16 samples; 17 are needed"),
-        ({"queries": (1, 30), "balance": "dirichlet:1"}, "only 108 samples left for 5 x 30 query rows"),
+        ({"queries": (1, 30), "balance": "dirichlet:1"}, "only 28 samples left for 2 x 30 query rows"),
         ({"split": "val"}, "the val split has 0"),
         ({"balance": "uneven"}, "query_balance: expected 'even'"),
     ],
@@ -148,3 +148,18 @@ def test_a_thousand_large_episodes_take_less_than_a_second():
         sampler.draw(0, 1000)
         best = min(best, time.perf_counter() - began)
     assert best < 1.0
+
+
+def test_small_classes_are_no_error_and_give_none_but_their_own_rows():
+    # The last class of the bank has fewer samples than are drawn of the first.
+    bank = make_bank([40, 40, 40, 6, 5])
+    sampler = RaggedEpisodeSampler(
+        bank, "train", ways=(2, 3), shots=(1, 2), queries=(1, 3), balance="dirichlet:0.1", seed=3
+    )
+    for episode in map(sampler.draw(0, 500).task, range(500)):
+        classes = [set(bank.labels[episode.support_index[episode.support_labels == c]].tolist()) for c in range(3)]
+        for row, answer in zip(episode.query_index[0].tolist(), episode.query_labels[0].tolist(), strict=True):
+            assert classes[answer] == {int(bank.labels[row])}
+    # Two classes, the smallest, have (6 - 2) + (5 - 2) rows left; three would have more than enough.
+    with pytest.raises(ValueError, match="2 classes of the train split may have only 7 samples left for 2 x 4"):
+        RaggedEpisodeSampler(bank, "train", ways=(2, 3), shots=(1, 2), queries=(1, 4), balance="dirichlet:0.1")

@@ -32,7 +32,10 @@ def check(random: np.random.Generator, folder: Path) -> None:
     case = f"{counts.tolist()}, {split.tolist()}, {name}, {balance}, {way}, {shot}, {query}, {seed}, {first}, {n}"
     own = np.flatnonzero(split == ["train", "val", "test"].index(name))
     left = np.sort(counts[own])[:way] - shot
-    enough = len(own) >= way and (left >= (query if balance == "even" else 0)).all() and left.sum() >= way * query
+    fewest = left[: 2 if ragged else way]
+    enough = (
+        len(own) >= way and (left >= (query if balance == "even" else 0)).all() and fewest.sum() >= len(fewest) * query
+    )
     try:
         if ragged:
             sampler = RaggedEpisodeSampler(

@@ -40,7 +40,7 @@ def broken(monkeypatch):
     ("harm", "said"),
     [
         (lambda: pytest.fail("the numbers differ"), "the numbers differ"),
-        (lambda: os.kill(os.getpid(), 11), "the process ended with -11"),
+        (lambda: os.kill(os.getpid(), 9), "the process ended with -9"),
         (lambda: os._exit(3), "the process ended with 3"),
         (lambda: time.sleep(60), "no end within 1 seconds"),
     ],

@@ -186,7 +186,8 @@ def test_training_stops_at_what_is_not_finite_and_keeps_the_checkpoint(bank, tmp
     touched = (broken.labels[episodes.support_index] == 3).any(1) | (broken.labels[episodes.query_index] == 3).any(1)
     T = config.tasks_per_step
     first = (trainer.seen + int(touched.nonzero()[0])) // T * T
-    with pytest.raises(NotFiniteError, match=rf"the loss of episodes {first} to {first + T - 1} \(step {first // T}\)"):
+    named = f"episode {first}" if T == 1 else f"episodes {first} to {first + T - 1}"
+    with pytest.raises(NotFiniteError, match=rf"the loss of {named} \(step {first // T}\)"):
         trainer.run(tmp_path)
     assert (tmp_path / CHECKPOINT).read_bytes() == good
 
