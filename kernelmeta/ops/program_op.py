@@ -85,7 +85,7 @@ def _trace(call: Any) -> Any:
     if call.start == STARTS.index("class_means"):
         arrays.append((N, D))
     if call.cosine:
-        arrays += [(ld,), (K + 1, N), (K + 1, N)]
+        arrays += [(ld,), (K + 1, N), (K + 1, N), (N,)]
     arrays += [(S, ld)] * uses_support + [(Q, ld)] * uses_query
     if call.coefficients:
         arrays += [(K + 1, N)] * call.cosine + [(K + 1, N, ld)]

@@ -3,7 +3,7 @@
     logits = s (b + cos(query, theta_K)),   theta_{k+1} = theta_k - lr dZ/dtheta^T MLP(Z)
 
 with theta_0 given (:func:`sib_inner_loop`) or the weighted class means of a support set (:func:`sib`). The kernels
-work in the dual form (kernelmeta/reference/dual.py, csrc/engine/inner_loop.h).
+work in the space of the rows (csrc/engine/cosine_step.h, inner_loop.h).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kernelmeta.ops import _checks
 from kernelmeta.ops._differentiable import DifferentiableOp
 from kernelmeta.ops._signature import Args, mlp_of, mlp_tensors
 from kernelmeta.ops._trace import elements, padded
-from kernelmeta.reference import MLPParameters, dual
+from kernelmeta.reference import MLPParameters, explicit
 from kernelmeta.reference.task_rows import gathered
 from kernelmeta.tasks import Classifier
 
@@ -39,7 +39,7 @@ def fake(call: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _plain(call: Any, loop: Any = dual.sib_inner_loop, norm_stats: str | None = None) -> tuple[Tensor | None, ...]:
+def _plain(call: Any, loop: Any = explicit.sib_inner_loop, norm_stats: str | None = None) -> tuple[Tensor | None, ...]:
     mlp = mlp_of(call)
     theta0 = gathered(call.start, call.start_index, "support").to(call.scale.dtype)
     if call.support_labels is not None:
@@ -57,16 +57,17 @@ def _trace(call: Any) -> Any:
     """``Trace`` in csrc/engine/inner_loop.h, of all tasks."""
     T, Q = call.query.shape[:2] if call.query_index is None else call.query_index.shape
     N, D, K, ld = call.weight1.shape[1], call.query.shape[-1], call.steps, padded(Q)
-    arrays: list[tuple[Any, ...]] = [(N, D), (Q,), (K + 1, N), (K + 1, N, ld), (K, N, ld)]
+    arrays: list[tuple[Any, ...]] = [(Q,), (K + 1, N), (K + 1, N, ld)]
     if K > 0 and 8 * K * N >= Q:  # forms_gram
-        arrays.append((Q, ld))
-    if call.return_weights:
-        arrays += [(K + 1, N), (K + 1, N, ld)]
+        arrays += [(N, D), (Q, ld), (K, N, ld), (N,)]
+        arrays += [(K + 1, N), (K + 1, N, ld)] * call.return_weights
+    else:
+        arrays += [(K + 1, N, D), (K, N, D)]
     return T * elements(*arrays)
 
 
 def _reference(call: Any) -> tuple[Tensor | None, ...]:
-    return _plain(call, dual.sib_inner_loop if is_traced() else reference.sib_inner_loop)
+    return _plain(call, explicit.sib_inner_loop if is_traced() else reference.sib_inner_loop)
 
 
 def _work(call: Any) -> int:
@@ -319,7 +320,7 @@ def _check_options(
 def _run(backend: str, args: Args, norm_stats: str, T: int) -> Any:
     if norm_stats == "batch" and T != 1:  # all tasks together: no kernel does that
         args, result_type = OP.in_precision(args)
-        loop = reference.sib_inner_loop if backend == "reference" and not is_traced() else dual.sib_inner_loop
+        loop = reference.sib_inner_loop if backend == "reference" and not is_traced() else explicit.sib_inner_loop
         results: Any = _plain(OP.signature.call(*args), loop, "batch")
         if result_type is not None:
             results = (*(None if t is None else t.to(result_type) for t in results[:2]), results[2])

@@ -12,10 +12,17 @@ from kernelmeta.ops._signature import mlp_of
 from kernelmeta.ops._trace import padded
 from kernelmeta.ops.program_op import OP
 from kernelmeta.reference import MLPParameters
-from kernelmeta.triton import class_means_kernels, mlp_kernels, phases
+from kernelmeta.triton import anew, class_means_kernels, mlp_kernels, phases
 from kernelmeta.triton.launch import interpreted, plain
 from kernelmeta.triton.phases import Gradients, Learned, Live, Phase
-from kernelmeta.triton.products import combine, dots, inverse_norms, squared_norms, without_radial_part
+from kernelmeta.triton.products import (
+    combine,
+    dots,
+    inverse_norms,
+    out_of_range,
+    squared_norms,
+    without_radial_part,
+)
 from kernelmeta.triton.tasks import Tasks
 from kernelmeta.triton.trace import Trace, size_of
 
@@ -47,6 +54,7 @@ def _fields(call: Any, live: Live) -> dict[str, tuple[int, ...]]:
         "gram_support": (live.S, live.ld) if live.S else (),
         "gram_query": (live.Q, live.ld) if any(call.phases[1::4]) else (),
         "anchor": (K + 1, N) if cosine else (),
+        "lost": (N,) if cosine else (),
         "a": (K + 1, N) if coefficients and cosine else (),
         "p": (K + 1, N, live.ld) if coefficients else (),
     }
@@ -56,6 +64,7 @@ class _Program:
     """What a call, forward or backward, is about."""
 
     def __init__(self, call: Any) -> None:
+        self.call = call
         self.theta0, self.weight, self.bias, rates = call.theta0, call.weight, call.bias, call.rates
         self.N, self.cosine, self.start = call.n_way, call.cosine, call.start
         self.first_order, self.coefficients = call.first_order, call.coefficients
@@ -80,6 +89,22 @@ class _Program:
         self.learned = Learned(
             own, rates.contiguous(), tasks.labels.contiguous(), None if mlp.weight1 is None else mlp, call.running_stats
         )
+
+    def of_tasks(self, chosen: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """The call for some of the tasks alone; where their support and query rows, or those of all rows that are one
+        after the other, are.
+        """
+        call = self.call
+        of_support = of_query = chosen
+        own: dict[str, Any] = {}
+        if call.support_offsets is not None:
+            of_support, own["support_offsets"] = anew.rows_of(chosen, call.support_offsets)
+            of_query, own["query_offsets"] = anew.rows_of(chosen, call.query_offsets)
+            own |= {"n_ways": None if call.n_ways is None else call.n_ways[chosen], "max_support": -1, "max_query": -1}
+        for rows, index, at in (("query", "query_index", of_query), ("support", "support_index", of_support)):
+            name = rows if getattr(call, index) is None else index
+            own[name] = getattr(call, name)[at]
+        return call._replace(**own, support_labels=call.support_labels[of_support]), of_support, of_query
 
     def parts(self) -> list[tuple[bool, slice]]:
         """(Of query rows, place among the live rows)."""
@@ -129,7 +154,22 @@ def forward(call: Any) -> tuple[Tensor, ...]:
         if own is not None:
             a.masked_fill_(~own, 0)
         coefficients = [tasks.flatten(of_support, False), tasks.flatten(p[:, live.query], True), a]
-    return tasks.flatten(logits, True), *coefficients, data.view(-1) if call.save_trace else rates.new_empty(0)
+    found = [tasks.flatten(logits, True), *coefficients]
+    lost = _lost(program, trace)
+    if lost is not None:
+        own_call, rows_s, rows_q = program.of_tasks(lost)
+        of_lost = OP.plain_forward(*own_call._replace(save_trace=False))[:4]
+        anew.put(found, (rows_q, rows_s, rows_q, lost), of_lost)
+    return *found, data.view(-1) if call.save_trace else rates.new_empty(0)
+
+
+def _lost(program: _Program, trace: Trace) -> Tensor | None:
+    """The numbers of the tasks to be done anew, see `anew`; None if there are none."""
+    theta0 = program.start_of(trace)
+    if not program.cosine or theta0 is None:
+        return None
+    # The labels of broken tasks cannot be used.
+    return anew.lost(trace, theta0.masked_fill(program.tasks.broken.view(-1, 1, 1), float("nan")))
 
 
 def _begin(program: _Program, trace: Trace) -> None:
@@ -148,7 +188,10 @@ def _begin(program: _Program, trace: Trace) -> None:
             dots(theta0, rows, u[..., place], None, index)
         _form_gram(program, trace, of_query, place)
         if program.cosine:
-            trace["inverse"][:, place] = inverse_norms(rows, index, u.dtype)
+            inverse = inverse_norms(rows, index, u.dtype)
+            trace["inverse"][:, place] = inverse
+            extreme = out_of_range(inverse.reciprocal().square()) | (tasks.D == 1)
+            trace["lost"][:] += extreme.any(-1, keepdim=True)
     if program.cosine:
         assert theta0 is not None
         r2, inverse = trace["r2"][:, 0], trace["inverse"]
@@ -224,7 +267,25 @@ def backward(call: Any) -> tuple[Tensor, ...]:
         grad.numbers[:, 0] = (gz * (trace["u"][:, K, :, live.query] + bias)).sum((1, 2))
         grad.numbers[:, 1] = scale * gz.sum((1, 2))
     phases.backward(trace, live, N, program.phases, program.learned, grad, program.first_order)
-    return _finish(program, trace, grad, need_query, need_support)
+    lost = _lost(program, trace)
+    if lost is not None:
+        for found in grad:
+            if isinstance(found, Tensor):
+                found[lost] = 0
+        trace = Trace(trace.data.clone(), program.fields)
+        trace.data[lost] = 1  # and nothing that is not finite
+    results = _finish(program, trace, grad, need_query, need_support)
+    if lost is not None:
+        own, rows_s, rows_q = program.of_tasks(lost)
+        given = [None if g is None else g[at] for g, at in ((of_support, rows_s), (of_query, rows_q), (of_start, lost))]
+        own = own._replace(
+            grad_logits=call.grad_logits[rows_q], grad_support_coefficients=given[0],
+            grad_query_coefficients=given[1], grad_start_coefficients=given[2],
+        )  # fmt: skip
+        of_lost = plain(OP.plain_backward, *own)
+        anew.put(results[:2], (rows_s, rows_q), of_lost[:2])
+        results = (*results[:2], *anew.add(results[2:], of_lost[2:]))
+    return results
 
 
 def _finish(program: _Program, trace: Trace, grad: Gradients, need_query: bool, need_support: bool) -> tuple[Any, ...]:

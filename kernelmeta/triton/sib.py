@@ -9,10 +9,17 @@ from torch import Tensor
 from kernelmeta.ops._signature import mlp_of
 from kernelmeta.ops._trace import padded
 from kernelmeta.ops.sib_op import OP
-from kernelmeta.triton import class_means_kernels, mlp_kernels
+from kernelmeta.triton import anew, class_means_kernels, mlp_kernels
 from kernelmeta.triton.launch import launch, plain, precision
 from kernelmeta.triton.loop_kernels import loop_backward_kernel, loop_forward_kernel
-from kernelmeta.triton.products import combine, dots, inverse_norms, squared_norms, without_radial_part
+from kernelmeta.triton.products import (
+    combine,
+    dots,
+    inverse_norms,
+    out_of_range,
+    squared_norms,
+    without_radial_part,
+)
 from kernelmeta.triton.trace import Trace, size_of
 
 
@@ -26,6 +33,7 @@ def _fields(Q: int, N: int, D: int, K: int, weights: bool) -> dict[str, tuple[in
         "u": (K + 1, N, ld),
         "gram": (Q, ld) if K > 0 and 8 * K * N >= Q else (),
         "ag": (K, N, ld),
+        "lost": (N,),
         "a": (K + 1, N) if weights else (),
         "p": (K + 1, N, ld) if weights else (),
     }
@@ -81,6 +89,7 @@ def forward(call: Any) -> tuple[Tensor, ...]:
     if K:
         gram = _form_gram(trace, query, query_index, T, Q)
         squares = gram[..., :Q].diagonal(dim1=1, dim2=2)
+        extreme = out_of_range(squares) | (D == 1)  # which leaves no rounding in D dimensions
         trace["inverse"].copy_(squares.sqrt().clamp_min_(1e-12).reciprocal_())
     else:
         trace["inverse"].copy_(inverse_norms(query, query_index, scale.dtype))
@@ -100,12 +109,27 @@ def forward(call: Any) -> tuple[Tensor, ...]:
     if return_weights:
         coefficients = trace["p"][:, K, :, :Q] * trace["inverse"].unsqueeze(1)
         weights = combine(coefficients, query, query_index).addcmul_(trace["theta0"], trace["a"][:, K].unsqueeze(-1))
+    if K:
+        trace["lost"][:] += extreme.any(-1, keepdim=True)
+    lost = anew.lost(trace, trace["theta0"]) if K else None
+    if lost is not None:
+        own = _of_tasks(call, lost)._replace(save_trace=False)
+        anew.put((logits, weights, stats), (lost, lost, lost), OP.plain_forward(*own)[:3])
     return (
         logits,
         weights,
         stats.mean(0) if return_stats else stats,
         trace_data.view(-1) if call.save_trace else scale.new_empty(0),
     )
+
+
+def _of_tasks(call: Any, tasks: Tensor) -> Any:
+    """The call for some of the tasks alone."""
+    own = {"support_labels": None if call.support_labels is None else call.support_labels[tasks]}
+    for rows, index in (("query", "query_index"), ("start", "start_index")):
+        name = rows if getattr(call, index) is None else index
+        own[name] = getattr(call, name)[tasks]
+    return call._replace(**own)
 
 
 def backward(call: Any) -> tuple[Tensor, ...]:
@@ -120,7 +144,8 @@ def backward(call: Any) -> tuple[Tensor, ...]:
         return results
     query, start = call.query.contiguous(), call.start.contiguous()
     trace_data = call.trace.contiguous().view(T, -1)
-    trace = Trace(trace_data, _fields(Q, N, D, K, call.return_weights))
+    fields = _fields(Q, N, D, K, call.return_weights)
+    trace = Trace(trace_data, fields)
     gram = None
     if K:
         gram = trace["gram"] if "gram" in trace else _form_gram(trace, query, query_index, T, Q)
@@ -148,9 +173,18 @@ def backward(call: Any) -> tuple[Tensor, ...]:
         in_place=True, **tiles, **precision(packed),
     )  # fmt: skip
 
+    lost = anew.lost(trace, trace["theta0"]) if K else None
+    if lost is not None:
+        for found in (partial, gc, gn0, gs, gag):
+            if found.numel():
+                found[lost] = 0
+        trace = Trace(trace_data.clone(), fields)
+        trace.data[lost] = 1  # and nothing that is not finite
     gtheta0 = combine(gc, query, query_index).addcmul_(trace["theta0"], gn0.unsqueeze(-1), value=2)
     if grad_weights is not None:
         gtheta0.addcmul_(grad_weights, trace["a"][:, K].unsqueeze(-1))
+    if lost is not None:
+        gtheta0[lost] = 0
     gstart, gweight = new_empty(0), new_empty(0 if weight is None else D)
     if labels is not None:
         gstart, gw = class_means_kernels.backward(gtheta0, start, labels, weight, N, need_start, start_index)
@@ -175,4 +209,11 @@ def backward(call: Any) -> tuple[Tensor, ...]:
             coefficients = trace["p"][:, K, :, :Q] * trace["inverse"].unsqueeze(1)
             gquery += combine(coefficients.transpose(1, 2), grad_weights)
         gquery = without_radial_part(gquery, rows, trace["inverse"])
-    return gstart, gquery, gweight, *mlp_kernels.unpack(partial, parameters)
+    of_parameters = [gweight, *mlp_kernels.unpack(partial, parameters)]
+    if lost is not None:
+        of_weights = None if grad_weights is None else grad_weights[lost]
+        own = _of_tasks(call, lost)._replace(grad_logits=grad_logits[lost], grad_weights=of_weights)
+        of_lost = plain(OP.plain_backward, *own)
+        anew.put((gstart, gquery), (lost, lost), of_lost[:2])
+        of_parameters = anew.add(of_parameters, of_lost[2:])
+    return gstart, gquery, *of_parameters
