@@ -21,13 +21,12 @@ __host__ __device__ __forceinline__ bool forms_gram(const S& s, bool backward_fo
   return s.K > 0 && (backward_follows ? 8 : 4) * s.K * s.N >= s.Q;
 }
 
-// What the forward pass leaves for the backward pass, one task; see trace_size in kernelmeta/ops/sib_op.py.
+// What the forward pass leaves for the backward pass, one task; its size stands in kernelmeta/ops/sib_op.py
+// too.
 template <class C>
 struct Trace {
-  C* theta;  // [N][D] at the start; in D dimensions [K+1][N][D]
-  C* w;      // [K][N][D]    in D dimensions only: see DirectSteps
-  int64_t of_spare;
-  C* spare;    // [of_spare]   likewise: for Triton's kernels, which have A G there, and A beside the trace
+  C* theta;    // [N][D] at the start; in D dimensions [K+1][N][D]
+  C* w;        // [K][N][D]    in D dimensions only: see DirectSteps
   C* inverse;  // [Q]          1 / |x_q|
   C* r2;       // [K+1][N]
   C* u;        // [K+1][N][ld]
@@ -43,8 +42,6 @@ struct Trace {
                                             bool weights)
       : theta(features.take((gram_formed ? 1 : s.K + 1) * s.N * s.D)),
         w(gram_formed ? nullptr : features.take(s.K * s.N * s.D)),
-        of_spare(gram_formed ? 0 : spare_size(s, weights)),
-        spare(gram_formed ? nullptr : features.take(of_spare)),
         inverse(arena.take(s.Q)),
         r2(arena.take((s.K + 1) * s.N)),
         u(arena.take((s.K + 1) * s.N * s.ld())),
@@ -53,15 +50,6 @@ struct Trace {
         lost(gram_formed ? arena.take(s.N) : nullptr),
         a(gram_formed && weights ? arena.take((s.K + 1) * s.N) : nullptr),
         p(gram_formed && weights ? arena.take((s.K + 1) * s.N * s.ld()) : nullptr) {}
-
-  template <class S>
-  __host__ __device__ __forceinline__ static int64_t spare_size(const S& s, bool weights) {
-    const int64_t KN = s.K * s.N;
-    const int64_t in_rows = padded(s.N * s.D) + KN * s.ld() + padded(s.N) +
-                            (weights ? padded(KN + s.N) + (KN + s.N) * s.ld() : 0);
-    const int64_t direct = padded((KN + s.N) * s.D) + padded(KN * s.D);
-    return in_rows > direct ? in_rows - direct : 0;
-  }
 
   // The same task done anew in D dimensions: U and r2 take the place of what was lost.
   __host__ __device__ __forceinline__ Trace in_features(C* theta_of_steps, C* w_of_steps) const {
@@ -75,7 +63,6 @@ struct Trace {
   // The trace is handed out: nothing in it may depend on what the memory held before.
   template <class B>
   __host__ __device__ __forceinline__ void clear_padding(B& block, const typename B::Sizes& s) const {
-    if (spare) block.unfenced().features_zero(1, of_spare, spare);
     const int64_t KN = s.K * s.N, N = s.N, of_theta = gram ? N : KN + N;
     block.unfenced().each_item(6 + 2 * (KN + N) + KN + s.Q, [&](int64_t i) {
       const auto row = [&i](C* array, int64_t n, int64_t length) {

@@ -15,7 +15,7 @@
 
 namespace kernelmeta {
 
-// What the forward pass leaves for the backward pass, one task; see trace_size in
+// What the forward pass leaves for the backward pass, one task; its size stands in
 // kernelmeta/ops/linear_head_op.py.
 template <class C>
 struct HeadTrace {

@@ -43,7 +43,7 @@ struct ProgramShape {
   __host__ __device__ __forceinline__ Sizes mlp(int64_t rows) const { return {1, S, rows, N, D, H, K}; }
 };
 
-// What the forward pass leaves for the backward pass, one task; see trace_size in
+// What the forward pass leaves for the backward pass, one task; its size stands in
 // kernelmeta/ops/program_op.py. It starts as zeros.
 template <class C>
 struct ProgramTrace {

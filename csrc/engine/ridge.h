@@ -10,7 +10,7 @@
 
 namespace kernelmeta {
 
-// What the forward pass leaves for the backward pass, one task; see trace_size in kernelmeta/ops/ridge_op.py.
+// What the forward pass leaves for the backward pass, one task; its size stands in kernelmeta/ops/ridge_op.py.
 // It starts as zeros.
 template <class C>
 struct RidgeTrace {
