@@ -5,7 +5,7 @@
 
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   # Best first: the first one that the CPU can run is chosen.
-  set(KERNELMETA_INSTRUCTION_SETS avx512)
+  set(KERNELMETA_INSTRUCTION_SETS avx512 avx2 sse2)
   set(KERNELMETA_FLAGS_sse2 -msse2)
   set(KERNELMETA_FLAGS_avx2 -mavx2 -mfma -mf16c)
   set(KERNELMETA_FLAGS_avx512 ${KERNELMETA_FLAGS_avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl

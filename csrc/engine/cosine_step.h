@@ -34,7 +34,7 @@ namespace kernelmeta {
 #ifdef KERNELMETA_ANEW
 inline constexpr double kMostLost = 0;
 #else
-inline constexpr double kMostLost = 2;
+inline constexpr double kMostLost = 1.5;
 #endif
 
 // One class's errors so far, in units of the precision: of its norm, and of its direction; both begin at 1. A

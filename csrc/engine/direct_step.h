@@ -60,7 +60,8 @@ struct DirectSteps {
     block.unfenced().features(N, D, [&](int64_t n, auto row) {
       const C *t = theta + n * D, *hn = h + n * D;
       C *v = w + n * D, *to = next + n * D;
-      const C dot = row.sum([&](auto d) { return d.load(v) * d.load(hn); });
+      const C along = row.sum([&](auto d) { return d.load(v) * d.load(hn); });
+      const C dot = theta_at_floor(r2[n]) ? C(0) : along;
       const C moved = e / B::sqrt(r2[n]);
       const C squares = row.sum([&](auto d) {
         const auto orthogonal = d.load(v) - d.load(hn) * dot;
@@ -79,7 +80,7 @@ struct DirectSteps {
   };
 
   // gtheta [N][D]: gradient of theta' -> of theta, but for what comes by way of v; gv [N][D]: gradient of v;
-  // ge [N]: of e. dot [N] = <h, v>; h is that of theta.
+  // ge [N]: of e. dot [N] = <h, v>, zero where |theta| is at its floor; h is that of theta.
   __host__ __device__ KERNELMETA_NOINLINE void step_backward(const C* r2, const C* w, C e, const C* dot,
                                                              const Others& others, C* gtheta, C* gv,
                                                              C* ge) const {
@@ -87,13 +88,14 @@ struct DirectSteps {
       const C *hn = h + n * D, *orthogonal = w + n * D;
       C *g = gtheta + n * D, *to = gv + n * D;
       const C r = B::sqrt(r2[n]), share = e / r;
-      const C g_h = row.sum([&](auto d) { return d.load(g) * d.load(hn); });
+      const bool floored = theta_at_floor(r2[n]);
+      const C along = row.sum([&](auto d) { return d.load(g) * d.load(hn); });
+      const C g_h = floored ? C(0) : along;
       const C g_w = row.sum([&](auto d) { return d.load(g) * d.load(orthogonal); });
       const C gdot = others.gdot ? others.gdot[n] : C(0), gr = others.gr ? others.gr[n] : C(0);
-      // With gw = -share g: gv = gw - <gw, h> h + gdot h, and of h: gh = -dot gw + (gdot - <gw, h>) v,
-      // without its part along h where |theta| counts.
-      const C of_w = gdot + share * g_h;
-      const C of_h = theta_at_floor(r2[n]) ? (of_w + share * g_h) * dot[n] / r : share * g_w / r + gr;
+      // With gw = -share g: gv = gw - <gw, h> h + gdot h, and of h: -dot gw + (gdot - <gw, h>) v, without its
+      // part along h.
+      const C of_w = gdot + share * g_h, of_h = floored ? C(0) : share * g_w / r + gr;
       row.each([&](auto d) {
         const auto gnext = d.load(g), across = gnext - d.load(hn) * g_h;
         d.store(to, across * -share + d.load(hn) * gdot);
@@ -136,10 +138,6 @@ struct DirectSteps {
   }
 
  private:
-  __host__ __device__ __forceinline__ static bool theta_at_floor(C r2) {
-    return !(r2 > C(kNormFloor) * C(kNormFloor));
-  }
-
   // to = from / |x|, of one part.
   template <class Words>
   __host__ __device__ __forceinline__ void over_norms(const Words& words, const C* from, int64_t from_ld,

@@ -54,6 +54,14 @@ __host__ __device__ __forceinline__ bool out_of_range(C squares) {
   return squares != C(0) && !(squares > floor * floor && squares <= C(Extremes<C>::kLargest));
 }
 
+// Whether |theta| is at the floor, from its square: there the cosine is linear in theta, and its gradient the
+// whole pull.
+template <class C>
+__host__ __device__ __forceinline__ bool theta_at_floor(C r2) {
+  const C floor = C(kNormFloor);
+  return !(r2 > floor * floor);
+}
+
 // Whether |x| is at the floor: there xhat = x / kNormFloor, and |x| is no part of its derivative. From 1 /
 // |x|.
 template <class C>

@@ -182,7 +182,7 @@ struct QueryFeatures {
       const C inverse = C(1) / B::sqrt(r2);
       const C* gu = adj.gu + n * ld;
       const C along = row.sum([&](auto q) { return q.load(gu) * q.load(trace.u + n * ld); });
-      const bool floored = !(r2 > C(kNormFloor) * C(kNormFloor));
+      const bool floored = theta_at_floor(r2);
       row.each([&](auto q) { q.store(t.gc + n * ld, q.load(gu) * inverse); });
       row.one([&] { t.gn0[n] = floored ? C(0) : adj.gr2[n] - along / (2 * r2); });
     });

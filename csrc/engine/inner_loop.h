@@ -167,7 +167,7 @@ struct InnerLoop {
       row.each([&](auto q) { q.store(u, q.load(u) * inverse); });
       row.one([&] {
         trace.r2[n] = r2;
-        trace.lost[n] = !(r2 > floor * floor);  // a step is not orthogonal to such a theta
+        trace.lost[n] = theta_at_floor(r2);  // a step is not orthogonal to it
         errors[2 * n] = errors[2 * n + 1] = C(1);
         if (trace.a) trace.a[n] = C(1);
       });
@@ -371,7 +371,7 @@ struct InnerLoop {
     guess_again(u, k, gs);
     block.unfenced().rows(N, Q, [&](int64_t n, auto row) {
       const C dot = row.sum([&](auto q) { return q.load(u + n * ld) * q.load(gs + n * ld); });
-      row.one([&] { adj.dot[n] = dot; });
+      row.one([&] { adj.dot[n] = theta_at_floor(r2[n]) ? C(0) : dot; });
     });
     steps.directions(trace.theta + k * ND, r2);
     steps.step_backward(r2, trace.w + k * ND, e, adj.dot, {}, gtheta, adj.gv, adj.ge);

@@ -61,8 +61,7 @@ struct ProgramLoop {
         row.each([&](auto q) { q.store(u, q.load(u) * inverse); });
         row.one([&] {
           trace.r2[n] = r2;
-          if (!(r2 > C(kNormFloor) * C(kNormFloor)))
-            trace.lost[n] = 1;  // a step isn't orthogonal to such a theta
+          if (theta_at_floor(r2)) trace.lost[n] = 1;  // a step is not orthogonal to it
           errors[2 * n] = errors[2 * n + 1] = C(1);
           if (trace.a) trace.a[n] = C(1);
         });

@@ -144,6 +144,13 @@ struct DirectProgram {
 
   // ---- steps along a gradient
 
+  // <h, v>, zero where |theta| is at its floor.
+  template <class Row>
+  __host__ __device__ __forceinline__ static C pull_along(Row own, const C* u, const C* g, C r2) {
+    const C dot = own.sum([&](auto q) { return q.load(u) * q.load(g); });
+    return theta_at_floor(r2) ? C(0) : dot;
+  }
+
   __host__ __device__ __forceinline__ void descend(const Steps& d, RowPart part, RowPart others, int64_t k,
                                                    const C* from, C* moved, bool again) const {
     const int64_t N = s.N, ld = s.ld();
@@ -154,7 +161,7 @@ struct DirectProgram {
         const int64_t at = k * N + n;
         const C *u = trace.u + at * ld + part.first, *g = loop.g + n * part.ld();
         const LiveRow live(row, part, others);
-        const C dot = live.own.sum([&](auto q) { return q.load(u) * q.load(g); });
+        const C dot = pull_along(live.own, u, g, r2[n]);
         const C grown = C(1) + e * dot / r2[n];
         row.one([&] { trace.a[at + N] = grown * trace.a[at]; });
         move_coefficients(live, trace.p + at * ld, g, grown, e / B::sqrt(r2[n]), trace.p + (at + N) * ld);
@@ -171,7 +178,7 @@ struct DirectProgram {
     block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
       const C *u = trace.u + (k * N + n) * ld + part.first, *g = adj.gs + n * part.ld();
       const auto own = row.part(part.first, part.count);
-      const C dot = own.sum([&](auto q) { return q.load(u) * q.load(g); });
+      const C dot = pull_along(own, u, g, r2[n]);
       C gc = 0, along_g = 0;
       const C r = B::sqrt(r2[n]);
       if (adj.gp) {
@@ -182,7 +189,7 @@ struct DirectProgram {
       const C c = e * dot / r2[n];
       row.one([&] {
         adj.dot[n] = dot;
-        adj.gdot[n] = gc * e / r2[n];
+        adj.gdot[n] = theta_at_floor(r2[n]) ? C(0) : gc * e / r2[n];
         adj.gr[n] = along_g * e / r2[n] - 2 * gc * c / r;
         adj.m[n] = gc * dot / r2[n] - along_g / r;  // of e
       });
@@ -214,7 +221,7 @@ struct DirectProgram {
       } else if (adj.gp) {
         const C r2 = trace.r2[k * N + n];
         of_gp = -e / B::sqrt(r2);
-        grown = C(1) + e * own.sum([&](auto q) { return q.load(u) * q.load(g); }) / r2;
+        grown = C(1) + e * pull_along(own, u, g, r2) / r2;
       }
       if (!adj.gp) return;
       C* gp = adj.gp + n * ld;

@@ -80,7 +80,7 @@ struct ProgramFeatures {
         const C r2 = trace.r2[n];
         const C inverse = C(1) / B::sqrt(r2);
         const C along = row.sum([&](auto q) { return q.load(gu) * q.load(trace.u + n * ld); });
-        const bool floored = !(r2 > C(kNormFloor) * C(kNormFloor));
+        const bool floored = theta_at_floor(r2);
         row.each([&](auto q) {
           const auto value = q.load(gu) * inverse;
           q.store(gc, value);

@@ -5,6 +5,8 @@ With Xhat the normalised query rows, h = theta / |theta|, G = MLP(s (Xhat h + b)
 
     v = Xhat^T G,   w = v - <h, v> h,   theta' = theta - e / |theta| w
 
+(w = v where |theta| is at its floor, and h proportional to theta).
+
 The kernels take the same steps in the space of the rows (csrc/engine/cosine_step.h), where theta is never formed,
 unless that loses digits; what is written here loses none but those that theta itself loses.
 """
@@ -15,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kernelmeta.reference.norms import length, unit
+from kernelmeta.reference.norms import FLOOR, length, unit
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, mlp_with_norm_stats, stack_norm_stats
 from kernelmeta.tasks import Classifier
@@ -47,8 +49,9 @@ def sib_inner_loop(
         logits = scale * (rows @ h.transpose(-1, -2) + bias)
         G, stats = mlp_with_norm_stats(logits, mlp, norm_stats=norm_stats, running_stats=running_stats)
         v = G.transpose(-1, -2) @ rows
-        w = v - h * (h * v).sum(-1, keepdim=True)
-        theta = theta - e / length(theta) * w
+        r = length(theta)
+        w = v - h * (h * v).sum(-1, keepdim=True) * (r > FLOOR)
+        theta = theta - e / r * w
         used.append(stats)
     logits = scale * (rows @ unit(theta).transpose(-1, -2) + bias)
     result: list[Any] = [logits]

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from kernelmeta.reference.class_means import check_labels, class_means
-from kernelmeta.reference.norms import length, unit
+from kernelmeta.reference.norms import FLOOR, length, unit
 from kernelmeta.reference.phases import Phase
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, synthetic_gradient_mlp
@@ -137,7 +137,8 @@ def run_phases(
             if cosine:
                 assert scale is not None
                 h, r = unit(theta), length(theta)
-                along = (h * step).sum(-1, keepdim=True)  # sum of G times the cosines
+                # Sum of G times the cosines; where |theta| is at its floor, a cosine's gradient is the whole row.
+                along = (h * step).sum(-1, keepdim=True) * (r > FLOOR)
                 theta = theta - lr * scale * (step - h * along) / r
                 grown = (1 + lr * scale * along / r.square()).squeeze(-1)
                 a = a * grown

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_MOST_LOST = tl.constexpr(2.0)  # as in csrc/engine/cosine_step.h
+_MOST_LOST = tl.constexpr(1.5)  # as in csrc/engine/cosine_step.h
 
 
 @triton.jit
