@@ -51,15 +51,15 @@ struct Frame {
   }
 };
 
-// Where a task's trace lies: theta0 always in the trace that is kept (or beside it), the rest in the block's
-// own memory if that is shared memory, and is copied out or in.
+// Where a task's trace lies: what is of D dimensions always in the trace that is kept (or beside it), the
+// rest in the block's own memory if that is shared memory, and is copied out or in.
 template <class C>
 struct TraceMemory {
-  int64_t elements;  // without theta0
+  int64_t of_features, elements;  // in D dimensions; the rest
   bool gram, weights;
   C* own;  // null: the kept trace itself
 
-  // `features` [N][D], `rest` [elements]
+  // `features` [of_features], `rest` [elements]
   template <class S>
   __host__ __device__ __forceinline__ static Trace<C> lay_out(C* features, C* rest, const S& s, bool gram,
                                                               bool weights) {
@@ -73,15 +73,17 @@ struct TraceMemory {
       : gram(gram), weights(weights) {
     Arena<C> features, rest;
     Trace<C> unused(features, rest, s, gram, weights);
+    of_features = features.used();
     elements = rest.used();
     own = kept && !arena.fits(elements) ? nullptr : arena.take(elements);
   }
 
-  // kept: the task's trace, theta0 first.
+  __host__ __device__ __forceinline__ C* rest(C* kept) const { return kept + of_features; }
+
+  // kept: the task's trace, what is of D dimensions first.
   template <class S>
   __host__ __device__ __forceinline__ Trace<C> at(C* kept, const S& s) const {
-    C* rest = kept + padded(s.N * s.D);
-    return lay_out(kept, own ? own : rest, s, gram, weights);
+    return lay_out(kept, own ? own : rest(kept), s, gram, weights);
   }
 };
 
@@ -93,14 +95,14 @@ struct SibForwardLayout {
   FoldedMlp<C> mlp;
   SibTask<B> task;
   TraceMemory<C> trace;
-  C* theta0;  // null: in the kept trace
+  C* features;  // what of the trace is of D dimensions; null: in the kept trace
 
   __host__ __device__ __forceinline__ SibForwardLayout(Arena<C>& arena, B& block, const Sizes& s,
                                                        const SibForward<C>& f, C scale, C bias)
       : mlp(arena, s, f.problem.running != nullptr),
         task(arena, block, s, f.problem, mlp, scale, bias, forms_gram(s, f.trace != nullptr), false),
         trace(arena, s, forms_gram(s, f.trace != nullptr), f.problem.weights, f.trace != nullptr),
-        theta0(f.trace ? nullptr : arena.take(s.N * s.D)) {}
+        features(f.trace ? nullptr : arena.take(trace.of_features)) {}
 };
 
 template <class B, class C = typename B::Scalar>
@@ -122,11 +124,11 @@ __host__ __device__ __forceinline__ void sib_forward_body(void* place, const Sib
     }
     const Trace<C> trace =
         kept ? w.trace.at(kept, s)
-             : TraceMemory<C>::lay_out(w.theta0, w.trace.own, s, w.trace.gram, w.trace.weights);
+             : TraceMemory<C>::lay_out(w.features, w.trace.own, s, w.trace.gram, w.trace.weights);
     if (kept) trace.clear_padding(block, s);
     w.task.forward(f, t, trace);
     if (kept && w.trace.own) {
-      C* rest = kept + padded(s.N * s.D);
+      C* rest = w.trace.rest(kept);
       block.unfenced().each_item(w.trace.elements, [&](int64_t i) { rest[i] = w.trace.own[i]; });
     }
   }
@@ -186,7 +188,7 @@ __host__ __device__ __forceinline__ void sib_backward_body(void* place, const Si
     }
     C* kept = const_cast<C*>(f.trace) + t * stride;
     if (w.trace.own) {
-      const C* rest = kept + padded(s.N * s.D);
+      const C* rest = w.trace.rest(kept);
       block.unfenced().each_item(w.trace.elements, [&](int64_t i) { w.trace.own[i] = rest[i]; });
     }
     w.task.backward(f, t, w.trace.at(kept, s), w.adjoint, w.grad, w.gtheta0);

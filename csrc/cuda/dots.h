@@ -3,7 +3,7 @@
 
 #include "cuda/packs.h"
 #include "cuda/spot.h"
-#include "engine/gram.h"
+#include "engine/feature_rows.h"
 
 namespace kernelmeta {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/packs.h"
-#include "engine/gram.h"
+#include "engine/feature_rows.h"
 
 namespace kernelmeta {
 

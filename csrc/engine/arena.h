@@ -19,10 +19,10 @@ template <class C>
 class Arena {
  public:
   __host__ __device__ __forceinline__ explicit Arena(C* base = nullptr)
-      : base_(base), capacity_(INT64_MAX), rest_(nullptr) {}
+      : base_(base), capacity_(INT64_MAX), rest_(nullptr), two_(false) {}
   // `base` holds `capacity` elements.
   __host__ __device__ __forceinline__ Arena(C* base, int64_t capacity, C* rest)
-      : base_(base), capacity_(capacity), rest_(rest) {}
+      : base_(base), capacity_(capacity), rest_(rest), two_(true) {}
 
   __host__ __device__ __forceinline__ C* take(int64_t n) {
     C* piece;
@@ -36,6 +36,14 @@ class Arena {
     return piece;
   }
 
+  // The same for what is seldom used: with `aside` it is never in the first of two buffers.
+  __host__ __device__ __forceinline__ C* take_aside(int64_t n, bool aside) {
+    if (!aside || !two_) return take(n);
+    C* piece = rest_ ? rest_ + rest_used_ : nullptr;
+    rest_used_ += padded(n);
+    return piece;
+  }
+
   // Whether the next piece, of n elements, comes out of the first buffer.
   __host__ __device__ __forceinline__ bool fits(int64_t n) const { return padded(n) <= capacity_ - used_; }
 
@@ -46,6 +54,7 @@ class Arena {
   C* base_;
   int64_t capacity_;
   C* rest_;
+  bool two_;
   int64_t used_ = 0, rest_used_ = 0;
 };
 

@@ -1,29 +1,62 @@
-// One step of a cosine classifier in the space of the rows, and its adjoint, for all loops that take it.
+// One step of a cosine classifier and its adjoint, once for all loops, in the space of the rows;
+// direct_step.h has the same in D dimensions.
 //
-// With U the cosines of the normalised rows with a class, r2 = |theta|^2, G the gradient of the loss with
-// respect to Z = s (U + b), A the rows' Gram matrix, AG = A G and e = learning rate * s:
+// theta is a class's classifier, r = |theta|, h = theta / r, and U = Xhat h are its cosines with the
+// normalised rows. With G the gradient of the loss with respect to Z = s (U + b), and e = learning rate * s,
+// a step is
 //
-//   dot = sum(U G),  q = sum(G AG),  c = e dot / r2
+//   v = Xhat^T G,  dot = <h, v>,  w = v - dot h,  theta' = theta - (e / r) w
+//
+// U and r2 = r^2 are all that it needs: with A = Xhat Xhat^T the rows' Gram matrix, AG = A G and c = e dot /
+// r2,
+//
+//   dot = sum(U G),  q = |v|^2 = sum(G AG)
 //   r2' = r2 + e^2 (q - dot^2) / r2
 //   U'  = (1 + c) (r / r') U - e / (r r') AG
 //
 // and, only if theta itself is wanted, theta = a theta0 + Xhat^T P with
 //
 //   P' = (1 + c) P - (e / r) G,   a' = (1 + c) a.
+//
+// This loses digits where v is nearly parallel to theta: q - dot^2 = |w|^2 is the small difference of large
+// numbers, which e^2 may make large again; the rounding of r2' is that of the terms r2 and e^2 q / r2. And it
+// takes U for cosines: an error in their scale, which theta itself does not know, grows by alpha^2 = ((1 + c)
+// r / r')^2 a step, where the errors of directions, in D dimensions as here, grow by alpha. `loses` keeps
+// count of both, and says where the first has become the larger one: whoever takes the steps does that task
+// anew in D dimensions.
 #pragma once
 
 #include "engine/arena.h"
 
 namespace kernelmeta {
 
+// How much more may be lost here than in D dimensions. (Tests have all tasks done anew.)
+#ifdef KERNELMETA_ANEW
+inline constexpr double kMostLost = 0;
+#else
+inline constexpr double kMostLost = 1.5;
+#endif
+
+// One class's errors so far, in units of the precision: of its norm, and of its direction; both begin at 1. A
+// step multiplies what was there by `growth` (the norm's twice) and makes |theta'|^2 of terms of this size,
+// of which `left` is left. Whether too much is lost; true where something is NaN.
+template <class B, class C>
+__host__ __device__ __forceinline__ bool loses(C* errors, C growth, C terms, C left) {
+  const C cancelled = terms / left;
+  errors[0] = growth * growth * errors[0] + cancelled;
+  errors[1] = B::max(growth, -growth) * errors[1] + B::sqrt(cancelled);
+  return !(errors[0] < C(kMostLost) * errors[1]);
+}
+
 // Scalars of one step and one class.
 template <class B>
 struct StepScalars {
   using C = typename B::Scalar;
-  C c, grown, r, r_next, alpha, beta;  // r2' = grown, U' = alpha U - beta AG
+  C c, pull, grown, r, r_next, alpha, beta;  // pull = e^2 q / r2; r2' = grown, U' = alpha U - beta AG
 
   __host__ __device__ __forceinline__ StepScalars(C e, C r2, C dot, C q)
       : c(e * dot / r2),
+        pull(e * e * q / r2),
         grown(r2 + e * e * (q - dot * dot) / r2),
         r(B::sqrt(r2)),
         r_next(B::sqrt(grown)),
@@ -58,11 +91,21 @@ struct StepFrom {
   const C *a, *p;  // null unless theta is wanted
 };
 
-// ... and after it.
+// ... and after it. errors [2]: see `loses`; lost: set where too much is.
 template <class C>
 struct StepTo {
-  C *r2, *u, *a, *p;
+  C *r2, *u, *errors, *lost, *a, *p;
 };
+
+// P' = grown P - moved G
+template <class Row, class C>
+__host__ __device__ __forceinline__ void move_coefficients(const LiveRow<Row>& row, const C* p, const C* g,
+                                                           C grown, C moved, C* to) {
+  const C *own_p = p + row.first, *other_p = p + row.others_first;
+  C *own_to = to + row.first, *other_to = to + row.others_first;
+  row.own.each([&](auto q) { q.store(own_to, q.load(own_p) * grown - q.load(g) * moved); });
+  row.others.each([&](auto q) { q.store(other_to, q.load(other_p) * grown); });
+}
 
 template <class B, class Row, class C = typename B::Scalar>
 __host__ __device__ __forceinline__ void cosine_step(const LiveRow<Row>& row, const StepFrom<C>& from,
@@ -74,14 +117,10 @@ __host__ __device__ __forceinline__ void cosine_step(const LiveRow<Row>& row, co
   row.all.each([&](auto q) { q.store(to.u, q.load(u) * v.alpha - q.load(ag) * v.beta); });
   row.all.one([&] {
     *to.r2 = v.grown;
+    if (loses<B>(to.errors, v.alpha, from.r2 + v.pull, v.grown)) *to.lost = 1;
     if (to.a) *to.a = (C(1) + v.c) * *from.a;
   });
-  if (!to.p) return;
-  const C moved = from.e / v.r;
-  const C *own_p = from.p + row.first, *other_p = from.p + row.others_first;
-  C *own_next = to.p + row.first, *other_next = to.p + row.others_first;
-  row.own.each([&](auto q) { q.store(own_next, q.load(own_p) * (C(1) + v.c) - q.load(g) * moved); });
-  row.others.each([&](auto q) { q.store(other_next, q.load(other_p) * (C(1) + v.c)); });
+  if (to.p) move_coefficients(row, from.p, g, C(1) + v.c, from.e / v.r, to.p);
 }
 
 // Gradients of one class's state, of that after the step -> of that before it; gg (of the rows that drive

@@ -2,7 +2,6 @@
 // Everything else (inner_loop.h, mlp.h) lives in the space of the rows.
 #pragma once
 
-#include "engine/gram.h"
 #include "engine/inner_loop.h"
 
 namespace kernelmeta {
@@ -39,8 +38,9 @@ struct ClassMeans {
     });
   }
 
-  // gtheta0 [N][D] -> gsupport [S][D] (or null); adds to gweight [D] (or null).
-  __host__ __device__ __forceinline__ void backward(const C* gtheta0, C* gsupport, C* gweight) {
+  // gtheta0 [N][D] -> gsupport [S][D] (or null; with `adds` added to it); adds to gweight [D] (or null).
+  __host__ __device__ __forceinline__ void backward(const C* gtheta0, C* gsupport, C* gweight,
+                                                    bool adds = false) {
     inverse_norms();
     if (gweight) {
       block.features(1, s.D, [&](int64_t, auto row) {
@@ -59,12 +59,14 @@ struct ClassMeans {
         const int64_t i = classes.members[j];
         const F* x = support(i);
         C* gx = gsupport + i * s.D;
+        const C of_row = inverse[i];
+        const auto unit = [&](auto d) { return unit_at<B>(d, x, of_row, s.D == 1); };
         C along = 0;
-        if (inverse[i] < C(1 / kNormFloor)) {
-          along =
-              row.sum([&](auto d) { return towards(g, d) * d.load(x); }) * share * inverse[i] * inverse[i];
-        }
-        row.each([&](auto d) { d.store(gx, (towards(g, d) * share - d.load(x) * along) * inverse[i]); });
+        if (!at_floor(of_row)) along = row.sum([&](auto d) { return towards(g, d) * unit(d); });
+        row.each([&](auto d) {
+          const auto value = (towards(g, d) - unit(d) * along) * (share * of_row);
+          d.store(gx, adds ? d.load(gx) + value : value);
+        });
       }
     });
   }
@@ -80,16 +82,15 @@ struct ClassMeans {
     auto sum = d.zero();
     for (int32_t j = classes.offsets[n]; j < classes.offsets[n + 1]; ++j) {
       const int64_t i = classes.members[j];
-      sum = sum + d.load(support(i)) * inverse[i];
+      sum = sum + unit_at<B>(d, support(i), inverse[i], s.D == 1);
     }
     return sum * (C(1) / C(classes.count(n)));
   }
 
   __host__ __device__ __forceinline__ void inverse_norms() {
     block.features(s.S, s.D, [&](int64_t i, auto row) {
-      const F* x = support(i);
-      const C squares = row.sum([&](auto d) { return d.load(x) * d.load(x); });
-      row.one([&] { inverse[i] = C(1) / B::max(B::sqrt(squares), C(kNormFloor)); });
+      const C found = inverse_norm<B>(row, support(i));
+      row.one([&] { inverse[i] = found; });
     });
   }
 };
@@ -105,49 +106,44 @@ struct QueryFeatures {
   Rows<F> query;
   const Trace<C>& trace;
 
-  __host__ __device__ __forceinline__ Rows<C> theta0() const { return {trace.theta0, s.D, nullptr}; }
-
-  // trace.theta0 -> trace.inverse, gram, u[0] = rows times theta0, r2[0] = |theta0|^2.
-  __host__ __device__ __forceinline__ void forward() {
+  // trace.theta -> trace.inverse, gram, u[0] = rows times theta, r2[0] = |theta|^2. False where the norm of
+  // some row says that their products are out of range.
+  __host__ __device__ __forceinline__ bool forward() {
     const int64_t Q = s.Q, ld = s.ld();
-    const C floor = C(kNormFloor);
-    if (trace.gram) {
-      block.stacked_dots(Q, query, s.N, trace.theta0, s.D, trace.gram, trace.u, ld, trace.r2);
-    } else {
-      block.dots(s.N, theta0(), Q, query, s.D, trace.u, ld);
-      block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
-        const C* t = trace.theta0 + n * s.D;
-        const C squares = row.sum([&](auto d) { return d.load(t) * d.load(t); });
-        row.one([&] { trace.r2[n] = squares; });
-      });
-    }
-    if (trace.gram) {
-      block.each_item(
-          Q, [&](int64_t q) { trace.inverse[q] = C(1) / B::max(B::sqrt(trace.gram[q * ld + q]), floor); });
-      block.unfenced().rows(Q, Q, [&](int64_t i, auto row) {
-        C* a = trace.gram + i * ld;
-        const C scale = trace.inverse[i];
-        row.each([&](auto q) { q.store(a, q.load(a) * q.load(trace.inverse) * scale); });
-      });
-    } else {
-      block.features(Q, s.D, [&](int64_t i, auto row) {
-        const F* x = query(i);
-        const C squares = row.sum([&](auto d) { return d.load(x) * d.load(x); });
-        row.one([&] { trace.inverse[i] = C(1) / B::max(B::sqrt(squares), floor); });
-      });
-    }
+    block.stacked_dots(Q, query, s.N, trace.theta, s.D, trace.gram, trace.u, ld, trace.r2);
+    const bool extreme = block.any(Q, [&](int64_t q) { return out_of_range(trace.gram[q * ld + q]); });
+    block.each_item(Q, [&](int64_t q) {
+      trace.inverse[q] = C(1) / B::max(B::sqrt(trace.gram[q * ld + q]), C(kNormFloor));
+    });
+    block.unfenced().rows(Q, Q, [&](int64_t i, auto row) {
+      C* a = trace.gram + i * ld;
+      const C scale = trace.inverse[i];
+      row.each([&](auto q) { q.store(a, q.load(a) * q.load(trace.inverse) * scale); });
+    });
     block.unfenced().rows(s.N, Q, [&](int64_t n, auto row) {
       C* u = trace.u + n * ld;
       row.each([&](auto q) { q.store(u, q.load(u) * q.load(trace.inverse)); });
     });
+    return !extreme;
   }
 
-  // theta_K = a theta0 + Xhat^T P. scratch: [N][ld].
-  __host__ __device__ __forceinline__ void weights(C* out, C* scratch) {
-    const C* a = trace.a + s.K * s.N;
-    block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
-      row.each([&](auto d) { d.store(out + n * s.D, d.load(trace.theta0 + n * s.D) * a[n]); });
+  // trace.inverse alone.
+  __host__ __device__ __forceinline__ void norms() {
+    block.features(s.Q, s.D, [&](int64_t i, auto row) {
+      const C found = inverse_norm<B>(row, query(i));
+      row.one([&] { trace.inverse[i] = found; });
     });
+  }
+
+  // theta_K = a theta + Xhat^T P, or as it is there. scratch: [N][ld].
+  __host__ __device__ __forceinline__ void weights(C* out, C* scratch) {
+    const C* theta = trace.gram ? trace.theta : trace.theta + s.K * s.N * s.D;
+    const C* a = trace.gram ? trace.a + s.K * s.N : nullptr;
+    block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
+      const C factor = a ? a[n] : C(1);
+      row.each([&](auto d) { d.store(out + n * s.D, d.load(theta + n * s.D) * factor); });
+    });
+    if (!trace.gram) return;
     scaled_rows(trace.p + s.K * s.N * s.ld(), scratch);
     block.unfenced().features_mm_add(s.N, s.Q, s.D, {scratch, s.ld(), 1}, query, out);
   }
@@ -158,7 +154,7 @@ struct QueryFeatures {
     scaled_rows(adj.gp, adj.gp);
     block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
       const C sum =
-          row.sum([&](auto d) { return d.load(gweights + n * s.D) * d.load(trace.theta0 + n * s.D); });
+          row.sum([&](auto d) { return d.load(gweights + n * s.D) * d.load(trace.theta + n * s.D); });
       row.one([&] { adj.ga[n] = sum; });
     });
   }
@@ -186,7 +182,7 @@ struct QueryFeatures {
       const C inverse = C(1) / B::sqrt(r2);
       const C* gu = adj.gu + n * ld;
       const C along = row.sum([&](auto q) { return q.load(gu) * q.load(trace.u + n * ld); });
-      const bool floored = !(r2 > C(kNormFloor) * C(kNormFloor));
+      const bool floored = theta_at_floor(r2);
       row.each([&](auto q) { q.store(t.gc + n * ld, q.load(gu) * inverse); });
       row.one([&] { t.gn0[n] = floored ? C(0) : adj.gr2[n] - along / (2 * r2); });
     });
@@ -194,7 +190,7 @@ struct QueryFeatures {
     const C* a = trace.a ? trace.a + s.K * N : nullptr;
     block.features(N, s.D, [&](int64_t n, auto row) {
       row.each([&](auto d) {
-        auto g = d.load(trace.theta0 + n * s.D) * (2 * t.gn0[n]);
+        auto g = d.load(trace.theta + n * s.D) * (2 * t.gn0[n]);
         if (gweights) g = g + d.load(gweights + n * s.D) * a[n];
         d.store(gtheta0 + n * s.D, g);
       });
@@ -203,40 +199,34 @@ struct QueryFeatures {
   }
 
   // After theta0_backward: -> gquery [Q][D].
-  __host__ __device__ __forceinline__ void query_backward(const GramMatrix<B>& gram,
-                                                          const LoopAdjoint<B>& adj, const C* gweights,
+  __host__ __device__ __forceinline__ void query_backward(const LoopAdjoint<B>& adj, const C* gweights,
                                                           const Scratch& t, C* gquery) {
-    const int64_t N = s.N, Q = s.Q, D = s.D, ld = s.ld(), KN = s.K * s.N;
+    const int64_t Q = s.Q, D = s.D, ld = s.ld(), KN = s.K * s.N;
     block.unfenced().features_zero(Q, D, gquery);
     // First the gradient of the normalised rows, divided by |x|; from A, whose gradient is the sum over the
     // steps of gAG G^T and its transpose:
-    if (trace.gram) {
-      block.unfenced().mm(Q, KN, Q, {adj.gs, 1, ld}, adj.gag, ld, t.w, ld, nullptr);
-      block.mm_add(Q, KN, Q, {adj.gag, 1, ld}, adj.gs, ld, t.w, ld);
-      block.rows(Q, Q, [&](int64_t i, auto row) {
-        C* w = t.w + i * ld;
-        const C scale = trace.inverse[i];
-        row.each([&](auto q) { q.store(w, q.load(w) * q.load(trace.inverse) * scale); });
-      });
-      block.unfenced().features_mm_add(Q, Q, D, {t.w, ld, 1}, query, gquery);
-    } else {
-      for (int64_t k = 0; k < s.K; ++k) {
-        const C *g = adj.gs + k * N * ld, *gag = adj.gag + k * N * ld;
-        gram.project(g, gram.span);
-        add_outer(gag, gram.span, t, gquery);
-        gram.project(gag, gram.span);
-        add_outer(g, gram.span, t, gquery);
-      }
-    }
-    add_outer(t.gc, trace.theta0, t, gquery);
+    block.unfenced().mm(Q, KN, Q, {adj.gs, 1, ld}, adj.gag, ld, t.w, ld, nullptr);
+    block.mm_add(Q, KN, Q, {adj.gag, 1, ld}, adj.gs, ld, t.w, ld);
+    block.rows(Q, Q, [&](int64_t i, auto row) {
+      C* w = t.w + i * ld;
+      const C scale = trace.inverse[i];
+      row.each([&](auto q) { q.store(w, q.load(w) * q.load(trace.inverse) * scale); });
+    });
+    block.unfenced().features_mm_add(Q, Q, D, {t.w, ld, 1}, query, gquery);
+    add_outer(t.gc, trace.theta, t, gquery);
     if (gweights) add_outer(trace.p + KN * ld, gweights, t, gquery);
-    // Then without its component along the row.
-    block.unfenced().features(Q, D, [&](int64_t i, auto row) {
+    without_radial_part(gquery);
+  }
+
+  // gquery [Q][D], the gradient of the normalised rows over |x| -> of the rows: without its component along
+  // each.
+  __host__ __device__ __forceinline__ void without_radial_part(C* gquery) const {
+    block.unfenced().features(s.Q, s.D, [&](int64_t i, auto row) {
       const F* x = query(i);
-      C* g = gquery + i * D;
-      if (!(trace.inverse[i] < C(1 / kNormFloor))) return;
-      const C along =
-          row.sum([&](auto d) { return d.load(x) * d.load(g); }) * trace.inverse[i] * trace.inverse[i];
+      C* g = gquery + i * s.D;
+      const C inverse = trace.inverse[i];
+      if (at_floor(inverse)) return;
+      const C along = row.sum([&](auto d) { return d.load(x) * d.load(g); }) * inverse * inverse;
       row.each([&](auto d) { d.store(g, d.load(g) - d.load(x) * along); });
     });
   }

@@ -1,48 +1,83 @@
-// The inner loop of one task in the dual form, and its adjoint.
+// The inner loop of one task, and its adjoint.
 //
-// The classifier theta never leaves the span of theta0 and the normalised query rows, so its whole state is
-// U [N][ld] (cosines of every query row with every class) and r2 [N] (squared norms). cosine_step.h says what
-// a step does to it, with A the Gram matrix of the normalised query rows and G = MLP(s (U + b)).
+// In the space of the rows (the dual form) the state is U [N][ld], the cosines of every query row with every
+// class, and r2 [N], the classes' squared norms; cosine_step.h says what a step does to it, with
+// G = MLP(s (U + b)). In D dimensions it is theta itself (direct_step.h): where the rows are so many that
+// their Gram matrix is not worth forming, and where a step in the space of the rows loses digits.
 #pragma once
 
+#include "engine/class_sums.h"
 #include "engine/cosine_step.h"
-#include "engine/gram.h"
+#include "engine/direct_step.h"
 #include "engine/mlp.h"
 
 namespace kernelmeta {
 
-inline constexpr double kNormFloor = 1e-12;  // lower bound of |x| and |theta|, as in F.normalize
+// Whether A is worth forming. Per task, in multiplications: A itself takes Q^2 D / 2, once; without it every
+// step takes 2 Q N D forward, and as much again backward (and both routes to the gradient of the rows keep
+// that proportion). So A pays unless the query rows are many and the steps few.
+template <class S>
+__host__ __device__ __forceinline__ bool forms_gram(const S& s, bool backward_follows) {
+  return s.K > 0 && (backward_follows ? 8 : 4) * s.K * s.N >= s.Q;
+}
 
-// What the forward pass leaves for the backward pass, one task; see trace_size in kernelmeta/ops/sib.py.
+// What the forward pass leaves for the backward pass, one task; see trace_size in kernelmeta/ops/sib_op.py.
 template <class C>
 struct Trace {
-  C* theta0;   // [N][D]
-  C* inverse;  // [Q]           1 / |x_q|
+  C* theta;  // [N][D] at the start; in D dimensions [K+1][N][D]
+  C* w;      // [K][N][D]    in D dimensions only: see DirectSteps
+  int64_t of_spare;
+  C* spare;    // [of_spare]   likewise: for Triton's kernels, which have A G there, and A beside the trace
+  C* inverse;  // [Q]          1 / |x_q|
   C* r2;       // [K+1][N]
   C* u;        // [K+1][N][ld]
-  C* gram;     // [Q][ld]       A, where forms_gram says so
-  C* ag;       // [K][N][ld]    A G
-  C* a;        // [K+1][N]      with weights only
-  C* p;        // [K+1][N][ld]  with weights only
+  C* gram;     // [Q][ld]      A; null: in D dimensions
+  C* ag;       // [K][N][ld]   A G, with A only
+  C* lost;     // [N]          with A only; not zero: the task was done anew in D dimensions
+  C* a;        // [K+1][N]     with A and weights only
+  C* p;        // [K+1][N][ld] likewise
 
-  // theta0 comes first, so that the rest is one stretch of memory where both arenas are the same.
+  // theta and w come first, so that the rest is one stretch of memory where both arenas are the same.
   template <class S>
   __host__ __device__ __forceinline__ Trace(Arena<C>& features, Arena<C>& arena, const S& s, bool gram_formed,
                                             bool weights)
-      : theta0(features.take(s.N * s.D)),
+      : theta(features.take((gram_formed ? 1 : s.K + 1) * s.N * s.D)),
+        w(gram_formed ? nullptr : features.take(s.K * s.N * s.D)),
+        of_spare(gram_formed ? 0 : spare_size(s, weights)),
+        spare(gram_formed ? nullptr : features.take(of_spare)),
         inverse(arena.take(s.Q)),
         r2(arena.take((s.K + 1) * s.N)),
         u(arena.take((s.K + 1) * s.N * s.ld())),
         gram(gram_formed ? arena.take(s.Q * s.ld()) : nullptr),
-        ag(arena.take(s.K * s.N * s.ld())),
-        a(weights ? arena.take((s.K + 1) * s.N) : nullptr),
-        p(weights ? arena.take((s.K + 1) * s.N * s.ld()) : nullptr) {}
+        ag(gram_formed ? arena.take(s.K * s.N * s.ld()) : nullptr),
+        lost(gram_formed ? arena.take(s.N) : nullptr),
+        a(gram_formed && weights ? arena.take((s.K + 1) * s.N) : nullptr),
+        p(gram_formed && weights ? arena.take((s.K + 1) * s.N * s.ld()) : nullptr) {}
+
+  template <class S>
+  __host__ __device__ __forceinline__ static int64_t spare_size(const S& s, bool weights) {
+    const int64_t KN = s.K * s.N;
+    const int64_t in_rows = padded(s.N * s.D) + KN * s.ld() + padded(s.N) +
+                            (weights ? padded(KN + s.N) + (KN + s.N) * s.ld() : 0);
+    const int64_t direct = padded((KN + s.N) * s.D) + padded(KN * s.D);
+    return in_rows > direct ? in_rows - direct : 0;
+  }
+
+  // The same task done anew in D dimensions: U and r2 take the place of what was lost.
+  __host__ __device__ __forceinline__ Trace in_features(C* theta_of_steps, C* w_of_steps) const {
+    Trace direct = *this;
+    direct.theta = theta_of_steps;
+    direct.w = w_of_steps;
+    direct.gram = direct.ag = direct.a = direct.p = nullptr;
+    return direct;
+  }
 
   // The trace is handed out: nothing in it may depend on what the memory held before.
   template <class B>
   __host__ __device__ __forceinline__ void clear_padding(B& block, const typename B::Sizes& s) const {
-    const int64_t KN = s.K * s.N, N = s.N;
-    block.unfenced().each_item(4 + 2 * (KN + N) + KN + s.Q, [&](int64_t i) {
+    if (spare) block.unfenced().features_zero(1, of_spare, spare);
+    const int64_t KN = s.K * s.N, N = s.N, of_theta = gram ? N : KN + N;
+    block.unfenced().each_item(6 + 2 * (KN + N) + KN + s.Q, [&](int64_t i) {
       const auto row = [&i](C* array, int64_t n, int64_t length) {
         if (i < n) {
           for (int64_t j = length; array && j < padded(length); ++j) array[i * padded(length) + j] = 0;
@@ -50,38 +85,46 @@ struct Trace {
         i -= n;
         return i < 0;
       };
-      (void)(row(theta0, 1, N * s.D) || row(inverse, 1, s.Q) || row(r2, 1, KN + N) || row(u, KN + N, s.Q) ||
-             row(gram, s.Q, s.Q) || row(ag, KN, s.Q) || row(a, 1, KN + N) || row(p, KN + N, s.Q));
+      (void)(row(theta, 1, of_theta * s.D) || row(w, 1, KN * s.D) || row(inverse, 1, s.Q) ||
+             row(r2, 1, KN + N) || row(u, KN + N, s.Q) || row(gram, s.Q, s.Q) || row(ag, KN, s.Q) ||
+             row(lost, 1, N) || row(a, 1, KN + N) || row(p, KN + N, s.Q));
     });
   }
 };
 
-// Scratch of the backward pass of an inner loop.
+// Scratch of the backward pass of an inner loop; what only one form uses is not there where the other is
+// sure.
 template <class B>
 struct LoopAdjoint {
   using C = typename B::Scalar;
 
-  C* gu;              // [N][ld]   gradient of U, in: of U_K, out: of U_0
-  C* gr2;             // [N]       gradient of r2, likewise
-  C *gp, *ga;         // [N][ld], [N]: of P and a, with weights only
-  C *gg, *gz;         // [N][ld]
-  C* gag;             // [K][N][ld] gradient of AG; all steps are kept for the Gram matrix' gradient
-  C* gs;              // [K][N][ld] G of every step, likewise
-  C* g2;              // [H][ld]: of the MLP
-  C *gscale, *gbias;  // [N] each: one sum per class, added up in order at the end
+  C* gu;       // [N][ld]   gradient of U, in: of U_K, out: of U_0
+  C* gr2;      // [N]       gradient of r2, likewise
+  C *gp, *ga;  // [N][ld], [N]: of P and a, with A and weights only
+  C *gg, *gz;  // [N][ld]
+  C* gag;      // [K][N][ld] gradient of AG; all steps are kept for the Gram matrix' gradient
+  C* gs;       // [K][N][ld] G of every step, likewise; in D dimensions of one
+  C* g2;       // [H][ld]: of the MLP
+  ClassSums<C> gscale, gbias;
+  C* gv;        // [N][D], in D dimensions
+  C *dot, *ge;  // [N] each, likewise
 
-  __host__ __device__ __forceinline__ LoopAdjoint(Arena<C>& arena, const typename B::Sizes& s, bool weights)
+  __host__ __device__ __forceinline__ LoopAdjoint(Arena<C>& arena, const typename B::Sizes& s,
+                                                  bool gram_formed, bool weights)
       : gu(arena.take(s.N * s.ld())),
         gr2(arena.take(s.N)),
-        gp(weights ? arena.take(s.N * s.ld()) : nullptr),
-        ga(weights ? arena.take(s.N) : nullptr),
+        gp(gram_formed && weights ? arena.take(s.N * s.ld()) : nullptr),
+        ga(gram_formed && weights ? arena.take(s.N) : nullptr),
         gg(arena.take(s.N * s.ld())),
         gz(arena.take(s.N * s.ld())),
-        gag(arena.take(s.K * s.N * s.ld())),
-        gs(arena.take(s.K * s.N * s.ld())),
+        gag(gram_formed ? arena.take(s.K * s.N * s.ld()) : nullptr),
+        gs(arena.take((gram_formed ? s.K : 1) * s.N * s.ld())),
         g2(arena.take(s.H * s.ld())),
-        gscale(arena.take(s.N)),
-        gbias(arena.take(s.N)) {}
+        gscale(arena, s.N),
+        gbias(arena, s.N),
+        gv(arena.take_aside(s.N * s.D, gram_formed)),
+        dot(arena.take_aside(s.N, gram_formed)),
+        ge(arena.take_aside(s.N, gram_formed)) {}
 };
 
 // kKeeps: a task's backward pass follows its forward pass at once, and finds the activations and G of every
@@ -96,12 +139,14 @@ struct InnerLoop {
   C scale, bias, lr;
   C e;  // step size for U, whose gradient is s times that of Z
   Mlp<B> mlp;
-  C* kept;   // [K][kept_size]: activations of every step
-  C *z, *g;  // [N][ld], [N][ld]; of g one for every step that is kept
+  C* kept;        // [K][kept_size]: activations of every step
+  C *z, *g;       // [N][ld], [N][ld]; of g one for every step that is kept
+  C* errors;      // [N][2], in the space of the rows: see `loses`
+  C *scaled, *h;  // [N][ld], [N][D], in D dimensions
 
   __host__ __device__ __forceinline__ InnerLoop(B& block, const typename B::Sizes& s,
                                                 const FoldedMlp<C>& weights, C scale, C bias, C lr,
-                                                bool backward, Arena<C>& arena)
+                                                bool gram_formed, bool backward, Arena<C>& arena)
       : block(block),
         s(s),
         scale(scale),
@@ -111,7 +156,10 @@ struct InnerLoop {
         mlp(block, s, weights, backward && !kKeeps, arena),
         kept(kKeeps ? arena.take(s.K * kept_size(s)) : nullptr),
         z(arena.take(s.N * s.ld())),
-        g(arena.take((kKeeps ? s.K : 1) * s.N * s.ld())) {}
+        g(arena.take((kKeeps ? s.K : 1) * s.N * s.ld())),
+        errors(arena.take(2 * s.N)),
+        scaled(arena.take_aside(s.N * s.ld(), gram_formed)),
+        h(arena.take_aside(s.N * s.D, gram_formed)) {}
 
   // Elements of the activations of a step.
   __host__ __device__ __forceinline__ static int64_t kept_size(const typename B::Sizes& s) {
@@ -120,10 +168,9 @@ struct InnerLoop {
     return count.used();
   }
 
-  // From trace.u[0] = C (rows times theta0) and trace.r2[0] = |theta0|^2 on: fills the trace.
-  // stats: [K][2][2][H] or null.
-  __host__ __device__ __forceinline__ void forward(const Trace<C>& trace, const GramMatrix<B>& gram,
-                                                   C* stats) {
+  // In the space of the rows, from trace.u[0] = C (rows times theta) and trace.r2[0] = |theta|^2 on: fills
+  // the trace. stats: [K][2][2][H] or null.
+  __host__ __device__ __forceinline__ void forward(const Trace<C>& trace, C* stats) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     block.rows(N, Q, [&](int64_t n, auto row) {
       C* u = trace.u + n * ld;
@@ -133,11 +180,39 @@ struct InnerLoop {
       row.each([&](auto q) { q.store(u, q.load(u) * inverse); });
       row.one([&] {
         trace.r2[n] = r2;
+        trace.lost[n] = theta_at_floor(r2);  // a step is not orthogonal to it
+        errors[2 * n] = errors[2 * n + 1] = C(1);
         if (trace.a) trace.a[n] = C(1);
       });
       if (trace.p) row.each([&](auto q) { q.store(trace.p + n * ld, q.zero()); });
     });
-    for (int64_t k = 0; k < s.K; ++k) step(trace, gram, k, stats ? stats + k * 4 * s.H : nullptr);
+    for (int64_t k = 0; k < s.K; ++k) step(trace, k, stats_of(stats, k));
+  }
+
+  // Whether it lost too much, for some class.
+  __host__ __device__ __forceinline__ bool lost(const Trace<C>& trace) const {
+    return trace.lost && block.any(s.N, [&](int64_t n) { return !(trace.lost[n] == C(0)); });
+  }
+
+  // In D dimensions, from trace.theta[0] on: fills the trace. inverse: 1 / |x| of the rows, null where they
+  // are normalised. again: U and r2 are there already; theta of every step and w are wanted.
+  template <class F>
+  __host__ __device__ KERNELMETA_NOINLINE void direct_forward(const Trace<C>& trace, const Rows<F>& rows,
+                                                              const C* inverse, C* stats,
+                                                              bool again = false) {
+    const int64_t N = s.N, ND = N * s.D, ld = s.ld();
+    const DirectSteps<B, F> steps = direct<F>(inverse);
+    if (!again) steps.norms(trace.theta, trace.r2);
+    for (int64_t k = 0; k <= s.K; ++k) {
+      C *theta = trace.theta + k * ND, *r2 = trace.r2 + k * N, *u = trace.u + k * N * ld;
+      steps.directions(theta, r2);
+      if (!again) steps.cosines(part(), rows, u);
+      if (k == s.K) return;
+      guess(u, k, stats_of(stats, k));
+      C* w = trace.w + k * ND;
+      steps.pull(g_of(k), part(), rows, w);
+      steps.step(theta, r2, e, w, theta + ND, r2 + N);
+    }
   }
 
   // Z = s (U + b), transposed into [Q][N].
@@ -149,11 +224,51 @@ struct InnerLoop {
     });
   }
 
-  // grad_logits [Q][N] -> adjoint.gu, gr2 of the start; MLP gradients are added to `grad`.
-  // gp and ga must hold the gradients of P_K and a_K where the trace has weights. With kKeeps, adj.gs is g.
-  __host__ __device__ __forceinline__ void backward(const Trace<C>& trace, const GramMatrix<B>& gram,
-                                                    const C* grad_logits, const Adjoint& adj,
-                                                    const FoldedMlpGrad<C>& grad) {
+  // In the space of the rows: grad_logits [Q][N] -> adjoint.gu, gr2 of the start; MLP gradients are added to
+  // `grad`. gp and ga must hold the gradients of P_K and a_K where the trace has weights. With kKeeps, adj.gs
+  // is g.
+  __host__ __device__ __forceinline__ void backward(const Trace<C>& trace, const C* grad_logits,
+                                                    const Adjoint& adj, const FoldedMlpGrad<C>& grad) {
+    const int64_t N = s.N, ld = s.ld();
+    begin_backward(grad_logits, adj);
+    through_classifier(trace.u + s.K * N * ld, adj);
+    for (int64_t k = s.K - 1; k >= 0; --k) step_backward(trace, k, adj, grad);
+  }
+
+  // In D dimensions: grad_logits [Q][N] and gtheta [N][D], the gradient of theta_K -> gtheta, that of the
+  // start. Gradients of the MLP, and of the normalised rows (over |x|, where `inverse` is given), gquery
+  // [Q][D] (or null), are added.
+  template <class F>
+  __host__ __device__ KERNELMETA_NOINLINE void direct_backward(const Trace<C>& trace, const Rows<F>& rows,
+                                                               const C* inverse, const C* grad_logits,
+                                                               const Adjoint& adj,
+                                                               const FoldedMlpGrad<C>& grad, C* gtheta,
+                                                               C* gquery) {
+    const int64_t N = s.N, ND = N * s.D, ld = s.ld();
+    const DirectSteps<B, F> steps = direct<F>(inverse);
+    begin_backward(grad_logits, adj);
+    steps.directions(trace.theta + s.K * ND, trace.r2 + s.K * N);
+    for (int64_t k = s.K;; --k) {
+      through_classifier(trace.u + k * N * ld, adj);
+      steps.cosines_backward(trace.r2 + k * N, part(), rows, adj.gu, adj.gv, gtheta, gquery);
+      if (k == 0) return;
+      direct_step_backward(trace, steps, k - 1, rows, adj, grad, gtheta, gquery);
+    }
+  }
+
+ private:
+  __host__ __device__ __forceinline__ RowPart part() const { return {0, s.Q}; }
+  template <class F>
+  __host__ __device__ __forceinline__ DirectSteps<B, F> direct(const C* inverse) const {
+    return {block, s.N, s.D, s.Q, s.ld(), inverse, h, scaled};
+  }
+  __host__ __device__ __forceinline__ C* stats_of(C* stats, int64_t k) const {
+    return stats ? stats + k * 4 * s.H : nullptr;
+  }
+  __host__ __device__ __forceinline__ C* g_of(int64_t k) const { return kKeeps ? g + k * s.N * s.ld() : g; }
+
+  // adj.gz = grad_logits [Q][N], transposed; sums, gu and gr2 begin at zero.
+  __host__ __device__ __forceinline__ void begin_backward(const C* grad_logits, const Adjoint& adj) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     block.each_item(Q, [&](int64_t q) {
       for (int64_t n = 0; n < N; ++n) adj.gz[n * ld + q] = grad_logits[q * N + n];
@@ -161,16 +276,13 @@ struct InnerLoop {
     block.unfenced().rows(N, Q, [&](int64_t n, auto row) {
       row.one([&] {
         adj.gr2[n] = 0;
-        adj.gscale[n] = 0;
-        adj.gbias[n] = 0;
+        adj.gscale.clear(n);
+        adj.gbias.clear(n);
       });
       row.each([&](auto q) { q.store(adj.gu + n * ld, q.zero()); });
     });
-    through_classifier(trace.u + s.K * N * ld, adj);
-    for (int64_t k = s.K - 1; k >= 0; --k) step_backward(trace, gram, k, adj, grad);
   }
 
- private:
   // Class n before step k, whose G is gs [N][ld].
   __host__ __device__ __forceinline__ StepFrom<C> state(const Trace<C>& trace, int64_t k, int64_t n,
                                                         const C* gs) const {
@@ -205,52 +317,83 @@ struct InnerLoop {
       const C sum = row.sum([&](auto q) { return q.load(gz); });
       const C along = row.sum([&](auto q) { return q.load(gz) * q.load(un); });
       row.one([&] {
-        adj.gscale[n] += along + bias * sum;
-        adj.gbias[n] += scale * sum;
+        adj.gscale.add(n, along);
+        adj.gscale.add(n, bias * sum);
+        adj.gbias.add(n, scale * sum);
       });
       row.each([&](auto q) { q.store(gu, q.load(gu) + q.load(gz) * scale); });
     });
   }
 
-  __host__ __device__ KERNELMETA_GPU_CALL void step(const Trace<C>& trace, const GramMatrix<B>& gram,
-                                                    int64_t k, C* stats) {
-    const int64_t N = s.N, Q = s.Q, ld = s.ld();
-    const C* u = trace.u + k * N * ld;
-    C* ag = trace.ag + k * N * ld;
-    C* gs = kKeeps ? g + k * N * ld : g;
+  // G of step k from U; leaves the activations that the backward pass wants where it finds them.
+  __host__ __device__ __forceinline__ void guess(const C* u, int64_t k, C* stats) {
     classify(u);
     if constexpr (kKeeps) mlp.act = activations(k);
-    mlp.forward(z, gs, stats);
-    gram.multiply(gs, ag, false);
-    block.rows(N, Q, [&](int64_t n, auto row) {
-      const int64_t i = (k + 1) * N + n;
-      cosine_step<B>(LiveRow(row), state(trace, k, n, gs),
-                     {trace.r2 + i, trace.u + i * ld, trace.a ? trace.a + i : nullptr,
-                      trace.p ? trace.p + i * ld : nullptr});
-    });
+    mlp.forward(z, g_of(k), stats);
   }
-
-  __host__ __device__ __forceinline__ void step_backward(const Trace<C>& trace, const GramMatrix<B>& gram,
-                                                         int64_t k, const Adjoint& adj,
-                                                         const FoldedMlpGrad<C>& grad) {
-    const int64_t N = s.N, Q = s.Q, ld = s.ld();
-    const C* u = trace.u + k * N * ld;
-    C *gs = adj.gs + k * N * ld, *gag = adj.gag + k * N * ld;
+  // The same, for the backward pass.
+  __host__ __device__ __forceinline__ void guess_again(const C* u, int64_t k, C* gs) {
     classify(u);
     if constexpr (kKeeps)
       mlp.act = activations(k);
     else
       mlp.forward(z, gs, nullptr);
+  }
+
+  __host__ __device__ KERNELMETA_GPU_CALL void step(const Trace<C>& trace, int64_t k, C* stats) {
+    const int64_t N = s.N, Q = s.Q, ld = s.ld();
+    C* gs = g_of(k);
+    guess(trace.u + k * N * ld, k, stats);
+    block.mm(N, Q, Q, {gs, ld, 1}, trace.gram, ld, trace.ag + k * N * ld, ld, nullptr);
+    block.rows(N, Q, [&](int64_t n, auto row) {
+      const int64_t i = (k + 1) * N + n;
+      cosine_step<B>(LiveRow(row), state(trace, k, n, gs),
+                     {trace.r2 + i, trace.u + i * ld, errors + 2 * n, trace.lost + n,
+                      trace.a ? trace.a + i : nullptr, trace.p ? trace.p + i * ld : nullptr});
+    });
+  }
+
+  __host__ __device__ __forceinline__ void step_backward(const Trace<C>& trace, int64_t k, const Adjoint& adj,
+                                                         const FoldedMlpGrad<C>& grad) {
+    const int64_t N = s.N, Q = s.Q, ld = s.ld();
+    const C* u = trace.u + k * N * ld;
+    C *gs = adj.gs + k * N * ld, *gag = adj.gag + k * N * ld;
+    guess_again(u, k, gs);
     block.rows(N, Q, [&](int64_t n, auto row) {
       const int64_t i = n * ld;
       const C ge = cosine_step_backward<B>(LiveRow(row), state(trace, k, n, gs),
                                            {adj.gr2 + n, adj.gu + i, adj.ga ? adj.ga + n : nullptr,
                                             adj.gp ? adj.gp + i : nullptr, adj.gg + i, gag + i});
-      row.one([&] { adj.gscale[n] += lr * ge; });
+      row.one([&] { adj.gscale.add(n, lr * ge); });
     });
-    gram.multiply(gag, adj.gg, true);
+    block.mm_add(N, Q, Q, {gag, ld, 1}, trace.gram, ld, adj.gg, ld);
     mlp.backward(z, adj.gg, adj.gz, adj.g2, grad);
     through_classifier(u, adj);
+  }
+
+  // adj.gz = what step k passes on to the logits before it.
+  template <class F>
+  __host__ __device__ KERNELMETA_GPU_CALL void direct_step_backward(const Trace<C>& trace,
+                                                                    const DirectSteps<B, F>& steps, int64_t k,
+                                                                    const Rows<F>& rows, const Adjoint& adj,
+                                                                    const FoldedMlpGrad<C>& grad, C* gtheta,
+                                                                    C* gquery) {
+    const int64_t N = s.N, Q = s.Q, ND = N * s.D, ld = s.ld();
+    const C *u = trace.u + k * N * ld, *r2 = trace.r2 + k * N;
+    C* gs = kKeeps ? adj.gs + k * N * ld : adj.gs;
+    guess_again(u, k, gs);
+    block.unfenced().rows(N, Q, [&](int64_t n, auto row) {
+      const C dot = row.sum([&](auto q) { return q.load(u + n * ld) * q.load(gs + n * ld); });
+      row.one([&] { adj.dot[n] = theta_at_floor(r2[n]) ? C(0) : dot; });
+    });
+    steps.directions(trace.theta + k * ND, r2);
+    steps.step_backward(r2, trace.w + k * ND, e, adj.dot, {}, gtheta, adj.gv, adj.ge);
+    steps.pull_backward(adj.gv, gs, part(), rows, adj.gg, gquery);
+    mlp.backward(z, adj.gg, adj.gz, adj.g2, grad);
+    block.unfenced().rows(N, Q, [&](int64_t n, auto row) {
+      row.one([&] { adj.gscale.add(n, lr * adj.ge[n]); });
+      row.each([&](auto q) { q.store(adj.gu + n * ld, q.zero()); });
+    });
   }
 };
 

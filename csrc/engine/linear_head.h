@@ -10,7 +10,7 @@
 // whatever D is. The head itself is formed once, at the end, and applied to the query rows.
 #pragma once
 
-#include "engine/gram.h"
+#include "engine/feature_rows.h"
 #include "engine/oracles.h"
 
 namespace kernelmeta {
@@ -195,7 +195,7 @@ struct LinearHead {
   }
 
   __host__ __device__ __forceinline__ void ask(const C* z, C* g) {
-    with_oracle(oracle, [&](auto one) { decltype(one)::template forward<B>(rows(), z, g); });
+    with_oracle(oracle, [&](auto one) { one.forward(rows(), z, g); });
   }
 
   // gp: gradient of P_{k+1} -> gradient of P_k; adds to gz0, to the gradient of A and to that of the rate.
@@ -209,7 +209,7 @@ struct LinearHead {
       for (int64_t n = 0; n < N; ++n) grates[k] += t.grate[n];
     });
     if (first_order) return;  // G is a constant there
-    with_oracle(oracle, [&](auto one) { decltype(one)::template backward<B>(rows(), z, t.g, t.gp, t.gz); });
+    with_oracle(oracle, [&](auto one) { one.backward(rows(), z, t.g, t.gp, t.gz); });
     const C rate = rates[k];
     block.rows(N, S, [&](int64_t n, auto row) {
       row.each([&](auto i) {

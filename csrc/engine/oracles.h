@@ -3,7 +3,8 @@
 // One struct an oracle, `forward` and its derivative `backward` beside it, in Block's words, used by all
 // backends; docs/programs.md says how to add one. Rows are innermost: z, g, gg and gz are [N][ld] of the
 // phase's rows. `columns(rows, f)` calls f(at) for every row (or vector of rows), which walks over the N
-// classes by itself. The synthetic-gradient MLP, which has parameters, stands in mlp.h.
+// classes by itself. The synthetic-gradient MLP, which has parameters, stands in mlp.h. `Oracles`, at the
+// end, lists them all: one that is not there does not compile.
 #pragma once
 
 #include "engine/arena.h"
@@ -18,12 +19,8 @@ enum class Oracle : int64_t {
   kEntropy = 3,
   kSoftAssignment = 4,
   kSyntheticGradient = 5,
+  kEnd  // their number
 };
-constexpr int64_t kOracles = 6;
-
-constexpr bool needs_labels(Oracle oracle) {
-  return oracle == Oracle::kCrossEntropy || oracle == Oracle::kSquaredError || oracle == Oracle::kHinge;
-}
 
 // What an oracle may look at besides Z.
 template <class B>
@@ -69,6 +66,10 @@ __host__ __device__ __forceinline__ void softmax_backward(At at, int64_t N, int6
 
 // -log softmax(z)[y].  G = (softmax(z) - y) share.
 struct CrossEntropy {
+  static constexpr Oracle kOracle = Oracle::kCrossEntropy;
+  static constexpr const char* kName = "cross_entropy";
+  static constexpr bool kNeedsLabels = true;
+
   template <class B, class C>
   __host__ __device__ __forceinline__ static void forward(const OracleRows<B>& r, const C* z, C* g) {
     r.block.columns(r.rows, [&](auto at) {
@@ -93,6 +94,10 @@ struct CrossEntropy {
 
 // |z - target y|^2 / 2.  G = (z - target y) share.
 struct SquaredError {
+  static constexpr Oracle kOracle = Oracle::kSquaredError;
+  static constexpr const char* kName = "squared_error";
+  static constexpr bool kNeedsLabels = true;
+
   template <class B, class C>
   __host__ __device__ __forceinline__ static void forward(const OracleRows<B>& r, const C* z, C* g) {
     r.block.columns(r.rows, [&](auto at) {
@@ -114,6 +119,10 @@ struct SquaredError {
 // sum over n other than y of max(0, 1 + z[n] - z[y]) (Weston & Watkins 1998). Its G is constant between
 // kinks: the derivative is zero.
 struct Hinge {
+  static constexpr Oracle kOracle = Oracle::kHinge;
+  static constexpr const char* kName = "hinge";
+  static constexpr bool kNeedsLabels = true;
+
   template <class B, class C>
   __host__ __device__ __forceinline__ static void forward(const OracleRows<B>& r, const C* z, C* g) {
     r.block.columns(r.rows, [&](auto at) {
@@ -142,6 +151,10 @@ struct Hinge {
 
 // The entropy of p = softmax(z).  With h = log p + entropy(p), G = -p h share.
 struct Entropy {
+  static constexpr Oracle kOracle = Oracle::kEntropy;
+  static constexpr const char* kName = "entropy";
+  static constexpr bool kNeedsLabels = false;
+
   template <class B, class C>
   __host__ __device__ __forceinline__ static void forward(const OracleRows<B>& r, const C* z, C* g) {
     r.block.columns(r.rows, [&](auto at) {
@@ -181,6 +194,10 @@ struct Entropy {
 
 // p = softmax(z) itself: not a gradient, but what soft k-means moves its centres with (program.h).
 struct SoftAssignment {
+  static constexpr Oracle kOracle = Oracle::kSoftAssignment;
+  static constexpr const char* kName = "soft_assignment";
+  static constexpr bool kNeedsLabels = false;
+
   template <class B, class C>
   __host__ __device__ __forceinline__ static void forward(const OracleRows<B>& r, const C* z, C* p) {
     r.block.columns(r.rows, [&](auto at) { softmax<B>(at, r.N, r.ld, z, p); });
@@ -193,23 +210,47 @@ struct SoftAssignment {
   }
 };
 
-// Calls f with the struct of an oracle that has no parameters of its own.
+// An MLP's guess (mlp.h): it has parameters, so that whoever asks it does not come here.
+struct SyntheticGradient {
+  static constexpr Oracle kOracle = Oracle::kSyntheticGradient;
+  static constexpr const char* kName = "synthetic_gradient";
+  static constexpr bool kNeedsLabels = false;
+
+  template <class... Args>
+  __host__ __device__ __forceinline__ static void forward(const Args&...) {}
+  template <class... Args>
+  __host__ __device__ __forceinline__ static void backward(const Args&...) {}
+};
+
+template <class... Each>
+struct OracleList {
+  static constexpr int64_t kCount = sizeof...(Each);
+
+  static constexpr bool in_order() {
+    int64_t number = 0;
+    return ((int64_t(Each::kOracle) == number++) && ...);
+  }
+  static constexpr bool needs_labels(Oracle oracle) {
+    return ((oracle == Each::kOracle && Each::kNeedsLabels) || ...);
+  }
+  // f(the oracle's struct)
+  template <class F>
+  __host__ __device__ __forceinline__ static void with(Oracle oracle, F f) {
+    ((oracle == Each::kOracle ? f(Each{}) : void()), ...);
+  }
+};
+
+// In the order of enum Oracle, and of ORACLES in kernelmeta/reference/phases.py.
+using Oracles = OracleList<CrossEntropy, SquaredError, Hinge, Entropy, SoftAssignment, SyntheticGradient>;
+static_assert(Oracles::in_order() && Oracles::kCount == int64_t(Oracle::kEnd),
+              "every oracle of the enum has its struct in the list, in the same order");
+
+constexpr int64_t kOracles = Oracles::kCount;
+constexpr bool needs_labels(Oracle oracle) { return Oracles::needs_labels(oracle); }
+
 template <class F>
 __host__ __device__ __forceinline__ void with_oracle(Oracle oracle, F f) {
-  switch (oracle) {
-    case Oracle::kCrossEntropy:
-      return f(CrossEntropy{});
-    case Oracle::kSquaredError:
-      return f(SquaredError{});
-    case Oracle::kHinge:
-      return f(Hinge{});
-    case Oracle::kEntropy:
-      return f(Entropy{});
-    case Oracle::kSoftAssignment:
-      return f(SoftAssignment{});
-    case Oracle::kSyntheticGradient:
-      return;
-  }
+  Oracles::with(oracle, f);
 }
 
 }  // namespace kernelmeta

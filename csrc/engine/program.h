@@ -17,6 +17,7 @@
 // The adjoint of a step needs G again; it is computed from the state, which the trace holds for every step.
 #pragma once
 
+#include "engine/class_sums.h"
 #include "engine/program_shape.h"
 
 namespace kernelmeta {
@@ -28,7 +29,8 @@ struct ProgramLoop {
   B& block;
   const ProgramShape& s;
   const ProgramParameters<C>& with;
-  C *z, *g;  // [N][widest]
+  C *z, *g;   // [N][widest]
+  C* errors;  // [N][2]: see `loses`
   C* mlp_memory;
   const Sizes support_sizes, query_sizes;  // of the MLP on rows of one kind
   Mlp<B> support_mlp, query_mlp;           // in the same memory
@@ -40,6 +42,7 @@ struct ProgramLoop {
         with(with),
         z(arena.take(s.N * s.widest())),
         g(arena.take(s.N * s.widest())),
+        errors(arena.take(2 * s.N)),
         mlp_memory(s.H ? arena.take(mlp_size(s)) : nullptr),
         support_sizes(s.mlp(s.S)),
         query_sizes(s.mlp(s.Q)),
@@ -58,6 +61,8 @@ struct ProgramLoop {
         row.each([&](auto q) { q.store(u, q.load(u) * inverse); });
         row.one([&] {
           trace.r2[n] = r2;
+          if (theta_at_floor(r2)) trace.lost[n] = 1;  // a step is not orthogonal to it
+          errors[2 * n] = errors[2 * n + 1] = C(1);
           if (trace.a) trace.a[n] = C(1);
         });
       });
@@ -78,9 +83,14 @@ struct ProgramLoop {
         else if (s.cosine)
           step(trace, part, s.part(!phase.query), k);
         else
-          linear_step(trace, part, k);
+          linear_step(trace, part, s.part(!phase.query), k);
       }
     }
+  }
+
+  // Whether the space of the rows lost too much, for some class.
+  __host__ __device__ __forceinline__ bool lost(const ProgramTrace<C>& trace) const {
+    return trace.lost && block.any(s.N, [&](int64_t n) { return !(trace.lost[n] == C(0)); });
   }
 
   // The query rows' Z after the last step, [Q][ways], minus infinity beyond the task's own N.
@@ -103,8 +113,12 @@ struct ProgramLoop {
     C* gag;      // [K][N][ld]  gradient of A G; all steps are kept for the Gram matrix' gradient
     C* gs;       // G of every step, likewise; see ProgramShape::packed
     C* gh;       // [H][widest], MLP scratch
-    C *ganchor, *gra, *gna, *gpa, *gaa;   // <theta, theta_a>; R, r2, P and a of the anchor
-    C *gscale, *gbias, *gtarget, *grate;  // [N]: one sum per class, added up in order
+    C *ganchor, *gra, *gna, *gpa, *gaa;  // <theta, theta_a>; R, r2, P and a of the anchor
+    ClassSums<C> gscale, gbias, gtarget;
+    C* grate;  // [N], of one step
+    // In D dimensions; cosine only.
+    C *gtheta, *gv, *gtheta_a;    // [N][D]: gradients of theta, of the pull, of the anchor
+    C *dot, *ge, *gdot, *gr, *m;  // [N]; m: of a soft assignment
 
     __host__ __device__ __forceinline__ Adjoint(Arena<C>& arena, const ProgramShape& s)
         : gu(arena.take(s.N * s.ld())),
@@ -121,10 +135,18 @@ struct ProgramLoop {
           gna(arena.take(s.N)),
           gpa(s.cosine && s.coefficients ? arena.take(s.N * s.ld()) : nullptr),
           gaa(arena.take(s.N)),
-          gscale(arena.take(s.N)),
-          gbias(arena.take(s.N)),
-          gtarget(arena.take(s.N)),
-          grate(arena.take(s.N)) {}
+          gscale(arena, s.N),
+          gbias(arena, s.N),
+          gtarget(arena, s.N),
+          grate(arena.take(s.N)),
+          gtheta(arena.take_aside(s.cosine ? s.N * s.D : 0, true)),
+          gv(arena.take_aside(s.cosine ? s.N * s.D : 0, true)),
+          gtheta_a(arena.take_aside(s.cosine ? s.N * s.D : 0, true)),
+          dot(arena.take_aside(s.N, true)),
+          ge(arena.take_aside(s.N, true)),
+          gdot(arena.take_aside(s.N, true)),
+          gr(arena.take_aside(s.N, true)),
+          m(arena.take_aside(s.N, true)) {}
   };
 
   // grad_logits [Q][ways] -> adj.gu, gr2 of the start; gradients of parameters are added to `grad`.
@@ -133,18 +155,8 @@ struct ProgramLoop {
                                                     int64_t ways, const Adjoint& adj,
                                                     const ProgramLoopGrad<C>& grad) {
     const int64_t N = s.N, ld = s.ld();
-    const RowPart query = s.query();
-    block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
-      row.one([&] { adj.gr2[n] = adj.gscale[n] = adj.gbias[n] = adj.gtarget[n] = 0; });
-      row.each([&](auto q) { q.store(adj.gu + n * ld, q.zero()); });
-    });
-    block.rows(N, query.ld(), [&](int64_t n, auto row) {
-      row.each([&](auto q) { q.store(adj.gz + n * query.ld(), q.zero()); });
-    });
-    block.each_item(N * s.Q, [&](int64_t i) {
-      adj.gz[i / s.Q * query.ld() + i % s.Q] = grad_logits[i % s.Q * ways + i / s.Q];
-    });
-    through_classifier(trace.u + s.K * N * ld, query, adj);
+    begin_backward(grad_logits, ways, adj);
+    through_classifier(trace.u + s.K * N * ld, s.query(), adj);
     int64_t k = s.K;
     for (int64_t i = s.n_phases - 1; i >= 0; --i) {
       const Phase& phase = s.phases[i];
@@ -164,9 +176,7 @@ struct ProgramLoop {
           step_backward(trace, part, s.part(!phase.query), k, adj, gs);
         else
           linear_backward(trace, part, k, adj, gs);
-        block.unfenced().each_item(1, [&](int64_t) {
-          for (int64_t n = 0; n < N; ++n) grad.rates[k] += adj.grate[n];
-        });
+        add_rate(k, adj, grad);
         if (with.first_order) continue;
         // gg += A gag, of the phase's rows.
         block.dots(N, Rows<C>{gag, ld, nullptr}, part.count, Rows<C>{trace.gram(phase.query), ld, nullptr},
@@ -183,28 +193,47 @@ struct ProgramLoop {
       k = start;
       if (assigns) through_anchor(trace, start, adj);
     }
-    block.unfenced().each_item(3, [&](int64_t which) {
-      C* total = which == 0 ? grad.scale : which == 1 ? grad.bias : grad.target;
-      const C* each = which == 0 ? adj.gscale : which == 1 ? adj.gbias : adj.gtarget;
-      for (int64_t n = 0; n < N; ++n) *total += each[n];
+    finish_backward(adj, grad);
+  }
+
+  // ---- what both forms of a step use
+
+  // adj.gz = grad_logits [Q][ways] of the query rows, transposed; sums, gu and gr2 begin at zero.
+  __host__ __device__ __forceinline__ void begin_backward(const C* grad_logits, int64_t ways,
+                                                          const Adjoint& adj) {
+    const int64_t N = s.N, ld = s.ld();
+    const RowPart query = s.query();
+    block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
+      row.one([&] {
+        adj.gr2[n] = 0;
+        adj.gscale.clear(n);
+        adj.gbias.clear(n);
+        adj.gtarget.clear(n);
+      });
+      row.each([&](auto q) { q.store(adj.gu + n * ld, q.zero()); });
+    });
+    block.rows(N, query.ld(), [&](int64_t n, auto row) {
+      row.each([&](auto q) { q.store(adj.gz + n * query.ld(), q.zero()); });
+    });
+    block.each_item(N * s.Q, [&](int64_t i) {
+      adj.gz[i / s.Q * query.ld() + i % s.Q] = grad_logits[i % s.Q * ways + i / s.Q];
     });
   }
 
- private:
-  __host__ __device__ __forceinline__ static int64_t mlp_size(const ProgramShape& s) {
-    const Sizes sizes = s.mlp(s.widest());
-    Arena<C> count;
-    typename Mlp<B>::Activations unused(count, sizes, true);
-    return count.used();
+  __host__ __device__ __forceinline__ void add_rate(int64_t k, const Adjoint& adj,
+                                                    const ProgramLoopGrad<C>& grad) const {
+    block.unfenced().each_item(1, [&](int64_t) {
+      for (int64_t n = 0; n < s.N; ++n) grad.rates[k] += adj.grate[n];
+    });
   }
 
-  __host__ __device__ __forceinline__ static Mlp<B> mlp_in(B& block, const Sizes& sizes,
-                                                           const FoldedMlp<C>& weights, C* memory) {
-    Arena<C> arena(memory);
-    return Mlp<B>(block, sizes, weights, true, arena);
-  }
-  __host__ __device__ __forceinline__ Mlp<B>& mlp(const Phase& phase) {
-    return phase.query ? query_mlp : support_mlp;
+  // Sums over the classes -> grad.
+  __host__ __device__ __forceinline__ void finish_backward(const Adjoint& adj,
+                                                           const ProgramLoopGrad<C>& grad) const {
+    block.unfenced().each_item(3, [&](int64_t which) {
+      C* total = which == 0 ? grad.scale : which == 1 ? grad.bias : grad.target;
+      *total += (which == 0 ? adj.gscale : which == 1 ? adj.gbias : adj.gtarget).total();
+    });
   }
 
   // z = scale (U + bias) of one part.
@@ -251,7 +280,7 @@ struct ProgramLoop {
         const C along = row.part(part.first, part.count).sum([&](auto q) {
           return q.load(rows.y + i) * q.load(adj.gg + i);
         });
-        row.one([&] { adj.gtarget[n] -= along * rows.share; });
+        row.one([&] { adj.gtarget.add(n, -along * rows.share); });
       });
     }
     with_oracle(phase.oracle, [&](auto oracle) { oracle.backward(rows, z, gs, adj.gg, adj.gz); });
@@ -275,29 +304,46 @@ struct ProgramLoop {
         const C sum = of_part.sum([&](auto q) { return q.load(gz); });
         const C along = of_part.sum([&](auto q) { return q.load(gz) * q.load(un); });
         row.one([&] {
-          adj.gscale[n] += along + with.bias * sum;
-          adj.gbias[n] += with.scale * sum;
+          adj.gscale.add(n, along);
+          adj.gscale.add(n, with.bias * sum);
+          adj.gbias.add(n, with.scale * sum);
         });
       }
       of_part.each([&](auto q) { q.store(gu, q.load(gu) + q.load(gz) * with.scale); });
     });
   }
 
+ private:
+  __host__ __device__ __forceinline__ static int64_t mlp_size(const ProgramShape& s) {
+    const Sizes sizes = s.mlp(s.widest());
+    Arena<C> count;
+    typename Mlp<B>::Activations unused(count, sizes, true);
+    return count.used();
+  }
+
+  __host__ __device__ __forceinline__ static Mlp<B> mlp_in(B& block, const Sizes& sizes,
+                                                           const FoldedMlp<C>& weights, C* memory) {
+    Arena<C> arena(memory);
+    return Mlp<B>(block, sizes, weights, true, arena);
+  }
+  __host__ __device__ __forceinline__ Mlp<B>& mlp(const Phase& phase) {
+    return phase.query ? query_mlp : support_mlp;
+  }
+
   // ---- linear
 
   __host__ __device__ KERNELMETA_GPU_CALL void linear_step(const ProgramTrace<C>& trace, RowPart part,
-                                                           int64_t k) {
+                                                           RowPart others, int64_t k) {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k];
     block.rows(N, ld, [&](int64_t n, auto row) {
       const int64_t at = (k * N + n) * ld;
       const C *u = trace.u + at, *ag = trace.ag + at;
       row.each([&](auto q) { q.store(trace.u + at + N * ld, q.load(u) - q.load(ag) * rate); });
-      if (!trace.p) return;
-      const C *p = trace.p + at, *gn = g + n * part.ld();
-      C *next = trace.p + at + N * ld, *own = next + part.first;
-      row.each([&](auto q) { q.store(next, q.load(p)); });
-      row.part(part.first, part.count).each([&](auto q) { q.store(own, q.load(own) - q.load(gn) * rate); });
+      if (trace.p) {
+        move_coefficients(LiveRow(row, part, others), trace.p + at, g + n * part.ld(), C(1), rate,
+                          trace.p + at + N * ld);
+      }
     });
   }
 
@@ -343,8 +389,8 @@ struct ProgramLoop {
     block.rows(N, ld, [&](int64_t n, auto row) {
       const int64_t i = (k + 1) * N + n;
       cosine_step<B>(LiveRow(row, part, others), state(trace, part, k, n, g),
-                     {trace.r2 + i, trace.u + i * ld, trace.a ? trace.a + i : nullptr,
-                      trace.p ? trace.p + i * ld : nullptr});
+                     {trace.r2 + i, trace.u + i * ld, errors + 2 * n, trace.lost + n,
+                      trace.a ? trace.a + i : nullptr, trace.p ? trace.p + i * ld : nullptr});
     });
   }
 
@@ -359,7 +405,7 @@ struct ProgramLoop {
           {adj.gr2 + n, adj.gu + i, adj.gp ? adj.ga + n : nullptr, adj.gp ? adj.gp + i : nullptr,
            adj.gg + n * part.ld(), adj.gag + (k * N + n) * ld});
       row.one([&] {
-        adj.gscale[n] += with.rates[k] * ge;
+        adj.gscale.add(n, with.rates[k] * ge);
         adj.grate[n] = with.scale * ge;
       });
     });
@@ -375,6 +421,7 @@ struct ProgramLoop {
     C norm2;            // |new|^2
     C with_anchor;      // <new, theta_a>
     C next_r2;
+    C terms;  // that it is the sum of, squared
 
     template <class Row>
     __host__ __device__ __forceinline__ Assignment(const ProgramTrace<C>& t, const ProgramShape& s, C weight,
@@ -399,6 +446,12 @@ struct ProgramLoop {
       with_anchor = (c * na + anchored) / m;
       const C kept = C(1) - rate;
       next_r2 = kept * kept * r2 + 2 * rate * kept * along + rate * rate * norm2;
+      const C sizes = of_part.sum([&](auto q) {
+        const auto of_row = q.load(p) * q.load(ap);
+        return B::max(of_row, of_row * C(-1));
+      });
+      terms = kept * kept * r2 +
+              rate * rate * (c * c * na + 2 * c * B::max(anchored, -anchored) + sizes) / (m * m);
     }
   };
 
@@ -422,6 +475,7 @@ struct ProgramLoop {
       row.one([&] {
         const C anchor = k == start ? v.na : trace.anchor[k * N + n];
         trace.r2[(k + 1) * N + n] = next_r2;
+        if (loses<B>(errors + 2 * n, B::sqrt(v.terms / v.next_r2), v.terms, v.next_r2)) trace.lost[n] = 1;
         trace.anchor[(k + 1) * N + n] = kept * anchor + rate * v.with_anchor;
         if (trace.a) {
           trace.a[(k + 1) * N + n] = kept * trace.a[k * N + n] + rate * v.c * trace.a[start * N + n] / v.m;

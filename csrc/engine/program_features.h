@@ -19,15 +19,17 @@ struct ProgramFeatures {
   const C* start_bias;  // [N], linear; null: zero
   bool first_order;
 
-  // -> trace.inverse, grams, u[0] = rows times theta0 (plus bias), r2[0] = |theta0|^2.
-  __host__ __device__ KERNELMETA_GPU_CALL void forward() {
+  // -> trace.inverse, grams, u[0] = rows times theta0 (plus bias), r2[0] = |theta0|^2. False where the norm
+  // of some row of a cosine classifier says that products of rows are out of range.
+  __host__ __device__ KERNELMETA_GPU_CALL bool forward() {
     const int64_t N = s.N, D = s.D, ld = s.ld();
+    bool in_range = true;
     form_gram();
     each_part([&](RowPart part, Rows<F> rows) {
       if (theta0) block.dots(N, Rows<C>{theta0, D, nullptr}, part.count, rows, D, trace.u + part.first, ld);
     });
     if (s.cosine) {
-      normalise();
+      in_range = normalise();
       block.unfenced().features(N, D, [&](int64_t n, auto row) {
         const C* t = theta0 + n * D;
         const C squares = row.sum([&](auto d) { return d.load(t) * d.load(t); });
@@ -41,6 +43,17 @@ struct ProgramFeatures {
         });
       });
     }
+    return in_range;
+  }
+
+  // trace.inverse alone.
+  __host__ __device__ __forceinline__ void norms() {
+    each_part([&](RowPart part, Rows<F> rows) {
+      block.unfenced().features(part.count, s.D, [&](int64_t i, auto row) {
+        const C found = inverse_norm<B>(row, rows(i));
+        row.one([&] { trace.inverse[part.first + i] = found; });
+      });
+    });
   }
 
   // Scratch of the backward pass.
@@ -67,7 +80,7 @@ struct ProgramFeatures {
         const C r2 = trace.r2[n];
         const C inverse = C(1) / B::sqrt(r2);
         const C along = row.sum([&](auto q) { return q.load(gu) * q.load(trace.u + n * ld); });
-        const bool floored = !(r2 > C(kNormFloor) * C(kNormFloor));
+        const bool floored = theta_at_floor(r2);
         row.each([&](auto q) {
           const auto value = q.load(gu) * inverse;
           q.store(gc, value);
@@ -122,14 +135,18 @@ struct ProgramFeatures {
       block.features_mm_add(part.count, N, D, {t.scaled + part.first, 1, ld}, Rows<C>{theta0, D, nullptr},
                             to);
     });
-    if (!s.cosine) return;
-    // Without its component along the row.
+    if (s.cosine) without_radial_part(gsupport, gquery);
+  }
+
+  // Gradients of the normalised rows over |x| -> of the rows: without their component along each.
+  __host__ __device__ __forceinline__ void without_radial_part(C* gsupport, C* gquery) {
+    const int64_t D = s.D;
     each_part([&](RowPart part, Rows<F> rows) {
       C* to = part.first == s.query().first ? gquery : gsupport;
       if (!to) return;
       block.unfenced().features(part.count, D, [&](int64_t i, auto row) {
         const C inverse = trace.inverse[part.first + i];
-        if (!(inverse < C(1 / kNormFloor))) return;
+        if (at_floor(inverse)) return;
         const F* x = rows(i);
         C* g = to + i * D;
         const C along = row.sum([&](auto d) { return d.load(x) * d.load(g); }) * inverse * inverse;
@@ -182,23 +199,26 @@ struct ProgramFeatures {
     }
   }
 
-  // trace.inverse; A and u[0] become those of the normalised rows.
-  __host__ __device__ __forceinline__ void normalise() {
+  // trace.inverse; A and u[0] become those of the normalised rows. False: see forward.
+  __host__ __device__ __forceinline__ bool normalise() {
     const int64_t ld = s.ld();
+    bool extreme = false;
     for (int of_query = 0; of_query < 2; ++of_query) {
       const RowPart part = s.part(of_query);
       C* inverse = trace.inverse + part.first;
       const C* gram = trace.gram(of_query);
       if (gram) {
-        block.each_item(part.count, [&](int64_t i) {
-          inverse[i] = C(1) / B::max(B::sqrt(gram[i * ld + part.first + i]), C(kNormFloor));
-        });
+        const auto square = [&](int64_t i) { return gram[i * ld + part.first + i]; };
+        extreme |= block.any(part.count, [&](int64_t i) { return out_of_range(square(i)); });
+        block.each_item(part.count,
+                        [&](int64_t i) { inverse[i] = C(1) / B::max(B::sqrt(square(i)), C(kNormFloor)); });
       } else if (of_query) {
         block.features(part.count, s.D, [&](int64_t i, auto row) {
-          const F* x = query_rows(i);
-          const C squares = row.sum([&](auto d) { return d.load(x) * d.load(x); });
-          row.one([&] { inverse[i] = C(1) / B::max(B::sqrt(squares), C(kNormFloor)); });
+          const C found = inverse_norm<B>(row, query_rows(i));
+          row.one([&] { inverse[i] = found; });
         });
+        extreme |=
+            block.any(part.count, [&](int64_t i) { return out_of_range(C(1) / inverse[i] / inverse[i]); });
       }
     }
     for (int of_query = 0; of_query < 2; ++of_query) {
@@ -210,6 +230,7 @@ struct ProgramFeatures {
       C* u = trace.u + n * ld;
       row.each([&](auto q) { q.store(u, q.load(u) * q.load(trace.inverse)); });
     });
+    return !extreme;
   }
 
   // a[i][j] times 1 / |x_i| and 1 / |x_j|

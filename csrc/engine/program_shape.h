@@ -14,14 +14,6 @@ struct Phase {
   int64_t steps;
 };
 
-// Rows of one kind: where they stand among the live rows. `first` is a multiple of kAlign, so that every part
-// of an array can be read in vectors; between the parts, and in all padding, arrays of live rows hold zeros.
-struct RowPart {
-  int64_t first, count;
-
-  __host__ __device__ __forceinline__ int64_t ld() const { return padded(count); }
-};
-
 // One task's sizes, and the program.
 struct ProgramShape {
   int64_t S, Q, N, D, H;
@@ -62,7 +54,8 @@ struct ProgramTrace {
   C* ag;                         // [K][N][ld]    A G
   C *gram_support, *gram_query;  // [S][ld], [Q][ld]: rows of A (+ 1 if linear), for the parts in use
   C* anchor;                     // [K+1][N]      <theta, theta_a>; soft assignment
-  C *a, *p;                      // [K+1][N], [K+1][N][ld]: with coefficients only
+  C* lost;   // [N]           not zero: the task was done anew in D dimensions; cosine only
+  C *a, *p;  // [K+1][N], [K+1][N][ld]: with coefficients only
 
   ProgramTrace() = default;
   __host__ __device__ __forceinline__ ProgramTrace(Arena<C>& arena, const ProgramShape& s, bool class_means)
@@ -74,6 +67,7 @@ struct ProgramTrace {
         gram_support(s.uses_support ? arena.take(s.S * s.ld()) : nullptr),
         gram_query(s.uses_query ? arena.take(s.Q * s.ld()) : nullptr),
         anchor(s.cosine ? arena.take((s.K + 1) * s.N) : nullptr),
+        lost(s.cosine ? arena.take(s.N) : nullptr),
         a(s.coefficients && s.cosine ? arena.take((s.K + 1) * s.N) : nullptr),
         p(s.coefficients ? arena.take((s.K + 1) * s.N * s.ld()) : nullptr) {}
 

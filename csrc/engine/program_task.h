@@ -1,6 +1,7 @@
 // One task of `program`, from its features to its logits and back.
 #pragma once
 
+#include "engine/program_direct.h"
 #include "engine/program_features.h"
 #include "engine/sib_task.h"
 #include "engine/task_rows.h"
@@ -112,6 +113,7 @@ struct ProgramTask {
   ProgramLoop<B> loop;
   ProgramTrace<C> trace;
   ProgramFeatures<B> features;
+  DirectProgram<B> direct;
 
   __host__ __device__ __forceinline__ ProgramTask(Arena<C>& arena, B& block, const ProgramProblem<C>& p,
                                                   const Phase* phases, const FoldedMlp<C>& folded, int64_t t)
@@ -139,7 +141,8 @@ struct ProgramTask {
                    p.first_order},
         loop(block, shape, parameters, arena),
         trace(),
-        features{block, shape, {}, {}, trace, nullptr, p.start_bias, p.first_order} {
+        features{block, shape, {}, {}, trace, nullptr, p.start_bias, p.first_order},
+        direct(arena, loop, trace) {
     if (w1) mlp.w1 = w1;
   }
   ProgramTask(const ProgramTask&) = delete;
@@ -156,8 +159,9 @@ struct ProgramTask {
   __host__ __device__ __forceinline__ void forward(const ProgramForward<C>& f) {
     prepare();
     if (p.start == Start::kClassMeans) class_means().forward(trace.theta0);
-    features.forward();
+    const bool in_range = features.forward();
     loop.forward(trace);
+    if (!in_range || (p.cosine && p.D == 1) || loop.lost(trace)) forward_anew();
     const int64_t first = p.query.first(t), N = shape.N, ld = shape.ld();
     loop.logits(trace, p.N, f.logits + first * p.N);
     if (!p.coefficients) return;
@@ -180,10 +184,12 @@ struct ProgramTask {
     prepare();
     if (p.coefficients) coefficients_backward(f, adjoint);
     const ProgramLoopGrad<C> of_loop{grad.scale, grad.bias, grad.target, grad.rates, &grad.mlp};
-    loop.backward(trace, f.grad_logits + query_first * p.N, p.N, adjoint, of_loop);
+    const C* grad_logits = f.grad_logits + query_first * p.N;
     C* gsupport = f.grad_support ? f.grad_support + support_first * D : nullptr;
     C* gquery = f.grad_query ? f.grad_query + query_first * D : nullptr;
     C* gstart = from_means ? gtheta0 : p.start == Start::kLearned ? grad.theta0 : nullptr;
+    if (loop.lost(trace)) return backward_anew(grad_logits, grad, of_loop, adjoint, gsupport, gquery);
+    loop.backward(trace, grad_logits, p.N, adjoint, of_loop);
     if (from_means) block.unfenced().features_zero(shape.N, D, gstart);
     if (gsupport && !from_means) block.unfenced().features_zero(shape.S, D, gsupport);
     if (gquery) block.unfenced().features_zero(shape.Q, D, gquery);
@@ -193,6 +199,55 @@ struct ProgramTask {
   }
 
  private:
+  // ---- in D dimensions, where the space of the rows lost too much
+
+  // theta at the start and the normalised rows.
+  __host__ __device__ __forceinline__ void start_anew() {
+    const C* inverse = trace.inverse;
+    if (shape.uses_support) {
+      normalise_rows(block, features.support_rows, shape.S, p.D, inverse, direct.unit_support);
+    }
+    normalise_rows(block, features.query_rows, shape.Q, p.D, inverse + shape.query().first,
+                   direct.unit_query);
+    block.features(shape.N, p.D, [&](int64_t n, auto row) {
+      const C* from = features.theta0 + n * p.D;
+      row.each([&](auto d) { d.store(direct.theta + n * p.D, d.load(from)); });
+    });
+  }
+
+  __host__ __device__ KERNELMETA_NOINLINE void forward_anew() {
+    block.unfenced().each_item(shape.N, [&](int64_t n) { trace.lost[n] = 1; });
+    features.norms();
+    start_anew();
+    direct.forward(false);
+  }
+
+  __host__ __device__ KERNELMETA_NOINLINE void backward_anew(const C* grad_logits, const ProgramGrad<C>& grad,
+                                                             const ProgramLoopGrad<C>& of_loop,
+                                                             const typename ProgramLoop<B>::Adjoint& adjoint,
+                                                             C* gsupport, C* gquery) {
+    const bool from_means = p.start == Start::kClassMeans;
+    const int64_t N = shape.N, D = p.D;
+    if (gsupport) block.unfenced().features_zero(shape.S, D, gsupport);
+    if (gquery) block.unfenced().features_zero(shape.Q, D, gquery);
+    start_anew();
+    direct.forward(true);
+    direct.backward(grad_logits, p.N, adjoint, of_loop, {gsupport, gquery});
+    const C* inverse = trace.inverse;
+    if (gsupport && shape.uses_support) {
+      through_norms(block, direct.unit_support, inverse, shape.S, D, gsupport);
+    }
+    if (gquery) through_norms(block, direct.unit_query, inverse + shape.query().first, shape.Q, D, gquery);
+    if (from_means) {
+      class_means().backward(adjoint.gtheta, gsupport, p.weight ? grad.weight : nullptr, true);
+    } else {
+      block.unfenced().features(N, D, [&](int64_t n, auto row) {
+        C* to = grad.theta0 + n * D;
+        row.each([&](auto d) { d.store(to, d.load(to) + d.load(adjoint.gtheta + n * D)); });
+      });
+    }
+  }
+
   // Labels, and of the MLP's first layer what this task's classes need.
   __host__ __device__ __forceinline__ void prepare() {
     const int64_t N = shape.N, H = p.H;

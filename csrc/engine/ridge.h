@@ -6,7 +6,7 @@
 // One factorisation, U^T d U with ones on U's diagonal, serves the solution and the adjoint's.
 #pragma once
 
-#include "engine/gram.h"
+#include "engine/feature_rows.h"
 
 namespace kernelmeta {
 

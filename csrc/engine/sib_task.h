@@ -87,7 +87,9 @@ struct SibTask {
   C* support_inverse;
   SortedClasses<B> classes;
   C *query_buffer, *start_buffer;
-  C *span, *scaled;
+  // Of a task that is done anew in D dimensions, from normalised rows.
+  C *theta, *w;  // [K+1][N][D], [K][N][D]
+  C* unit;       // [Q][D]
 
   __host__ __device__ __forceinline__ SibTask(Arena<C>& arena, B& block, const Sizes& s,
                                               const SibProblem<C>& p, const FoldedMlp<C>& mlp, C scale,
@@ -95,13 +97,14 @@ struct SibTask {
       : block(block),
         s(s),
         p(p),
-        loop(block, s, mlp, scale, bias, p.lr, backward, arena),
+        loop(block, s, mlp, scale, bias, p.lr, gram_formed, backward, arena),
         support_inverse(arena.take(s.S)),
         classes(arena, s, p.classes.labels != nullptr),
         query_buffer(B::widening_buffer(arena, p.query, s.D)),
         start_buffer(B::widening_buffer(arena, p.start, s.D)),
-        span(gram_formed ? nullptr : arena.take(s.N * s.D)),
-        scaled(gram_formed ? nullptr : arena.take(s.N * s.ld())) {}
+        theta(gram_formed ? arena.take_aside((s.K + 1) * s.N * s.D, true) : nullptr),
+        w(gram_formed ? arena.take_aside(s.K * s.N * s.D, true) : nullptr),
+        unit(gram_formed || s.D == 1 ? arena.take_aside(s.Q * s.D, true) : nullptr) {}
 
   __host__ __device__ __forceinline__ bool invalid(int64_t t) {
     return is_invalid(block, t, s, p.classes.labels, true, p.start, &p.query);
@@ -109,19 +112,26 @@ struct SibTask {
 
   __host__ __device__ __forceinline__ void forward(const SibForward<C>& f, int64_t t, const Trace<C>& trace) {
     if (p.classes.given()) {
-      class_means(t).forward(trace.theta0);
+      class_means(t).forward(trace.theta);
     } else {
       const auto rows = B::theta0_rows(p.start, t, s.D, start_buffer);
       block.features(s.N, s.D, [&](int64_t n, auto row) {
-        row.each([&](auto d) { d.store(trace.theta0 + n * s.D, d.load(rows(n))); });
+        row.each([&](auto d) { d.store(trace.theta + n * s.D, d.load(rows(n))); });
       });
     }
     const auto query = B::task_rows(p.query, t, s.D, query_buffer);
+    C* stats = f.stats ? f.stats + t * s.K * 4 * s.H : nullptr;
     QueryFeatures<B> features{block, s, query, trace};
-    features.forward();
-    loop.forward(trace, gram(query, trace), f.stats ? f.stats + t * s.K * 4 * s.H : nullptr);
-    loop.logits(trace, f.logits + t * s.Q * s.N);
-    if (f.weights) features.weights(f.weights + t * s.N * s.D, loop.z);
+    if (trace.gram) {
+      const bool in_range = features.forward();
+      loop.forward(trace, stats);
+      if (!in_range || s.D == 1 || loop.lost(trace)) return forward_anew(f, t, trace, query, stats);
+    } else {
+      features.norms();
+      if (s.D == 1) return forward_anew(f, t, trace, query, stats);
+      loop.direct_forward(trace, query, trace.inverse, stats);
+    }
+    finish(f, t, features);
   }
 
   // Scratch of the backward pass.
@@ -131,7 +141,7 @@ struct SibTask {
 
     __host__ __device__ __forceinline__ Adjoint(Arena<C>& arena, const Sizes& s, bool gram_formed,
                                                 bool query_grad, bool weights)
-        : loop(arena, s, weights), features(arena, s, query_grad && gram_formed) {}
+        : loop(arena, s, gram_formed, weights), features(arena, s, query_grad && gram_formed) {}
   };
 
   // Adds to `grad`. gtheta0 [N][D]: scratch, unless the start is theta0 and its gradient wanted.
@@ -140,34 +150,91 @@ struct SibTask {
                                                     C* gtheta0) {
     const C* gweights = f.grad_weights ? f.grad_weights + t * s.N * s.D : nullptr;
     const auto query = B::task_rows(p.query, t, s.D, query_buffer);
-    QueryFeatures<B> features{block, s, query, trace};
-    const GramMatrix<B> a = gram(query, trace);
-    if (gweights) features.weights_backward(gweights, adjoint.loop);
-    loop.backward(trace, a, f.grad_logits + t * s.Q * s.N, adjoint.loop, grad.mlp);
-    block.each_item(2, [&](int64_t which) {
-      C* total = which ? grad.bias : grad.scale;
-      const C* each = which ? adjoint.loop.gbias : adjoint.loop.gscale;
-      for (int64_t n = 0; n < s.N; ++n) *total += each[n];
-    });
+    C* gquery = f.grad_query ? f.grad_query + t * s.Q * s.D : nullptr;
     const bool from_support = p.classes.given();
     C* gstart = f.grad_start ? f.grad_start + t * p.start.rows * s.D : nullptr;
     if (gstart && !from_support) gtheta0 = gstart;
-    if (!gstart && !p.weight && !f.grad_query) return;
-    features.theta0_backward(adjoint.loop, gweights, adjoint.features, gtheta0);
-    if (from_support) class_means(t).backward(gtheta0, gstart, p.weight ? grad.weight : nullptr);
-    if (f.grad_query) {
-      features.query_backward(a, adjoint.loop, gweights, adjoint.features, f.grad_query + t * s.Q * s.D);
+    QueryFeatures<B> features{block, s, query, trace};
+    if (s.D == 1 || loop.lost(trace)) {
+      backward_anew(f, t, trace, query, adjoint, grad, gtheta0, gquery);
+    } else if (!trace.gram) {
+      begin_direct_backward(gweights, gtheta0, gquery);
+      loop.direct_backward(trace, query, trace.inverse, f.grad_logits + t * s.Q * s.N, adjoint.loop, grad.mlp,
+                           gtheta0, gquery);
+      if (gquery) features.without_radial_part(gquery);
+    } else {
+      if (gweights) features.weights_backward(gweights, adjoint.loop);
+      loop.backward(trace, f.grad_logits + t * s.Q * s.N, adjoint.loop, grad.mlp);
+      if (gstart || p.weight || gquery) {
+        features.theta0_backward(adjoint.loop, gweights, adjoint.features, gtheta0);
+      }
+      if (gquery) features.query_backward(adjoint.loop, gweights, adjoint.features, gquery);
+    }
+    block.unfenced().each_item(2, [&](int64_t which) {
+      *(which ? grad.bias : grad.scale) += (which ? adjoint.loop.gbias : adjoint.loop.gscale).total();
+    });
+    if (from_support && (gstart || p.weight)) {
+      class_means(t).backward(gtheta0, gstart, p.weight ? grad.weight : nullptr);
     }
   }
 
  private:
+  __host__ __device__ __forceinline__ void finish(const SibForward<C>& f, int64_t t,
+                                                  QueryFeatures<B>& features) {
+    loop.logits(features.trace, f.logits + t * s.Q * s.N);
+    if (f.weights) features.weights(f.weights + t * s.N * s.D, loop.z);
+  }
+
+  // ---- in D dimensions, where the space of the rows lost too much
+
+  // The trace, theta at the start and the normalised rows.
+  template <class F>
+  __host__ __device__ __forceinline__ Trace<C> anew(const Trace<C>& trace, const Rows<F>& query) {
+    normalise_rows(block, query, s.Q, s.D, trace.inverse, unit);
+    if (!trace.gram) return trace;
+    block.features(s.N, s.D, [&](int64_t n, auto row) {
+      row.each([&](auto d) { d.store(theta + n * s.D, d.load(trace.theta + n * s.D)); });
+    });
+    return trace.in_features(theta, w);
+  }
+
+  template <class F>
+  __host__ __device__ KERNELMETA_NOINLINE void forward_anew(const SibForward<C>& f, int64_t t,
+                                                            const Trace<C>& trace, const Rows<F>& query,
+                                                            C* stats) {
+    QueryFeatures<B>{block, s, query, trace}.norms();
+    if (trace.lost) block.unfenced().each_item(s.N, [&](int64_t n) { trace.lost[n] = 1; });
+    const Trace<C> direct = anew(trace, query);
+    loop.direct_forward(direct, Rows<C>{unit, s.D, nullptr}, nullptr, stats);
+    QueryFeatures<B> features{block, s, query, direct};
+    finish(f, t, features);
+  }
+
+  template <class F>
+  __host__ __device__ KERNELMETA_NOINLINE void backward_anew(const SibBackward<C>& f, int64_t t,
+                                                             const Trace<C>& trace, const Rows<F>& query,
+                                                             const Adjoint& adjoint,
+                                                             const SibParameterGrad<C>& grad, C* gtheta0,
+                                                             C* gquery) {
+    const Trace<C> direct = anew(trace, query);
+    const Rows<C> rows{unit, s.D, nullptr};
+    if (!kKeeps && trace.gram) loop.direct_forward(direct, rows, nullptr, nullptr, true);
+    begin_direct_backward(f.grad_weights ? f.grad_weights + t * s.N * s.D : nullptr, gtheta0, gquery);
+    loop.direct_backward(direct, rows, nullptr, f.grad_logits + t * s.Q * s.N, adjoint.loop, grad.mlp,
+                         gtheta0, gquery);
+    if (gquery) through_norms(block, unit, trace.inverse, s.Q, s.D, gquery);
+  }
+
+  __host__ __device__ __forceinline__ void begin_direct_backward(const C* gweights, C* gtheta0, C* gquery) {
+    if (gquery) block.unfenced().features_zero(s.Q, s.D, gquery);
+    block.features(s.N, s.D, [&](int64_t n, auto row) {
+      row.each([&](auto d) { d.store(gtheta0 + n * s.D, gweights ? d.load(gweights + n * s.D) : d.zero()); });
+    });
+  }
+
   __host__ __device__ __forceinline__ ClassMeans<B> class_means(int64_t t) {
     const ClassMembers members = classes.of(block, p.classes, t, s);
     return {block, s, B::task_rows(p.start, t, s.D, start_buffer), members, p.weight, support_inverse};
-  }
-  template <class F>
-  __host__ __device__ __forceinline__ GramMatrix<B> gram(const Rows<F>& rows, const Trace<C>& trace) {
-    return {block, s, rows, trace.inverse, trace.gram, span, scaled};
   }
 };
 

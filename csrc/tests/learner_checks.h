@@ -156,7 +156,7 @@ struct Tasks {
   Vec support, query;
 
   Tasks(int64_t D, int64_t N, const std::vector<int64_t>& S, const std::vector<int64_t>& Q,
-        const std::vector<int64_t>& ways, bool bank)
+        const std::vector<int64_t>& ways, bool bank, double along = 0)
       : D(D), N(N), S(S), Q(Q), ways(ways), ragged(false), bank(bank) {
     for (size_t t = 0; t < S.size(); ++t) {
       ragged = ragged || S[t] != S[0] || Q[t] != Q[0] || ways[t] != N;
@@ -165,8 +165,8 @@ struct Tasks {
       const auto rest = draw_numbers(S[t], ways[t]);
       for (int64_t i = 0; i < S[t]; ++i) labels.push_back(i < ways[t] ? ways[t] - 1 - i : rest[size_t(i)]);
     }
-    support = draw_floats(rows(false) * D);
-    query = draw_floats(rows(true) * D);
+    support = draw_floats(rows(false) * D, along - 1, along + 1);
+    query = draw_floats(rows(true) * D, along - 1, along + 1);
     support_index = draw_numbers(rows(false), rows(false));
     query_index = draw_numbers(rows(true), rows(true));
   }
@@ -213,6 +213,7 @@ struct ProgramCase {
   Start start;
   bool coefficients = false, first_order = false, running = false, bank = false, weight = false;
   bool need_support = true, need_query = true;
+  double rate = 0.02, along = 0;  // the least rate; see Episode
 };
 
 struct ProgramEpisode {
@@ -224,8 +225,8 @@ struct ProgramEpisode {
 
   explicit ProgramEpisode(const ProgramCase& of)
       : c(of),
-        tasks(c.D, c.N, c.S, c.Q, c.ways, c.bank),
-        theta0(draw_floats(c.N * c.D)),
+        tasks(c.D, c.N, c.S, c.Q, c.ways, c.bank, c.along),
+        theta0(draw_floats(c.N * c.D, c.along - 1, c.along + 1)),
         start_bias(draw_floats(c.N)),
         weight(draw_floats(c.D, 0.5, 1.5)),
         scale{3.5},
@@ -234,7 +235,7 @@ struct ProgramEpisode {
         mlp(draw_floats(2 * c.N * c.H + c.H * c.H + 6 * c.H + c.N, -0.7, 0.7)),
         running(draw_floats(4 * c.H, 0.5, 1.5)) {
     for (const Phase& phase : c.phases) K += phase.steps;
-    rates = draw_floats(K, 0.02, 0.1);
+    rates = draw_floats(K, c.rate, 5 * c.rate);
     grad_logits = draw_floats(tasks.rows(true) * c.N);
     grad_support = draw_floats(tasks.rows(false) * c.N);
     grad_query = draw_floats(tasks.rows(true) * c.N);
@@ -392,6 +393,14 @@ std::vector<ProgramCase> program_cases() {
   rows.need_support = false;
   auto& none = add("parameters alone", 15, 2, 5, {4}, {5}, {2}, {asks_support}, false, Start::kLearned);
   none.need_support = none.need_query = none.weight = false;
+  // Steps that cancel.
+  auto& parallel = add("squares, then soft assignment, of rows nearly parallel", 11, 3, 0, {7, 4}, {5, 18},
+                       {3, 2}, {squares, assigns}, true, Start::kClassMeans);
+  parallel.coefficients = parallel.weight = true;
+  parallel.rate = 0.3, parallel.along = 3;
+  auto& guesses = add("guesses at rows nearly parallel", 6, 2, 5, {4, 4}, {9, 9}, {2, 2},
+                      {asks, cross_entropy}, true, Start::kLearned);
+  guesses.rate = 0.3, guesses.along = 0.5, guesses.bank = true;
   add("no steps", 8, 2, 0, {3}, {5}, {2}, {}, true, Start::kClassMeans).coefficients = true;
   add("no steps, linear", 8, 2, 0, {3}, {5}, {2}, {}, false, Start::kLearned);
   add("support alone", 17, 3, 0, {6}, {5}, {3}, {squares, entropy}, false, Start::kZero).need_query = false;

@@ -75,7 +75,7 @@ def trace_size(
     size = _padded(N * D) if start == 0 else 0
     size += (2 * K + 1) * N * ld
     if cosine:
-        size += ld + 2 * per_step
+        size += ld + 2 * per_step + _padded(N)
     size += (S * ld if uses_support else 0) + (Q * ld if uses_query else 0)
     if coefficients:
         size += (per_step if cosine else 0) + (K + 1) * N * ld

@@ -3,7 +3,7 @@
     logits = s (b + cos(query, theta_K)),   theta_{k+1} = theta_k - lr dZ/dtheta^T MLP(Z)
 
 with theta_0 given (:func:`sib_inner_loop`) or the weighted class means of a support set (:func:`sib`). The kernels
-work in the dual form (kernelmeta/reference/dual.py, csrc/engine/inner_loop.h).
+work in the space of the rows (csrc/engine/inner_loop.h).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kernelmeta import reference
 from kernelmeta.backends import select
 from kernelmeta.ops import _checks
 from kernelmeta.ops._differentiable import Args, DifferentiableOp, is_traced
-from kernelmeta.reference import MLPParameters, dual
+from kernelmeta.reference import MLPParameters, explicit
 
 # Positions of the raw op's arguments.
 _QUERY, _START, _WEIGHT, _SCALE = 0, 2, 5, 6
@@ -49,12 +49,14 @@ def trace_size(N: int, Q: int, D: int, K: int, return_weights: bool) -> int:
         return (n + 15) // 16 * 16
 
     rows = padded(Q)
-    size = padded(N * D) + rows + padded((K + 1) * N) + (K + 1) * N * rows + K * N * rows
-    if K > 0 and 8 * K * N >= Q:  # forms_gram in csrc/engine/gram.h
-        size += Q * rows
+    in_rows = padded(N * D) + padded(N) + K * N * rows  # theta0, lost, A G
     if return_weights:
-        size += padded((K + 1) * N) + (K + 1) * N * rows
-    return size
+        in_rows += padded((K + 1) * N) + (K + 1) * N * rows
+    if K > 0 and 8 * K * N >= Q:  # forms_gram in csrc/engine/inner_loop.h
+        in_rows += Q * rows
+    else:  # theta of every step and w
+        in_rows = max(in_rows, padded((K + 1) * N * D) + padded(K * N * D))
+    return in_rows + rows + padded((K + 1) * N) + (K + 1) * N * rows
 
 
 def _fake(*args: Any) -> tuple[Tensor, ...]:
@@ -93,7 +95,7 @@ def _fallback(*args: Any) -> tuple[Tensor, ...]:
     parameters = MLPParameters(*mlp)
     if labels is not None:
         theta0 = reference.class_means(theta0, labels, parameters.weight1.shape[1], weight)
-    results = dual.sib_inner_loop(
+    results = explicit.sib_inner_loop(
         theta0,
         _gathered(query, query_index).to(dtype),
         scale,
@@ -337,7 +339,7 @@ def _run(check: Callable[[Args, Args], None], given: Args, options: Args, return
         start = _gathered(start, start_index).to(scale.dtype)
         if labels is not None:
             start = reference.class_means(start, labels, mlp[0].shape[1], weight)
-        loop = dual.sib_inner_loop if not plain or is_traced() else reference.sib_inner_loop
+        loop = explicit.sib_inner_loop if not plain or is_traced() else reference.sib_inner_loop
         logits, weights, *stats = loop(
             start, _gathered(query, query_index).to(scale.dtype), scale, bias, MLPParameters(*rest), steps=steps,
             inner_lr=lr, norm_stats=norm_stats, running_stats=running_stats, return_weights=True,

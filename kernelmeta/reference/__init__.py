@@ -3,7 +3,7 @@
 The functions have the names, arguments and results of those in :mod:`kernelmeta.ops`, which document them.
 """
 
-from kernelmeta.reference import dual
+from kernelmeta.reference import explicit
 from kernelmeta.reference.class_means import class_means
 from kernelmeta.reference.linear_head import linear_head
 from kernelmeta.reference.phases import Phase
@@ -16,7 +16,7 @@ __all__ = [
     "MLPParameters",
     "Phase",
     "class_means",
-    "dual",
+    "explicit",
     "linear_head",
     "program",
     "ridge",

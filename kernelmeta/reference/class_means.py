@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import one_hot
 
+from kernelmeta.reference.norms import unit
 from kernelmeta.reference.precision import promoted, without_autocast
 
 
@@ -17,7 +18,7 @@ def class_means(support: Tensor, support_labels: Tensor, n_way: int, weight: Ten
     if weight is not None:
         support, weight = promoted(support, weight)
     members = one_hot(support_labels, n_way).to(support.dtype)  # [T, S, N]
-    sums = members.transpose(-1, -2) @ normalize(support, dim=-1, eps=1e-12)
+    sums = members.transpose(-1, -2) @ unit(support)
     means = sums / members.sum(-2).unsqueeze(-1)
     return means if weight is None else means * weight
 

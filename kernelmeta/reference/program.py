@@ -17,15 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot, pad
+from torch.nn.functional import one_hot, pad
 
 from kernelmeta.reference.class_means import check_labels, class_means
+from kernelmeta.reference.norms import FLOOR, length, unit
 from kernelmeta.reference.phases import Phase
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, synthetic_gradient_mlp
 from kernelmeta.reference.task_sizes import check_sizes
-
-_FLOOR = 1e-12  # of a norm, as F.normalize
 
 
 class Adapted(NamedTuple):
@@ -65,6 +64,8 @@ def oracle_gradient(
         log_p = logits.log_softmax(-1)
         p = log_p.exp()
         G = -p * (log_p - (p * log_p).sum(-1, keepdim=True))
+    elif oracle != "synthetic_gradient":
+        raise ValueError(f"oracle: {oracle!r} has no gradient here")
     else:
         assert mlp is not None
         norm_stats = "task" if running_stats is None else "running"
@@ -94,7 +95,7 @@ def run_phases(
     y = one_hot(labels, N).to(theta0.dtype)
     cosine = classifier == "cosine"
     if cosine:
-        support, query = normalize(support, dim=-1, eps=_FLOOR), normalize(query, dim=-1, eps=_FLOOR)
+        support, query = unit(support), unit(query)
         assert scale is not None
     theta = theta0
     a = theta0.new_ones(T, N)
@@ -104,7 +105,7 @@ def run_phases(
 
     def classify(rows: Tensor) -> Tensor:
         if scale is not None and cosine:
-            return scale * (shift + rows @ normalize(theta, dim=-1, eps=_FLOOR).transpose(-1, -2))
+            return scale * (shift + rows @ unit(theta).transpose(-1, -2))
         return rows @ theta.transpose(-1, -2) + b.unsqueeze(-2)
 
     k = 0
@@ -134,9 +135,10 @@ def run_phases(
             step = G.transpose(-1, -2) @ rows
             if cosine:
                 assert scale is not None
-                r = theta.norm(dim=-1, keepdim=True).clamp_min(_FLOOR)
-                along = (theta / r * step).sum(-1, keepdim=True)  # sum of G times the cosines
-                theta = theta - lr * scale * (step - theta / r * along) / r
+                h, r = unit(theta), length(theta)
+                # Sum of G times the cosines; where |theta| is at its floor, a cosine's gradient is the whole row.
+                along = (h * step).sum(-1, keepdim=True) * (r > FLOOR)
+                theta = theta - lr * scale * (step - h * along) / r
                 grown = (1 + lr * scale * along / r.square()).squeeze(-1)
                 a = a * grown
                 P = {part: value * grown.unsqueeze(-2) for part, value in P.items()}

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from kernelmeta.reference import dual
+from kernelmeta.reference import explicit
 from kernelmeta.reference.class_means import class_means
+from kernelmeta.reference.norms import unit
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, mlp_with_norm_stats, stack_norm_stats
 
@@ -21,7 +21,7 @@ from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, mlp_with_
 @without_autocast
 def cosine_classifier(theta: Tensor, rows: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """``Z = s (b + cos(x, theta))``: [T, N, D], [T, Q, D] -> [T, Q, N]."""
-    cosines = normalize(rows, dim=-1, eps=1e-12) @ normalize(theta, dim=-1, eps=1e-12).transpose(-1, -2)
+    cosines = unit(rows) @ unit(theta).transpose(-1, -2)
     return scale * (bias + cosines)
 
 
@@ -43,7 +43,7 @@ def sib_inner_loop(
 ) -> Any:
     """K synthetic-gradient steps on unlabelled query rows. See :func:`kernelmeta.ops.sib_inner_loop`."""
     if torch.is_inference_mode_enabled():  # where nothing can be differentiated: the same without autograd
-        return dual.sib_inner_loop(
+        return explicit.sib_inner_loop(
             theta0, query, scale, bias, mlp, steps=steps, inner_lr=inner_lr, reduction=reduction,
             norm_stats=norm_stats, running_stats=running_stats, return_weights=return_weights,
             return_norm_stats=return_norm_stats,

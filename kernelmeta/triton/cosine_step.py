@@ -11,6 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_MOST_LOST = tl.constexpr(1.5)  # as in csrc/engine/cosine_step.h
+
+
+@triton.jit
+def loses(of_norm, of_direction, growth, terms, left):
+    """The errors of norms and directions after a step, and 1 where too much is lost (csrc/engine/cosine_step.h)."""
+    cancelled = terms / left
+    of_norm = growth * growth * of_norm + cancelled
+    of_direction = tl.abs(growth) * of_direction + tl.sqrt(cancelled)
+    return of_norm, of_direction, tl.where(of_norm < _MOST_LOST * of_direction, 0, 1)
+
 
 @triton.jit
 def _scalars(u, g, ag, r2, e):
@@ -21,12 +32,17 @@ def _scalars(u, g, ag, r2, e):
 
 
 @triton.jit
-def cosine_step(u, g, ag, r2, e):
-    """U and r2 after the step; the factors 1 + c and e / r, with which theta moves: P' = (1 + c) P - (e / r) G."""
+def cosine_step(u, g, ag, r2, e, of_norm, of_direction):
+    """U and r2 after the step; the factors 1 + c and e / r, with which theta moves: P' = (1 + c) P - (e / r) G; and
+    what `loses` gives.
+    """
     _, c, _, grown = _scalars(u, g, ag, r2, e)
     r, grown_r = tl.sqrt(r2), tl.sqrt(grown)
-    u = ((1 + c) * r / grown_r)[None, :] * u - (e / (r * grown_r))[None, :] * ag
-    return u, grown, 1 + c, e / r
+    alpha = (1 + c) * r / grown_r
+    terms = r2 + e * e * tl.sum(g * ag, 0) / r2
+    of_norm, of_direction, lost = loses(of_norm, of_direction, alpha, terms, grown)
+    u = alpha[None, :] * u - (e / (r * grown_r))[None, :] * ag
+    return u, grown, 1 + c, e / r, of_norm, of_direction, lost
 
 
 @triton.jit

@@ -29,11 +29,11 @@ def _times_gram(gram, inverse, value, work, q, n, Q, N, ld, NP: tl.constexpr, C:
 @triton.jit
 def loop_forward_kernel(
     trace, gram, work, p, fixed, logits, stats, Q, N, H, K, lr, work_size,
-    size, ld, gram_stride, inverse_at, r2_at, u_at, ag_at, a_at, p_at,
+    size, ld, gram_stride, inverse_at, r2_at, u_at, ag_at, lost_at, a_at, p_at,
     QP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr, STATS: tl.constexpr,
     WEIGHTS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """trace: inverse, r2[0] = |theta0|^2 and u[0] = rows times theta0 -> r2, u, ag, a, p of every step; logits."""
+    """trace: inverse, r2[0] = |theta0|^2 and u[0] = rows times theta0 -> all of every step; lost; logits."""
     t = tl.program_id(0).to(tl.int64)
     trace += t * size
     gram += t * gram_stride
@@ -46,11 +46,13 @@ def loop_forward_kernel(
     e = (lr * scale).to(C)
     inverse = tl.load(trace + inverse_at + q, mask=q < Q, other=0.0)
     r2 = tl.load(trace + r2_at + n, mask=n < N, other=1.0)
+    lost = tl.where(r2 > 1e-24, 0, 1)  # a step is not orthogonal to a smaller theta
     r2 = tl.where(r2 < 1e-24, 1e-24, r2)
     u = tl.load(trace + u_at + tile, mask=inside, other=0.0) * inverse[:, None] / tl.sqrt(r2)[None, :]
     tl.debug_barrier()
     tl.store(trace + r2_at + n, r2, mask=n < N)
     tl.store(trace + u_at + tile, u, mask=inside)
+    of_norm, of_direction = tl.full([NP], 1.0, C), tl.full([NP], 1.0, C)
     a = tl.full([NP], 1.0, C)
     combination = tl.zeros([QP, NP], C)
     if WEIGHTS:
@@ -69,7 +71,8 @@ def loop_forward_kernel(
             tl.store(to + 2 * H, mean2, mask=h < H)
             tl.store(to + 3 * H, variance2 * Q / rows, mask=h < H)
         ag = _times_gram(gram, inverse, g, product_work, q, n, Q, N, ld, NP, C, PRECISION)
-        u, r2, grown, moved = cosine_step(u, g, ag, r2, e)
+        u, r2, grown, moved, of_norm, of_direction, too_much = cosine_step(u, g, ag, r2, e, of_norm, of_direction)
+        lost = lost | too_much
         tl.store(trace + ag_at + k * N * ld + tile, ag, mask=inside)
         tl.store(trace + u_at + (k + 1) * N * ld + tile, u, mask=inside)
         tl.store(trace + r2_at + (k + 1) * N + n, r2, mask=n < N)
@@ -78,13 +81,14 @@ def loop_forward_kernel(
             combination = grown[None, :] * combination - moved[None, :] * g
             tl.store(trace + a_at + (k + 1) * N + n, a, mask=n < N)
             tl.store(trace + p_at + (k + 1) * N * ld + tile, combination, mask=inside)
+    tl.store(trace + lost_at + n, lost.to(C), mask=n < N)
     tl.store(logits + t * Q * N + q[:, None] * N + n[None, :], scale * (u + bias), mask=inside)
 
 
 @triton.jit
 def loop_backward_kernel(
     trace, gram, work, p, fixed, grad_logits, gp_last, ga_last, partial, gc_out, gn0_out, gs, gag_out,
-    Q, N, H, K, P, lr, work_size, size, ld, gram_stride, inverse_at, r2_at, u_at, ag_at, a_at, p_at,
+    Q, N, H, K, P, lr, work_size, size, ld, gram_stride, inverse_at, r2_at, u_at, ag_at, lost_at, a_at, p_at,
     QP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr,
     WEIGHTS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

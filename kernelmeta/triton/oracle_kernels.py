@@ -12,13 +12,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Positions in kernelmeta/reference/phases.py.
-CROSS_ENTROPY = tl.constexpr(0)
-SQUARED_ERROR = tl.constexpr(1)
-HINGE = tl.constexpr(2)
-ENTROPY = tl.constexpr(3)
-SOFT_ASSIGNMENT = tl.constexpr(4)
-SYNTHETIC_GRADIENT = tl.constexpr(5)
+from kernelmeta.reference.phases import ORACLES
+
+
+def _number(name: str) -> tl.constexpr:
+    return tl.constexpr(list(ORACLES).index(name))
+
+
+CROSS_ENTROPY = _number("cross_entropy")
+SQUARED_ERROR = _number("squared_error")
+HINGE = _number("hinge")
+ENTROPY = _number("entropy")
+SOFT_ASSIGNMENT = _number("soft_assignment")
+SYNTHETIC_GRADIENT = _number("synthetic_gradient")
 
 
 @triton.jit
@@ -117,8 +123,11 @@ def oracle(z, y, ways, share, target, ORACLE: tl.constexpr):
         g = hinge(z, y, ways, share)
     elif ORACLE == ENTROPY:
         g = entropy(z, ways, share)
-    else:
+    elif ORACLE == SOFT_ASSIGNMENT:
         g = soft_assignment(z, ways)
+    else:
+        tl.static_assert(False, "this oracle has no Triton kernel")
+        g = z
     return g
 
 
@@ -133,6 +142,9 @@ def oracle_backward(z, gg, ways, share, ORACLE: tl.constexpr):
         gz = hinge_backward(gg)
     elif ORACLE == ENTROPY:
         gz = entropy_backward(z, gg, ways, share)
-    else:
+    elif ORACLE == SOFT_ASSIGNMENT:
         gz = soft_assignment_backward(z, gg, ways)
+    else:
+        tl.static_assert(False, "this oracle has no Triton kernel")
+        gz = z
     return gz

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernelmeta.triton.cosine_step import cosine_step, cosine_step_backward
+from kernelmeta.triton.cosine_step import cosine_step, cosine_step_backward, loses
 from kernelmeta.triton.mlp_kernels import mlp_backward, mlp_forward
 from kernelmeta.triton.oracle_kernels import (
     SOFT_ASSIGNMENT,
@@ -79,14 +79,17 @@ def _assignment(p, u, ua, ap, r2, na, anchor, sizes, rate):
 
 @triton.jit
 def phase_forward_kernel(
-    trace, numbers, rates, labels, counts, p, fixed, work,
+    trace, numbers, rates, labels, counts, p, fixed, work, errors,
     rows, S, Q, N, H, query_at, start, steps, states, work_size,
-    size, ld, gram_at, r2_at, u_at, ag_at, anchor_at, a_at, p_at,
+    size, ld, gram_at, r2_at, u_at, ag_at, anchor_at, lost_at, a_at, p_at,
     LP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, ORACLE: tl.constexpr, QUERY: tl.constexpr,
     MEAN: tl.constexpr, COSINE: tl.constexpr, COEFFICIENTS: tl.constexpr, RAGGED: tl.constexpr,
     FIXED: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """State number ``start`` of the trace -> the next ``steps`` (of which those below ``states`` are stored)."""
+    """State number ``start`` of the trace -> the next ``steps`` (of which those below ``states`` are stored).
+
+    ``errors`` [T, 2, N]: of norms and directions, see `loses`.
+    """
     t = tl.program_id(0).to(tl.int64)
     trace += t * size
     work += t * work_size
@@ -115,6 +118,10 @@ def phase_forward_kernel(
         combination = tl.load(trace + p_at + start * state + tile, mask=inside, other=0.0)
     if COSINE:
         r2 = tl.load(trace + r2_at + start * n_way + n, mask=n < N, other=1.0)
+        lost = tl.where(r2 > _FLOOR2, 0, 1)  # a step is not orthogonal to a smaller theta
+        errors += 2 * t * n_way
+        of_norm = tl.load(errors + n, mask=n < N, other=1.0)
+        of_direction = tl.load(errors + n_way + n, mask=n < N, other=1.0)
         if COEFFICIENTS:
             a = tl.load(trace + a_at + start * n_way + n, mask=n < N, other=0.0)
     if ORACLE == SOFT_ASSIGNMENT:
@@ -140,7 +147,11 @@ def phase_forward_kernel(
                 combination = combination - rate * g
         elif ORACLE == SOFT_ASSIGNMENT:
             kept = 1 - rate
-            m, _, _, _, with_anchor, grown = _assignment(g, u, ua, ag, r2, na, anchor, sizes, rate)
+            m, anchored, _, _, with_anchor, grown = _assignment(g, u, ua, ag, r2, na, anchor, sizes, rate)
+            terms = sizes * sizes * na + 2 * sizes * tl.abs(anchored) + tl.sum(tl.abs(g * ag), 0)
+            terms = kept * kept * r2 + rate * rate * terms / (m * m)
+            of_norm, of_direction, too_much = loses(of_norm, of_direction, tl.sqrt(terms / grown), terms, grown)
+            lost = lost | too_much
             grown = tl.where(grown < _FLOOR2, _FLOOR2, grown)
             inverse = 1 / tl.sqrt(grown)
             of_u = kept * tl.sqrt(r2) * inverse
@@ -154,7 +165,10 @@ def phase_forward_kernel(
                 moved = (sizes / m)[None, :] * first_combination + g / m[None, :]
                 combination = kept * combination + rate * moved
         else:
-            u, r2, grown, moved = cosine_step(u, g, ag, r2, rate * scale)
+            u, r2, grown, moved, of_norm, of_direction, too_much = cosine_step(
+                u, g, ag, r2, rate * scale, of_norm, of_direction
+            )
+            lost = lost | too_much
             if COEFFICIENTS:
                 a = grown * a
                 combination = grown[None, :] * combination - moved[None, :] * g
@@ -168,12 +182,18 @@ def phase_forward_kernel(
             if COEFFICIENTS:
                 tl.store(trace + a_at + (k + 1) * n_way + n, a, mask=n < N)
 
+    if COSINE:
+        lost = lost | (tl.load(trace + lost_at + n, mask=n < N, other=0.0) != 0).to(tl.int32)
+        tl.store(trace + lost_at + n, lost.to(C), mask=n < N)
+        tl.store(errors + n, of_norm, mask=n < N)
+        tl.store(errors + n_way + n, of_direction, mask=n < N)
+
 
 @triton.jit
 def phase_backward_kernel(
     trace, numbers, rates, labels, counts, p, fixed, work, gu_at, gr2_at, gp_at, ga_at, partial, gnumbers, grates,
     gs, gag_out, rows, S, Q, N, H, P, K, query_at, start, steps, work_size,
-    size, ld, gram_at, r2_at, u_at, ag_at, anchor_at, a_at, p_at,
+    size, ld, gram_at, r2_at, u_at, ag_at, anchor_at, lost_at, a_at, p_at,
     LP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, ORACLE: tl.constexpr, QUERY: tl.constexpr,
     MEAN: tl.constexpr, COSINE: tl.constexpr, COEFFICIENTS: tl.constexpr, RAGGED: tl.constexpr,
     FIRST_ORDER: tl.constexpr, ROWS: tl.constexpr, FIXED: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,

@@ -110,18 +110,19 @@ def _common(
 def _layout(trace: Trace, live: Live, phase: Phase) -> tuple[int, ...]:
     """size ... p_at of the kernels."""
     gram = trace.at["gram_query" if phase.query else "gram_support"]
-    names = ("r2", "u", "ag", "anchor", "a", "p")
+    names = ("r2", "u", "ag", "anchor", "lost", "a", "p")
     return (trace.size, live.ld, gram, *(trace.at.get(name, 0) for name in names))
 
 
 def forward(trace: Trace, live: Live, N: int, phases: Sequence[Phase], learned: Learned) -> None:
     """From the state at the start of the trace on: fills the trace."""
     start = 0
+    errors = trace.data.new_ones(trace.data.shape[0], 2, N)
     for phase in phases:
         tensors, size, flags = _common(trace, live, N, phase, learned)
         H = 0 if learned.mlp is None else learned.mlp[0].shape[0]
         launch(
-            phase_forward_kernel, trace.data.shape[0], *tensors,
+            phase_forward_kernel, trace.data.shape[0], *tensors, errors,
             learned.labels.shape[1], live.S, live.Q, N, H, live.query_at, start, phase.steps, trace["u"].shape[1],
             tensors[-1].stride(0), *_layout(trace, live, phase), COEFFICIENTS="p" in trace, **size, **flags,
         )  # fmt: skip

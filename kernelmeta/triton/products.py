@@ -79,6 +79,29 @@ def rows_combine_kernel(
 
 
 @triton.jit
+def inverse_norms_kernel(
+    rows, index, out, J, D, ot, oj, BD: tl.constexpr, INDEXED: tl.constexpr, SHRINK: tl.constexpr,
+    SMALLEST: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """out[t, j] = 1 / max(|rows[t, j]|, 1e-12), one row a program (`inverse_norm` in csrc/engine/feature_rows.h)."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program
+    if INDEXED:
+        row = tl.load(index + program)
+    sums, shrunk = tl.zeros([BD], C), tl.zeros([BD], C)
+    for start in range(0, D, BD):
+        d = start + tl.arange(0, BD)
+        value = tl.load(rows + row * D + d, mask=d < D, other=0.0).to(C)
+        sums += value * value
+        shrunk += (value * SHRINK) * (value * SHRINK)
+    squares, shrunk_squares = tl.sum(sums), tl.sum(shrunk)
+    inverse = 1 / tl.maximum(tl.sqrt(squares), 1e-12)
+    of_long = SHRINK / tl.sqrt(shrunk_squares)
+    of_long = tl.where(of_long >= SMALLEST, of_long, float("nan"))
+    tl.store(out + program // J * ot + program % J * oj, tl.where(squares < float("inf"), inverse, of_long))
+
+
+@triton.jit
 def squared_norms_kernel(
     rows, index, out, J, D, ot, oj, BD: tl.constexpr, INDEXED: tl.constexpr, C: tl.constexpr
 ):  # fmt: skip
@@ -136,17 +159,29 @@ def squared_norms(rows: Tensor, index: Tensor | None, out: Tensor) -> None:
 
 
 def inverse_norms(rows: Tensor, index: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """1 / max(|row|, 1e-12), [T, J]."""
+    """1 / max(|row|, 1e-12), [T, J]; NaN where |row| is beyond the largest number, or nearly."""
     out = rows.new_empty(rows.shape[:2] if index is None else index.shape, dtype=dtype)
-    squared_norms(rows, index, out)
-    return out.sqrt_().clamp_min_(1e-12).reciprocal_()
+    if out.numel():
+        launch(
+            inverse_norms_kernel, out.numel(), rows, index, out, out.shape[1], rows.shape[-1], *out.stride(),
+            BD=cover(rows.shape[-1], 1024), INDEXED=index is not None,
+            SHRINK=2.0**-96 if dtype is torch.float32 else 2.0**-600, SMALLEST=torch.finfo(dtype).tiny,
+            C=precision(out)["C"],
+        )  # fmt: skip
+    return out
+
+
+def out_of_range(squares: Tensor) -> Tensor:
+    """Whether products of rows with these squared norms may be beyond what numbers hold."""
+    return (squares != 0) & ~((squares > 1e-24) & squares.isfinite())
 
 
 def without_radial_part(grad: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     """Gradient of normalised rows, times 1 / |row| already -> gradient of the rows (constant below the floor)."""
     rows = rows.to(grad.dtype)
-    along = (grad * rows).sum(-1) * inverse.square()
-    along = torch.where(inverse < 1e12, along, torch.zeros_like(along))
+    along = (grad * rows).sum(-1) * inverse * inverse
+    floor = torch.full((), 1e-12, dtype=inverse.dtype, device=inverse.device).reciprocal()
+    along = torch.where(inverse < floor, along, torch.zeros_like(along))
     return grad.sub_(rows * along.unsqueeze(-1))
 
 

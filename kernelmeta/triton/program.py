@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 
 from kernelmeta.ops.program_op import _MLP, _RUNNING, _THETA0, _fallback, _fallback_backward, _mlp_shapes
-from kernelmeta.triton import class_means_kernels, mlp_kernels, phases
+from kernelmeta.triton import anew, class_means_kernels, mlp_kernels, phases
 from kernelmeta.triton.launch import interpreted, plain
 from kernelmeta.triton.phases import Gradients, Learned, Live, Phase
-from kernelmeta.triton.products import combine, dots, inverse_norms, squared_norms, without_radial_part
+from kernelmeta.triton.products import (
+    combine,
+    dots,
+    inverse_norms,
+    out_of_range,
+    squared_norms,
+    without_radial_part,
+)
 from kernelmeta.triton.tasks import Tasks
 from kernelmeta.triton.trace import Trace, padded, size_of
 
@@ -23,6 +30,7 @@ class _Program:
     """The arguments of one call, put in order; ``args`` are those that the forward and the backward op share."""
 
     def __init__(self, args: Any) -> None:
+        self.args = args
         self.theta0, self.weight, scale, bias, target, rates, *mlp = args[_THETA0:_RUNNING]
         running_stats, self.N, numbers, self.cosine, self.start, self.first_order, self.coefficients, *most = args[
             _RUNNING:
@@ -50,6 +58,24 @@ class _Program:
             own, rates.contiguous(), tasks.labels.contiguous(), None if mlp[0] is None else mlp, running_stats
         )
 
+    def of_tasks(self, chosen: Tensor) -> tuple[list[Any], Tensor, Tensor]:
+        """The arguments of some of the tasks alone; where their support and query rows, or those of all rows that are
+        one after the other, are.
+        """
+        query, query_index, support, support_index, labels, support_offsets, query_offsets, n_ways, *rest = self.args
+        of_support = of_query = chosen
+        if support_offsets is not None:
+            of_support, support_offsets = anew.rows_of(chosen, support_offsets)
+            of_query, query_offsets = anew.rows_of(chosen, query_offsets)
+            n_ways = None if n_ways is None else n_ways[chosen]
+            rest[-2:] = -1, -1
+        query, query_index = (query[of_query], None) if query_index is None else (query, query_index[of_query])
+        support, support_index = (
+            (support[of_support], None) if support_index is None else (support, support_index[of_support])
+        )
+        own = [query, query_index, support, support_index, labels[of_support], support_offsets, query_offsets, n_ways]
+        return [*own, *rest], of_support, of_query
+
     @property
     def fits(self) -> bool:
         dtype = self.learned.rates.dtype
@@ -70,6 +96,7 @@ class _Program:
             "gram_support": (live.S, live.ld) if live.S else (),
             "gram_query": (live.Q, live.ld) if uses_query else (),
             "anchor": (K + 1, N) if cosine else (),
+            "lost": (N,) if cosine else (),
             "a": (K + 1, N) if coefficients and cosine else (),
             "p": (K + 1, N, live.ld) if coefficients else (),
         }
@@ -118,7 +145,21 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
         if own is not None:
             a.masked_fill_(~own, 0)
         coefficients = [tasks.flatten(of_support, False), tasks.flatten(p[:, live.query], True), a]
-    return tasks.flatten(logits, True), *coefficients, data.view(-1) if save_trace else rates.new_empty(0)
+    results = [tasks.flatten(logits, True), *coefficients]
+    lost = _lost(program, trace)
+    if lost is not None:
+        own_args, rows_s, rows_q = program.of_tasks(lost)
+        anew.put(results, (rows_q, rows_s, rows_q, lost), _fallback(*own_args, False)[:4])
+    return *results, data.view(-1) if save_trace else rates.new_empty(0)
+
+
+def _lost(program: _Program, trace: Trace) -> Tensor | None:
+    """The numbers of the tasks to be done anew, see `anew`; None if there are none."""
+    theta0 = program.start_of(trace)
+    if not program.cosine or theta0 is None:
+        return None
+    # The labels of broken tasks cannot be used.
+    return anew.lost(trace, theta0.masked_fill(program.tasks.broken.view(-1, 1, 1), float("nan")))
 
 
 def _trace_size(program: _Program, fields: dict[str, tuple[int, ...]]) -> int:
@@ -142,7 +183,10 @@ def _begin(program: _Program, trace: Trace) -> None:
             dots(theta0, rows, u[..., place], None, index)
         _form_gram(program, trace, of_query, place)
         if program.cosine:
-            trace["inverse"][:, place] = inverse_norms(rows, index, u.dtype)
+            inverse = inverse_norms(rows, index, u.dtype)
+            trace["inverse"][:, place] = inverse
+            extreme = out_of_range(inverse.reciprocal().square()) | (tasks.D == 1)
+            trace["lost"][:] += extreme.any(-1, keepdim=True)
     if program.cosine:
         assert theta0 is not None
         r2, inverse = trace["r2"][:, 0], trace["inverse"]
@@ -217,7 +261,21 @@ def backward(
         grad.numbers[:, 0] = (gz * (trace["u"][:, K, :, live.query] + bias)).sum((1, 2))
         grad.numbers[:, 1] = scale * gz.sum((1, 2))
     phases.backward(trace, live, N, program.phases, program.learned, grad, program.first_order)
-    return _finish(program, trace, grad, need_query, need_support)
+    lost = _lost(program, trace)
+    if lost is not None:
+        for found in grad:
+            if isinstance(found, Tensor):
+                found[lost] = 0
+        trace = Trace(trace.data.clone(), program.fields())
+        trace.data[lost] = 1  # and nothing that is not finite
+    results = _finish(program, trace, grad, need_query, need_support)
+    if lost is not None:
+        own, rows_s, rows_q = program.of_tasks(lost)
+        given = [None if g is None else g[at] for g, at in ((of_support, rows_s), (of_query, rows_q), (of_start, lost))]
+        of_lost = plain(_fallback_backward, grad_logits[rows_q], *given, data, *own, need_query, need_support)
+        anew.put(results[:2], (rows_q, rows_s), of_lost[:2])
+        results = (*results[:2], *anew.add(results[2:], of_lost[2:]))
+    return results
 
 
 def _finish(program: _Program, trace: Trace, grad: Gradients, need_query: bool, need_support: bool) -> tuple[Any, ...]:

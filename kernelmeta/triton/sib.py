@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from kernelmeta.ops.sib_op import _fallback, _fallback_backward, sizes, trace_size
-from kernelmeta.triton import class_means_kernels, mlp_kernels
+from kernelmeta.triton import anew, class_means_kernels, mlp_kernels
 from kernelmeta.triton.launch import launch, plain, precision
 from kernelmeta.triton.loop_kernels import loop_backward_kernel, loop_forward_kernel
-from kernelmeta.triton.products import combine, dots, inverse_norms, squared_norms, without_radial_part
+from kernelmeta.triton.products import (
+    combine,
+    dots,
+    inverse_norms,
+    out_of_range,
+    squared_norms,
+    without_radial_part,
+)
 from kernelmeta.triton.trace import Trace, padded
 
 
@@ -28,6 +36,7 @@ def _trace(data: Tensor, Q: int, N: int, D: int, K: int, weights: bool) -> Trace
             "u": (K + 1, N, ld),
             "gram": (Q, ld) if K > 0 and 8 * K * N >= Q else (),
             "ag": (K, N, ld),
+            "lost": (N,),
             "a": (K + 1, N) if weights else (),
             "p": (K + 1, N, ld) if weights else (),
         },
@@ -42,7 +51,7 @@ def _form_gram(trace: Trace, query: Tensor, index: Tensor | None, T: int, Q: int
 
 def _layout(trace: Trace, gram: Tensor | None, Q: int) -> tuple[Any, ...]:
     """size ... p_at of the kernels."""
-    names = ("inverse", "r2", "u", "ag", "a", "p")
+    names = ("inverse", "r2", "u", "ag", "lost", "a", "p")
     return (trace.size, padded(Q), 0 if gram is None else gram.stride(0), *(trace.at[name] for name in names))
 
 
@@ -69,6 +78,7 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     if K:
         gram = _form_gram(trace, query, query_index, T, Q)
         squares = gram[..., :Q].diagonal(dim1=1, dim2=2)
+        extreme = out_of_range(squares) | (D == 1)  # which leaves no rounding in D dimensions
         trace["inverse"].copy_(squares.sqrt().clamp_min_(1e-12).reciprocal_())
     else:
         trace["inverse"].copy_(inverse_norms(query, query_index, scale.dtype))
@@ -88,12 +98,26 @@ def forward(*args: Any) -> tuple[Tensor, ...]:
     if return_weights:
         coefficients = trace["p"][:, K, :, :Q] * trace["inverse"].unsqueeze(1)
         weights = combine(coefficients, query, query_index).addcmul_(trace["theta0"], trace["a"][:, K].unsqueeze(-1))
+    if K:
+        trace["lost"][:] += extreme.any(-1, keepdim=True)
+    lost = anew.lost(trace, trace["theta0"]) if K else None
+    if lost is not None:
+        results = _fallback(*_of_tasks(args[:-1], lost), False)
+        anew.put((logits, weights, stats), (lost, lost, lost), results[:3])
     return (
         logits,
         weights,
         stats.mean(0) if return_stats else stats,
         trace_data if save_trace else scale.new_empty(0),
     )
+
+
+def _of_tasks(args: Sequence[Any], tasks: Tensor) -> list[Any]:
+    """The arguments of some of the tasks alone."""
+    query, query_index, start, start_index, labels, *rest = args
+    query, query_index = (query[tasks], None) if query_index is None else (query, query_index[tasks])
+    start, start_index = (start[tasks], None) if start_index is None else (start, start_index[tasks])
+    return [query, query_index, start, start_index, None if labels is None else labels[tasks], *rest]
 
 
 def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -133,9 +157,18 @@ def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tenso
         in_place=True, **tiles, **precision(packed),
     )  # fmt: skip
 
+    lost = anew.lost(trace, trace["theta0"]) if K else None
+    if lost is not None:
+        for found in (partial, gc, gn0, gs, gag):
+            if found.numel():
+                found[lost] = 0
+        trace = _trace(trace_data.clone(), Q, N, D, K, return_weights)
+        trace.data[lost] = 1  # and nothing that is not finite
     gtheta0 = combine(gc, query, query_index).addcmul_(trace["theta0"], gn0.unsqueeze(-1), value=2)
     if grad_weights is not None:
         gtheta0.addcmul_(grad_weights, trace["a"][:, K].unsqueeze(-1))
+    if lost is not None:
+        gtheta0[lost] = 0
     gstart, gweight = new_empty(0), new_empty(0 if weight is None else D)
     if labels is not None:
         gstart, gw = class_means_kernels.backward(gtheta0, start, labels, weight, N, need_start, start_index)
@@ -160,4 +193,11 @@ def backward(grad_logits: Tensor, grad_weights: Tensor | None, trace_data: Tenso
             coefficients = trace["p"][:, K, :, :Q] * trace["inverse"].unsqueeze(1)
             gquery += combine(coefficients.transpose(1, 2), grad_weights)
         gquery = without_radial_part(gquery, rows, trace["inverse"])
-    return gquery, gstart, gweight, *mlp_kernels.unpack(partial, parameters)
+    of_parameters = [gweight, *mlp_kernels.unpack(partial, parameters)]
+    if lost is not None:
+        of_weights = None if grad_weights is None else grad_weights[lost]
+        own = _of_tasks(args[:-2], lost)
+        results = plain(_fallback_backward, grad_logits[lost], of_weights, trace_data, *own, *args[-2:])
+        anew.put((gquery, gstart), (lost, lost), results[:2])
+        of_parameters = anew.add(of_parameters, results[2:])
+    return gquery, gstart, *of_parameters

@@ -79,7 +79,7 @@ def test_given_theta0() -> None:
     theta0 = torch.randn(2, 3, 13, dtype=torch.float64, requires_grad=True)
     leaves = [theta0, *episode.leaves()[1:2], *episode.leaves()[3:]]
     outs = []
-    for loop in (km.ops.sib_inner_loop, km.reference.sib_inner_loop, km.reference.dual.sib_inner_loop):
+    for loop in (km.ops.sib_inner_loop, km.reference.sib_inner_loop, km.reference.explicit.sib_inner_loop):
         z, theta = loop(theta0, episode.query, *episode[4:], steps=3, inner_lr=0.3, return_weights=True)
         outs.append([z, theta, *torch.autograd.grad(z.square().sum() + theta.pow(3).sum(), leaves)])
     assert_close(outs[0], outs[1], 1e-10)

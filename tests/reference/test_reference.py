@@ -1,4 +1,4 @@
-"""The paper's form in D dimensions and the dual form, against the published numbers and each other."""
+"""The paper's form and that with written-out steps, against the published numbers and each other."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 import kernelmeta as km
-from kernelmeta.reference import MLPParameters, class_means, dual, sib_inner_loop
+from kernelmeta.reference import MLPParameters, class_means, explicit, sib_inner_loop
 
-FORMS = pytest.mark.parametrize("form", [sib_inner_loop, dual.sib_inner_loop], ids=["paper", "dual"])
+FORMS = pytest.mark.parametrize("form", [sib_inner_loop, explicit.sib_inner_loop], ids=["paper", "explicit"])
 MLP_NAMES = [
     f"dni.{name}"
     for layer in ("layer1", "layer2")
@@ -77,12 +77,12 @@ def test_published_numbers(form: Any, name: str, norm_stats: str) -> None:
     st.sampled_from(["task", "batch", "running"]),
     st.sampled_from(["sum", "mean"]),
 )
-def test_the_dual_form_is_the_paper_s(
+def test_written_out_steps_are_the_paper_s(
     sizes: dict[str, int], steps: int, lr: float, norm_stats: str, reduction: str
 ) -> None:
     episode = draw(**sizes).fresh()
     results = []
-    for form in (sib_inner_loop, dual.sib_inner_loop):
+    for form in (sib_inner_loop, explicit.sib_inner_loop):
         logits, theta, *stats = whole(
             form, episode, steps=steps, inner_lr=lr, norm_stats=norm_stats, reduction=reduction,
             running_stats=running_stats(sizes["H"]), return_weights=True, return_norm_stats=norm_stats != "running",

@@ -1,0 +1,343 @@
+// A program's steps on a cosine classifier in D dimensions, and their adjoint: for tasks that lose too many
+// digits in the space of the rows (program.h). theta and what moved it are kept for every step; U, r2, P and
+// a take the places in the trace that they have there.
+#pragma once
+
+#include "engine/program.h"
+
+namespace kernelmeta {
+
+// Gradients of the live rows, normalised, [S][D], [Q][D], added to; null where not wanted.
+template <class C>
+struct LiveFeatureGrad {
+  C *support, *query;
+
+  __host__ __device__ __forceinline__ C* of(bool of_query) const { return of_query ? query : support; }
+};
+
+template <class B>
+struct DirectProgram {
+  using C = typename B::Scalar;
+  using Steps = DirectSteps<B, C>;
+  using Adjoint = typename ProgramLoop<B>::Adjoint;
+
+  B& block;
+  ProgramLoop<B>& loop;
+  const ProgramShape& s;
+  const ProgramParameters<C>& with;
+  const ProgramTrace<C>& trace;
+  C *unit_support, *unit_query;  // [S][D], [Q][D]: the live rows, normalised
+  C *theta, *w;  // [K+1][N][D], [K][N][D]; of a soft assignment w is the mean that theta moves towards
+  C *h, *scaled, *mass;  // [N][D], [N][ld], [N], scratch
+
+  __host__ __device__ __forceinline__ DirectProgram(Arena<C>& arena, ProgramLoop<B>& loop,
+                                                    const ProgramTrace<C>& trace)
+      : block(loop.block),
+        loop(loop),
+        s(loop.s),
+        with(loop.with),
+        trace(trace),
+        unit_support(take(arena, s.uses_support ? s.S * s.D : 0)),
+        unit_query(take(arena, s.Q * s.D)),
+        theta(take(arena, (s.K + 1) * s.N * s.D)),
+        w(take(arena, s.K * s.N * s.D)),
+        h(take(arena, s.N * s.D)),
+        scaled(take(arena, s.N * s.ld())),
+        mass(take(arena, s.N)) {}
+
+  // theta[0] and the normalised rows -> theta and w of every step, and the trace. again: U, r2, P and a are
+  // there.
+  __host__ __device__ KERNELMETA_NOINLINE void forward(bool again) {
+    const int64_t N = s.N, ND = N * s.D, ld = s.ld();
+    const Steps d = steps();
+    if (!again) d.norms(theta, trace.r2);
+    int64_t k = 0;
+    for (int64_t i = 0; i < s.n_phases; ++i) {
+      const Phase& phase = s.phases[i];
+      const RowPart part = s.part(phase.query);
+      const int64_t start = k;
+      for (const int64_t end = k + phase.steps; k < end; ++k) {
+        const C* u = trace.u + k * N * ld;
+        cosines(d, k, again);
+        loop.classify(u, part);
+        loop.ask(phase, part, loop.g);
+        C *from = theta + k * ND, *moved = w + k * ND;
+        d.pull(loop.g, part, rows(phase.query), moved);
+        if (phase.oracle == Oracle::kSoftAssignment)
+          assign(part, start, k, again);
+        else
+          descend(d, part, s.part(!phase.query), k, from, moved, again);
+      }
+    }
+    cosines(d, k, again);
+  }
+
+  // grad_logits [Q][ways] -> adj.gtheta, gradient of theta at the start; gradients of parameters and rows are
+  // added to. gp and ga as in ProgramLoop::backward.
+  __host__ __device__ KERNELMETA_NOINLINE void backward(const C* grad_logits, int64_t ways,
+                                                        const Adjoint& adj, const ProgramLoopGrad<C>& grad,
+                                                        const LiveFeatureGrad<C>& of_rows) {
+    const int64_t N = s.N, ld = s.ld();
+    const Steps d = steps();
+    loop.begin_backward(grad_logits, ways, adj);
+    block.features_zero(N, s.D, adj.gtheta);
+    int64_t k = s.K;
+    d.directions(theta + k * N * s.D, trace.r2 + k * N);
+    through_cosines(d, k, true, adj, of_rows);
+    for (int64_t i = s.n_phases - 1; i >= 0; --i) {
+      const Phase& phase = s.phases[i];
+      const RowPart part = s.part(phase.query);
+      const bool assigns = phase.oracle == Oracle::kSoftAssignment;
+      const int64_t start = k - phase.steps;
+      if (assigns) clear_anchor(adj);
+      while (k-- > start) {
+        loop.classify(trace.u + k * N * ld, part);
+        loop.ask(phase, part, adj.gs);
+        d.directions(theta + k * N * s.D, trace.r2 + k * N);
+        if (assigns)
+          assign_backward(part, start, k, adj);
+        else
+          descend_backward(d, part, k, adj);
+        loop.add_rate(k, adj, grad);
+        d.pull_backward(adj.gv, adj.gs, part, rows(phase.query), adj.gg, of_rows.of(phase.query));
+        add_to_gg(part, k, assigns, adj);
+        loop.ask_backward(phase, part, adj.gs, adj, grad);
+        block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
+          row.each([&](auto q) { q.store(adj.gu + n * ld, q.zero()); });
+        });
+        through_cosines(d, k, phase.query, adj, of_rows);
+      }
+      k = start;
+      if (assigns) through_anchor(adj);
+    }
+    loop.finish_backward(adj, grad);
+  }
+
+ private:
+  // Nothing where no classifier is a cosine.
+  __host__ __device__ __forceinline__ C* take(Arena<C>& arena, int64_t n) const {
+    return arena.take_aside(s.cosine ? n : 0, true);
+  }
+  __host__ __device__ __forceinline__ Steps steps() const {
+    return {block, s.N, s.D, s.ld(), s.ld(), nullptr, h, scaled};
+  }
+  __host__ __device__ __forceinline__ Rows<C> rows(bool of_query) const {
+    return {of_query ? unit_query : unit_support, s.D, nullptr};
+  }
+
+  __host__ __device__ __forceinline__ void cosines(const Steps& d, int64_t k, bool again) const {
+    C* u = trace.u + k * s.N * s.ld();
+    d.directions(theta + k * s.N * s.D, trace.r2 + k * s.N);
+    if (again) return;
+    if (s.uses_support) d.cosines(s.support(), rows(false), u);
+    d.cosines(s.query(), rows(true), u);
+  }
+
+  // adj.gz, of the rows of one kind before step k (or at the end) -> adj.gtheta and the rows. h is there.
+  __host__ __device__ __forceinline__ void through_cosines(const Steps& d, int64_t k, bool of_query,
+                                                           const Adjoint& adj,
+                                                           const LiveFeatureGrad<C>& of_rows) const {
+    loop.through_classifier(trace.u + k * s.N * s.ld(), s.part(of_query), adj);
+    d.cosines_backward(trace.r2 + k * s.N, s.part(of_query), rows(of_query), adj.gu, adj.gv, adj.gtheta,
+                       of_rows.of(of_query));
+  }
+
+  // ---- steps along a gradient
+
+  // <h, v>, zero where |theta| is at its floor.
+  template <class Row>
+  __host__ __device__ __forceinline__ static C pull_along(Row own, const C* u, const C* g, C r2) {
+    const C dot = own.sum([&](auto q) { return q.load(u) * q.load(g); });
+    return theta_at_floor(r2) ? C(0) : dot;
+  }
+
+  __host__ __device__ __forceinline__ void descend(const Steps& d, RowPart part, RowPart others, int64_t k,
+                                                   const C* from, C* moved, bool again) const {
+    const int64_t N = s.N, ld = s.ld();
+    const C e = with.rates[k] * with.scale;
+    const C* r2 = trace.r2 + k * N;
+    if (trace.p && !again) {
+      block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
+        const int64_t at = k * N + n;
+        const C *u = trace.u + at * ld + part.first, *g = loop.g + n * part.ld();
+        const LiveRow live(row, part, others);
+        const C dot = pull_along(live.own, u, g, r2[n]);
+        const C grown = C(1) + e * dot / r2[n];
+        row.one([&] { trace.a[at + N] = grown * trace.a[at]; });
+        move_coefficients(live, trace.p + at * ld, g, grown, e / B::sqrt(r2[n]), trace.p + (at + N) * ld);
+      });
+    }
+    d.step(from, r2, e, moved, theta + (k + 1) * N * s.D, trace.r2 + (k + 1) * N);
+  }
+
+  __host__ __device__ __forceinline__ void descend_backward(const Steps& d, RowPart part, int64_t k,
+                                                            const Adjoint& adj) const {
+    const int64_t N = s.N, ND = N * s.D, ld = s.ld();
+    const C e = with.rates[k] * with.scale;
+    const C* r2 = trace.r2 + k * N;
+    block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
+      const C *u = trace.u + (k * N + n) * ld + part.first, *g = adj.gs + n * part.ld();
+      const auto own = row.part(part.first, part.count);
+      const C dot = pull_along(own, u, g, r2[n]);
+      C gc = 0, along_g = 0;
+      const C r = B::sqrt(r2[n]);
+      if (adj.gp) {
+        const C *gp = adj.gp + n * ld, *p = trace.p + (k * N + n) * ld;
+        gc = row.sum([&](auto q) { return q.load(gp) * q.load(p); }) + adj.ga[n] * trace.a[k * N + n];
+        along_g = own.sum([&](auto q) { return q.load(gp + part.first) * q.load(g); });
+      }
+      const C c = e * dot / r2[n];
+      row.one([&] {
+        adj.dot[n] = dot;
+        adj.gdot[n] = theta_at_floor(r2[n]) ? C(0) : gc * e / r2[n];
+        adj.gr[n] = along_g * e / r2[n] - 2 * gc * c / r;
+        adj.m[n] = gc * dot / r2[n] - along_g / r;  // of e
+      });
+    });
+    d.step_backward(r2, w + k * ND, e, adj.dot, {adj.gdot, adj.gr}, adj.gtheta, adj.gv, adj.ge);
+    block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
+      row.one([&] {
+        const C ge = adj.ge[n] + adj.m[n];
+        adj.gscale.add(n, with.rates[k] * ge);
+        adj.grate[n] = with.scale * ge;
+      });
+    });
+  }
+
+  // What else than the pull depends on G: the coefficients, and the mass of a soft assignment.
+  __host__ __device__ __forceinline__ void add_to_gg(RowPart part, int64_t k, bool assigns,
+                                                     const Adjoint& adj) const {
+    const int64_t N = s.N, ld = s.ld();
+    const C rate = with.rates[k], e = rate * with.scale;
+    block.rows(N, ld, [&](int64_t n, auto row) {
+      C* gg = adj.gg + n * part.ld();
+      const auto own = row.part(part.first, part.count);
+      const C *u = trace.u + (k * N + n) * ld + part.first, *g = adj.gs + n * part.ld();
+      C of_gp, grown;
+      if (assigns) {
+        of_gp = rate / adj.m[n];
+        grown = C(1) - rate;
+        own.each([&](auto q) { q.store(gg, q.load(gg) + adj.dot[n]); });
+      } else if (adj.gp) {
+        const C r2 = trace.r2[k * N + n];
+        of_gp = -e / B::sqrt(r2);
+        grown = C(1) + e * pull_along(own, u, g, r2) / r2;
+      }
+      if (!adj.gp) return;
+      C* gp = adj.gp + n * ld;
+      own.each([&](auto q) { q.store(gg, q.load(gg) + q.load(gp + part.first) * of_gp); });
+      row.each([&](auto q) { q.store(gp, q.load(gp) * grown); });
+      row.one([&] { adj.ga[n] *= grown; });
+    });
+  }
+
+  // ---- soft assignment: theta' = (1 - rate) theta + rate (c theta_a + Xhat^T p) / m
+
+  // Xhat^T p in w -> the mean that theta moves towards.
+  __host__ __device__ __forceinline__ void assign(RowPart part, int64_t start, int64_t k, bool again) const {
+    const int64_t N = s.N, D = s.D, ld = s.ld();
+    const C rate = with.rates[k], kept = C(1) - rate;
+    block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
+      const int64_t at = k * N + n, at_a = start * N + n;
+      const C c = with.class_sizes[n];
+      const C* p = loop.g + n * part.ld();
+      const auto own = row.part(part.first, part.count);
+      const C m = c + own.sum([&](auto q) { return q.load(p); });
+      row.one([&] {
+        mass[n] = m;
+        if (trace.a && !again) trace.a[at + N] = kept * trace.a[at] + rate * c * trace.a[at_a] / m;
+      });
+      if (!trace.p || again) return;
+      const C *pk = trace.p + at * ld, *pa = trace.p + at_a * ld;
+      C *next = trace.p + (at + N) * ld, *moved = next + part.first;
+      row.each([&](auto q) { q.store(next, q.load(pk) * kept + q.load(pa) * (rate * c / m)); });
+      own.each([&](auto q) { q.store(moved, q.load(moved) + q.load(p) * (rate / m)); });
+    });
+    block.features(N, D, [&](int64_t n, auto row) {
+      const C *t = theta + (k * N + n) * D, *ta = theta + (start * N + n) * D;
+      C *mean = w + (k * N + n) * D, *next = theta + ((k + 1) * N + n) * D;
+      const C c = with.class_sizes[n], inverse = C(1) / mass[n];
+      const C squares = row.sum([&](auto d) {
+        const auto towards = (d.load(ta) * c + d.load(mean)) * inverse;
+        const auto value = d.load(t) * kept + towards * rate;
+        d.store(mean, towards);
+        d.store(next, value);
+        return value * value;
+      });
+      row.one([&] { trace.r2[(k + 1) * N + n] = floored_square<B>(squares); });
+    });
+  }
+
+  // adj.dot: gradient of m.
+  __host__ __device__ __forceinline__ void assign_backward(RowPart part, int64_t start, int64_t k,
+                                                           const Adjoint& adj) const {
+    const int64_t N = s.N, D = s.D, ld = s.ld();
+    const C rate = with.rates[k], kept = C(1) - rate;
+    block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
+      const int64_t at = k * N + n, at_a = start * N + n;
+      const C c = with.class_sizes[n];
+      const C* p = adj.gs + n * part.ld();
+      const auto own = row.part(part.first, part.count);
+      const C m = c + own.sum([&](auto q) { return q.load(p); });
+      C moved = 0, stayed = 0;  // along the gradients of P' and a'
+      if (adj.gp) {
+        C *gp = adj.gp + n * ld, *gpa = adj.gpa + n * ld;
+        const C *pk = trace.p + at * ld, *pa = trace.p + at_a * ld;
+        const C gp_p = own.sum([&](auto q) { return q.load(gp + part.first) * q.load(p); });
+        const C gp_pa = row.sum([&](auto q) { return q.load(gp) * q.load(pa); });
+        const C gp_pk = row.sum([&](auto q) { return q.load(gp) * q.load(pk); });
+        moved = (c * gp_pa + gp_p + c * trace.a[at_a] * adj.ga[n]) / m;
+        stayed = gp_pk + trace.a[at] * adj.ga[n];
+        row.each([&](auto q) { q.store(gpa, q.load(gpa) + q.load(gp) * (rate * c / m)); });
+        row.one([&] { adj.gaa[n] += rate * c / m * adj.ga[n]; });
+      }
+      row.one([&] {
+        adj.m[n] = m;
+        adj.dot[n] = -rate * moved / m;
+        adj.grate[n] = moved - stayed;
+      });
+    });
+    block.features(N, D, [&](int64_t n, auto row) {
+      const C *t = theta + (k * N + n) * D, *mean = w + (k * N + n) * D;
+      C *g = adj.gtheta + n * D, *gv = adj.gv + n * D, *ga = adj.gtheta_a + n * D;
+      const C c = with.class_sizes[n], share = rate / adj.m[n];
+      const C g_mean = row.sum([&](auto d) { return d.load(g) * d.load(mean); });
+      const C g_t = row.sum([&](auto d) { return d.load(g) * d.load(t); });
+      row.each([&](auto d) {
+        const auto gnext = d.load(g);
+        d.store(gv, gnext * share);
+        d.store(ga, d.load(ga) + gnext * (share * c));
+        d.store(g, gnext * kept);
+      });
+      row.one([&] {
+        adj.dot[n] -= share * g_mean;
+        adj.grate[n] += g_mean - g_t;
+      });
+    });
+  }
+
+  __host__ __device__ __forceinline__ void clear_anchor(const Adjoint& adj) const {
+    block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
+      row.each([&](auto d) { d.store(adj.gtheta_a + n * s.D, d.zero()); });
+    });
+    block.unfenced().rows(s.N, s.ld(), [&](int64_t n, auto row) {
+      row.one([&] { adj.gaa[n] = 0; });
+      if (adj.gpa) row.each([&](auto q) { q.store(adj.gpa + n * s.ld(), q.zero()); });
+    });
+  }
+
+  __host__ __device__ __forceinline__ void through_anchor(const Adjoint& adj) const {
+    block.features(s.N, s.D, [&](int64_t n, auto row) {
+      C* g = adj.gtheta + n * s.D;
+      row.each([&](auto d) { d.store(g, d.load(g) + d.load(adj.gtheta_a + n * s.D)); });
+    });
+    if (!adj.gp) return;
+    block.unfenced().rows(s.N, s.ld(), [&](int64_t n, auto row) {
+      C* gp = adj.gp + n * s.ld();
+      row.each([&](auto q) { q.store(gp, q.load(gp) + q.load(adj.gpa + n * s.ld())); });
+      row.one([&] { adj.ga[n] += adj.gaa[n]; });
+    });
+  }
+};
+
+}  // namespace kernelmeta
