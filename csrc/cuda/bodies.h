@@ -102,7 +102,7 @@ struct SibForwardLayout {
       : mlp(arena, s, f.problem.running != nullptr),
         task(arena, block, s, f.problem, mlp, scale, bias, forms_gram(s, f.trace != nullptr), false),
         trace(arena, s, forms_gram(s, f.trace != nullptr), f.problem.weights, f.trace != nullptr),
-        features(f.trace ? nullptr : arena.take(trace.of_features)) {}
+        features(f.trace ? nullptr : arena.take_aside(trace.of_features, !trace.gram)) {}
 };
 
 template <class B, class C = typename B::Scalar>

@@ -8,6 +8,10 @@ import pytest
 import torch
 from cancelling import draw_tasks, judge, program, sib
 from episodes import assert_close, draw
+from extremes import SIZES, check
+from ops.test_extreme_rows import EPISODE, prototypes
+from ops.test_extreme_rows import program as extreme_program
+from ops.test_extreme_rows import sib as extreme_sib
 from triton_kernels.interpreter import both, interpreted
 
 import kernelmeta as km
@@ -75,3 +79,10 @@ def test_unequal_tasks_done_anew() -> None:
         return logits.masked_fill(logits == -float("inf"), 0), weights
 
     assert_close(*both(finite, [*leaves, scale]), 1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(("dtype", "support", "query"), SIZES)
+def test_extreme_rows(dtype: torch.dtype, support: float, query: float) -> None:
+    for f in (extreme_sib, extreme_program, prototypes):
+        check(f, [EPISODE.support, EPISODE.query], dtype, [support, query], "triton")
