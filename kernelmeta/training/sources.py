@@ -29,7 +29,13 @@ def open_images(data: str, style: str | None = None) -> LabelledImages:
 
         glyphs = load_glyphs()
         return ArrayImages(glyphs.images, glyphs.labels, glyphs.class_split, tuple(glyphs.class_names), "glyphs")
+    _check_named(data)
     return FolderImages(data, style)
+
+
+def _check_named(data: str) -> None:
+    if not data:  # which would be the folder that one is in
+        raise ValueError("data: expected glyphs, a bank or a folder of images, got an empty name")
 
 
 def open_bank(
@@ -58,6 +64,7 @@ def open_bank(
         OSError: there is no such file or folder, or it cannot be read.
         ValueError: it cannot be used; the message says why.
     """
+    _check_named(data)
     reading: dict[str, Any] = {"workers": workers, "progress": progress, "skip_bad": skip_bad, "say": say}
     if data != "glyphs" and not Path(data).is_dir():
         if weights is not None:
