@@ -225,7 +225,7 @@ def test_what_a_run_leaves_in_the_tree_does_not_change_what_the_linter_says(tmp_
     }
     assert "runs" in imported
     for name in imported - {"benchmarks", "kernelmeta"}:
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / "results.py").touch()
     done = subprocess.run([ruff, "check", "--no-cache", "tests"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
