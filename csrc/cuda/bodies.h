@@ -95,7 +95,8 @@ struct SibForwardLayout {
   FoldedMlp<C> mlp;
   SibTask<B> task;
   TraceMemory<C> trace;
-  C* features;  // what of the trace is of D dimensions; null: in the kept trace
+  C* features;       // what of the trace is of D dimensions; null: in the kept trace
+  Trace<C> of_task;  // in shared memory like all of this, not in every thread's registers
 
   __host__ __device__ __forceinline__ SibForwardLayout(Arena<C>& arena, B& block, const Sizes& s,
                                                        const SibForward<C>& f, C scale, C bias)
@@ -122,11 +123,13 @@ __host__ __device__ __forceinline__ void sib_forward_body(void* place, const Sib
       fill_nan(block, kept, stride);
       continue;
     }
-    const Trace<C> trace =
-        kept ? w.trace.at(kept, s)
-             : TraceMemory<C>::lay_out(w.features, w.trace.own, s, w.trace.gram, w.trace.weights);
-    if (kept) trace.clear_padding(block, s);
-    w.task.forward(f, t, trace);
+    block.each_item(1, [&](int64_t) {
+      new (&w.of_task)
+          Trace<C>(kept ? w.trace.at(kept, s)
+                        : TraceMemory<C>::lay_out(w.features, w.trace.own, s, w.trace.gram, w.trace.weights));
+    });
+    if (kept) w.of_task.clear_padding(block, s);
+    w.task.forward(f, t, w.of_task);
     if (kept && w.trace.own) {
       C* rest = w.trace.rest(kept);
       block.unfenced().each_item(w.trace.elements, [&](int64_t i) { rest[i] = w.trace.own[i]; });
@@ -143,6 +146,7 @@ struct SibBackwardLayout {
   SibTask<B> task;
   typename SibTask<B>::Adjoint adjoint;
   TraceMemory<C> trace;
+  Trace<C> of_task;
   int64_t size;
   C* sums;  // [size], laid out as `grad`
   C* gtheta0;
@@ -191,7 +195,8 @@ __host__ __device__ __forceinline__ void sib_backward_body(void* place, const Si
       const C* rest = w.trace.rest(kept);
       block.unfenced().each_item(w.trace.elements, [&](int64_t i) { w.trace.own[i] = rest[i]; });
     }
-    w.task.backward(f, t, w.trace.at(kept, s), w.adjoint, w.grad, w.gtheta0);
+    block.each_item(1, [&](int64_t) { new (&w.of_task) Trace<C>(w.trace.at(kept, s)); });
+    w.task.backward(f, t, w.of_task, w.adjoint, w.grad, w.gtheta0);
   }
   block.unfenced().each_item(w.size, [&](int64_t i) { partial[i] = w.sums[i]; });
 }

@@ -134,7 +134,7 @@ struct DirectSteps {
       row.each([&](auto d) { d.store(g, d.load(g) + (d.load(from) - d.load(hn) * along) / r); });
     });
     if (!grows) return;
-    block.unfenced().features_mm_add(part.count, N, D, {scaled, 1, ld}, Rows<C>{h, D, nullptr}, grows);
+    block.features_mm_add(part.count, N, D, {scaled, 1, ld}, Rows<C>{h, D, nullptr}, grows);
   }
 
  private:

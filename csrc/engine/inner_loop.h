@@ -36,6 +36,7 @@ struct Trace {
   C* a;        // [K+1][N]     with A and weights only
   C* p;        // [K+1][N][ld] likewise
 
+  Trace() = default;
   // theta and w come first, so that the rest is one stretch of memory where both arenas are the same.
   template <class S>
   __host__ __device__ __forceinline__ Trace(Arena<C>& features, Arena<C>& arena, const S& s, bool gram_formed,

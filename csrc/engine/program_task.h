@@ -156,7 +156,7 @@ struct ProgramTask {
     features.theta0 = p.start == Start::kClassMeans ? trace.theta0 : p.theta0;
   }
 
-  __host__ __device__ __forceinline__ void forward(const ProgramForward<C>& f) {
+  __host__ __device__ KERNELMETA_GPU_CALL void forward(const ProgramForward<C>& f) {
     prepare();
     if (p.start == Start::kClassMeans) class_means().forward(trace.theta0);
     const bool in_range = features.forward();
@@ -175,10 +175,11 @@ struct ProgramTask {
   }
 
   // gtheta0 [N][D]: scratch where the start is the class means. Adds to `grad`.
-  __host__ __device__ __forceinline__ void backward(const ProgramBackward<C>& f, const ProgramGrad<C>& grad,
-                                                    const typename ProgramLoop<B>::Adjoint& adjoint,
-                                                    const typename ProgramFeatures<B>::Scratch& scratch,
-                                                    C* gtheta0) {
+  __host__ __device__ KERNELMETA_GPU_CALL void backward(const ProgramBackward<C>& f,
+                                                        const ProgramGrad<C>& grad,
+                                                        const typename ProgramLoop<B>::Adjoint& adjoint,
+                                                        const typename ProgramFeatures<B>::Scratch& scratch,
+                                                        C* gtheta0) {
     const bool from_means = p.start == Start::kClassMeans;
     const int64_t support_first = p.support.first(t), query_first = p.query.first(t), D = p.D;
     prepare();

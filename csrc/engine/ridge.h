@@ -10,8 +10,8 @@
 
 namespace kernelmeta {
 
-// What the forward pass leaves for the backward pass, one task; its size stands in kernelmeta/ops/ridge_op.py.
-// It starts as zeros.
+// What the forward pass leaves for the backward pass, one task; its size stands in
+// kernelmeta/ops/ridge_op.py. It starts as zeros.
 template <class C>
 struct RidgeTrace {
   C* u;      // [S][padded(S)]  above the diagonal; zeros elsewhere

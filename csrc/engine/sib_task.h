@@ -110,7 +110,8 @@ struct SibTask {
     return is_invalid(block, t, s, p.classes.labels, true, p.start, &p.query);
   }
 
-  __host__ __device__ __forceinline__ void forward(const SibForward<C>& f, int64_t t, const Trace<C>& trace) {
+  __host__ __device__ KERNELMETA_GPU_CALL void forward(const SibForward<C>& f, int64_t t,
+                                                       const Trace<C>& trace) {
     if (p.classes.given()) {
       class_means(t).forward(trace.theta);
     } else {
@@ -145,9 +146,9 @@ struct SibTask {
   };
 
   // Adds to `grad`. gtheta0 [N][D]: scratch, unless the start is theta0 and its gradient wanted.
-  __host__ __device__ __forceinline__ void backward(const SibBackward<C>& f, int64_t t, const Trace<C>& trace,
-                                                    const Adjoint& adjoint, const SibParameterGrad<C>& grad,
-                                                    C* gtheta0) {
+  __host__ __device__ KERNELMETA_GPU_CALL void backward(const SibBackward<C>& f, int64_t t,
+                                                        const Trace<C>& trace, const Adjoint& adjoint,
+                                                        const SibParameterGrad<C>& grad, C* gtheta0) {
     const C* gweights = f.grad_weights ? f.grad_weights + t * s.N * s.D : nullptr;
     const auto query = B::task_rows(p.query, t, s.D, query_buffer);
     C* gquery = f.grad_query ? f.grad_query + t * s.Q * s.D : nullptr;
@@ -170,7 +171,7 @@ struct SibTask {
       }
       if (gquery) features.query_backward(adjoint.loop, gweights, adjoint.features, gquery);
     }
-    block.unfenced().each_item(2, [&](int64_t which) {
+    block.each_item(2, [&](int64_t which) {
       *(which ? grad.bias : grad.scale) += (which ? adjoint.loop.gbias : adjoint.loop.gscale).total();
     });
     if (from_support && (gstart || p.weight)) {

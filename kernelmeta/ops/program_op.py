@@ -70,6 +70,7 @@ def _plain(call: Any) -> tuple[Tensor | None, ...]:
         mlp=None if mlp.weight1 is None else mlp, running_stats=call.running_stats,
         reduction=reductions.pop() if len(reductions) == 1 else None, first_order=call.first_order,
         support_index=call.support_index, query_index=call.query_index, ragged=_ragged.of_call(call),
+        coefficients=call.coefficients,
     )  # fmt: skip
     kept = (results.support_coefficients, results.query_coefficients, results.start_coefficients)
     return results.logits, *(p if call.coefficients else None for p in kept)

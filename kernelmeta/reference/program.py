@@ -90,6 +90,7 @@ def run_phases(
     running_stats: Tensor | None,
     reduction: str | None,
     first_order: bool,
+    coefficients: bool,
 ) -> Adapted:
     """The phases on T tasks of equal size; ``theta0`` is [T, N, D], the rest as in :func:`kernelmeta.ops.program`."""
     T, N, _ = theta0.shape
@@ -102,7 +103,8 @@ def run_phases(
     a = theta0.new_ones(T, N)
     b = theta0.new_zeros(T, N) if cosine or bias is None else bias.expand(T, N)
     shift: Tensor | float = bias if cosine and bias is not None else 0.0
-    P = {"support": torch.zeros_like(y), "query": theta0.new_zeros(T, query.shape[-2], N)}
+    zero = {"support": torch.zeros_like(y), "query": theta0.new_zeros(T, query.shape[-2], N)}
+    P = zero if coefficients else {}
 
     def classify(rows: Tensor) -> Tensor:
         if scale is not None and cosine:
@@ -143,11 +145,14 @@ def run_phases(
                 grown = (1 + lr * scale * along / r.square()).squeeze(-1)
                 a = a * grown
                 P = {part: value * grown.unsqueeze(-2) for part, value in P.items()}
-                P[phase.rows] = P[phase.rows] - lr * scale * G / r.transpose(-1, -2)
+                if P:
+                    P[phase.rows] = P[phase.rows] - lr * scale * G / r.transpose(-1, -2)
             else:
                 theta = theta - lr * step
                 b = b - lr * G.sum(-2)
-                P[phase.rows] = P[phase.rows] - lr * G
+                if P:
+                    P[phase.rows] = P[phase.rows] - lr * G
+    P = P or zero
     return Adapted(classify(query), theta, b, P["support"], P["query"], a)
 
 
@@ -173,8 +178,12 @@ def adapt(
     support_index: Tensor | None = None,
     query_index: Tensor | None = None,
     ragged: Ragged | None = None,
+    coefficients: bool = True,
 ) -> Adapted:
-    """Everything that a program leaves; arguments as :func:`kernelmeta.ops.program`."""
+    """Everything that a program leaves; arguments as :func:`kernelmeta.ops.program`.
+
+    Without ``coefficients`` those of the rows are zeros.
+    """
     support, query = gathered(support, support_index, "support"), gathered(query, query_index, "query")
     if rates is None:
         values = [phase.lr for phase in phases for _ in range(phase.steps)]
@@ -206,7 +215,7 @@ def adapt(
         return run_phases(
             support, labels, query, theta0, phases, rates, classifier=classifier, scale=tensors["scale"],
             bias=own_bias, target_scale=tensors["target_scale"], mlp=own_mlp, running_stats=running_stats,
-            reduction=reduction, first_order=first_order,
+            reduction=reduction, first_order=first_order, coefficients=coefficients,
         )  # fmt: skip
 
     if ragged is None:
