@@ -195,7 +195,7 @@ struct DirectProgram {
       });
     });
     d.step_backward(r2, w + k * ND, e, adj.dot, {adj.gdot, adj.gr}, adj.gtheta, adj.gv, adj.ge);
-    block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
+    block.rows(N, ld, [&](int64_t n, auto row) {
       row.one([&] {
         const C ge = adj.ge[n] + adj.m[n];
         adj.gscale.add(n, with.rates[k] * ge);

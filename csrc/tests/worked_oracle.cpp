@@ -76,8 +76,10 @@ void check_derivatives() {
 int main() {
   check_derivatives();
   KernelTable cpu{}, team{};
-  cpu.program_f64 = kProgramKernels<double>;
-  team.program_f64 = {team_program_forward<double, double>, team_program_backward<double, double>};
+  cpu.f64.program_forward = program_forward<double>;
+  cpu.f64.program_backward = program_backward<double>;
+  team.f64.program_forward = team_program_forward<double, double>;
+  team.f64.program_backward = team_program_backward<double, double>;
   const ProgramCase added{
       "collision",       13, 3, 0, {7, 7}, {11, 11}, {3, 3}, {{Oracle::kCollision, true, true, 3}}, true,
       Start::kClassMeans};

@@ -54,7 +54,7 @@ def _form_gram(trace: Trace, query: Tensor, index: Tensor | None, T: int, Q: int
 
 def _layout(trace: Trace, gram: Tensor | None, Q: int) -> tuple[Any, ...]:
     """size ... p_at of the kernels."""
-    names = ("inverse", "r2", "u", "ag", "a", "p")
+    names = ("inverse", "r2", "u", "ag", "lost", "a", "p")
     return (trace.size, padded(Q), 0 if gram is None else gram.stride(0), *(trace.at[name] for name in names))
 
 

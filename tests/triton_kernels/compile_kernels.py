@@ -32,7 +32,7 @@ from kernelmeta.triton import (
 _POINTERS = (
     "trace", "gram", "work", "p", "fixed", "logits", "stats", "grad_logits", "gp_last", "ga_last", "partial", "gc_out",
     "gn0_out", "gs", "gag_out", "grad", "gz_out", "gp", "out", "x", "y", "rows", "coefficients", "numbers", "rates",
-    "gu_at", "gr2_at", "gp_at", "ga_at", "gnumbers", "grates", "matrix", "pivots", "x_at",
+    "gu_at", "gr2_at", "gp_at", "ga_at", "gnumbers", "grates", "matrix", "pivots", "x_at", "errors",
 )  # fmt: skip
 _NUMBERS = {"lr", "eps"}
 _DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
