@@ -70,8 +70,8 @@ def test_unequal_tasks_done_anew() -> None:
 
     def call() -> Any:
         return km.ops.program(
-            leaves[0], labels, leaves[1], phases, n_way=3, scale=scale, n_ways=torch.tensor([3, 2, 3]),
-            support_offsets=offsets["support"], query_offsets=offsets["query"], return_weights=True,
+            leaves[0], labels, leaves[1], phases, n_way=3, scale=scale, return_weights=True,
+            ragged=km.Ragged(offsets["support"], offsets["query"], torch.tensor([3, 2, 3])),
         )  # fmt: skip
 
     def finite() -> Any:
