@@ -178,8 +178,8 @@ def out_of_range(squares: Tensor) -> Tensor:
 
 def without_radial_part(grad: Tensor, rows: Tensor, inverse: Tensor) -> Tensor:
     """Gradient of normalised rows, times 1 / |row| already -> gradient of the rows (constant below the floor)."""
-    rows = rows.to(grad.dtype)
-    along = (grad * rows).sum(-1) * inverse * inverse
+    rows = rows.to(grad.dtype) * inverse.unsqueeze(-1)  # the square of 1 / |row| may be no number
+    along = (grad * rows).sum(-1)
     floor = torch.full((), 1e-12, dtype=inverse.dtype, device=inverse.device).reciprocal()
     along = torch.where(inverse < floor, along, torch.zeros_like(along))
     return grad.sub_(rows * along.unsqueeze(-1))
