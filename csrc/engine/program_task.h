@@ -242,7 +242,7 @@ struct ProgramTask {
     if (from_means) {
       class_means().backward(adjoint.gtheta, gsupport, p.weight ? grad.weight : nullptr, true);
     } else {
-      block.unfenced().features(N, D, [&](int64_t n, auto row) {
+      block.features(N, D, [&](int64_t n, auto row) {
         C* to = grad.theta0 + n * D;
         row.each([&](auto d) { d.store(to, d.load(to) + d.load(adjoint.gtheta + n * D)); });
       });
