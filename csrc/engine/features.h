@@ -129,7 +129,7 @@ struct QueryFeatures {
 
   // trace.inverse alone.
   __host__ __device__ __forceinline__ void norms() {
-    block.unfenced().features(s.Q, s.D, [&](int64_t i, auto row) {
+    block.features(s.Q, s.D, [&](int64_t i, auto row) {
       const C found = inverse_norm<B>(row, query(i));
       row.one([&] { trace.inverse[i] = found; });
     });
