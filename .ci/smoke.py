@@ -10,7 +10,7 @@ import torch
 
 import kernelmeta as km
 from kernelmeta.backends import select
-from kernelmeta.reference import MLPParameters
+from kernelmeta.mlp_parameters import MLPParameters
 
 expected = sys.argv[1]
 root = Path(__file__).resolve().parents[1]

@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stack.callback(base.close)
         here = Worker(ROOT, options.threads)
         stack.callback(here.close)
-        print(f"{'cell':<20}{options.base[:12] + ', ms':>16}{'here, ms':>12}{'base / here':>14}{'range':>16}")
+        print(f"{'cell':<22}{options.base[:12] + ', ms':>16}{'here, ms':>12}{'base / here':>14}{'range':>16}")
         for cell in options.cells:
             calls = max(1, min(200, int(0.05 / min(w.time(cell, 3) for w in (base, here)))))
             pairs = [(base.time(cell, calls), here.time(cell, calls)) for _ in range(options.rounds)]
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             medians = [statistics.median(side) * 1e3 for side in zip(*pairs, strict=True)]
             scatter = f"{min(gains):.2f}-{max(gains):.2f}"
             print(
-                f"{cell:<20}{medians[0]:>16.3f}{medians[1]:>12.3f}{statistics.median(gains):>14.2f}{scatter:>16}"
+                f"{cell:<22}{medians[0]:>16.3f}{medians[1]:>12.3f}{statistics.median(gains):>14.2f}{scatter:>16}"
                 + ("   SLOWER" if lost else ""),
                 flush=True,
             )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernelmeta.reference import MLPParameters
+from kernelmeta.mlp_parameters import MLPParameters
 
 Head = Callable[..., Tensor]
 

@@ -23,7 +23,7 @@ from benchmarks import agreement, counts
 from benchmarks.peers import PEERS, PeerRunner, Result, Unavailable
 from benchmarks.problem import Problem, Size, draw
 from kernelmeta import nn, use_backend
-from kernelmeta.reference import MLPParameters
+from kernelmeta.mlp_parameters import MLPParameters
 
 COMPARED = ("kernelmeta", "published", "dual")
 COMPILED = ("compile-dual",)

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks import forms
 from benchmarks.problem import Inputs, Problem, Size
 from kernelmeta import nn, ops
-from kernelmeta.reference import MLPParameters
+from kernelmeta.mlp_parameters import MLPParameters
 
 Result = tuple[Any, list[Any]]  # logits [T, Q, N]; gradients (none in mode "forward")
 PeerRunner = Callable[[int], Result]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernelmeta import nn
-from kernelmeta.reference import MLPParameters
+from kernelmeta.mlp_parameters import MLPParameters
 
 # What the inputs of one problem may take together, over all copies.
 _COPIES_BYTES = 256 << 20

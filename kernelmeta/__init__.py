@@ -2,7 +2,8 @@
 
 - `km.ops`: the fused operators; `km.reference`: the same in plain PyTorch, the specification
 - `km.nn`: modules; `km.func`: inner loops over whole networks; `km.data`: episodes and feature banks
-- `km.Ragged`, `km.Classifier`: tasks of unequal size, and what learners make for a task
+- `km.Ragged`, `km.Classifier`: tasks of unequal size, and what learners make for a task; `km.Phase`,
+  `km.MLPParameters`: what programs consist of, and the parameters of the synthetic-gradient MLP
 - `km.backends()`, `km.use_backend()`: what this installation can run, and what to run
 """
 
@@ -10,11 +11,15 @@ from __future__ import annotations
 
 from kernelmeta import data, func, nn, ops, reference, triton
 from kernelmeta.backends import backends, use_backend
+from kernelmeta.mlp_parameters import MLPParameters
+from kernelmeta.phases import Phase
 from kernelmeta.tasks import Classifier, Ragged
 from kernelmeta.version import __version__
 
 __all__ = [
     "Classifier",
+    "MLPParameters",
+    "Phase",
     "Ragged",
     "__version__",
     "backends",

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernelmeta.reference import MLPParameters
+from kernelmeta.mlp_parameters import MLPParameters
 
 
 class Episode(NamedTuple):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kernelmeta.reference.phases import LABELLED, ORACLES
+from kernelmeta.phases import LABELLED, ORACLES
 
 ROOT = Path(__file__).parents[1]
 HEADER = ROOT / "csrc/engine/oracles.h"
@@ -75,8 +75,8 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     oracles = path / "csrc/engine/oracles.h"
     insert(oracles, ("  kEnd  //", textwrap.indent(number, "  ")), ("// An MLP's guess", struct + "\n"))
     oracles.write_text(oracles.read_text().replace("SyntheticGradient>;", "SyntheticGradient, Collision>;"))
-    (name,) = blocks("kernelmeta/reference/phases.py")
-    insert(path / "kernelmeta/reference/phases.py", ('}\nLABELLED = ("', textwrap.indent(name, "    ")))
+    (name,) = blocks("kernelmeta/phases.py")
+    insert(path / "kernelmeta/phases.py", ('}\nLABELLED = ("', textwrap.indent(name, "    ")))
     (gradient,) = blocks("kernelmeta/reference/program.py")
     insert(
         path / "kernelmeta/reference/program.py",

@@ -16,7 +16,7 @@ import kernelmeta as km
 
 x, y = torch.randn(1, 5, 4), torch.arange(5).view(1, 5)
 one = torch.ones(1)
-mlp = km.reference.MLPParameters(*[torch.ones(1)] * 10)
+mlp = km.MLPParameters(*[torch.ones(1)] * 10)
 head: km.nn.SIB = km.nn.SIB(5, 4)
 rows = km.Ragged(torch.tensor([0, 5]), torch.tensor([0, 5]))
 

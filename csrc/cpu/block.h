@@ -26,9 +26,8 @@
 #include "cpu/simd.h"
 #include "cpu/widen.h"
 
+namespace kernelmeta {
 namespace {
-
-using kernelmeta::Rows;
 
 #if defined(__AVX512F__)
 inline constexpr int kMmRows = 5, kMmVectors = 5;  // 25 of 32 registers accumulate
@@ -93,15 +92,15 @@ struct CpuBlock {
       if constexpr (kind == kPartial)
         return load_first(p + at, count);
       else
-        return ::load(p + at);
+        return kernelmeta::load(p + at);
     }
     __forceinline__ void store(C* p, V v) const {
       if constexpr (kind == kPartial)
         store_first(p + at, v, count);
       else if constexpr (kind == kPadded)
-        ::store(p + at, first(v));
+        kernelmeta::store(p + at, first(v));
       else
-        ::store(p + at, v);
+        kernelmeta::store(p + at, v);
     }
   };
 
@@ -153,7 +152,7 @@ struct CpuBlock {
         if (i + r < n) Row<kPadded>{length}.each([&](auto at) { sum += at.first(f(i + r, at)); });
         sums[r] = sum;
       }
-      ::store(out + i, sum_each<C>(sums));
+      kernelmeta::store(out + i, sum_each<C>(sums));
     }
   }
   template <class F>
@@ -182,14 +181,14 @@ struct CpuBlock {
   // out[i] = (bias[i] or 0) + sum_j w(i, j) in[j] for i < m, j < k, over Q entries of padded rows.
   void mm(int64_t m, int64_t k, int64_t Q, Matrix<C> w, const C* in, int64_t ld, C* out, int64_t ldo,
           const C* bias) const {
-    mm_rows<false>(m, k, (Q + W - 1) / W * W, w, Rows<C>{in, ld, nullptr}, out, ldo, bias, false);
+    mm_rows<false>(m, k, (Q + W - 1) / W * W, w, FeatureRows<C>{in, ld, nullptr}, out, ldo, bias, false);
   }
   void mm_add(int64_t m, int64_t k, int64_t Q, Matrix<C> w, const C* in, int64_t ld, C* out,
               int64_t ldo) const {
-    mm_rows<false>(m, k, (Q + W - 1) / W * W, w, Rows<C>{in, ld, nullptr}, out, ldo, nullptr, true);
+    mm_rows<false>(m, k, (Q + W - 1) / W * W, w, FeatureRows<C>{in, ld, nullptr}, out, ldo, nullptr, true);
   }
   // out[i] += sum_j w(i, j) in(j), over rows of D features; out is [m][D].
-  void features_mm_add(int64_t m, int64_t k, int64_t D, Matrix<C> w, Rows<C> in, C* out) const {
+  void features_mm_add(int64_t m, int64_t k, int64_t D, Matrix<C> w, FeatureRows<C> in, C* out) const {
     if (D < W) {
       for (int64_t i = 0; i < m; ++i) {
         V sum = load_first(out + i * D, D);
@@ -227,7 +226,7 @@ struct CpuBlock {
   }
 
   // out[i][j] = <a(i), b(j)>
-  void dots(int64_t m, Rows<C> a, int64_t n, Rows<C> b, int64_t D, C* out, int64_t ldo) const {
+  void dots(int64_t m, FeatureRows<C> a, int64_t n, FeatureRows<C> b, int64_t D, C* out, int64_t ldo) const {
     C tile[kDotTile * kDotTile + W];
     for (int64_t i = 0; i < m; i += kDotTile) {
       for (int64_t j = 0; j < n; j += kDotTile) {
@@ -242,7 +241,7 @@ struct CpuBlock {
   }
 
   // dots of a with itself, computed for half of the pairs.
-  void self_dots(int64_t m, Rows<C> a, int64_t D, C* out, int64_t ldo) const {
+  void self_dots(int64_t m, FeatureRows<C> a, int64_t D, C* out, int64_t ldo) const {
     C tile[kDotTile * kDotTile + W];
     for (int64_t i = 0; i < m; i += kDotTile) {
       for (int64_t j = 0; j <= i; j += kDotTile) {
@@ -259,10 +258,10 @@ struct CpuBlock {
   }
 
   // gram[i][j] = <x(i), x(j)>, cross[n][i] = <theta0[n], x(i)>, squares[n] = |theta0[n]|^2
-  void stacked_dots(int64_t Q, Rows<C> x, int64_t N, const C* theta0, int64_t D, C* gram, C* cross,
+  void stacked_dots(int64_t Q, FeatureRows<C> x, int64_t N, const C* theta0, int64_t D, C* gram, C* cross,
                     int64_t ld, C* squares) const {
     self_dots(Q, x, D, gram, ld);
-    dots(N, Rows<C>{theta0, D, nullptr}, Q, x, D, cross, ld);
+    dots(N, FeatureRows<C>{theta0, D, nullptr}, Q, x, D, cross, ld);
     features(N, D, [&](int64_t n, auto row) {
       const C* t = theta0 + n * D;
       squares[n] = row.sum([&](auto d) { return d.load(t) * d.load(t); });
@@ -275,10 +274,10 @@ struct CpuBlock {
   static __forceinline__ C* widening_buffer(Arena<C>& arena, const Features& f, int64_t D) {
     return widened_rows(arena, f, D);
   }
-  static __forceinline__ Rows<C> task_rows(const Features& f, int64_t task, int64_t D, C* buffer) {
+  static __forceinline__ FeatureRows<C> task_rows(const Features& f, int64_t task, int64_t D, C* buffer) {
     return widen(f, task, D, buffer);
   }
-  static __forceinline__ Rows<C> theta0_rows(const Features& f, int64_t task, int64_t D, C* buffer) {
+  static __forceinline__ FeatureRows<C> theta0_rows(const Features& f, int64_t task, int64_t D, C* buffer) {
     return widen(f, task, D, buffer);
   }
 
@@ -286,7 +285,7 @@ struct CpuBlock {
   // Where a row is not a whole number of vectors, the last vector overlaps the one before it (features):
   // it is computed whole and only its new lanes are stored. The tail goes first: it must see `out` as it was.
   template <bool overlapping>
-  void mm_rows(int64_t m, int64_t k, int64_t length, Matrix<C> w, Rows<C> in, C* out, int64_t ldo,
+  void mm_rows(int64_t m, int64_t k, int64_t length, Matrix<C> w, FeatureRows<C> in, C* out, int64_t ldo,
                const C* bias, bool add) const {
     const int64_t whole = length / W * W;
     for (int64_t i = 0; i < m;) {
@@ -306,7 +305,7 @@ struct CpuBlock {
   struct Tile {
     int64_t k;
     Matrix<C> w;
-    Rows<C> in;
+    FeatureRows<C> in;
     C* out;
     int64_t ldo;
     const C* bias;
@@ -338,7 +337,7 @@ struct CpuBlock {
     for (int r = 0; r < R; ++r) {
       for (int v = 0; v < NV; ++v) {
         if (t.add)
-          acc[r][v] = ::load(t.out + r * t.ldo + at + v * W);
+          acc[r][v] = kernelmeta::load(t.out + r * t.ldo + at + v * W);
         else
           acc[r][v] = t.bias ? V{} + t.bias[r] : V{};
       }
@@ -346,7 +345,7 @@ struct CpuBlock {
     for (int64_t j = 0; j < t.k; ++j) {
       const C* x = t.in(j) + at;
       V xv[NV];
-      for (int v = 0; v < NV; ++v) xv[v] = ::load(x + v * W);
+      for (int v = 0; v < NV; ++v) xv[v] = kernelmeta::load(x + v * W);
       if constexpr (ahead) {
         for (int v = 0; v < NV; ++v) __builtin_prefetch(x + (NV + v) * W);
       }
@@ -359,7 +358,7 @@ struct CpuBlock {
       C* to = t.out + r * t.ldo + at;
       for (int v = 0; v < NV; ++v) {
         if (v < NV - 1 || count == W) {
-          ::store(to + v * W, acc[r][v]);
+          kernelmeta::store(to + v * W, acc[r][v]);
         } else {
           for (int64_t l = W - count; l < W; ++l) to[v * W + l] = acc[r][v][l];
         }
@@ -387,25 +386,25 @@ struct CpuBlock {
   static __forceinline__ void outer_tile(const Strip& t, int64_t i) {
     V acc[R][NV];
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < NV; ++v) acc[r][v] = ::load(t.out + (i + r) * t.ldo + v * W);
+      for (int v = 0; v < NV; ++v) acc[r][v] = kernelmeta::load(t.out + (i + r) * t.ldo + v * W);
     }
     for (int64_t q = 0; q < t.count; ++q) {
       V xv[NV];
-      for (int v = 0; v < NV; ++v) xv[v] = ::load(t.columns + (q * kOuterVectors + v) * W);
+      for (int v = 0; v < NV; ++v) xv[v] = kernelmeta::load(t.columns + (q * kOuterVectors + v) * W);
       for (int r = 0; r < R; ++r) {
         const V weight = V{} + t.g[(i + r) * t.ldg + q];
         for (int v = 0; v < NV; ++v) acc[r][v] += weight * xv[v];
       }
     }
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < NV; ++v) ::store(t.out + (i + r) * t.ldo + v * W, acc[r][v]);
+      for (int v = 0; v < NV; ++v) kernelmeta::store(t.out + (i + r) * t.ldo + v * W, acc[r][v]);
     }
   }
 
   // tile[r][c] = <a(i + r), b(j + c)>; rows beyond m and n repeat the last one. Where j is 0, rows of a are
   // met for the first time: those of the next tile are asked for meanwhile.
-  static __attribute__((noinline)) void dot_tile(Rows<C> a, int64_t i, int64_t m, Rows<C> b, int64_t j,
-                                                 int64_t n, int64_t D, C* tile) {
+  static __attribute__((noinline)) void dot_tile(FeatureRows<C> a, int64_t i, int64_t m, FeatureRows<C> b,
+                                                 int64_t j, int64_t n, int64_t D, C* tile) {
     constexpr int R = kDotTile;
     const C *ar[R], *br[R], *next[R];
     for (int r = 0; r < R; ++r) {
@@ -426,7 +425,7 @@ struct CpuBlock {
     int64_t d = 0;
     const auto whole_vectors = [&](auto meanwhile) {
       for (; d + W <= D; d += W) {
-        const auto at = [d](const C* p) { return ::load(p + d); };
+        const auto at = [d](const C* p) { return kernelmeta::load(p + d); };
         meanwhile();
         step(at, at);
       }
@@ -439,15 +438,18 @@ struct CpuBlock {
       whole_vectors([] {});
     }
     if (d < D && D >= W) {  // the last vector overlaps: its old lanes count as zeros
-      const auto at = [D](const C* p) { return ::load(p + D - W); };
-      const auto masked = [D, d](const C* p) { return drop_first<C>(::load(p + D - W), W - (D - d)); };
+      const auto at = [D](const C* p) { return kernelmeta::load(p + D - W); };
+      const auto masked = [D, d](const C* p) {
+        return drop_first<C>(kernelmeta::load(p + D - W), W - (D - d));
+      };
       step(masked, at);
     } else if (d < D) {
       const auto at = [D](const C* p) { return load_first(p, D); };
       step(at, at);
     }
-    for (int64_t l = 0; l < kSums; l += W) ::store(tile + l, sum_each<C>(acc + l));
+    for (int64_t l = 0; l < kSums; l += W) kernelmeta::store(tile + l, sum_each<C>(acc + l));
   }
 };
 
 }  // namespace
+}  // namespace kernelmeta

@@ -3,9 +3,8 @@
 
 #include "engine/program_task.h"
 
+namespace kernelmeta {
 namespace {
-
-using namespace kernelmeta;
 
 // Scratch for the largest of the tasks, laid out anew for each.
 template <class Workspace, class C, class... Args>
@@ -78,3 +77,4 @@ void program_backward(const ProgramBackward<C>& f, const KernelCall<C>& call, co
 }
 
 }  // namespace
+}  // namespace kernelmeta

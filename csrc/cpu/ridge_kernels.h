@@ -4,6 +4,7 @@
 #include "cpu/program_kernels.h"
 #include "engine/ridge_task.h"
 
+namespace kernelmeta {
 namespace {
 
 template <class C>
@@ -59,3 +60,4 @@ void ridge_backward(const RidgeBackward<C>& f, const int64_t* trace_offsets, con
 }
 
 }  // namespace
+}  // namespace kernelmeta

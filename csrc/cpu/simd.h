@@ -7,6 +7,7 @@
 
 #include "engine/portability.h"
 
+namespace kernelmeta {
 namespace {
 
 #if defined(__AVX512F__)
@@ -184,3 +185,4 @@ __forceinline__ typename Simd<C>::V exp_lanes(typename Simd<C>::V x) {
 }
 
 }  // namespace
+}  // namespace kernelmeta

@@ -5,9 +5,8 @@
 
 #include "engine/problem.h"
 
+namespace kernelmeta {
 namespace {
-
-using namespace kernelmeta;
 
 // Storage types narrower than float, as their bits.
 struct BFloat16 {
@@ -52,7 +51,7 @@ bool needs_widening(const Features& f) {
 
 // The rows of one task in the precision of the computation: where they lie, or copied into `buffer`.
 template <class C>
-Rows<C> widen(const Features& f, int64_t task, int64_t D, C* buffer) {
+FeatureRows<C> widen(const Features& f, int64_t task, int64_t D, C* buffer) {
   if (!needs_widening<C>(f)) {
     const C* data = static_cast<const C*>(f.data);
     if (f.index) return {data, f.row, f.index + task * f.rows};
@@ -81,3 +80,4 @@ C* widened_rows(Arena<C>& arena, const Features& f, int64_t D) {
 }
 
 }  // namespace
+}  // namespace kernelmeta

@@ -8,7 +8,7 @@
 // Products are functions of their own: inlined, each of their many uses would compete for registers with the
 // task around it.
 //
-// Team gives the threads: kThreads, kLanes (a power of two), thread(), sync(spot), any(bool), sync_warp(),
+// Team gives the threads: kThreads, kLanes (a power of two), thread(), sync(line), any(bool), sync_warp(),
 // add_lanes(x): the sum over the lanes of the warp, the same bits in each.
 #pragma once
 
@@ -31,13 +31,13 @@ struct TeamBlock {
   static constexpr int kThreads = Team::kThreads, kLanes = Team::kLanes, kWarps = kThreads / kLanes;
   static constexpr bool kNarrow = sizeof(F) == 2 && sizeof(C) == 4;  // features for the tensor cores
 
-  static __host__ __device__ __forceinline__ C sqrt(C x) { return ::sqrt(x); }
-  static __host__ __device__ __forceinline__ C exp(C x) { return ::exp(x); }
-  static __host__ __device__ __forceinline__ C log(C x) { return ::log(x); }
-  static __host__ __device__ __forceinline__ C max(C a, C b) { return a < b ? b : a; }
-  static __host__ __device__ __forceinline__ C relu(C v) { return v < C(0) ? C(0) : v; }  // keeps NaN
-  static __host__ __device__ __forceinline__ C where_positive(C test, C v) { return test <= C(0) ? C(0) : v; }
-  static __host__ __device__ __forceinline__ C inverse_std(C squares, int64_t count, double eps) {
+  static KERNELMETA_INLINE C sqrt(C x) { return ::sqrt(x); }
+  static KERNELMETA_INLINE C exp(C x) { return ::exp(x); }
+  static KERNELMETA_INLINE C log(C x) { return ::log(x); }
+  static KERNELMETA_INLINE C max(C a, C b) { return a < b ? b : a; }
+  static KERNELMETA_INLINE C relu(C v) { return v < C(0) ? C(0) : v; }  // keeps NaN
+  static KERNELMETA_INLINE C where_positive(C test, C v) { return test <= C(0) ? C(0) : v; }
+  static KERNELMETA_INLINE C inverse_std(C squares, int64_t count, double eps) {
     return C(1) / ::sqrt(squares / C(count) + C(eps));
   }
 
@@ -46,40 +46,38 @@ struct TeamBlock {
 
   // This block's words without the barrier at their end, for where the next word touches nothing that this
   // one does.
-  __host__ __device__ __forceinline__ TeamBlock<Team, C, F, Z, false> unfenced() const { return {}; }
+  KERNELMETA_INLINE TeamBlock<Team, C, F, Z, false> unfenced() const { return {}; }
 
   template <class Fn>
-  __host__ __device__ __forceinline__ void each_item(int64_t n, Fn f, KERNELMETA_CALLER) const {
+  KERNELMETA_INLINE void each_item(int64_t n, Fn f, KERNELMETA_CALLER) const {
     for (int64_t i = Team::thread(); i < n; i += kThreads) f(i);
     fence({file, line});
   }
   template <class Fn>
-  __host__ __device__ __forceinline__ bool any(int64_t n, Fn f) const {
+  KERNELMETA_INLINE bool any(int64_t n, Fn f) const {
     bool found = false;
     for (int64_t i = Team::thread(); i < n; i += kThreads) found = found || f(i);
     return Team::any(found);
   }
   template <class Fn>
-  __host__ __device__ __forceinline__ void rows(int64_t n, int64_t length, Fn f, KERNELMETA_CALLER) const {
+  KERNELMETA_INLINE void rows(int64_t n, int64_t length, Fn f, KERNELMETA_CALLER) const {
     for (int64_t i = Team::thread() / kLanes; i < n; i += kWarps) f(i, RowOf<true>{length});
     fence({file, line});
   }
   template <class Fn>
-  __host__ __device__ __forceinline__ void row_steps(int64_t n, int64_t length, int64_t steps, Fn f,
-                                                     KERNELMETA_CALLER) const {
+  KERNELMETA_INLINE void row_steps(int64_t n, int64_t length, int64_t steps, Fn f, KERNELMETA_CALLER) const {
     for (int64_t i = Team::thread() / kLanes; i < n; i += kWarps) {
       for (int64_t k = 0; k < steps; ++k) f(i, k, RowOf<true>{length});
     }
     fence({file, line});
   }
   template <class Fn>
-  __host__ __device__ __forceinline__ void columns(int64_t length, Fn f, KERNELMETA_CALLER) const {
+  KERNELMETA_INLINE void columns(int64_t length, Fn f, KERNELMETA_CALLER) const {
     for (int64_t i = Team::thread(); i < padded(length); i += kThreads) f(PaddedAt<C>{{i}, i < length});
     fence({file, line});
   }
   template <class Fn>
-  __host__ __device__ __forceinline__ void row_sums(int64_t n, int64_t length, C* out, Fn f,
-                                                    KERNELMETA_CALLER) const {
+  KERNELMETA_INLINE void row_sums(int64_t n, int64_t length, C* out, Fn f, KERNELMETA_CALLER) const {
     for (int64_t i = Team::thread() / kLanes; i < n; i += kWarps) {
       const RowOf<true> row{length};
       const C sum = row.sum([&](auto at) { return f(i, at); });
@@ -88,43 +86,39 @@ struct TeamBlock {
     fence({file, line});
   }
   template <class Fn>
-  __host__ __device__ __forceinline__ void features(int64_t n, int64_t length, Fn f,
-                                                    KERNELMETA_CALLER) const {
+  KERNELMETA_INLINE void features(int64_t n, int64_t length, Fn f, KERNELMETA_CALLER) const {
     for (int64_t i = Team::thread() / kLanes; i < n; i += kWarps) f(i, RowOf<false>{length});
     fence({file, line});
   }
-  __host__ __device__ __forceinline__ void features_zero(int64_t n, int64_t length, C* out,
-                                                         KERNELMETA_CALLER) const {
+  KERNELMETA_INLINE void features_zero(int64_t n, int64_t length, C* out, KERNELMETA_CALLER) const {
     for (int64_t i = Team::thread(); i < n * length; i += kThreads) out[i] = C(0);
     fence({file, line});
   }
 
   // ---- small matrix times rows
 
-  __host__ __device__ __forceinline__ void mm(int64_t m, int64_t k, int64_t Q, Matrix<C> w, const C* in,
-                                              int64_t ld, C* out, int64_t ldo, const C* bias,
-                                              KERNELMETA_CALLER) const {
+  KERNELMETA_INLINE void mm(int64_t m, int64_t k, int64_t Q, Matrix<C> w, const C* in, int64_t ld, C* out,
+                            int64_t ldo, const C* bias, KERNELMETA_CALLER) const {
     Products<Team, C>::template product<false>(m, k, Q, w, in, ld, out, ldo, bias);
     fence({file, line});
   }
-  __host__ __device__ __forceinline__ void mm_add(int64_t m, int64_t k, int64_t Q, Matrix<C> w, const C* in,
-                                                  int64_t ld, C* out, int64_t ldo, KERNELMETA_CALLER) const {
+  KERNELMETA_INLINE void mm_add(int64_t m, int64_t k, int64_t Q, Matrix<C> w, const C* in, int64_t ld, C* out,
+                                int64_t ldo, KERNELMETA_CALLER) const {
     Products<Team, C>::template product<true>(m, k, Q, w, in, ld, out, ldo, nullptr);
     fence({file, line});
   }
 
   // out[i] += sum_j w(i, j) in(j), over rows of D features; out is [m][D].
   template <class X>
-  __host__ __device__ __forceinline__ void features_mm_add(int64_t m, int64_t k, int64_t D, Matrix<C> w,
-                                                           Rows<X> in, C* out, KERNELMETA_CALLER) const {
+  KERNELMETA_INLINE void features_mm_add(int64_t m, int64_t k, int64_t D, Matrix<C> w, FeatureRows<X> in,
+                                         C* out, KERNELMETA_CALLER) const {
     Products<Team, C>::features_mm_add(m, k, D, w, in, out);
     fence({file, line});
   }
 
   // out[i][j] += sum_q g[i][q] x[j][q]; reads the padding of g and x, which holds zeros.
-  __host__ __device__ __forceinline__ void outer(int64_t m, int64_t n, int64_t Q, const C* g, int64_t ldg,
-                                                 const C* x, int64_t ldx, C* out, int64_t ldo,
-                                                 KERNELMETA_CALLER) const {
+  KERNELMETA_INLINE void outer(int64_t m, int64_t n, int64_t Q, const C* g, int64_t ldg, const C* x,
+                               int64_t ldx, C* out, int64_t ldo, KERNELMETA_CALLER) const {
     Products<Team, C>::outer(m, n, Q, g, ldg, x, ldx, out, ldo);
     fence({file, line});
   }
@@ -133,8 +127,8 @@ struct TeamBlock {
 
   // out[i][j] = <a(i), b(j)>
   template <class X, class Y>
-  __host__ __device__ __forceinline__ void dots(int64_t m, Rows<X> a, int64_t n, Rows<Y> b, int64_t D, C* out,
-                                                int64_t ldo) const {
+  KERNELMETA_INLINE void dots(int64_t m, FeatureRows<X> a, int64_t n, FeatureRows<Y> b, int64_t D, C* out,
+                              int64_t ldo) const {
     if constexpr (kNarrow && sizeof(X) == 2 && sizeof(Y) == 2)
       NarrowDots<Team, F>::dots(m, a, n, b, D, out, ldo);
     else
@@ -142,8 +136,7 @@ struct TeamBlock {
   }
 
   // dots of x with itself, computed for half of the pairs.
-  __host__ __device__ __forceinline__ void self_dots(int64_t m, Rows<F> x, int64_t D, C* out,
-                                                     int64_t ldo) const {
+  KERNELMETA_INLINE void self_dots(int64_t m, FeatureRows<F> x, int64_t D, C* out, int64_t ldo) const {
     if constexpr (kNarrow)
       NarrowDots<Team, F>::self_dots(m, x, D, out, ldo);
     else
@@ -152,34 +145,31 @@ struct TeamBlock {
 
   // gram[i][j] = <x(i), x(j)>, cross[n][i] = <theta0[n], x(i)>, squares[n] = |theta0[n]|^2, from one stack of
   // rows that is read once where it fits the stage.
-  __host__ __device__ __forceinline__ void stacked_dots(int64_t Q, Rows<F> x, int64_t N, const C* theta0,
-                                                        int64_t D, C* gram, C* cross, int64_t ld,
-                                                        C* squares) const {
+  KERNELMETA_INLINE void stacked_dots(int64_t Q, FeatureRows<F> x, int64_t N, const C* theta0, int64_t D,
+                                      C* gram, C* cross, int64_t ld, C* squares) const {
     if constexpr (kNarrow)
       NarrowDots<Team, F>::stacked(Q, x, N, theta0, D, gram, cross, ld, squares);
     else
       Dots<Team, C>::stacked(Q, x, N, theta0, D, gram, cross, ld, squares);
   }
 
-  static __host__ __device__ __forceinline__ C* stage() { return Team::template stage<C>(); }
+  static KERNELMETA_INLINE C* stage() { return Team::template stage<C>(); }
 
   // Features are widened where they are read.
-  static __host__ __device__ __forceinline__ C* widening_buffer(Arena<C>&, const Features&, int64_t) {
-    return nullptr;
-  }
-  static __host__ __device__ __forceinline__ Rows<F> task_rows(const Features& f, int64_t t, int64_t, C*) {
+  static KERNELMETA_INLINE C* widening_buffer(Arena<C>&, const Features&, int64_t) { return nullptr; }
+  static KERNELMETA_INLINE FeatureRows<F> task_rows(const Features& f, int64_t t, int64_t, C*) {
     return rows_of<F>(f, t);
   }
-  static __host__ __device__ __forceinline__ Rows<C> theta0_rows(const Features& f, int64_t t, int64_t, C*) {
+  static KERNELMETA_INLINE FeatureRows<C> theta0_rows(const Features& f, int64_t t, int64_t, C*) {
     return rows_of<C>(f, t);
   }
 
  private:
-  static __host__ __device__ __forceinline__ void fence(Spot spot) {
-    if constexpr (kFenced) Team::sync(spot);
+  static KERNELMETA_INLINE void fence(SourceLine line) {
+    if constexpr (kFenced) Team::sync(line);
   }
   template <class X>
-  static __host__ __device__ __forceinline__ Rows<X> rows_of(const Features& f, int64_t t) {
+  static KERNELMETA_INLINE FeatureRows<X> rows_of(const Features& f, int64_t t) {
     const X* data = static_cast<const X*>(f.data);
     if (f.index) return {data, f.row, f.index + t * f.rows};
     return {data + t * f.task, f.row, nullptr};

@@ -21,7 +21,7 @@ struct Used {
 };
 
 // Which tasks a block takes: first, first + step, ...
-struct Share {
+struct BlockTasks {
   int64_t first, step;
 };
 
@@ -29,25 +29,25 @@ struct Share {
 // which each thread would otherwise keep in registers. A Layout is constructed from an arena, the block and
 // the sizes, then args.
 template <class B, class Layout>
-struct Frame {
+struct BlockMemory {
   B block;
   Layout w;
 
   template <class C, class... Args>
-  __host__ __device__ __forceinline__ Frame(Arena<C> arena, const Sizes& s, const Args&... args)
+  KERNELMETA_INLINE BlockMemory(Arena<C> arena, const Sizes& s, const Args&... args)
       : w(arena, block, as<typename B::Sizes>(s), args...) {}
 
   // In `place`, by one thread of the team. A function of its own: it takes more registers than anything else.
   template <class C, class... Args>
   static __host__ __device__ KERNELMETA_NOINLINE void construct(void* place, const Arena<C>& arena,
                                                                 const Sizes& s, const Args&... args) {
-    new (place) Frame(arena, s, args...);
+    new (place) BlockMemory(arena, s, args...);
   }
   template <class C, class... Args>
-  static __host__ __device__ __forceinline__ Frame& make(void* place, const Arena<C>& arena, const Sizes& s,
-                                                         const Args&... args) {
+  static KERNELMETA_INLINE BlockMemory& make(void* place, const Arena<C>& arena, const Sizes& s,
+                                             const Args&... args) {
     B().each_item(1, [&](int64_t) { construct(place, arena, s, args...); });
-    return *static_cast<Frame*>(place);
+    return *static_cast<BlockMemory*>(place);
   }
 };
 
@@ -61,15 +61,13 @@ struct TraceMemory {
 
   // `features` [of_features], `rest` [elements]
   template <class S>
-  __host__ __device__ __forceinline__ static Trace<C> lay_out(C* features, C* rest, const S& s, bool gram,
-                                                              bool weights) {
+  KERNELMETA_INLINE static Trace<C> lay_out(C* features, C* rest, const S& s, bool gram, bool weights) {
     Arena<C> first(features), second(rest);
     return Trace<C>(first, second, s, gram, weights);
   }
 
   template <class S>
-  __host__ __device__ __forceinline__ TraceMemory(Arena<C>& arena, const S& s, bool gram, bool weights,
-                                                  bool kept)
+  KERNELMETA_INLINE TraceMemory(Arena<C>& arena, const S& s, bool gram, bool weights, bool kept)
       : gram(gram), weights(weights) {
     Arena<C> features, rest;
     Trace<C> unused(features, rest, s, gram, weights);
@@ -78,11 +76,11 @@ struct TraceMemory {
     own = kept && !arena.fits(elements) ? nullptr : arena.take(elements);
   }
 
-  __host__ __device__ __forceinline__ C* rest(C* kept) const { return kept + of_features; }
+  KERNELMETA_INLINE C* rest(C* kept) const { return kept + of_features; }
 
   // kept: the task's trace, what is of D dimensions first.
   template <class S>
-  __host__ __device__ __forceinline__ Trace<C> at(C* kept, const S& s) const {
+  KERNELMETA_INLINE Trace<C> at(C* kept, const S& s) const {
     return lay_out(kept, own ? own : rest(kept), s, gram, weights);
   }
 };
@@ -98,8 +96,8 @@ struct SibForwardLayout {
   C* features;       // what of the trace is of D dimensions; null: in the kept trace
   Trace<C> of_task;  // in shared memory like all of this, not in every thread's registers
 
-  __host__ __device__ __forceinline__ SibForwardLayout(Arena<C>& arena, B& block, const Sizes& s,
-                                                       const SibForward<C>& f, C scale, C bias)
+  KERNELMETA_INLINE SibForwardLayout(Arena<C>& arena, B& block, const Sizes& s, const SibForward<C>& f,
+                                     C scale, C bias)
       : mlp(arena, s, f.problem.running != nullptr),
         task(arena, block, s, f.problem, mlp, scale, bias, forms_gram(s, f.trace != nullptr), false),
         trace(arena, s, forms_gram(s, f.trace != nullptr), f.problem.weights, f.trace != nullptr),
@@ -107,14 +105,14 @@ struct SibForwardLayout {
 };
 
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void sib_forward_body(void* place, const SibForward<C>& f, int64_t stride,
-                                                          Arena<C> arena, Share share) {
+KERNELMETA_INLINE void sib_forward_body(void* place, const SibForward<C>& f, int64_t stride, Arena<C> arena,
+                                        BlockTasks tasks) {
   const auto& s = as<typename B::Sizes>(f.problem.s);
-  auto& [block, w] =
-      Frame<B, SibForwardLayout<B>>::make(place, arena, f.problem.s, f, *f.problem.scale, *f.problem.bias);
+  auto& [block, w] = BlockMemory<B, SibForwardLayout<B>>::make(place, arena, f.problem.s, f, *f.problem.scale,
+                                                               *f.problem.bias);
   fold(block, f.problem.mlp, f.problem.running, s, w.mlp);
   const int64_t stats = s.K * 4 * s.H;
-  for (int64_t t = share.first; t < s.T; t += share.step) {
+  for (int64_t t = tasks.first; t < s.T; t += tasks.step) {
     C* kept = f.trace ? f.trace + t * stride : nullptr;
     if (w.task.invalid(t)) {
       fill_nan(block, f.logits + t * s.Q * s.N, s.Q * s.N);
@@ -153,14 +151,14 @@ struct SibBackwardLayout {
   Arena<C> of_sums;
   SibParameterGrad<C> grad;
 
-  __host__ __device__ __forceinline__ static int64_t sums_size(const Sizes& s) {
+  KERNELMETA_INLINE static int64_t sums_size(const Sizes& s) {
     Arena<C> count;
     SibParameterGrad<C> unused(count, s);
     return count.used();
   }
 
-  __host__ __device__ __forceinline__ SibBackwardLayout(Arena<C>& arena, B& block, const Sizes& s,
-                                                        const SibBackward<C>& f, C scale, C bias)
+  KERNELMETA_INLINE SibBackwardLayout(Arena<C>& arena, B& block, const Sizes& s, const SibBackward<C>& f,
+                                      C scale, C bias)
       : mlp(arena, s, f.problem.running != nullptr),
         task(arena, block, s, f.problem, mlp, scale, bias, forms_gram(s, true), true),
         adjoint(arena, s, forms_gram(s, true), f.grad_query != nullptr, f.grad_weights != nullptr),
@@ -174,16 +172,15 @@ struct SibBackwardLayout {
 
 // partial: the block's own sums over its tasks, a SibParameterGrad.
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void sib_backward_body(void* place, const SibBackward<C>& f,
-                                                           int64_t stride, C* partial, Arena<C> arena,
-                                                           Share share) {
+KERNELMETA_INLINE void sib_backward_body(void* place, const SibBackward<C>& f, int64_t stride, C* partial,
+                                         Arena<C> arena, BlockTasks tasks) {
   const auto& s = as<typename B::Sizes>(f.problem.s);
-  auto& [block, w] =
-      Frame<B, SibBackwardLayout<B>>::make(place, arena, f.problem.s, f, *f.problem.scale, *f.problem.bias);
+  auto& [block, w] = BlockMemory<B, SibBackwardLayout<B>>::make(place, arena, f.problem.s, f,
+                                                                *f.problem.scale, *f.problem.bias);
   fold(block, f.problem.mlp, f.problem.running, s, w.mlp);
   block.unfenced().each_item(w.size, [&](int64_t i) { w.sums[i] = C(0); });
   const int64_t start_size = f.problem.start.rows * s.D;
-  for (int64_t t = share.first; t < s.T; t += share.step) {
+  for (int64_t t = tasks.first; t < s.T; t += tasks.step) {
     if (w.task.invalid(t)) {
       fill_nan(block, w.sums, w.size);
       fill_nan(block, f.grad_query ? f.grad_query + t * s.Q * s.D : nullptr, s.Q * s.D);
@@ -213,14 +210,14 @@ struct MlpLayout {
   Arena<C> of_sums;
   FoldedMlpGrad<C> grad;
 
-  __host__ __device__ __forceinline__ static int64_t sums_size(const Sizes& s) {
+  KERNELMETA_INLINE static int64_t sums_size(const Sizes& s) {
     Arena<C> count;
     FoldedMlpGrad<C> unused(count, s);
     return count.used();
   }
 
-  __host__ __device__ __forceinline__ MlpLayout(Arena<C>& arena, B& block, const Sizes& s,
-                                                const MlpProblem<C>& p, bool backward)
+  KERNELMETA_INLINE MlpLayout(Arena<C>& arena, B& block, const Sizes& s, const MlpProblem<C>& p,
+                              bool backward)
       : mlp(arena, s, p.running != nullptr),
         task(arena, block, s, mlp, backward),
         size(sums_size(s)),
@@ -230,25 +227,24 @@ struct MlpLayout {
 };
 
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void mlp_forward_body(void* place, const MlpProblem<C>& p, C* out,
-                                                          Arena<C> arena, Share share) {
+KERNELMETA_INLINE void mlp_forward_body(void* place, const MlpProblem<C>& p, C* out, Arena<C> arena,
+                                        BlockTasks tasks) {
   const auto& s = as<typename B::Sizes>(p.s);
-  auto& [block, w] = Frame<B, MlpLayout<B>>::make(place, arena, p.s, p, false);
+  auto& [block, w] = BlockMemory<B, MlpLayout<B>>::make(place, arena, p.s, p, false);
   fold(block, p.mlp, p.running, s, w.mlp);
-  for (int64_t t = share.first; t < s.T; t += share.step) {
+  for (int64_t t = tasks.first; t < s.T; t += tasks.step) {
     w.task.forward(p.logits + t * s.Q * s.N, out + t * s.Q * s.N);
   }
 }
 
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void mlp_backward_body(void* place, const MlpProblem<C>& p,
-                                                           const C* grad_out, C* grad_logits, C* partial,
-                                                           Arena<C> arena, Share share) {
+KERNELMETA_INLINE void mlp_backward_body(void* place, const MlpProblem<C>& p, const C* grad_out,
+                                         C* grad_logits, C* partial, Arena<C> arena, BlockTasks tasks) {
   const auto& s = as<typename B::Sizes>(p.s);
-  auto& [block, w] = Frame<B, MlpLayout<B>>::make(place, arena, p.s, p, true);
+  auto& [block, w] = BlockMemory<B, MlpLayout<B>>::make(place, arena, p.s, p, true);
   fold(block, p.mlp, p.running, s, w.mlp);
   block.each_item(w.size, [&](int64_t i) { w.sums[i] = C(0); });
-  for (int64_t t = share.first; t < s.T; t += share.step) {
+  for (int64_t t = tasks.first; t < s.T; t += tasks.step) {
     const int64_t at = t * s.Q * s.N;
     w.task.backward(p.logits + at, grad_out + at, grad_logits + at, w.grad);
   }
@@ -264,22 +260,22 @@ struct ClassMeansLayout {
   C* inverse;
   C* sum;  // [D], gradient of the weight; with a backward pass only
 
-  __host__ __device__ __forceinline__ ClassMeansLayout(Arena<C>& arena, B&, const Sizes& s, bool backward)
+  KERNELMETA_INLINE ClassMeansLayout(Arena<C>& arena, B&, const Sizes& s, bool backward)
       : classes(arena, s, true), inverse(arena.take(s.S)), sum(backward ? arena.take(s.D) : nullptr) {}
 
-  __host__ __device__ __forceinline__ ClassMeans<B> task(B& block, const Sizes& s,
-                                                         const ClassMeansProblem<C>& p, int64_t t) const {
+  KERNELMETA_INLINE ClassMeans<B> task(B& block, const Sizes& s, const ClassMeansProblem<C>& p,
+                                       int64_t t) const {
     return {block,    s,      B::task_rows(p.support, t, s.D, nullptr), classes.of(block, p.classes, t, s),
             p.weight, inverse};
   }
 };
 
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void class_means_forward_body(void* place, const ClassMeansProblem<C>& p,
-                                                                  C* theta0, Arena<C> arena, Share share) {
+KERNELMETA_INLINE void class_means_forward_body(void* place, const ClassMeansProblem<C>& p, C* theta0,
+                                                Arena<C> arena, BlockTasks tasks) {
   const auto& s = as<typename B::Sizes>(p.s);
-  auto& [block, w] = Frame<B, ClassMeansLayout<B>>::make(place, arena, p.s, false);
-  for (int64_t t = share.first; t < s.T; t += share.step) {
+  auto& [block, w] = BlockMemory<B, ClassMeansLayout<B>>::make(place, arena, p.s, false);
+  for (int64_t t = tasks.first; t < s.T; t += tasks.step) {
     C* to = theta0 + t * s.N * s.D;
     if (is_invalid(block, t, s, p.classes.labels, true, p.support, nullptr)) {
       fill_nan(block, to, s.N * s.D);
@@ -291,14 +287,14 @@ __host__ __device__ __forceinline__ void class_means_forward_body(void* place, c
 
 // partial [D]: the block's own sum over its tasks; written only where there is a weight.
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void class_means_backward_body(void* place, const ClassMeansProblem<C>& p,
-                                                                   const C* grad_theta0, C* grad_support,
-                                                                   C* partial, Arena<C> arena, Share share) {
+KERNELMETA_INLINE void class_means_backward_body(void* place, const ClassMeansProblem<C>& p,
+                                                 const C* grad_theta0, C* grad_support, C* partial,
+                                                 Arena<C> arena, BlockTasks tasks) {
   const auto& s = as<typename B::Sizes>(p.s);
-  auto& [block, w] = Frame<B, ClassMeansLayout<B>>::make(place, arena, p.s, true);
+  auto& [block, w] = BlockMemory<B, ClassMeansLayout<B>>::make(place, arena, p.s, true);
   C* sum = p.weight ? w.sum : nullptr;
   block.each_item(s.D, [&](int64_t d) { w.sum[d] = C(0); });
-  for (int64_t t = share.first; t < s.T; t += share.step) {
+  for (int64_t t = tasks.first; t < s.T; t += tasks.step) {
     C* to = grad_support ? grad_support + t * s.S * s.D : nullptr;
     if (is_invalid(block, t, s, p.classes.labels, true, p.support, nullptr)) {
       fill_nan(block, to, s.S * s.D);
@@ -317,17 +313,17 @@ struct KeptMemory {
   int64_t elements;
   C* own;  // null: where it is kept
 
-  __host__ __device__ __forceinline__ KeptMemory(Arena<C>& arena, int64_t elements, bool kept)
+  KERNELMETA_INLINE KeptMemory(Arena<C>& arena, int64_t elements, bool kept)
       : elements(elements), own(kept && !arena.fits(elements) ? nullptr : arena.take(elements)) {}
 
-  __host__ __device__ __forceinline__ C* at(const C* kept) const { return own ? own : const_cast<C*>(kept); }
+  KERNELMETA_INLINE C* at(const C* kept) const { return own ? own : const_cast<C*>(kept); }
   // The caller's barriers part the copies from what is done with them.
   template <class B>
-  __host__ __device__ __forceinline__ void copy_out(B& block, C* kept) const {
+  KERNELMETA_INLINE void copy_out(B& block, C* kept) const {
     if (own && kept) block.unfenced().each_item(elements, [&](int64_t i) { kept[i] = own[i]; });
   }
   template <class B>
-  __host__ __device__ __forceinline__ void copy_in(B& block, const C* kept) const {
+  KERNELMETA_INLINE void copy_in(B& block, const C* kept) const {
     if (own) block.unfenced().each_item(elements, [&](int64_t i) { own[i] = kept[i]; });
   }
 };
@@ -341,27 +337,26 @@ struct HeadForwardLayout {
   KeptMemory<C> trace;
   LinearHead<B> head;  // of one task
 
-  __host__ __device__ __forceinline__ HeadForwardLayout(Arena<C>& arena, B& block, const Sizes& s,
-                                                        const HeadForward<C>& f)
+  KERNELMETA_INLINE HeadForwardLayout(Arena<C>& arena, B& block, const Sizes& s, const HeadForward<C>& f)
       : task(arena, block, f.problem),
         scratch(arena, s),
         trace(arena, head_trace_size<C>(s), f.trace != nullptr),
         head(at(0, f.trace)) {}
 
   // The head of task t, whose trace is kept at `kept`; for one thread.
-  __host__ __device__ __forceinline__ LinearHead<B> at(int64_t t, const C* kept) const {
+  KERNELMETA_INLINE LinearHead<B> at(int64_t t, const C* kept) const {
     Arena<C> of_trace(trace.at(kept));
     return task.head(t, HeadTrace<C>(of_trace, task.p.s));
   }
 };
 
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void head_forward_body(void* place, const HeadForward<C>& f,
-                                                           int64_t stride, Arena<C> arena, Share share) {
+KERNELMETA_INLINE void head_forward_body(void* place, const HeadForward<C>& f, int64_t stride, Arena<C> arena,
+                                         BlockTasks tasks) {
   const HeadProblem<C>& p = f.problem;
   const Sizes& s = p.s;
-  auto& [block, w] = Frame<B, HeadForwardLayout<B>>::make(place, arena, s, f);
-  for (int64_t t = share.first; t < s.T; t += share.step) {
+  auto& [block, w] = BlockMemory<B, HeadForwardLayout<B>>::make(place, arena, s, f);
+  for (int64_t t = tasks.first; t < s.T; t += tasks.step) {
     C* kept = f.trace ? f.trace + t * stride : nullptr;
     if (is_invalid(block, t, s, p.labels, false, p.support, &p.query)) {
       fill_nan(block, f.logits + t * s.Q * s.N, s.Q * s.N);
@@ -385,22 +380,22 @@ struct BlockSums {
   Grad grad;
 
   template <class... Args>
-  __host__ __device__ __forceinline__ static int64_t size_of(const Args&... args) {
+  KERNELMETA_INLINE static int64_t size_of(const Args&... args) {
     Arena<C> count;
     Grad unused(count, args...);
     return count.used();
   }
 
   template <class... Args>
-  __host__ __device__ __forceinline__ explicit BlockSums(Arena<C>& arena, const Args&... args)
+  KERNELMETA_INLINE explicit BlockSums(Arena<C>& arena, const Args&... args)
       : size(size_of(args...)), sums(arena.take(size)), of_sums(sums), grad(of_sums, args...) {}
 
   template <class B>
-  __host__ __device__ __forceinline__ void clear(B& block) const {
+  KERNELMETA_INLINE void clear(B& block) const {
     block.unfenced().features_zero(1, size, sums);
   }
   template <class B>
-  __host__ __device__ __forceinline__ void copy_out(B& block, C* partial) const {
+  KERNELMETA_INLINE void copy_out(B& block, C* partial) const {
     block.unfenced().each_item(size, [&](int64_t i) { partial[i] = sums[i]; });
   }
 };
@@ -415,15 +410,14 @@ struct HeadBackwardLayout {
   BlockSums<HeadParameterGrad<C>, C> sums;
   LinearHead<B> head;  // of one task
 
-  __host__ __device__ __forceinline__ HeadBackwardLayout(Arena<C>& arena, B& block, const Sizes& s,
-                                                         const HeadBackward<C>& f)
+  KERNELMETA_INLINE HeadBackwardLayout(Arena<C>& arena, B& block, const Sizes& s, const HeadBackward<C>& f)
       : task(arena, block, f.problem),
         adjoint(arena, s, f.grad_support != nullptr && !f.problem.first_order),
         trace(arena, head_trace_size<C>(s), true),
         sums(arena, s),
         head(at(0, f.trace)) {}
 
-  __host__ __device__ __forceinline__ LinearHead<B> at(int64_t t, const C* kept) const {
+  KERNELMETA_INLINE LinearHead<B> at(int64_t t, const C* kept) const {
     Arena<C> of_trace(trace.at(kept));
     return task.head(t, HeadTrace<C>(of_trace, task.p.s));
   }
@@ -431,14 +425,13 @@ struct HeadBackwardLayout {
 
 // partial: the block's own sums over its tasks, a HeadParameterGrad.
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void head_backward_body(void* place, const HeadBackward<C>& f,
-                                                            int64_t stride, C* partial, Arena<C> arena,
-                                                            Share share) {
+KERNELMETA_INLINE void head_backward_body(void* place, const HeadBackward<C>& f, int64_t stride, C* partial,
+                                          Arena<C> arena, BlockTasks tasks) {
   const HeadProblem<C>& p = f.problem;
   const Sizes& s = p.s;
-  auto& [block, w] = Frame<B, HeadBackwardLayout<B>>::make(place, arena, s, f);
+  auto& [block, w] = BlockMemory<B, HeadBackwardLayout<B>>::make(place, arena, s, f);
   w.sums.clear(block);
-  for (int64_t t = share.first; t < s.T; t += share.step) {
+  for (int64_t t = tasks.first; t < s.T; t += tasks.step) {
     if (is_invalid(block, t, s, p.labels, false, p.support, &p.query)) {
       fill_nan(block, w.sums.sums, w.sums.size);
       fill_nan(block, f.grad_support ? f.grad_support + t * s.S * s.D : nullptr, s.S * s.D);
@@ -456,12 +449,12 @@ __host__ __device__ __forceinline__ void head_backward_body(void* place, const H
 // to = factor * sum_b partials[b][..size], in an order that depends on `count` alone. A block takes kLanes
 // neighbouring entries, its warps every kWarps-th partial.
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void sum_partials_body(const C* partials, int64_t count, int64_t size,
-                                                           C factor, const SumParts<C>& to, Share share) {
+KERNELMETA_INLINE void sum_partials_body(const C* partials, int64_t count, int64_t size, C factor,
+                                         const SumParts<C>& to, BlockTasks tasks) {
   constexpr int kLanes = B::kLanes, kWarps = B::kWarps;
   const B block;
   C* const stage = B::stage();
-  for (int64_t base = share.first * kLanes; base < size; base += share.step * kLanes) {
+  for (int64_t base = tasks.first * kLanes; base < size; base += tasks.step * kLanes) {
     block.each_item(kLanes * kWarps, [&](int64_t i) {
       const int64_t at = base + i % kLanes;
       C sum = 0;
@@ -483,8 +476,8 @@ __host__ __device__ __forceinline__ void sum_partials_body(const C* partials, in
 // SibParameterGrad.
 // sums: a FoldedMlpGrad.
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void unfold_body(const Sizes& sizes, const MlpArrays<const C>& mlp,
-                                                     C* sums, const MlpArrays<C>& to) {
+KERNELMETA_INLINE void unfold_body(const Sizes& sizes, const MlpArrays<const C>& mlp, C* sums,
+                                   const MlpArrays<C>& to) {
   B block;
   const auto& s = as<typename B::Sizes>(sizes);
   Arena<C> arena(sums);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/packs.h"
-#include "cuda/spot.h"
+#include "cuda/source_line.h"
 #include "engine/feature_rows.h"
 
 namespace kernelmeta {
@@ -25,8 +25,8 @@ struct Dots {
 
   // out[i][j] = <a(i), b(j)>
   template <class X, class Y>
-  static __host__ __device__ KERNELMETA_NOINLINE void dots(int64_t m, Rows<X> a, int64_t n, Rows<Y> b,
-                                                           int64_t D, C* out, int64_t ldo) {
+  static __host__ __device__ KERNELMETA_NOINLINE void dots(int64_t m, FeatureRows<X> a, int64_t n,
+                                                           FeatureRows<Y> b, int64_t D, C* out, int64_t ldo) {
     for (int64_t i = 0; i < m; i += Stage::kFewRows) {
       for (int64_t j = 0; j < n; j += Stage::kManyRows) {
         dot_tiles<2, false>(
@@ -41,9 +41,8 @@ struct Dots {
   // gram[i][j] = <x(i), x(j)>, cross[n][i] = <theta0[n], x(i)>, squares[n] = |theta0[n]|^2, from one stack of
   // rows that is read once where it fits the stage.
   template <class F>
-  static __host__ __device__ __forceinline__ void stacked(int64_t Q, Rows<F> x, int64_t N, const C* theta0,
-                                                          int64_t D, C* gram, C* cross, int64_t ld,
-                                                          C* squares) {
+  static KERNELMETA_INLINE void stacked(int64_t Q, FeatureRows<F> x, int64_t N, const C* theta0, int64_t D,
+                                        C* gram, C* cross, int64_t ld, C* squares) {
     const auto read_row = [=](int64_t i, int64_t d, C(&to)[4]) {
       if (i < Q)
         read_four(x(i) + d, D - d, to);
@@ -70,7 +69,7 @@ struct Dots {
 
   // First row and column of a tile; with kSelf of the tiles with j <= i, row after row.
   template <bool kSelf>
-  static __host__ __device__ __forceinline__ void place(int tile, int across, int& i, int& j) {
+  static KERNELMETA_INLINE void place(int tile, int across, int& i, int& j) {
     if constexpr (kSelf) {
       i = int((::sqrtf(8.0f * float(tile) + 1.0f) - 1.0f) * 0.5f);
       while (i * (i + 1) / 2 > tile) --i;
@@ -83,7 +82,7 @@ struct Dots {
   }
 
  private:
-  static __host__ __device__ __forceinline__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+  static KERNELMETA_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
   template <class Read, class Store>
   static __host__ __device__ KERNELMETA_NOINLINE void few_stacked_dots(int64_t rows, int64_t D, Read read_row,
@@ -113,8 +112,7 @@ struct Dots {
   // + r * down, j0 + s * across). Where there are more threads than tiles, groups of threads take turns along
   // D and their sums meet in the stage.
   template <int R, bool kSelf, class A, class B, class Store>
-  static __host__ __device__ __forceinline__ void dot_tiles(int64_t m, int64_t n, int64_t D, A a, B b,
-                                                            Store store) {
+  static KERNELMETA_INLINE void dot_tiles(int64_t m, int64_t n, int64_t D, A a, B b, Store store) {
     constexpr int S = Stage::kTileRows, P = Pack<C>::kSize, kChunk = Stage::kChunk, kStride = Stage::kStride;
     constexpr int kRows = kSelf ? Stage::kManyRows : Stage::kManyRows + Stage::kFewRows;
     constexpr int kQuads = kChunk / 4, kLoads = (kRows * kQuads + kThreads - 1) / kThreads;
@@ -170,7 +168,7 @@ struct Dots {
             reinterpret_cast<Pack<C>*>(to)[pack] = values;
           }
         }
-        Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
+        Team::sync(SourceLine{__builtin_FILE(), __builtin_LINE()});
         if (d0 + kChunk < D) fetch(d0 + kChunk);
         if (works) {
 #pragma unroll 1
@@ -193,7 +191,7 @@ struct Dots {
             }
           }
         }
-        Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
+        Team::sync(SourceLine{__builtin_FILE(), __builtin_LINE()});
       }
       if (groups > 1) {
         if (works && group > 0) {
@@ -205,7 +203,7 @@ struct Dots {
             }
           }
         }
-        Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
+        Team::sync(SourceLine{__builtin_FILE(), __builtin_LINE()});
         if (works && group == 0) {
           for (int g = 0; g < groups - 1; ++g) {
 #pragma unroll
@@ -227,7 +225,7 @@ struct Dots {
           }
         }
       }
-      Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
+      Team::sync(SourceLine{__builtin_FILE(), __builtin_LINE()});
     }
   }
 };

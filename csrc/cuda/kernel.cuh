@@ -41,7 +41,7 @@ struct Memory {
   }
 };
 
-__device__ __forceinline__ Share share() { return {int64_t(blockIdx.x), int64_t(gridDim.x)}; }
+__device__ __forceinline__ BlockTasks block_tasks() { return {int64_t(blockIdx.x), int64_t(gridDim.x)}; }
 
 // How to run a kernel on T tasks; used(capacity): what a block lays out with so much shared memory.
 template <class B, class Fn>
@@ -82,10 +82,10 @@ Plan make_plan(const void* kernel, const Sizes& sizes, int device, const Args&..
   });
 }
 
-// Memory for a Frame.
+// Memory for a BlockMemory.
 template <class B, class Layout>
-__device__ __forceinline__ void* frame() {
-  __shared__ __align__(16) unsigned char place[sizeof(Frame<B, Layout>)];
+__device__ __forceinline__ void* block_memory() {
+  __shared__ __align__(16) unsigned char place[sizeof(BlockMemory<B, Layout>)];
   return place;
 }
 

@@ -30,8 +30,8 @@ struct NarrowDots {
   static constexpr int kOtherRows = Stage::kManyRows - Stage::kFewRows;
 
   // out[i][j] = <a(i), b(j)>
-  static __host__ __device__ KERNELMETA_NOINLINE void dots(int64_t m, Rows<F> a, int64_t n, Rows<F> b, int D,
-                                                           float* out, int64_t ldo) {
+  static __host__ __device__ KERNELMETA_NOINLINE void dots(int64_t m, FeatureRows<F> a, int64_t n,
+                                                           FeatureRows<F> b, int D, float* out, int64_t ldo) {
     for (int64_t i = 0; i < m; i += Stage::kFewRows) {
       for (int64_t j = 0; j < n; j += kOtherRows) {
         tiles<false>(least(m - i, Stage::kFewRows), least(n - j, kOtherRows), D, FeatureRows{a, i, D},
@@ -42,8 +42,7 @@ struct NarrowDots {
   }
 
   // dots of x with itself, computed for half of the pairs.
-  static __host__ __device__ __forceinline__ void self_dots(int64_t m, Rows<F> x, int D, float* out,
-                                                            int64_t ldo) {
+  static KERNELMETA_INLINE void self_dots(int64_t m, FeatureRows<F> x, int D, float* out, int64_t ldo) {
     if (m <= Stage::kManyRows)
       few_self_dots(int(m), x, D, out, ldo);
     else
@@ -53,16 +52,15 @@ struct NarrowDots {
   // gram[i][j] = <x(i), x(j)>, cross[n][i] = <theta0[n], x(i)>, squares[n] = |theta0[n]|^2. Where they fit
   // the stage, x and theta0 are one stack of rows that is read once: theta0 as the sum of kParts rows each.
   // `cross` and the stage are free after the caller's next barrier.
-  static __host__ __device__ __forceinline__ void stacked(int64_t Q, Rows<F> x, int64_t N,
-                                                          const float* theta0, int D, float* gram,
-                                                          float* cross, int64_t ld, float* squares) {
+  static KERNELMETA_INLINE void stacked(int64_t Q, FeatureRows<F> x, int64_t N, const float* theta0, int D,
+                                        float* gram, float* cross, int64_t ld, float* squares) {
     for (int64_t n = Team::thread() / kLanes; n < N; n += kWarps) {
       const Row<Team, float, false> row{D};
       const float* t = theta0 + n * D;
       const float sum = row.sum([&](auto d) { return d.load(t) * d.load(t); });
       row.one([&] { squares[n] = sum; });
     }
-    Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
+    Team::sync(SourceLine{__builtin_FILE(), __builtin_LINE()});
     const int64_t stack = Q + kParts * N;
     // Where warps take their tiles in several passes, the sums of one must lie behind the rows of the next.
     const bool sums_fit = kOnePass || kParts * N * Q <= Stage::kElements - stack * Stage::kStride;
@@ -70,15 +68,15 @@ struct NarrowDots {
       few_stacked_dots(int(Q), x, int(N), theta0, D, gram, cross, ld, squares);
     } else {
       self_dots(Q, x, D, gram, ld);
-      Dots<Team, float>::dots(N, Rows<float>{theta0, D, nullptr}, Q, x, D, cross, ld);
+      Dots<Team, float>::dots(N, FeatureRows<float>{theta0, D, nullptr}, Q, x, D, cross, ld);
     }
   }
 
  private:
   // Functions of their own, none of which calls another: what a call needs comes on top of its caller's
   // registers.
-  static __host__ __device__ KERNELMETA_NOINLINE void few_self_dots(int m, Rows<F> x, int D, float* out,
-                                                                    int64_t ldo) {
+  static __host__ __device__ KERNELMETA_NOINLINE void few_self_dots(int m, FeatureRows<F> x, int D,
+                                                                    float* out, int64_t ldo) {
     const FeatureRows rows{x, 0, D};
     tiles<true>(m, m, D, rows, rows, [=](int64_t i, int64_t j, float value) {
       out[i * ldo + j] = value;
@@ -86,8 +84,8 @@ struct NarrowDots {
     });
   }
 
-  static __host__ __device__ KERNELMETA_NOINLINE void many_self_dots(int64_t m, Rows<F> x, int D, float* out,
-                                                                     int64_t ldo) {
+  static __host__ __device__ KERNELMETA_NOINLINE void many_self_dots(int64_t m, FeatureRows<F> x, int D,
+                                                                     float* out, int64_t ldo) {
     for (int64_t j = 0; j < m; j += kOtherRows) {
       const int64_t end = least(j + kOtherRows, m);
       for (int64_t i = 0; i < end; i += Stage::kFewRows) {
@@ -103,7 +101,7 @@ struct NarrowDots {
     }
   }
 
-  static __host__ __device__ KERNELMETA_NOINLINE void few_stacked_dots(int Q, Rows<F> x, int N,
+  static __host__ __device__ KERNELMETA_NOINLINE void few_stacked_dots(int Q, FeatureRows<F> x, int N,
                                                                        const float* theta0, int D,
                                                                        float* gram, float* cross, int64_t ld,
                                                                        const float* squares) {
@@ -127,11 +125,11 @@ struct NarrowDots {
     }
   }
 
-  static __host__ __device__ __forceinline__ int least(int64_t a, int b) { return a < b ? int(a) : b; }
+  static KERNELMETA_INLINE int least(int64_t a, int b) { return a < b ? int(a) : b; }
 
   // A power of two that brings a row of this square close to 2^15, and none of its entries above: half
   // precision's range is small, and what lies below the parts' least bit is lost.
-  static __host__ __device__ __forceinline__ float scale_of(float squares) {
+  static KERNELMETA_INLINE float scale_of(float squares) {
     if (!(squares > 0 && squares * 0 == 0)) return 1;
     return ::ldexp(1.0f, 14 - ::ilogb(squares) / 2);
   }
@@ -139,17 +137,17 @@ struct NarrowDots {
   // Rows for the stage, a pack of features at a time: whole(row, d) is where the pack from d on can be read
   // at once, or null; write(row, d, to) copies it wherever it lies, with zeros for what is beyond D.
   struct FeatureRows {
-    Rows<F> rows;
+    FeatureRows<F> rows;
     int64_t first;
     int D;
 
-    __host__ __device__ __forceinline__ const Pack<F>* whole(int row, int d) const {
+    KERNELMETA_INLINE const Pack<F>* whole(int row, int d) const {
       const F* from = rows(first + row) + d;
       const bool at_once =
           D - d >= Pack<F>::kSize && reinterpret_cast<uintptr_t>(from) % sizeof(Pack<F>) == 0;
       return at_once ? reinterpret_cast<const Pack<F>*>(from) : nullptr;
     }
-    __host__ __device__ __forceinline__ void write(int row, int d, F* to) const {
+    KERNELMETA_INLINE void write(int row, int d, F* to) const {
       const F* from = rows(first + row) + d;
 #pragma unroll 1
       for (int l = 0; l < Pack<F>::kSize; ++l) to[l] = l < D - d ? from[l] : F(0.0f);
@@ -174,10 +172,10 @@ struct NarrowDots {
     int Q;
     const float *theta0, *squares;
 
-    __host__ __device__ __forceinline__ const Pack<F>* whole(int row, int d) const {
+    KERNELMETA_INLINE const Pack<F>* whole(int row, int d) const {
       return row < Q ? x.whole(row, d) : nullptr;
     }
-    __host__ __device__ __forceinline__ void write(int row, int d, F* to) const {
+    KERNELMETA_INLINE void write(int row, int d, F* to) const {
       if (row < Q) return x.write(row, d, to);
       const int n = (row - Q) / kParts;
       write_part((row - Q) % kParts, theta0 + int64_t(n) * x.D + d, x.D - d, scale_of(squares[n]), to);
@@ -187,7 +185,7 @@ struct NarrowDots {
   // store(i, j, <a(i), b(j)>) for i < m, j < n; with kSelf a and b are the same, and j <= i. Where there are
   // more warps than tiles, groups of warps take turns along D and their sums meet in the stage.
   template <bool kSelf, class A, class B, class Store>
-  static __host__ __device__ __forceinline__ void tiles(int m, int n, int D, A a, B b, Store store) {
+  static KERNELMETA_INLINE void tiles(int m, int n, int D, A a, B b, Store store) {
     using Sums = typename Team::Sums;
     constexpr int kTileDown = kSelf ? kTile : kTile / 2;  // as many warps as can be have one
     constexpr int kDown = kTileDown / 16, kAcross = kTile / 8, kSteps = kChunk / 16, kPack = Pack<F>::kSize;
@@ -248,7 +246,7 @@ struct NarrowDots {
           else
             rows.write(row, d, to);
         });
-        Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
+        Team::sync(SourceLine{__builtin_FILE(), __builtin_LINE()});
         if (d0 + kChunk < D) fetch(d0 + kChunk);
         if (works) {
           // Rows beyond m or n are whatever the stage holds there; their sums are stored nowhere.
@@ -272,7 +270,7 @@ struct NarrowDots {
             }
           }
         }
-        Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
+        Team::sync(SourceLine{__builtin_FILE(), __builtin_LINE()});
       }
       if (groups > 1) {
         const auto each_sum = [&](int g, auto f) {
@@ -289,7 +287,7 @@ struct NarrowDots {
           }
         };
         if (works && group > 0) each_sum(group - 1, [](float& met, float& own) { met = own; });
-        Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
+        Team::sync(SourceLine{__builtin_FILE(), __builtin_LINE()});
         if (works && group == 0) {
           for (int g = 0; g < groups - 1; ++g) each_sum(g, [](float& met, float& own) { own += met; });
         }
@@ -306,7 +304,7 @@ struct NarrowDots {
           }
         }
       }
-      Team::sync(Spot{__builtin_FILE(), __builtin_LINE()});
+      Team::sync(SourceLine{__builtin_FILE(), __builtin_LINE()});
     }
   }
 };

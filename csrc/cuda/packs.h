@@ -13,21 +13,21 @@ struct alignas(16) Pack {
 };
 
 template <class Storage_, class C>
-__host__ __device__ __forceinline__ C widened(Storage_ x) {
+KERNELMETA_INLINE C widened(Storage_ x) {
   return C(float(x));
 }
 template <>
-__host__ __device__ __forceinline__ float widened<float, float>(float x) {
+KERNELMETA_INLINE float widened<float, float>(float x) {
   return x;
 }
 template <>
-__host__ __device__ __forceinline__ double widened<double, double>(double x) {
+KERNELMETA_INLINE double widened<double, double>(double x) {
   return x;
 }
 
 // Four features, of which `left` are there, widened; the others are zero.
 template <class X, class C>
-__host__ __device__ __forceinline__ void read_four(const X* from, int64_t left, C (&to)[4]) {
+KERNELMETA_INLINE void read_four(const X* from, int64_t left, C (&to)[4]) {
   struct alignas(4 * sizeof(X)) Four {
     X v[4];
   };

@@ -20,7 +20,8 @@ struct Products {
   // out[i] += sum_j w(i, j) in(j), over rows of D features; out is [m][D].
   template <class X>
   static __host__ __device__ KERNELMETA_NOINLINE void features_mm_add(int64_t m, int64_t k, int64_t D,
-                                                                      Matrix<C> w, Rows<X> in, C* out) {
+                                                                      Matrix<C> w, FeatureRows<X> in,
+                                                                      C* out) {
     constexpr int R = 5;
     for (int64_t i = 0; i < m; i += R) {
       for (int64_t d = Team::thread(); d < D; d += kThreads) {
@@ -54,9 +55,8 @@ struct Products {
   }
 
   // out[i][j] += sum_q g[i][q] x[j][q]; reads the padding of g and x, which holds zeros.
-  static __host__ __device__ __forceinline__ void outer(int64_t m, int64_t n, int64_t Q, const C* g,
-                                                        int64_t ldg, const C* x, int64_t ldx, C* out,
-                                                        int64_t ldo) {
+  static KERNELMETA_INLINE void outer(int64_t m, int64_t n, int64_t Q, const C* g, int64_t ldg, const C* x,
+                                      int64_t ldx, C* out, int64_t ldo) {
     if (m * n >= 4 * kThreads)
       outer_tiles<4, 2>(m, n, Q, g, ldg, x, ldx, out, ldo);
     else
@@ -64,14 +64,12 @@ struct Products {
   }
 
  private:
-  static __host__ __device__ __forceinline__ int64_t clamp(int64_t i, int64_t m) { return i < m ? i : m - 1; }
+  static KERNELMETA_INLINE int64_t clamp(int64_t i, int64_t m) { return i < m ? i : m - 1; }
 
   // A warp takes R rows and kLanes entries of each: the weights are the same for all lanes.
   template <int R, bool kAdd>
-  static __host__ __device__ __forceinline__ void product_tiles(int64_t m, int64_t k, int64_t Q,
-                                                                int64_t across, Matrix<C> w, const C* in,
-                                                                int64_t ld, C* out, int64_t ldo,
-                                                                const C* bias) {
+  static KERNELMETA_INLINE void product_tiles(int64_t m, int64_t k, int64_t Q, int64_t across, Matrix<C> w,
+                                              const C* in, int64_t ld, C* out, int64_t ldo, const C* bias) {
     const int64_t tiles = (m + R - 1) / R * across;
     for (int64_t tile = Team::thread() / kLanes; tile < tiles; tile += kWarps) {
       const int64_t i = tile / across * R, q = tile % across * kLanes + Team::thread() % kLanes;
@@ -92,8 +90,8 @@ struct Products {
 
   // sum[r] += sum_j w(i + r, j) in[j * ld]; weights are read in packs where their layout allows it.
   template <int R>
-  static __host__ __device__ __forceinline__ void weighted_sum(int64_t i, int64_t m, int64_t k, Matrix<C> w,
-                                                               const C* in, int64_t ld, C (&sum)[R]) {
+  static KERNELMETA_INLINE void weighted_sum(int64_t i, int64_t m, int64_t k, Matrix<C> w, const C* in,
+                                             int64_t ld, C (&sum)[R]) {
     constexpr int P = Pack<C>::kSize;
     const bool aligned = reinterpret_cast<uintptr_t>(w.data) % 16 == 0;
     int64_t j = 0;

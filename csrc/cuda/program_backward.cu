@@ -10,7 +10,7 @@ __global__ void __launch_bounds__(B::kThreads)
                        const __grid_constant__ ProgramDeviceCall<C> call, C* partials, int64_t size,
                        Memory<C> memory) {
   program_backward_body<B>(frame<B, ProgramBackwardLayout<B>>(), f, call, partials + blockIdx.x * size, size,
-                           memory.template arena<B>(), share());
+                           memory.template arena<B>(), block_tasks());
 }
 
 }  // namespace

@@ -42,7 +42,7 @@ Used task_memory(const F& f, const std::vector<int64_t>& tasks, int64_t capacity
 
 // Whether the offsets rise from 0 to the number of rows, where nobody has looked before.
 template <class B>
-__host__ __device__ __forceinline__ bool offsets_rise(B& block, const TaskRows& rows, int64_t T) {
+KERNELMETA_INLINE bool offsets_rise(B& block, const TaskRows& rows, int64_t T) {
   if (rows.most < 0) return true;
   return !block.any(T + 1, [&](int64_t t) {
     const int64_t at = rows.offsets[t];
@@ -51,21 +51,21 @@ __host__ __device__ __forceinline__ bool offsets_rise(B& block, const TaskRows& 
 }
 
 template <class B, class Problem>
-__host__ __device__ __forceinline__ bool offsets_rise(B& block, const Problem& p) {
+KERNELMETA_INLINE bool offsets_rise(B& block, const Problem& p) {
   return offsets_rise(block, p.support, p.T) && offsets_rise(block, p.query, p.T);
 }
 
 // The block's share of out [n] (or null)
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void fill_share_nan(B& block, C* out, int64_t n, Share share) {
-  const int64_t first = n * share.first / share.step;
-  fill_nan(block, out ? out + first : nullptr, n * (share.first + 1) / share.step - first);
+KERNELMETA_INLINE void fill_share_nan(B& block, C* out, int64_t n, BlockTasks tasks) {
+  const int64_t first = n * tasks.first / tasks.step;
+  fill_nan(block, out ? out + first : nullptr, n * (tasks.first + 1) / tasks.step - first);
 }
 
 // Whether the sizes, labels or indices of task t cannot be used. Its barrier also parts the task from what is
 // left to do of the one before.
 template <class B, class Problem>
-__host__ __device__ __forceinline__ bool task_is_invalid(B& block, const Problem& p, int64_t t) {
+KERNELMETA_INLINE bool task_is_invalid(B& block, const Problem& p, int64_t t) {
   const int64_t ways = p.classes.count(t, p.N);
   if (p.support.most >= 0 && (p.support.count(t) > p.support.most || p.query.count(t) > p.query.most ||
                               p.query.count(t) < 1 || ways < 1 || ways > p.N)) {
@@ -78,8 +78,7 @@ __host__ __device__ __forceinline__ bool task_is_invalid(B& block, const Problem
 
 // out [first row of t ..][width], of all rows of task t
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void fill_rows_nan(B& block, const TaskRows& rows, int64_t t,
-                                                       int64_t width, C* out) {
+KERNELMETA_INLINE void fill_rows_nan(B& block, const TaskRows& rows, int64_t t, int64_t width, C* out) {
   fill_nan(block, out ? out + rows.first(t) * width : nullptr, rows.count(t) * width);
 }
 
@@ -91,9 +90,9 @@ struct ProgramForwardLayout {
   ProgramTask<B> task;
   KeptMemory<C> kept;
 
-  __host__ __device__ __forceinline__ ProgramForwardLayout(Arena<C>& arena, B& block, const Sizes& of_mlp,
-                                                           const ProgramForward<C>& f,
-                                                           const ProgramDeviceCall<C>& call, int64_t t)
+  KERNELMETA_INLINE ProgramForwardLayout(Arena<C>& arena, B& block, const Sizes& of_mlp,
+                                         const ProgramForward<C>& f, const ProgramDeviceCall<C>& call,
+                                         int64_t t)
       : mlp(arena, of_mlp, call.running != nullptr),
         task(arena, block, f.problem, call.phases, mlp, t),
         kept(arena, program_trace_size(f.problem, task.shape), f.trace != nullptr) {
@@ -102,20 +101,20 @@ struct ProgramForwardLayout {
 };
 
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void program_forward_body(void* place, const ProgramForward<C>& f,
-                                                              const ProgramDeviceCall<C>& call,
-                                                              Arena<C> arena, Share share) {
+KERNELMETA_INLINE void program_forward_body(void* place, const ProgramForward<C>& f,
+                                            const ProgramDeviceCall<C>& call, Arena<C> arena,
+                                            BlockTasks tasks) {
   const ProgramProblem<C>& p = f.problem;
   bool begun = false;
   if (B block; !offsets_rise(block, p)) {
-    fill_share_nan(block, f.logits, p.query.all * p.N, share);
-    fill_share_nan(block, f.support_coefficients, p.support.all * p.N, share);
-    fill_share_nan(block, f.query_coefficients, p.query.all * p.N, share);
-    fill_share_nan(block, f.start_coefficients, p.T * p.N, share);
-    fill_share_nan(block, f.trace, p.T * call.stride, share);
+    fill_share_nan(block, f.logits, p.query.all * p.N, tasks);
+    fill_share_nan(block, f.support_coefficients, p.support.all * p.N, tasks);
+    fill_share_nan(block, f.query_coefficients, p.query.all * p.N, tasks);
+    fill_share_nan(block, f.start_coefficients, p.T * p.N, tasks);
+    fill_share_nan(block, f.trace, p.T * call.stride, tasks);
     return;
   }
-  for (int64_t t = share.first; t < p.T; t += share.step) {
+  for (int64_t t = tasks.first; t < p.T; t += tasks.step) {
     B block;
     C* kept = f.trace ? f.trace + t * call.stride : nullptr;
     if (task_is_invalid(block, p, t)) {
@@ -126,7 +125,7 @@ __host__ __device__ __forceinline__ void program_forward_body(void* place, const
       fill_nan(block, kept, call.stride);
       continue;
     }
-    auto& w = Frame<B, ProgramForwardLayout<B>>::make(place, arena, call.sizes, f, call, t).w;
+    auto& w = BlockMemory<B, ProgramForwardLayout<B>>::make(place, arena, call.sizes, f, call, t).w;
     if (p.H && !begun) fold(block, call.mlp, call.running, call.sizes, w.mlp);
     begun = true;
     block.unfenced().features_zero(1, w.kept.elements, w.kept.at(kept));
@@ -147,9 +146,9 @@ struct ProgramBackwardLayout {
   typename ProgramFeatures<B>::Scratch scratch;
   C* gtheta0;
 
-  __host__ __device__ __forceinline__ ProgramBackwardLayout(Arena<C>& arena, B& block, const Sizes& of_mlp,
-                                                            const ProgramBackward<C>& f,
-                                                            const ProgramDeviceCall<C>& call, int64_t t)
+  KERNELMETA_INLINE ProgramBackwardLayout(Arena<C>& arena, B& block, const Sizes& of_mlp,
+                                          const ProgramBackward<C>& f, const ProgramDeviceCall<C>& call,
+                                          int64_t t)
       : mlp(arena, of_mlp, call.running != nullptr),
         sums(arena, f.problem),
         task(arena, block, f.problem, call.phases, mlp, t),
@@ -163,27 +162,27 @@ struct ProgramBackwardLayout {
 
 // partial: the block's own sums over its tasks, a ProgramGrad of `size` elements.
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void program_backward_body(void* place, const ProgramBackward<C>& f,
-                                                               const ProgramDeviceCall<C>& call, C* partial,
-                                                               int64_t size, Arena<C> arena, Share share) {
-  using BlockFrame = Frame<B, ProgramBackwardLayout<B>>;
+KERNELMETA_INLINE void program_backward_body(void* place, const ProgramBackward<C>& f,
+                                             const ProgramDeviceCall<C>& call, C* partial, int64_t size,
+                                             Arena<C> arena, BlockTasks tasks) {
+  using Memory = BlockMemory<B, ProgramBackwardLayout<B>>;
   const ProgramProblem<C>& p = f.problem;
   B block;
   bool begun = false, broken = false;
   if (!offsets_rise(block, p)) {
-    fill_share_nan(block, f.grad_support, p.support.all * p.D, share);
-    fill_share_nan(block, f.grad_query, p.query.all * p.D, share);
+    fill_share_nan(block, f.grad_support, p.support.all * p.D, tasks);
+    fill_share_nan(block, f.grad_query, p.query.all * p.D, tasks);
     fill_nan(block, partial, size);
     return;
   }
-  for (int64_t t = share.first; t < p.T; t += share.step) {
+  for (int64_t t = tasks.first; t < p.T; t += tasks.step) {
     if (task_is_invalid(block, p, t)) {
       fill_rows_nan(block, p.support, t, p.D, f.grad_support);
       fill_rows_nan(block, p.query, t, p.D, f.grad_query);
       broken = true;
       continue;
     }
-    auto& w = BlockFrame::make(place, arena, call.sizes, f, call, t).w;
+    auto& w = Memory::make(place, arena, call.sizes, f, call, t).w;
     if (!begun) {
       if (p.H) fold(block, call.mlp, call.running, call.sizes, w.mlp);
       w.sums.clear(block);
@@ -195,7 +194,7 @@ __host__ __device__ __forceinline__ void program_backward_body(void* place, cons
   if (broken)
     fill_nan(block, partial, size);
   else if (begun)
-    static_cast<BlockFrame*>(place)->w.sums.copy_out(block, partial);
+    static_cast<Memory*>(place)->w.sums.copy_out(block, partial);
   else
     block.features_zero(1, size, partial);
 }
@@ -208,24 +207,24 @@ struct RidgeForwardLayout {
   KeptMemory<C> kept;
   bool regular;  // a singular system has given NaN already
 
-  __host__ __device__ __forceinline__ RidgeForwardLayout(Arena<C>& arena, B& block, const Sizes&,
-                                                         const RidgeForward<C>& f, int64_t stride, int64_t t)
+  KERNELMETA_INLINE RidgeForwardLayout(Arena<C>& arena, B& block, const Sizes&, const RidgeForward<C>& f,
+                                       int64_t stride, int64_t t)
       : task(arena, block, f.problem, t), kept(arena, ridge_trace_size<C>(task.s), f.trace != nullptr) {
     task.bind(kept.at(f.trace ? f.trace + t * stride : nullptr));
   }
 };
 
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void ridge_forward_body(void* place, const RidgeForward<C>& f,
-                                                            int64_t stride, Arena<C> arena, Share share) {
+KERNELMETA_INLINE void ridge_forward_body(void* place, const RidgeForward<C>& f, int64_t stride,
+                                          Arena<C> arena, BlockTasks tasks) {
   const RidgeProblem<C>& p = f.problem;
   if (B block; !offsets_rise(block, p)) {
-    fill_share_nan(block, f.logits, p.query.all * p.N, share);
-    fill_share_nan(block, f.coefficients, p.support.all * p.N, share);
-    fill_share_nan(block, f.trace, p.T * stride, share);
+    fill_share_nan(block, f.logits, p.query.all * p.N, tasks);
+    fill_share_nan(block, f.coefficients, p.support.all * p.N, tasks);
+    fill_share_nan(block, f.trace, p.T * stride, tasks);
     return;
   }
-  for (int64_t t = share.first; t < p.T; t += share.step) {
+  for (int64_t t = tasks.first; t < p.T; t += tasks.step) {
     B block;
     C* kept = f.trace ? f.trace + t * stride : nullptr;
     if (task_is_invalid(block, p, t)) {
@@ -234,7 +233,7 @@ __host__ __device__ __forceinline__ void ridge_forward_body(void* place, const R
       fill_nan(block, kept, stride);
       continue;
     }
-    auto& w = Frame<B, RidgeForwardLayout<B>>::make(place, arena, Sizes{}, f, stride, t).w;
+    auto& w = BlockMemory<B, RidgeForwardLayout<B>>::make(place, arena, Sizes{}, f, stride, t).w;
     w.task.prepare();
     block.features_zero(1, w.kept.elements, w.kept.at(kept));
     w.task.forward(f, &w.regular);
@@ -251,9 +250,8 @@ struct RidgeBackwardLayout {
   KeptMemory<C> kept;
   typename Ridge<B>::Scratch scratch;
 
-  __host__ __device__ __forceinline__ RidgeBackwardLayout(Arena<C>& arena, B& block, const Sizes&,
-                                                          const RidgeBackward<C>& f, int64_t stride,
-                                                          int64_t t)
+  KERNELMETA_INLINE RidgeBackwardLayout(Arena<C>& arena, B& block, const Sizes&, const RidgeBackward<C>& f,
+                                        int64_t stride, int64_t t)
       : sums(arena),
         task(arena, block, f.problem, t),
         kept(arena, ridge_trace_size<C>(task.s), true),
@@ -264,27 +262,26 @@ struct RidgeBackwardLayout {
 
 // partial: the block's own sums over its tasks, a RidgeGrad of `size` elements.
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void ridge_backward_body(void* place, const RidgeBackward<C>& f,
-                                                             int64_t stride, C* partial, int64_t size,
-                                                             Arena<C> arena, Share share) {
-  using BlockFrame = Frame<B, RidgeBackwardLayout<B>>;
+KERNELMETA_INLINE void ridge_backward_body(void* place, const RidgeBackward<C>& f, int64_t stride, C* partial,
+                                           int64_t size, Arena<C> arena, BlockTasks tasks) {
+  using Memory = BlockMemory<B, RidgeBackwardLayout<B>>;
   const RidgeProblem<C>& p = f.problem;
   B block;
   bool begun = false, broken = false;
   if (!offsets_rise(block, p)) {
-    fill_share_nan(block, f.grad_support, p.support.all * p.D, share);
-    fill_share_nan(block, f.grad_query, p.query.all * p.D, share);
+    fill_share_nan(block, f.grad_support, p.support.all * p.D, tasks);
+    fill_share_nan(block, f.grad_query, p.query.all * p.D, tasks);
     fill_nan(block, partial, size);
     return;
   }
-  for (int64_t t = share.first; t < p.T; t += share.step) {
+  for (int64_t t = tasks.first; t < p.T; t += tasks.step) {
     if (task_is_invalid(block, p, t)) {
       fill_rows_nan(block, p.support, t, p.D, f.grad_support);
       fill_rows_nan(block, p.query, t, p.D, f.grad_query);
       broken = true;
       continue;
     }
-    auto& w = BlockFrame::make(place, arena, Sizes{}, f, stride, t).w;
+    auto& w = Memory::make(place, arena, Sizes{}, f, stride, t).w;
     if (!begun) w.sums.clear(block);
     begun = true;
     w.kept.copy_in(block, f.trace + t * stride);
@@ -293,7 +290,7 @@ __host__ __device__ __forceinline__ void ridge_backward_body(void* place, const 
   if (broken)
     fill_nan(block, partial, size);
   else if (begun)
-    static_cast<BlockFrame*>(place)->w.sums.copy_out(block, partial);
+    static_cast<Memory*>(place)->w.sums.copy_out(block, partial);
   else
     block.features_zero(1, size, partial);
 }

@@ -10,17 +10,17 @@ namespace kernelmeta {
 template <class C>
 struct At {
   int64_t at;
-  __host__ __device__ __forceinline__ C zero() const { return C(0); }
+  KERNELMETA_INLINE C zero() const { return C(0); }
   template <class X>
-  __host__ __device__ __forceinline__ C load(const X* p) const {
+  KERNELMETA_INLINE C load(const X* p) const {
     return widened<X, C>(p[at]);
   }
-  __host__ __device__ __forceinline__ void store(C* p, C v) const { p[at] = v; }
+  KERNELMETA_INLINE void store(C* p, C v) const { p[at] = v; }
 };
 template <class C>
 struct PaddedAt : At<C> {
   bool inside;
-  __host__ __device__ __forceinline__ void store(C* p, C v) const { p[this->at] = inside ? v : C(0); }
+  KERNELMETA_INLINE void store(C* p, C v) const { p[this->at] = inside ? v : C(0); }
 };
 
 template <class Team, class C, bool kPadded>
@@ -31,22 +31,22 @@ struct Row {
   int lane = Team::thread() % kLanes;  // the first entry of this thread
 
   // Its entry i is the row's entry first + i, and the same lane's.
-  __host__ __device__ __forceinline__ Row part(int64_t first, int64_t count) const {
+  KERNELMETA_INLINE Row part(int64_t first, int64_t count) const {
     return {count, int((lane + kLanes - first % kLanes) % kLanes)};
   }
-  __host__ __device__ __forceinline__ auto at(int64_t i) const {
+  KERNELMETA_INLINE auto at(int64_t i) const {
     if constexpr (kPadded)
       return PaddedAt<C>{{i}, i < length};
     else
       return At<C>{i};
   }
   template <class Fn>
-  __host__ __device__ __forceinline__ void each(Fn f) const {
+  KERNELMETA_INLINE void each(Fn f) const {
     const int64_t end = kPadded ? padded(length) : length;
     for (int64_t i = lane; i < end; i += kLanes) f(at(i));
   }
   template <class Fn>
-  __host__ __device__ __forceinline__ auto sum(Fn f) const {
+  KERNELMETA_INLINE auto sum(Fn f) const {
     decltype(f(at(0))) total = 0;
     const int64_t end = kPadded ? padded(length) : length;
     for (int64_t i = lane; i < end; i += kLanes) {
@@ -57,7 +57,7 @@ struct Row {
   }
   // to[j] = sum over i < n of f(i, j)
   template <class Fn>
-  __host__ __device__ __forceinline__ void column_sums(int64_t n, Fn f, C* to) const {
+  KERNELMETA_INLINE void column_sums(int64_t n, Fn f, C* to) const {
     each([&](auto j) {
       C sum = 0;
       for (int64_t i = 0; i < n; ++i) sum += f(i, j);
@@ -65,7 +65,7 @@ struct Row {
     });
   }
   // What some lane stored before; it may be stored anew after it.
-  __host__ __device__ __forceinline__ C value(const C* p) const {
+  KERNELMETA_INLINE C value(const C* p) const {
     Team::sync_warp();
     const C found = *p;
     Team::sync_warp();
@@ -73,7 +73,7 @@ struct Row {
   }
   // What the other lanes read before and after it stays apart from what it writes.
   template <class Fn>
-  __host__ __device__ __forceinline__ void one(Fn f) const {
+  KERNELMETA_INLINE void one(Fn f) const {
     Team::sync_warp();
     if (Team::thread() % kLanes == 0) f();
     Team::sync_warp();

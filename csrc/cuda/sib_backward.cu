@@ -10,7 +10,7 @@ __global__ void __launch_bounds__(B::kThreads)
   sib_backward_body<B>(
       frame<B, SibBackwardLayout<B>>(), f, stride,
       partials + blockIdx.x * SibBackwardLayout<B>::sums_size(as<typename B::Sizes>(f.problem.s)),
-      memory.template arena<B>(), share());
+      memory.template arena<B>(), block_tasks());
 }
 
 }  // namespace

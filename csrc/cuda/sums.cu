@@ -11,7 +11,7 @@ template <class B, class C = typename B::Scalar>
 __global__ void __launch_bounds__(B::kThreads)
     sum_partials_kernel(const C* partials, int64_t count, int64_t size, C factor,
                         const __grid_constant__ SumParts<C> to) {
-  sum_partials_body<B>(partials, count, size, factor, to, share());
+  sum_partials_body<B>(partials, count, size, factor, to, block_tasks());
 }
 
 template <class B, class C = typename B::Scalar>

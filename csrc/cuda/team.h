@@ -10,32 +10,32 @@ template <int kCount>
 struct CudaTeam {
   static constexpr int kThreads = kCount, kLanes = 32;
 
-  static __host__ __device__ __forceinline__ int thread() {
+  static KERNELMETA_INLINE int thread() {
 #ifdef __CUDA_ARCH__
     return int(threadIdx.x);
 #else
     return 0;
 #endif
   }
-  static __host__ __device__ __forceinline__ void sync(Spot) {
+  static KERNELMETA_INLINE void sync(SourceLine) {
 #ifdef __CUDA_ARCH__
     __syncthreads();
 #endif
   }
-  static __host__ __device__ __forceinline__ bool any(bool value) {
+  static KERNELMETA_INLINE bool any(bool value) {
 #ifdef __CUDA_ARCH__
     return __syncthreads_or(value);
 #else
     return value;
 #endif
   }
-  static __host__ __device__ __forceinline__ void sync_warp() {
+  static KERNELMETA_INLINE void sync_warp() {
 #ifdef __CUDA_ARCH__
     __syncwarp();
 #endif
   }
   template <class C>
-  static __host__ __device__ __forceinline__ C add_lanes(C value) {
+  static KERNELMETA_INLINE C add_lanes(C value) {
 #ifdef __CUDA_ARCH__
 #pragma unroll
     for (int distance = 1; distance < kLanes; distance *= 2) {
@@ -48,27 +48,25 @@ struct CudaTeam {
   template <class F>
   struct Left : MmaLeft<F> {
     Left() = default;
-    __host__ __device__ __forceinline__ Left(const F* rows, int stride)
-        : MmaLeft<F>(rows, stride, thread() % kLanes) {}
+    KERNELMETA_INLINE Left(const F* rows, int stride) : MmaLeft<F>(rows, stride, thread() % kLanes) {}
   };
   template <class F>
   struct Right : MmaRight<F> {
     Right() = default;
-    __host__ __device__ __forceinline__ Right(const F* rows, int stride)
-        : MmaRight<F>(rows, stride, thread() % kLanes) {}
+    KERNELMETA_INLINE Right(const F* rows, int stride) : MmaRight<F>(rows, stride, thread() % kLanes) {}
   };
   struct Sums {
     static constexpr int kValues = MmaLanes::kSums;
     float values[kValues] = {};
 
     template <class F>
-    __host__ __device__ __forceinline__ void add(const Left<F>& a, const Right<F>& b) {
+    KERNELMETA_INLINE void add(const Left<F>& a, const Right<F>& b) {
 #ifdef __CUDA_ARCH__
       mma<F>(values, a, b);
 #endif
     }
     template <class Fn>
-    __host__ __device__ __forceinline__ void each(Fn f) const {
+    KERNELMETA_INLINE void each(Fn f) const {
       const int lane = thread() % kLanes;
 #pragma unroll
       for (int r = 0; r < kValues; ++r)
@@ -78,7 +76,7 @@ struct CudaTeam {
 
   // The beginning of the block's dynamic shared memory.
   template <class C>
-  static __host__ __device__ __forceinline__ C* stage() {
+  static KERNELMETA_INLINE C* stage() {
 #ifdef __CUDA_ARCH__
     extern __shared__ __align__(16) unsigned char memory[];
     return reinterpret_cast<C*>(memory);

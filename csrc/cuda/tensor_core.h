@@ -36,7 +36,7 @@ struct MmaLanes {
 
 // Two neighbours, the first in the low bits; the address is a multiple of 4 bytes.
 template <class F>
-__host__ __device__ __forceinline__ uint32_t pair_at(const F* from) {
+KERNELMETA_INLINE uint32_t pair_at(const F* from) {
   return *reinterpret_cast<const uint32_t*>(from);
 }
 
@@ -46,7 +46,7 @@ struct MmaRows {
   uint32_t pairs[Operand::kRegisters];
 
   MmaRows() = default;
-  __host__ __device__ __forceinline__ MmaRows(const F* rows, int stride, int lane) {
+  KERNELMETA_INLINE MmaRows(const F* rows, int stride, int lane) {
 #pragma unroll
     for (int r = 0; r < Operand::kRegisters; ++r) {
       pairs[r] = pair_at(rows + Operand::row(lane, r) * stride + Operand::at(lane, r));

@@ -11,20 +11,18 @@ namespace kernelmeta {
 // every vector width in use, so that sizes do not depend on the instruction set.
 inline constexpr int64_t kAlign = 16;
 
-__host__ __device__ __forceinline__ constexpr int64_t padded(int64_t n) {
-  return (n + kAlign - 1) / kAlign * kAlign;
-}
+KERNELMETA_INLINE constexpr int64_t padded(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
 
 template <class C>
 class Arena {
  public:
-  __host__ __device__ __forceinline__ explicit Arena(C* base = nullptr)
+  KERNELMETA_INLINE explicit Arena(C* base = nullptr)
       : base_(base), capacity_(INT64_MAX), rest_(nullptr), two_(false) {}
   // `base` holds `capacity` elements.
-  __host__ __device__ __forceinline__ Arena(C* base, int64_t capacity, C* rest)
+  KERNELMETA_INLINE Arena(C* base, int64_t capacity, C* rest)
       : base_(base), capacity_(capacity), rest_(rest), two_(true) {}
 
-  __host__ __device__ __forceinline__ C* take(int64_t n) {
+  KERNELMETA_INLINE C* take(int64_t n) {
     C* piece;
     if (fits(n)) {
       piece = base_ ? base_ + used_ : nullptr;
@@ -37,7 +35,7 @@ class Arena {
   }
 
   // The same for what is seldom used: with `aside` it is never in the first of two buffers.
-  __host__ __device__ __forceinline__ C* take_aside(int64_t n, bool aside) {
+  KERNELMETA_INLINE C* take_aside(int64_t n, bool aside) {
     if (!aside || !two_) return take(n);
     C* piece = rest_ ? rest_ + rest_used_ : nullptr;
     rest_used_ += padded(n);
@@ -45,10 +43,10 @@ class Arena {
   }
 
   // Whether the next piece, of n elements, comes out of the first buffer.
-  __host__ __device__ __forceinline__ bool fits(int64_t n) const { return padded(n) <= capacity_ - used_; }
+  KERNELMETA_INLINE bool fits(int64_t n) const { return padded(n) <= capacity_ - used_; }
 
-  __host__ __device__ __forceinline__ int64_t used() const { return used_; }
-  __host__ __device__ __forceinline__ int64_t rest_used() const { return rest_used_; }
+  KERNELMETA_INLINE int64_t used() const { return used_; }
+  KERNELMETA_INLINE int64_t rest_used() const { return rest_used_; }
 
  private:
   C* base_;

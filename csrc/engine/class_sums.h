@@ -7,7 +7,7 @@ namespace kernelmeta {
 
 // sum += x, and the rounding is added to `rest`.
 template <class C>
-__host__ __device__ __forceinline__ void add_exactly(C& sum, C& rest, C x) {
+KERNELMETA_INLINE void add_exactly(C& sum, C& rest, C x) {
   const C before = sum;
   sum = before + x;
   const C added = sum - before;
@@ -21,12 +21,11 @@ struct ClassSums {
   int64_t N;
   C *sums, *rests;  // [N]
 
-  __host__ __device__ __forceinline__ ClassSums(Arena<C>& arena, int64_t N)
-      : N(N), sums(arena.take(N)), rests(arena.take(N)) {}
+  KERNELMETA_INLINE ClassSums(Arena<C>& arena, int64_t N) : N(N), sums(arena.take(N)), rests(arena.take(N)) {}
 
-  __host__ __device__ __forceinline__ void clear(int64_t n) const { sums[n] = rests[n] = 0; }
-  __host__ __device__ __forceinline__ void add(int64_t n, C x) const { add_exactly(sums[n], rests[n], x); }
-  __host__ __device__ __forceinline__ C total() const {
+  KERNELMETA_INLINE void clear(int64_t n) const { sums[n] = rests[n] = 0; }
+  KERNELMETA_INLINE void add(int64_t n, C x) const { add_exactly(sums[n], rests[n], x); }
+  KERNELMETA_INLINE C total() const {
     C sum = 0, rest = 0;
     for (int64_t n = 0; n < N; ++n) {
       add_exactly(sum, rest, sums[n]);

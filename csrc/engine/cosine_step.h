@@ -41,7 +41,7 @@ inline constexpr double kMostLost = 1.5;
 // step multiplies what was there by `growth` (the norm's twice) and makes |theta'|^2 of terms of this size,
 // of which `left` is left. Whether too much is lost; true where something is NaN.
 template <class B, class C>
-__host__ __device__ __forceinline__ bool loses(C* errors, C growth, C terms, C left) {
+KERNELMETA_INLINE bool loses(C* errors, C growth, C terms, C left) {
   const C cancelled = terms / left;
   errors[0] = growth * growth * errors[0] + cancelled;
   errors[1] = B::max(growth, -growth) * errors[1] + B::sqrt(cancelled);
@@ -54,7 +54,7 @@ struct StepScalars {
   using C = typename B::Scalar;
   C c, pull, grown, r, r_next, alpha, beta;  // pull = e^2 q / r2; r2' = grown, U' = alpha U - beta AG
 
-  __host__ __device__ __forceinline__ StepScalars(C e, C r2, C dot, C q)
+  KERNELMETA_INLINE StepScalars(C e, C r2, C dot, C q)
       : c(e * dot / r2),
         pull(e * e * q / r2),
         grown(r2 + e * e * (q - dot * dot) / r2),
@@ -72,10 +72,10 @@ struct LiveRow {
   int64_t first, others_first;
 
   // All rows drive the step.
-  __host__ __device__ __forceinline__ explicit LiveRow(Row row)
+  KERNELMETA_INLINE explicit LiveRow(Row row)
       : all(row), own(row), others(row.part(0, 0)), first(0), others_first(0) {}
   template <class Part>
-  __host__ __device__ __forceinline__ LiveRow(Row row, Part own, Part others)
+  KERNELMETA_INLINE LiveRow(Row row, Part own, Part others)
       : all(row),
         own(row.part(own.first, own.count)),
         others(row.part(others.first, others.count)),
@@ -99,8 +99,8 @@ struct StepTo {
 
 // P' = grown P - moved G
 template <class Row, class C>
-__host__ __device__ __forceinline__ void move_coefficients(const LiveRow<Row>& row, const C* p, const C* g,
-                                                           C grown, C moved, C* to) {
+KERNELMETA_INLINE void move_coefficients(const LiveRow<Row>& row, const C* p, const C* g, C grown, C moved,
+                                         C* to) {
   const C *own_p = p + row.first, *other_p = p + row.others_first;
   C *own_to = to + row.first, *other_to = to + row.others_first;
   row.own.each([&](auto q) { q.store(own_to, q.load(own_p) * grown - q.load(g) * moved); });
@@ -108,8 +108,7 @@ __host__ __device__ __forceinline__ void move_coefficients(const LiveRow<Row>& r
 }
 
 template <class B, class Row, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void cosine_step(const LiveRow<Row>& row, const StepFrom<C>& from,
-                                                     const StepTo<C>& to) {
+KERNELMETA_INLINE void cosine_step(const LiveRow<Row>& row, const StepFrom<C>& from, const StepTo<C>& to) {
   const C *u = from.u, *ag = from.ag, *g = from.g, *own_u = u + row.first, *own_ag = ag + row.first;
   const C dot = row.own.sum([&](auto q) { return q.load(own_u) * q.load(g); });
   const C quad = row.own.sum([&](auto q) { return q.load(g) * q.load(own_ag); });
@@ -133,8 +132,8 @@ struct StepAdjoint {
 
 // Returns the gradient of e.
 template <class B, class Row, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ C cosine_step_backward(const LiveRow<Row>& row, const StepFrom<C>& from,
-                                                           const StepAdjoint<C>& adj) {
+KERNELMETA_INLINE C cosine_step_backward(const LiveRow<Row>& row, const StepFrom<C>& from,
+                                         const StepAdjoint<C>& adj) {
   const C e = from.e, r2 = from.r2;
   const C *u = from.u, *ag = from.ag, *g = from.g, *own_u = u + row.first, *own_ag = ag + row.first;
   C *gu = adj.gu, *own_gu = gu + row.first, *own_gag = adj.gag + row.first;

@@ -24,7 +24,7 @@ struct DirectSteps {
   C* scaled;               // [N][ld], scratch
 
   // theta [N][D] -> r2 [N]
-  __host__ __device__ __forceinline__ void norms(const C* theta, C* r2) const {
+  KERNELMETA_INLINE void norms(const C* theta, C* r2) const {
     block.unfenced().features(N, D, [&](int64_t n, auto row) {
       const C* t = theta + n * D;
       const C squares = row.sum([&](auto d) { return d.load(t) * d.load(t); });
@@ -33,7 +33,7 @@ struct DirectSteps {
   }
 
   // h = theta / |theta|
-  __host__ __device__ __forceinline__ void directions(const C* theta, const C* r2) const {
+  KERNELMETA_INLINE void directions(const C* theta, const C* r2) const {
     block.features(N, D, [&](int64_t n, auto row) {
       const C r = B::sqrt(r2[n]);
       row.each([&](auto d) { d.store(h + n * D, d.load(theta + n * D) / r); });
@@ -41,13 +41,14 @@ struct DirectSteps {
   }
 
   // Of one part of the live rows: u [N][ld] = cosines with h.
-  __host__ __device__ KERNELMETA_NOINLINE void cosines(RowPart part, const Rows<F>& rows, C* u) const {
-    block.dots(N, Rows<C>{h, D, nullptr}, part.count, rows, D, u + part.first, ld);
+  __host__ __device__ KERNELMETA_NOINLINE void cosines(RowRange part, const FeatureRows<F>& rows,
+                                                       C* u) const {
+    block.dots(N, FeatureRows<C>{h, D, nullptr}, part.count, rows, D, u + part.first, ld);
     over_norms(block, u + part.first, ld, part, u + part.first, ld);
   }
 
   // to [N][D] = Xhat^T G, with g [N][part.ld()].
-  __host__ __device__ KERNELMETA_NOINLINE void pull(const C* g, RowPart part, const Rows<F>& rows,
+  __host__ __device__ KERNELMETA_NOINLINE void pull(const C* g, RowRange part, const FeatureRows<F>& rows,
                                                     C* to) const {
     over_norms(block.unfenced(), g, part.ld(), part, scaled, ld);
     block.features_zero(N, D, to);
@@ -108,20 +109,22 @@ struct DirectSteps {
 
   // gv [N][D] -> gradient of g, gg [N][part.ld()]; added to that of the rows, over |x|, grows [count][D] (or
   // null).
-  __host__ __device__ KERNELMETA_NOINLINE void pull_backward(const C* gv, const C* g, RowPart part,
-                                                             const Rows<F>& rows, C* gg, C* grows) const {
-    block.dots(N, Rows<C>{gv, D, nullptr}, part.count, rows, D, gg, part.ld());
+  __host__ __device__ KERNELMETA_NOINLINE void pull_backward(const C* gv, const C* g, RowRange part,
+                                                             const FeatureRows<F>& rows, C* gg,
+                                                             C* grows) const {
+    block.dots(N, FeatureRows<C>{gv, D, nullptr}, part.count, rows, D, gg, part.ld());
     if (!grows) return over_norms(block, gg, part.ld(), part, gg, part.ld());
     over_norms(block.unfenced(), gg, part.ld(), part, gg, part.ld());
     over_norms(block, g, part.ld(), part, scaled, ld);
-    block.unfenced().features_mm_add(part.count, N, D, {scaled, 1, ld}, Rows<C>{gv, D, nullptr}, grows);
+    block.unfenced().features_mm_add(part.count, N, D, {scaled, 1, ld}, FeatureRows<C>{gv, D, nullptr},
+                                     grows);
   }
 
   // gu [N][ld], gradient of a part's cosines with h: added to gtheta [N][D], and to that of the rows, over
   // |x|, grows [count][D] (or null). gh [N][D]: scratch.
-  __host__ __device__ KERNELMETA_NOINLINE void cosines_backward(const C* r2, RowPart part,
-                                                                const Rows<F>& rows, const C* gu, C* gh,
-                                                                C* gtheta, C* grows) const {
+  __host__ __device__ KERNELMETA_NOINLINE void cosines_backward(const C* r2, RowRange part,
+                                                                const FeatureRows<F>& rows, const C* gu,
+                                                                C* gh, C* gtheta, C* grows) const {
     over_norms(block.unfenced(), gu + part.first, ld, part, scaled, ld);
     block.features_zero(N, D, gh);
     block.features_mm_add(N, part.count, D, {scaled, ld, 1}, rows, gh);
@@ -134,14 +137,14 @@ struct DirectSteps {
       row.each([&](auto d) { d.store(g, d.load(g) + (d.load(from) - d.load(hn) * along) / r); });
     });
     if (!grows) return;
-    block.features_mm_add(part.count, N, D, {scaled, 1, ld}, Rows<C>{h, D, nullptr}, grows);
+    block.features_mm_add(part.count, N, D, {scaled, 1, ld}, FeatureRows<C>{h, D, nullptr}, grows);
   }
 
  private:
   // to = from / |x|, of one part.
   template <class Words>
-  __host__ __device__ __forceinline__ void over_norms(const Words& words, const C* from, int64_t from_ld,
-                                                      RowPart part, C* to, int64_t to_ld) const {
+  KERNELMETA_INLINE void over_norms(const Words& words, const C* from, int64_t from_ld, RowRange part, C* to,
+                                    int64_t to_ld) const {
     words.rows(N, part.count, [&](int64_t n, auto row) {
       row.each([&](auto q) {
         const auto value = q.load(from + n * from_ld);

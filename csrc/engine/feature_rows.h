@@ -9,23 +9,21 @@ inline constexpr double kNormFloor = 1e-12;  // lower bound of |x| and |theta|, 
 
 // Rows of one task's features, or of a bank that `index` points into.
 template <class F>
-struct Rows {
+struct FeatureRows {
   const F* data;
   int64_t stride;        // in elements
   const int64_t* index;  // null: row i is row i
 
-  __host__ __device__ __forceinline__ const F* operator()(int64_t i) const {
-    return data + (index ? index[i] : i) * stride;
-  }
+  KERNELMETA_INLINE const F* operator()(int64_t i) const { return data + (index ? index[i] : i) * stride; }
 };
 
 // Rows of one kind, support or query: where they stand among the live rows, those that a task's steps look
 // at. `first` is a multiple of kAlign, so that every part of an array can be read in vectors; between the
 // parts, and in all padding, arrays of live rows hold zeros.
-struct RowPart {
+struct RowRange {
   int64_t first, count;
 
-  __host__ __device__ __forceinline__ int64_t ld() const { return padded(count); }
+  KERNELMETA_INLINE int64_t ld() const { return padded(count); }
 };
 
 template <class C>
@@ -41,7 +39,7 @@ struct Extremes {
 
 // |theta|^2 from the sum of squares, at least the floor's; NaN where it is beyond the largest number.
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ C floored_square(C squares) {
+KERNELMETA_INLINE C floored_square(C squares) {
   const C floor = C(kNormFloor);
   return squares <= C(Extremes<C>::kLargest) ? B::max(squares, floor * floor) : C(__builtin_nan(""));
 }
@@ -49,7 +47,7 @@ __host__ __device__ __forceinline__ C floored_square(C squares) {
 // Whether products of rows with this squared norm (of the sum as it was computed) may be beyond what numbers
 // hold; NaN is.
 template <class C>
-__host__ __device__ __forceinline__ bool out_of_range(C squares) {
+KERNELMETA_INLINE bool out_of_range(C squares) {
   const C floor = C(kNormFloor);
   return squares != C(0) && !(squares > floor * floor && squares <= C(Extremes<C>::kLargest));
 }
@@ -57,7 +55,7 @@ __host__ __device__ __forceinline__ bool out_of_range(C squares) {
 // Whether |theta| is at the floor, from its square: there the cosine is linear in theta, and its gradient the
 // whole pull.
 template <class C>
-__host__ __device__ __forceinline__ bool theta_at_floor(C r2) {
+KERNELMETA_INLINE bool theta_at_floor(C r2) {
   const C floor = C(kNormFloor);
   return !(r2 > floor * floor);
 }
@@ -65,14 +63,14 @@ __host__ __device__ __forceinline__ bool theta_at_floor(C r2) {
 // Whether |x| is at the floor: there xhat = x / kNormFloor, and |x| is no part of its derivative. From 1 /
 // |x|.
 template <class C>
-__host__ __device__ __forceinline__ bool at_floor(C inverse) {
+KERNELMETA_INLINE bool at_floor(C inverse) {
   return !(inverse < C(1) / C(kNormFloor));
 }
 
 // 1 / max(|x|, kNormFloor) of row x of features, which `row` is; also where |x|^2 is beyond the largest
 // number. NaN where |x| itself is, or nearly.
 template <class B, class Row, class F, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ C inverse_norm(Row row, const F* x) {
+KERNELMETA_INLINE C inverse_norm(Row row, const F* x) {
   const C squares = row.sum([&](auto d) { return d.load(x) * d.load(x); });
   if (squares <= C(Extremes<C>::kLargest)) return C(1) / B::max(B::sqrt(squares), C(kNormFloor));
   constexpr C kShrink = C(Extremes<C>::kShrink);
@@ -83,7 +81,7 @@ __host__ __device__ __forceinline__ C inverse_norm(Row row, const F* x) {
 
 // x / |x| at d, given 1 / |x|. A single feature is divided by itself: it leaves a sign, and no rounding.
 template <class B, class At, class F, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ auto unit_at(At d, const F* x, C inverse, bool one_feature) {
+KERNELMETA_INLINE auto unit_at(At d, const F* x, C inverse, bool one_feature) {
   const auto value = d.load(x);
   if (!one_feature) return value * inverse;
   return value / B::max(B::max(value, value * C(-1)), d.zero() + C(kNormFloor));
@@ -91,8 +89,8 @@ __host__ __device__ __forceinline__ auto unit_at(At d, const F* x, C inverse, bo
 
 // to [count][D] = the normalised rows; inverse: 1 / |x|.
 template <class B, class F, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void normalise_rows(B& block, const Rows<F>& rows, int64_t count,
-                                                        int64_t D, const C* inverse, C* to) {
+KERNELMETA_INLINE void normalise_rows(B& block, const FeatureRows<F>& rows, int64_t count, int64_t D,
+                                      const C* inverse, C* to) {
   block.features(count, D, [&](int64_t i, auto row) {
     const F* x = rows(i);
     row.each([&](auto d) { d.store(to + i * D, unit_at<B>(d, x, inverse[i], D == 1)); });
@@ -101,8 +99,8 @@ __host__ __device__ __forceinline__ void normalise_rows(B& block, const Rows<F>&
 
 // Gradients of normalised rows, g [count][D] -> of the rows themselves. unit: see normalise_rows.
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void through_norms(B& block, const C* unit, const C* inverse,
-                                                       int64_t count, int64_t D, C* g) {
+KERNELMETA_INLINE void through_norms(B& block, const C* unit, const C* inverse, int64_t count, int64_t D,
+                                     C* g) {
   block.unfenced().features(count, D, [&](int64_t i, auto row) {
     const C* xhat = unit + i * D;
     C* to = g + i * D;

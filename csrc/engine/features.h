@@ -11,7 +11,7 @@ struct ClassMembers {
   const int32_t* members;  // [S]
   const int32_t* offsets;  // [N + 1]
 
-  __host__ __device__ __forceinline__ int64_t count(int64_t n) const { return offsets[n + 1] - offsets[n]; }
+  KERNELMETA_INLINE int64_t count(int64_t n) const { return offsets[n + 1] - offsets[n]; }
 };
 
 // theta0[n] = w * mean of the normalised support rows of class n (Hu et al. 2020, section 4.1).
@@ -22,12 +22,12 @@ struct ClassMeans {
 
   B& block;
   const typename B::Sizes& s;
-  Rows<F> support;
+  FeatureRows<F> support;
   ClassMembers classes;
   const C* weight;  // [D] or null: ones
   C* inverse;       // [S], scratch
 
-  __host__ __device__ __forceinline__ void forward(C* theta0) {
+  KERNELMETA_INLINE void forward(C* theta0) {
     inverse_norms();
     block.features(s.N, s.D, [&](int64_t n, auto row) {
       row.each([&](auto d) {
@@ -39,8 +39,7 @@ struct ClassMeans {
   }
 
   // gtheta0 [N][D] -> gsupport [S][D] (or null; with `adds` added to it); adds to gweight [D] (or null).
-  __host__ __device__ __forceinline__ void backward(const C* gtheta0, C* gsupport, C* gweight,
-                                                    bool adds = false) {
+  KERNELMETA_INLINE void backward(const C* gtheta0, C* gsupport, C* gweight, bool adds = false) {
     inverse_norms();
     if (gweight) {
       block.features(1, s.D, [&](int64_t, auto row) {
@@ -73,12 +72,12 @@ struct ClassMeans {
 
  private:
   template <class At>
-  __host__ __device__ __forceinline__ auto towards(const C* g, At d) const {
+  KERNELMETA_INLINE auto towards(const C* g, At d) const {
     return weight ? d.load(g) * d.load(weight) : d.load(g);
   }
 
   template <class At>
-  __host__ __device__ __forceinline__ auto mean(int64_t n, At d) const {
+  KERNELMETA_INLINE auto mean(int64_t n, At d) const {
     auto sum = d.zero();
     for (int32_t j = classes.offsets[n]; j < classes.offsets[n + 1]; ++j) {
       const int64_t i = classes.members[j];
@@ -87,7 +86,7 @@ struct ClassMeans {
     return sum * (C(1) / C(classes.count(n)));
   }
 
-  __host__ __device__ __forceinline__ void inverse_norms() {
+  KERNELMETA_INLINE void inverse_norms() {
     block.features(s.S, s.D, [&](int64_t i, auto row) {
       const C found = inverse_norm<B>(row, support(i));
       row.one([&] { inverse[i] = found; });
@@ -103,12 +102,12 @@ struct QueryFeatures {
 
   B& block;
   const typename B::Sizes& s;
-  Rows<F> query;
+  FeatureRows<F> query;
   const Trace<C>& trace;
 
   // trace.theta -> trace.inverse, gram, u[0] = rows times theta, r2[0] = |theta|^2. False where the norm of
   // some row says that their products are out of range.
-  __host__ __device__ __forceinline__ bool forward() {
+  KERNELMETA_INLINE bool forward() {
     const int64_t Q = s.Q, ld = s.ld();
     block.stacked_dots(Q, query, s.N, trace.theta, s.D, trace.gram, trace.u, ld, trace.r2);
     const bool extreme = block.any(Q, [&](int64_t q) { return out_of_range(trace.gram[q * ld + q]); });
@@ -128,7 +127,7 @@ struct QueryFeatures {
   }
 
   // trace.inverse alone.
-  __host__ __device__ __forceinline__ void norms() {
+  KERNELMETA_INLINE void norms() {
     block.features(s.Q, s.D, [&](int64_t i, auto row) {
       const C found = inverse_norm<B>(row, query(i));
       row.one([&] { trace.inverse[i] = found; });
@@ -136,7 +135,7 @@ struct QueryFeatures {
   }
 
   // theta_K = a theta + Xhat^T P, or as it is there. scratch: [N][ld].
-  __host__ __device__ __forceinline__ void weights(C* out, C* scratch) {
+  KERNELMETA_INLINE void weights(C* out, C* scratch) {
     const C* theta = trace.gram ? trace.theta : trace.theta + s.K * s.N * s.D;
     const C* a = trace.gram ? trace.a + s.K * s.N : nullptr;
     block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
@@ -149,8 +148,8 @@ struct QueryFeatures {
   }
 
   // Gradient of theta_K -> gradients of P_K (adj.gp) and a_K (adj.ga).
-  __host__ __device__ __forceinline__ void weights_backward(const C* gweights, const LoopAdjoint<B>& adj) {
-    block.dots(s.N, Rows<C>{gweights, s.D, nullptr}, s.Q, query, s.D, adj.gp, s.ld());
+  KERNELMETA_INLINE void weights_backward(const C* gweights, const LoopAdjoint<B>& adj) {
+    block.dots(s.N, FeatureRows<C>{gweights, s.D, nullptr}, s.Q, query, s.D, adj.gp, s.ld());
     scaled_rows(adj.gp, adj.gp);
     block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
       const C sum =
@@ -165,8 +164,7 @@ struct QueryFeatures {
     C* gn0;          // [N]: gradient of |theta0|^2
     C* w;            // [Q][ld]: gradient of A, symmetrised; where A was formed and the rows get a gradient
 
-    __host__ __device__ __forceinline__ Scratch(Arena<C>& arena, const typename B::Sizes& s,
-                                                bool gram_gradient)
+    KERNELMETA_INLINE Scratch(Arena<C>& arena, const typename B::Sizes& s, bool gram_gradient)
         : gc(arena.take(s.N * s.ld())),
           scaled(arena.take(s.N * s.ld())),
           gn0(arena.take(s.N)),
@@ -174,8 +172,8 @@ struct QueryFeatures {
   };
 
   // adj.gu, adj.gr2 of the start -> gtheta0 [N][D]. gweights [N][D] or null.
-  __host__ __device__ __forceinline__ void theta0_backward(const LoopAdjoint<B>& adj, const C* gweights,
-                                                           const Scratch& t, C* gtheta0) {
+  KERNELMETA_INLINE void theta0_backward(const LoopAdjoint<B>& adj, const C* gweights, const Scratch& t,
+                                         C* gtheta0) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     block.unfenced().rows(N, Q, [&](int64_t n, auto row) {
       const C r2 = trace.r2[n];
@@ -199,8 +197,8 @@ struct QueryFeatures {
   }
 
   // After theta0_backward: -> gquery [Q][D].
-  __host__ __device__ __forceinline__ void query_backward(const LoopAdjoint<B>& adj, const C* gweights,
-                                                          const Scratch& t, C* gquery) {
+  KERNELMETA_INLINE void query_backward(const LoopAdjoint<B>& adj, const C* gweights, const Scratch& t,
+                                        C* gquery) {
     const int64_t Q = s.Q, D = s.D, ld = s.ld(), KN = s.K * s.N;
     block.unfenced().features_zero(Q, D, gquery);
     // First the gradient of the normalised rows, divided by |x|; from A, whose gradient is the sum over the
@@ -220,7 +218,7 @@ struct QueryFeatures {
 
   // gquery [Q][D], the gradient of the normalised rows over |x| -> of the rows: without its component along
   // each.
-  __host__ __device__ __forceinline__ void without_radial_part(C* gquery) const {
+  KERNELMETA_INLINE void without_radial_part(C* gquery) const {
     block.unfenced().features(s.Q, s.D, [&](int64_t i, auto row) {
       const F* x = query(i);
       C* g = gquery + i * s.D;
@@ -233,14 +231,13 @@ struct QueryFeatures {
 
  private:
   // gquery[q] += sum_n g[n][q] / |x_q| * theta[n]
-  __host__ __device__ __forceinline__ void add_outer(const C* g, const C* theta, const Scratch& t,
-                                                     C* gquery) {
+  KERNELMETA_INLINE void add_outer(const C* g, const C* theta, const Scratch& t, C* gquery) {
     scaled_rows(g, t.scaled);
-    block.features_mm_add(s.Q, s.N, s.D, {t.scaled, 1, s.ld()}, Rows<C>{theta, s.D, nullptr}, gquery);
+    block.features_mm_add(s.Q, s.N, s.D, {t.scaled, 1, s.ld()}, FeatureRows<C>{theta, s.D, nullptr}, gquery);
   }
 
   // to[n][q] = from[n][q] / |x_q|; may be in place.
-  __host__ __device__ __forceinline__ void scaled_rows(const C* from, C* to) {
+  KERNELMETA_INLINE void scaled_rows(const C* from, C* to) {
     const int64_t ld = s.ld();
     block.rows(s.N, s.Q, [&](int64_t n, auto row) {
       row.each([&](auto q) { q.store(to + n * ld, q.load(from + n * ld) * q.load(trace.inverse)); });

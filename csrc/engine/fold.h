@@ -18,8 +18,8 @@ struct MlpArrays {
 
 // `running` is [2][2][H] (layer; mean, variance; unit), or null as in the FoldedMlp's construction.
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void fold(B& block, const MlpArrays<const C>& p, const C* running,
-                                              const typename B::Sizes& s, const FoldedMlp<C>& to) {
+KERNELMETA_INLINE void fold(B& block, const MlpArrays<const C>& p, const C* running,
+                            const typename B::Sizes& s, const FoldedMlp<C>& to) {
   const int64_t H = s.H, N = s.N;
   // Row i of the second layer, then of the third, then what is only copied.
   block.unfenced().features(H + N + 1, H, [&](int64_t i, auto row) {
@@ -52,9 +52,8 @@ __host__ __device__ __forceinline__ void fold(B& block, const MlpArrays<const C>
 }
 
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void unfold(B& block, const MlpArrays<const C>& p,
-                                                const FoldedMlpGrad<C>& folded, const typename B::Sizes& s,
-                                                const MlpArrays<C>& grad) {
+KERNELMETA_INLINE void unfold(B& block, const MlpArrays<const C>& p, const FoldedMlpGrad<C>& folded,
+                              const typename B::Sizes& s, const MlpArrays<C>& grad) {
   const int64_t H = s.H, N = s.N, ld = padded(H);
   // Sums over the layer's outputs; one lane a hidden unit.
   const auto gain_and_shift = [H, ld](auto row, int64_t outputs, const C* weight, const C* gw, const C* gb,

@@ -17,7 +17,7 @@ namespace kernelmeta {
 // step takes 2 Q N D forward, and as much again backward (and both routes to the gradient of the rows keep
 // that proportion). So A pays unless the query rows are many and the steps few.
 template <class S>
-__host__ __device__ __forceinline__ bool forms_gram(const S& s, bool backward_follows) {
+KERNELMETA_INLINE bool forms_gram(const S& s, bool backward_follows) {
   return s.K > 0 && (backward_follows ? 8 : 4) * s.K * s.N >= s.Q;
 }
 
@@ -39,8 +39,7 @@ struct Trace {
   Trace() = default;
   // theta and w come first, so that the rest is one stretch of memory where both arenas are the same.
   template <class S>
-  __host__ __device__ __forceinline__ Trace(Arena<C>& features, Arena<C>& arena, const S& s, bool gram_formed,
-                                            bool weights)
+  KERNELMETA_INLINE Trace(Arena<C>& features, Arena<C>& arena, const S& s, bool gram_formed, bool weights)
       : theta(features.take((gram_formed ? 1 : s.K + 1) * s.N * s.D)),
         w(gram_formed ? nullptr : features.take(s.K * s.N * s.D)),
         inverse(arena.take(s.Q)),
@@ -53,7 +52,7 @@ struct Trace {
         p(gram_formed && weights ? arena.take((s.K + 1) * s.N * s.ld()) : nullptr) {}
 
   // The same task done anew in D dimensions: U and r2 take the place of what was lost.
-  __host__ __device__ __forceinline__ Trace in_features(C* theta_of_steps, C* w_of_steps) const {
+  KERNELMETA_INLINE Trace in_features(C* theta_of_steps, C* w_of_steps) const {
     Trace direct = *this;
     direct.theta = theta_of_steps;
     direct.w = w_of_steps;
@@ -63,7 +62,7 @@ struct Trace {
 
   // The trace is handed out: nothing in it may depend on what the memory held before.
   template <class B>
-  __host__ __device__ __forceinline__ void clear_padding(B& block, const typename B::Sizes& s) const {
+  KERNELMETA_INLINE void clear_padding(B& block, const typename B::Sizes& s) const {
     const int64_t KN = s.K * s.N, N = s.N, of_theta = gram ? N : KN + N;
     block.unfenced().each_item(6 + 2 * (KN + N) + KN + s.Q, [&](int64_t i) {
       const auto row = [&i](C* array, int64_t n, int64_t length) {
@@ -97,8 +96,7 @@ struct LoopAdjoint {
   C* gv;        // [N][D], in D dimensions
   C *dot, *ge;  // [N] each, likewise
 
-  __host__ __device__ __forceinline__ LoopAdjoint(Arena<C>& arena, const typename B::Sizes& s,
-                                                  bool gram_formed, bool weights)
+  KERNELMETA_INLINE LoopAdjoint(Arena<C>& arena, const typename B::Sizes& s, bool gram_formed, bool weights)
       : gu(arena.take(s.N * s.ld())),
         gr2(arena.take(s.N)),
         gp(gram_formed && weights ? arena.take(s.N * s.ld()) : nullptr),
@@ -132,9 +130,8 @@ struct InnerLoop {
   C* errors;      // [N][2], in the space of the rows: see `loses`
   C *scaled, *h;  // [N][ld], [N][D], in D dimensions
 
-  __host__ __device__ __forceinline__ InnerLoop(B& block, const typename B::Sizes& s,
-                                                const FoldedMlp<C>& weights, C scale, C bias, C lr,
-                                                bool gram_formed, bool backward, Arena<C>& arena)
+  KERNELMETA_INLINE InnerLoop(B& block, const typename B::Sizes& s, const FoldedMlp<C>& weights, C scale,
+                              C bias, C lr, bool gram_formed, bool backward, Arena<C>& arena)
       : block(block),
         s(s),
         scale(scale),
@@ -150,7 +147,7 @@ struct InnerLoop {
         h(arena.take_aside(s.N * s.D, gram_formed)) {}
 
   // Elements of the activations of a step.
-  __host__ __device__ __forceinline__ static int64_t kept_size(const typename B::Sizes& s) {
+  KERNELMETA_INLINE static int64_t kept_size(const typename B::Sizes& s) {
     Arena<C> count;
     typename Mlp<B>::Activations unused(count, s, true);
     return count.used();
@@ -158,7 +155,7 @@ struct InnerLoop {
 
   // In the space of the rows, from trace.u[0] = C (rows times theta) and trace.r2[0] = |theta|^2 on: fills
   // the trace. stats: [K][2][2][H] or null.
-  __host__ __device__ __forceinline__ void forward(const Trace<C>& trace, C* stats) {
+  KERNELMETA_INLINE void forward(const Trace<C>& trace, C* stats) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     block.rows(N, Q, [&](int64_t n, auto row) {
       C* u = trace.u + n * ld;
@@ -178,16 +175,16 @@ struct InnerLoop {
   }
 
   // Whether it lost too much, for some class.
-  __host__ __device__ __forceinline__ bool lost(const Trace<C>& trace) const {
+  KERNELMETA_INLINE bool lost(const Trace<C>& trace) const {
     return trace.lost && block.any(s.N, [&](int64_t n) { return !(trace.lost[n] == C(0)); });
   }
 
   // In D dimensions, from trace.theta[0] on: fills the trace. inverse: 1 / |x| of the rows, null where they
   // are normalised. again: U and r2 are there already; theta of every step and w are wanted.
   template <class F>
-  __host__ __device__ KERNELMETA_NOINLINE void direct_forward(const Trace<C>& trace, const Rows<F>& rows,
-                                                              const C* inverse, C* stats,
-                                                              bool again = false) {
+  __host__ __device__ KERNELMETA_NOINLINE void direct_forward(const Trace<C>& trace,
+                                                              const FeatureRows<F>& rows, const C* inverse,
+                                                              C* stats, bool again = false) {
     const int64_t N = s.N, ND = N * s.D, ld = s.ld();
     const DirectSteps<B, F> steps = direct<F>(inverse);
     if (!again) steps.norms(trace.theta, trace.r2);
@@ -204,7 +201,7 @@ struct InnerLoop {
   }
 
   // Z = s (U + b), transposed into [Q][N].
-  __host__ __device__ __forceinline__ void logits(const Trace<C>& trace, C* out) {
+  KERNELMETA_INLINE void logits(const Trace<C>& trace, C* out) {
     const C* u = trace.u + s.K * s.N * s.ld();
     const int64_t N = s.N, ld = s.ld();
     block.unfenced().each_item(s.Q, [&](int64_t q) {
@@ -215,8 +212,8 @@ struct InnerLoop {
   // In the space of the rows: grad_logits [Q][N] -> adjoint.gu, gr2 of the start; MLP gradients are added to
   // `grad`. gp and ga must hold the gradients of P_K and a_K where the trace has weights. With kKeeps, adj.gs
   // is g.
-  __host__ __device__ __forceinline__ void backward(const Trace<C>& trace, const C* grad_logits,
-                                                    const Adjoint& adj, const FoldedMlpGrad<C>& grad) {
+  KERNELMETA_INLINE void backward(const Trace<C>& trace, const C* grad_logits, const Adjoint& adj,
+                                  const FoldedMlpGrad<C>& grad) {
     const int64_t N = s.N, ld = s.ld();
     begin_backward(grad_logits, adj);
     through_classifier(trace.u + s.K * N * ld, adj);
@@ -227,9 +224,9 @@ struct InnerLoop {
   // start. Gradients of the MLP, and of the normalised rows (over |x|, where `inverse` is given), gquery
   // [Q][D] (or null), are added.
   template <class F>
-  __host__ __device__ KERNELMETA_NOINLINE void direct_backward(const Trace<C>& trace, const Rows<F>& rows,
-                                                               const C* inverse, const C* grad_logits,
-                                                               const Adjoint& adj,
+  __host__ __device__ KERNELMETA_NOINLINE void direct_backward(const Trace<C>& trace,
+                                                               const FeatureRows<F>& rows, const C* inverse,
+                                                               const C* grad_logits, const Adjoint& adj,
                                                                const FoldedMlpGrad<C>& grad, C* gtheta,
                                                                C* gquery) {
     const int64_t N = s.N, ND = N * s.D, ld = s.ld();
@@ -245,18 +242,16 @@ struct InnerLoop {
   }
 
  private:
-  __host__ __device__ __forceinline__ RowPart part() const { return {0, s.Q}; }
+  KERNELMETA_INLINE RowRange part() const { return {0, s.Q}; }
   template <class F>
-  __host__ __device__ __forceinline__ DirectSteps<B, F> direct(const C* inverse) const {
+  KERNELMETA_INLINE DirectSteps<B, F> direct(const C* inverse) const {
     return {block, s.N, s.D, s.Q, s.ld(), inverse, h, scaled};
   }
-  __host__ __device__ __forceinline__ C* stats_of(C* stats, int64_t k) const {
-    return stats ? stats + k * 4 * s.H : nullptr;
-  }
-  __host__ __device__ __forceinline__ C* g_of(int64_t k) const { return kKeeps ? g + k * s.N * s.ld() : g; }
+  KERNELMETA_INLINE C* stats_of(C* stats, int64_t k) const { return stats ? stats + k * 4 * s.H : nullptr; }
+  KERNELMETA_INLINE C* g_of(int64_t k) const { return kKeeps ? g + k * s.N * s.ld() : g; }
 
   // adj.gz = grad_logits [Q][N], transposed; sums, gu and gr2 begin at zero.
-  __host__ __device__ __forceinline__ void begin_backward(const C* grad_logits, const Adjoint& adj) {
+  KERNELMETA_INLINE void begin_backward(const C* grad_logits, const Adjoint& adj) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     block.each_item(Q, [&](int64_t q) {
       for (int64_t n = 0; n < N; ++n) adj.gz[n * ld + q] = grad_logits[q * N + n];
@@ -272,8 +267,7 @@ struct InnerLoop {
   }
 
   // Class n before step k, whose G is gs [N][ld].
-  __host__ __device__ __forceinline__ StepFrom<C> state(const Trace<C>& trace, int64_t k, int64_t n,
-                                                        const C* gs) const {
+  KERNELMETA_INLINE StepFrom<C> state(const Trace<C>& trace, int64_t k, int64_t n, const C* gs) const {
     const int64_t ld = s.ld(), i = k * s.N + n;
     return {e,
             trace.r2[i],
@@ -284,12 +278,12 @@ struct InnerLoop {
             trace.p ? trace.p + i * ld : nullptr};
   }
 
-  __host__ __device__ __forceinline__ typename Mlp<B>::Activations activations(int64_t k) const {
+  KERNELMETA_INLINE typename Mlp<B>::Activations activations(int64_t k) const {
     Arena<C> memory(kept + k * kept_size(s));
     return {memory, s, true};
   }
 
-  __host__ __device__ __forceinline__ void classify(const C* u) {
+  KERNELMETA_INLINE void classify(const C* u) {
     const int64_t ld = s.ld();
     block.rows(s.N, s.Q, [&](int64_t n, auto row) {
       row.each([&](auto q) { q.store(z + n * ld, (q.load(u + n * ld) + bias) * scale); });
@@ -297,7 +291,7 @@ struct InnerLoop {
   }
 
   // adj.gz, the gradient of Z = s (U + b), goes into gu, gscale and gbias.
-  __host__ __device__ __forceinline__ void through_classifier(const C* u, const Adjoint& adj) {
+  KERNELMETA_INLINE void through_classifier(const C* u, const Adjoint& adj) {
     const int64_t ld = s.ld();
     block.rows(s.N, s.Q, [&](int64_t n, auto row) {
       const C *gz = adj.gz + n * ld, *un = u + n * ld;
@@ -314,13 +308,13 @@ struct InnerLoop {
   }
 
   // G of step k from U; leaves the activations that the backward pass wants where it finds them.
-  __host__ __device__ __forceinline__ void guess(const C* u, int64_t k, C* stats) {
+  KERNELMETA_INLINE void guess(const C* u, int64_t k, C* stats) {
     classify(u);
     if constexpr (kKeeps) mlp.act = activations(k);
     mlp.forward(z, g_of(k), stats);
   }
   // The same, for the backward pass.
-  __host__ __device__ __forceinline__ void guess_again(const C* u, int64_t k, C* gs) {
+  KERNELMETA_INLINE void guess_again(const C* u, int64_t k, C* gs) {
     classify(u);
     if constexpr (kKeeps)
       mlp.act = activations(k);
@@ -341,8 +335,8 @@ struct InnerLoop {
     });
   }
 
-  __host__ __device__ __forceinline__ void step_backward(const Trace<C>& trace, int64_t k, const Adjoint& adj,
-                                                         const FoldedMlpGrad<C>& grad) {
+  KERNELMETA_INLINE void step_backward(const Trace<C>& trace, int64_t k, const Adjoint& adj,
+                                       const FoldedMlpGrad<C>& grad) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     const C* u = trace.u + k * N * ld;
     C *gs = adj.gs + k * N * ld, *gag = adj.gag + k * N * ld;
@@ -361,11 +355,9 @@ struct InnerLoop {
 
   // adj.gz = what step k passes on to the logits before it.
   template <class F>
-  __host__ __device__ KERNELMETA_GPU_CALL void direct_step_backward(const Trace<C>& trace,
-                                                                    const DirectSteps<B, F>& steps, int64_t k,
-                                                                    const Rows<F>& rows, const Adjoint& adj,
-                                                                    const FoldedMlpGrad<C>& grad, C* gtheta,
-                                                                    C* gquery) {
+  __host__ __device__ KERNELMETA_GPU_CALL void direct_step_backward(
+      const Trace<C>& trace, const DirectSteps<B, F>& steps, int64_t k, const FeatureRows<F>& rows,
+      const Adjoint& adj, const FoldedMlpGrad<C>& grad, C* gtheta, C* gquery) {
     const int64_t N = s.N, Q = s.Q, ND = N * s.D, ld = s.ld();
     const C *u = trace.u + k * N * ld, *r2 = trace.r2 + k * N;
     C* gs = kKeeps ? adj.gs + k * N * ld : adj.gs;

@@ -24,7 +24,7 @@ struct HeadTrace {
   C* p;      // [K+1][N][ld]  P before every step, and after the last
   C* theta;  // [N][D]        the head after the last step, without its bias
 
-  __host__ __device__ __forceinline__ HeadTrace(Arena<C>& arena, const Sizes& s)
+  KERNELMETA_INLINE HeadTrace(Arena<C>& arena, const Sizes& s)
       : gram(arena.take(s.S * padded(s.S))),
         z(arena.take(s.K * s.N * padded(s.S))),
         p(arena.take((s.K + 1) * s.N * padded(s.S))),
@@ -41,7 +41,7 @@ struct LinearHead {
   bool first_order;
   const C *weight, *bias;  // [N][D], [N]
   const C* rates;          // [K]
-  Rows<typename B::Feature> support, query;
+  FeatureRows<typename B::Feature> support, query;
   const int64_t* labels;  // [S]
   C* y;                   // [N][ld], scratch: the labels, one-hot
   HeadTrace<C> trace;
@@ -51,16 +51,16 @@ struct LinearHead {
     C* g;   // [N][ld]
     C* b;   // [N]
 
-    __host__ __device__ __forceinline__ Scratch(Arena<C>& arena, const Sizes& s)
+    KERNELMETA_INLINE Scratch(Arena<C>& arena, const Sizes& s)
         : z0(arena.take(s.N * padded(s.S))), g(arena.take(s.N * padded(s.S))), b(arena.take(s.N)) {}
   };
 
   // -> logits [Q][N], head [N][D + 1] or null: the weights and the bias of every class.
-  __host__ __device__ __forceinline__ void forward(const Scratch& t, C* logits, C* head) {
+  KERNELMETA_INLINE void forward(const Scratch& t, C* logits, C* head) {
     const int64_t N = s.N, S = s.S, K = s.K, ld = padded(S);
     one_hot();
     if (K > 0) block.self_dots(S, support, s.D, trace.gram, ld);
-    if (K > 0) block.dots(N, Rows<C>{weight, s.D, nullptr}, S, support, s.D, t.z0, ld);
+    if (K > 0) block.dots(N, FeatureRows<C>{weight, s.D, nullptr}, S, support, s.D, t.z0, ld);
     block.unfenced().rows(S, S, [&](int64_t i, auto row) {
       C* a = trace.gram + i * ld;
       if (K > 0) row.each([&](auto j) { j.store(a, j.load(a) + C(1)); });
@@ -95,7 +95,7 @@ struct LinearHead {
       row.each([&](auto d) { d.store(trace.theta + n * s.D, d.load(weight + n * s.D)); });
     });
     block.features_mm_add(N, S, s.D, {t.g, ld, 1}, support, trace.theta);
-    block.dots(s.Q, query, N, Rows<C>{trace.theta, s.D, nullptr}, s.D, logits, N);
+    block.dots(s.Q, query, N, FeatureRows<C>{trace.theta, s.D, nullptr}, s.D, logits, N);
     block.unfenced().each_item(s.Q * N, [&](int64_t i) { logits[i] += t.b[i % N]; });
     if (!head) return;
     block.unfenced().features(N, s.D, [&](int64_t n, auto row) {
@@ -110,7 +110,7 @@ struct LinearHead {
     C* gram;                              // [S][ld]: gradient of A, where the rows get one
     C *gtheta, *gb, *grate;               // [N][D], [N], [N]: one sum per class, added up in order
 
-    __host__ __device__ __forceinline__ Adjoint(Arena<C>& arena, const Sizes& s, bool support_gradient)
+    KERNELMETA_INLINE Adjoint(Arena<C>& arena, const Sizes& s, bool support_gradient)
         : gp(arena.take(s.N * padded(s.S))),
           gz(arena.take(s.N * padded(s.S))),
           gz0(arena.take(s.N * padded(s.S))),
@@ -124,9 +124,8 @@ struct LinearHead {
 
   // Gradients of the logits and of the head (or null) -> those of the rows (or null); adds to those of W, b,
   // rates.
-  __host__ __device__ __forceinline__ void backward(const Adjoint& t, const C* grad_logits,
-                                                    const C* grad_head, C* gsupport, C* gquery, C* gweight,
-                                                    C* gbias, C* grates) {
+  KERNELMETA_INLINE void backward(const Adjoint& t, const C* grad_logits, const C* grad_head, C* gsupport,
+                                  C* gquery, C* gweight, C* gbias, C* grates) {
     const int64_t N = s.N, S = s.S, Q = s.Q, D = s.D, K = s.K, ld = padded(S);
     one_hot();
     block.features(N, D, [&](int64_t n, auto row) {
@@ -141,10 +140,10 @@ struct LinearHead {
     });
     if (gquery) {
       block.features_zero(Q, D, gquery);
-      block.unfenced().features_mm_add(Q, N, D, {grad_logits, N, 1}, Rows<C>{trace.theta, D, nullptr},
+      block.unfenced().features_mm_add(Q, N, D, {grad_logits, N, 1}, FeatureRows<C>{trace.theta, D, nullptr},
                                        gquery);
     }
-    block.dots(N, Rows<C>{t.gtheta, D, nullptr}, S, support, D, t.gp, ld);
+    block.dots(N, FeatureRows<C>{t.gtheta, D, nullptr}, S, support, D, t.gp, ld);
     block.rows(N, S, [&](int64_t n, auto row) {
       row.each([&](auto i) {
         i.store(t.gp + n * ld, -(i.load(t.gp + n * ld) + t.gb[n]));
@@ -161,9 +160,9 @@ struct LinearHead {
       block.rows(N, S, [&](int64_t n, auto row) {
         row.each([&](auto i) { i.store(t.coefficients + n * ld, -i.load(last + n * ld)); });
       });
-      block.unfenced().features_mm_add(S, N, D, {t.coefficients, 1, ld}, Rows<C>{t.gtheta, D, nullptr},
+      block.unfenced().features_mm_add(S, N, D, {t.coefficients, 1, ld}, FeatureRows<C>{t.gtheta, D, nullptr},
                                        gsupport);
-      block.unfenced().features_mm_add(S, N, D, {t.gz0, 1, ld}, Rows<C>{weight, D, nullptr}, gsupport);
+      block.unfenced().features_mm_add(S, N, D, {t.gz0, 1, ld}, FeatureRows<C>{weight, D, nullptr}, gsupport);
       block.unfenced().features_mm_add(S, S, D, {t.gram, ld, 1}, support, gsupport);
     } else if (gsupport) {
       block.unfenced().features_zero(S, D, gsupport);
@@ -179,27 +178,27 @@ struct LinearHead {
   }
 
  private:
-  __host__ __device__ __forceinline__ void one_hot() {
+  KERNELMETA_INLINE void one_hot() {
     const int64_t ld = padded(s.S);
     block.unfenced().each_item(
         s.N * ld, [&](int64_t i) { y[i] = i % ld < s.S && labels[i % ld] == i / ld ? C(1) : C(0); });
   }
 
   template <class Row>
-  __host__ __device__ __forceinline__ static void zero_row(Row row, C* to) {
+  KERNELMETA_INLINE static void zero_row(Row row, C* to) {
     row.each([&](auto j) { j.store(to, j.zero()); });
   }
 
-  __host__ __device__ __forceinline__ OracleRows<B> rows() const {
+  KERNELMETA_INLINE OracleRows<B> rows() const {
     return {block, s.N, s.S, padded(s.S), y, C(1) / C(s.S), C(s.S), C(1)};
   }
 
-  __host__ __device__ __forceinline__ void ask(const C* z, C* g) {
+  KERNELMETA_INLINE void ask(const C* z, C* g) {
     with_oracle(oracle, [&](auto one) { one.forward(rows(), z, g); });
   }
 
   // gp: gradient of P_{k+1} -> gradient of P_k; adds to gz0, to the gradient of A and to that of the rate.
-  __host__ __device__ __forceinline__ void step_backward(const Adjoint& t, int64_t k, C* grates) {
+  KERNELMETA_INLINE void step_backward(const Adjoint& t, int64_t k, C* grates) {
     const int64_t N = s.N, S = s.S, ld = padded(S);
     const C* z = trace.z + k * N * ld;
     ask(z, t.g);

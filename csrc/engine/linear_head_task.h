@@ -39,13 +39,13 @@ template <class C>
 struct HeadParameterGrad {
   C *weight, *bias, *rates;
 
-  __host__ __device__ __forceinline__ HeadParameterGrad(Arena<C>& arena, const Sizes& s)
+  KERNELMETA_INLINE HeadParameterGrad(Arena<C>& arena, const Sizes& s)
       : weight(arena.take(s.N * s.D)), bias(arena.take(s.N)), rates(arena.take(s.K)) {}
 };
 
 // Elements that a task's trace takes.
 template <class C>
-__host__ __device__ __forceinline__ int64_t head_trace_size(const Sizes& s) {
+KERNELMETA_INLINE int64_t head_trace_size(const Sizes& s) {
   Arena<C> count;
   HeadTrace<C> unused(count, s);
   return count.used();
@@ -61,14 +61,14 @@ struct HeadTask {
   C *support_buffer, *query_buffer;
   C* y;
 
-  __host__ __device__ __forceinline__ HeadTask(Arena<C>& arena, B& block, const HeadProblem<C>& p)
+  KERNELMETA_INLINE HeadTask(Arena<C>& arena, B& block, const HeadProblem<C>& p)
       : block(block),
         p(p),
         support_buffer(B::widening_buffer(arena, p.support, p.s.D)),
         query_buffer(B::widening_buffer(arena, p.query, p.s.D)),
         y(arena.take(p.s.N * padded(p.s.S))) {}
 
-  __host__ __device__ __forceinline__ LinearHead<B> head(int64_t t, const HeadTrace<C>& trace) const {
+  KERNELMETA_INLINE LinearHead<B> head(int64_t t, const HeadTrace<C>& trace) const {
     return {block,
             p.s,
             p.oracle,
@@ -83,16 +83,16 @@ struct HeadTask {
             trace};
   }
 
-  __host__ __device__ __forceinline__ void forward(LinearHead<B>& head, const HeadForward<C>& f, int64_t t,
-                                                   const typename LinearHead<B>::Scratch& scratch) const {
+  KERNELMETA_INLINE void forward(LinearHead<B>& head, const HeadForward<C>& f, int64_t t,
+                                 const typename LinearHead<B>::Scratch& scratch) const {
     const Sizes& s = p.s;
     head.forward(scratch, f.logits + t * s.Q * s.N, f.heads ? f.heads + t * s.N * (s.D + 1) : nullptr);
   }
 
   // Adds to `grad`.
-  __host__ __device__ __forceinline__ void backward(LinearHead<B>& head, const HeadBackward<C>& f, int64_t t,
-                                                    const typename LinearHead<B>::Adjoint& adjoint,
-                                                    const HeadParameterGrad<C>& grad) const {
+  KERNELMETA_INLINE void backward(LinearHead<B>& head, const HeadBackward<C>& f, int64_t t,
+                                  const typename LinearHead<B>::Adjoint& adjoint,
+                                  const HeadParameterGrad<C>& grad) const {
     const Sizes& s = p.s;
     head.backward(adjoint, f.grad_logits + t * s.Q * s.N,
                   f.grad_heads ? f.grad_heads + t * s.N * (s.D + 1) : nullptr,

@@ -27,7 +27,7 @@ struct FoldedMlp {
 
   FoldedMlp() = default;
   template <class S>
-  __host__ __device__ __forceinline__ FoldedMlp(Arena<C>& arena, const S& s, bool fixed_stats)
+  KERNELMETA_INLINE FoldedMlp(Arena<C>& arena, const S& s, bool fixed_stats)
       : w1(arena.take(s.H * s.N)),
         b1(arena.take(s.H)),
         w2(arena.take(s.H * s.H)),
@@ -51,7 +51,7 @@ struct FoldedMlpGrad {
   C* b3;   // [N]
 
   template <class S>
-  __host__ __device__ __forceinline__ FoldedMlpGrad(Arena<C>& arena, const S& s)
+  KERNELMETA_INLINE FoldedMlpGrad(Arena<C>& arena, const S& s)
       : w1t(arena.take(s.N * padded(s.H))),
         b1(arena.take(s.H)),
         w2(arena.take(s.H * padded(s.H))),
@@ -72,8 +72,7 @@ struct Mlp {
     C *istd1, *istd2;        // [H]
     C *mean, *along, *kept;  // [H] each, scratch
 
-    __host__ __device__ __forceinline__ Activations(Arena<C>& arena, const typename B::Sizes& s,
-                                                    bool backward)
+    KERNELMETA_INLINE Activations(Arena<C>& arena, const typename B::Sizes& s, bool backward)
         : n1(arena.take(padded(s.H) * s.ld())),
           n2(arena.take(padded(s.H) * s.ld())),
           a1(backward ? arena.take(s.H * s.ld()) : n1),
@@ -91,13 +90,13 @@ struct Mlp {
   Activations act;
 
   // `backward`: whether backward() will be called.
-  __host__ __device__ __forceinline__ Mlp(B& block, const typename B::Sizes& s, const FoldedMlp<C>& w,
-                                          bool backward, Arena<C>& arena)
+  KERNELMETA_INLINE Mlp(B& block, const typename B::Sizes& s, const FoldedMlp<C>& w, bool backward,
+                        Arena<C>& arena)
       : block(block), s(s), w(w), act(arena, s, backward) {}
 
   // z [N][ld] -> g [N][ld]. Where `stats` [2][2][H] is given it receives mean and unbiased variance per
   // layer.
-  __host__ __device__ __forceinline__ void forward(const C* z, C* g, C* stats) {
+  KERNELMETA_INLINE void forward(const C* z, C* g, C* stats) {
     const int64_t H = s.H, ld = s.ld();
     block.mm(H, s.N, s.Q, {w.w1, s.N, 1}, z, ld, act.a1, ld, w.b1);
     normalise(act.a1, act.n1, act.istd1, w.mean1, w.istd1, stats);
@@ -108,8 +107,7 @@ struct Mlp {
 
   // gg [N][ld] -> gz [N][ld], from the activations of the last forward(z); adds to `grad`.
   // g2: scratch, [H][ld].
-  __host__ __device__ __forceinline__ void backward(const C* z, const C* gg, C* gz, C* g2,
-                                                    const FoldedMlpGrad<C>& grad) {
+  KERNELMETA_INLINE void backward(const C* z, const C* gg, C* gz, C* g2, const FoldedMlpGrad<C>& grad) {
     const int64_t N = s.N, H = s.H, ld = s.ld(), ldh = padded(H);
     C* g1 = act.n2;  // which is read for the last time before g1 is written
     block.unfenced().mm(H, N, s.Q, {w.w3, 1, H}, gg, ld, g2, ld, nullptr);
@@ -128,8 +126,8 @@ struct Mlp {
 
  private:
   // n = (relu(a) - mean) / std per unit, over the rows of this task or with the statistics given.
-  __host__ __device__ __forceinline__ void normalise(const C* a, C* n, C* istd, const C* fixed_mean,
-                                                     const C* fixed_istd, C* stats) {
+  KERNELMETA_INLINE void normalise(const C* a, C* n, C* istd, const C* fixed_mean, const C* fixed_istd,
+                                   C* stats) {
     const int64_t H = s.H, Q = s.Q, ld = s.ld();
     if (!fixed_mean) {
       // Mean and scale in double, whose rounding every row of the unit would share.
@@ -155,8 +153,8 @@ struct Mlp {
   }
 
   // In place on g: through the normalisation and the ReLU; adds the sum over rows to the bias' gradient.
-  __host__ __device__ __forceinline__ void through_norm(const C* a, const C* n, const C* istd,
-                                                        const C* fixed_istd, C* g, C* gb) {
+  KERNELMETA_INLINE void through_norm(const C* a, const C* n, const C* istd, const C* fixed_istd, C* g,
+                                      C* gb) {
     const int64_t H = s.H, Q = s.Q, ld = s.ld();
     C *mean = act.mean, *along = act.along, *kept = act.kept;  // per unit: mean of g, of g n; what passes
     if (fixed_istd) {

@@ -15,8 +15,8 @@ struct MlpTask {
   Mlp<B> mlp;
   C *z, *g, *gg, *gz, *g2;  // the last three with a backward pass only
 
-  __host__ __device__ __forceinline__ MlpTask(Arena<C>& arena, B& block, const Sizes& s,
-                                              const FoldedMlp<C>& weights, bool backward)
+  KERNELMETA_INLINE MlpTask(Arena<C>& arena, B& block, const Sizes& s, const FoldedMlp<C>& weights,
+                            bool backward)
       : block(block),
         s(s),
         mlp(block, s, weights, backward, arena),
@@ -26,15 +26,15 @@ struct MlpTask {
         gz(backward ? arena.take(s.N * s.ld()) : nullptr),
         g2(backward ? arena.take(s.H * s.ld()) : nullptr) {}
 
-  __host__ __device__ __forceinline__ void forward(const C* logits, C* out) {
+  KERNELMETA_INLINE void forward(const C* logits, C* out) {
     rows_in(logits, z);
     mlp.forward(z, g, nullptr);
     rows_out(g, out);
   }
 
   // Adds to `grad`.
-  __host__ __device__ __forceinline__ void backward(const C* logits, const C* grad_out, C* grad_logits,
-                                                    const FoldedMlpGrad<C>& grad) {
+  KERNELMETA_INLINE void backward(const C* logits, const C* grad_out, C* grad_logits,
+                                  const FoldedMlpGrad<C>& grad) {
     rows_in(logits, z);
     rows_in(grad_out, gg);
     mlp.forward(z, g, nullptr);
@@ -44,13 +44,13 @@ struct MlpTask {
 
  private:
   // [Q][N] -> [N][ld], zeros in the padding
-  __host__ __device__ __forceinline__ void rows_in(const C* from, C* to) {
+  KERNELMETA_INLINE void rows_in(const C* from, C* to) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     block.each_item(ld, [&](int64_t q) {
       for (int64_t n = 0; n < N; ++n) to[n * ld + q] = q < Q ? from[q * N + n] : C(0);
     });
   }
-  __host__ __device__ __forceinline__ void rows_out(const C* from, C* to) {
+  KERNELMETA_INLINE void rows_out(const C* from, C* to) {
     const int64_t N = s.N, ld = s.ld();
     block.each_item(s.Q, [&](int64_t q) {
       for (int64_t n = 0; n < N; ++n) to[q * N + n] = from[n * ld + q];

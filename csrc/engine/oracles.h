@@ -11,7 +11,7 @@
 
 namespace kernelmeta {
 
-// The numbers are those of kernelmeta/reference/phases.py.
+// The numbers are those of kernelmeta/phases.py.
 enum class Oracle : int64_t {
   kCrossEntropy = 0,
   kSquaredError = 1,
@@ -36,8 +36,8 @@ struct OracleRows {
 
 // p = softmax(z) of one row; returns log sum exp(z).
 template <class B, class At>
-__host__ __device__ __forceinline__ auto softmax(At at, int64_t N, int64_t ld, const typename B::Scalar* z,
-                                                 typename B::Scalar* p) {
+KERNELMETA_INLINE auto softmax(At at, int64_t N, int64_t ld, const typename B::Scalar* z,
+                               typename B::Scalar* p) {
   auto top = at.load(z);
   for (int64_t n = 1; n < N; ++n) top = B::max(top, at.load(z + n * ld));
   auto sum = at.zero();
@@ -53,10 +53,9 @@ __host__ __device__ __forceinline__ auto softmax(At at, int64_t N, int64_t ld, c
 
 // gz = (d softmax / dz)^T gp = p (gp - <p, gp>), times `share`; p and gz may be one array.
 template <class B, class At>
-__host__ __device__ __forceinline__ void softmax_backward(At at, int64_t N, int64_t ld,
-                                                          const typename B::Scalar* p,
-                                                          const typename B::Scalar* gp,
-                                                          typename B::Scalar share, typename B::Scalar* gz) {
+KERNELMETA_INLINE void softmax_backward(At at, int64_t N, int64_t ld, const typename B::Scalar* p,
+                                        const typename B::Scalar* gp, typename B::Scalar share,
+                                        typename B::Scalar* gz) {
   auto along = at.zero();
   for (int64_t n = 0; n < N; ++n) along = along + at.load(p + n * ld) * at.load(gp + n * ld);
   for (int64_t n = 0; n < N; ++n) {
@@ -71,7 +70,7 @@ struct CrossEntropy {
   static constexpr bool kNeedsLabels = true;
 
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void forward(const OracleRows<B>& r, const C* z, C* g) {
+  KERNELMETA_INLINE static void forward(const OracleRows<B>& r, const C* z, C* g) {
     r.block.columns(r.rows, [&](auto at) {
       softmax<B>(at, r.N, r.ld, z, g);
       for (int64_t n = 0; n < r.N; ++n) {
@@ -81,8 +80,7 @@ struct CrossEntropy {
   }
 
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void backward(const OracleRows<B>& r, const C*, const C* g,
-                                                           const C* gg, C* gz) {
+  KERNELMETA_INLINE static void backward(const OracleRows<B>& r, const C*, const C* g, const C* gg, C* gz) {
     r.block.columns(r.rows, [&](auto at) {
       for (int64_t n = 0; n < r.N; ++n) {
         at.store(gz + n * r.ld, at.load(g + n * r.ld) * r.count + at.load(r.y + n * r.ld));  // softmax(z)
@@ -99,7 +97,7 @@ struct SquaredError {
   static constexpr bool kNeedsLabels = true;
 
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void forward(const OracleRows<B>& r, const C* z, C* g) {
+  KERNELMETA_INLINE static void forward(const OracleRows<B>& r, const C* z, C* g) {
     r.block.columns(r.rows, [&](auto at) {
       for (int64_t i = 0; i < r.N * r.ld; i += r.ld) {
         at.store(g + i, (at.load(z + i) - at.load(r.y + i) * r.target) * r.share);
@@ -108,8 +106,7 @@ struct SquaredError {
   }
 
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void backward(const OracleRows<B>& r, const C*, const C*,
-                                                           const C* gg, C* gz) {
+  KERNELMETA_INLINE static void backward(const OracleRows<B>& r, const C*, const C*, const C* gg, C* gz) {
     r.block.columns(r.rows, [&](auto at) {
       for (int64_t i = 0; i < r.N * r.ld; i += r.ld) at.store(gz + i, at.load(gg + i) * r.share);
     });
@@ -124,7 +121,7 @@ struct Hinge {
   static constexpr bool kNeedsLabels = true;
 
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void forward(const OracleRows<B>& r, const C* z, C* g) {
+  KERNELMETA_INLINE static void forward(const OracleRows<B>& r, const C* z, C* g) {
     r.block.columns(r.rows, [&](auto at) {
       auto own = at.zero(), violations = at.zero();
       for (int64_t i = 0; i < r.N * r.ld; i += r.ld) own = own + at.load(z + i) * at.load(r.y + i);
@@ -141,8 +138,7 @@ struct Hinge {
   }
 
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void backward(const OracleRows<B>& r, const C*, const C*,
-                                                           const C*, C* gz) {
+  KERNELMETA_INLINE static void backward(const OracleRows<B>& r, const C*, const C*, const C*, C* gz) {
     r.block.columns(r.rows, [&](auto at) {
       for (int64_t i = 0; i < r.N * r.ld; i += r.ld) at.store(gz + i, at.zero());
     });
@@ -156,7 +152,7 @@ struct Entropy {
   static constexpr bool kNeedsLabels = false;
 
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void forward(const OracleRows<B>& r, const C* z, C* g) {
+  KERNELMETA_INLINE static void forward(const OracleRows<B>& r, const C* z, C* g) {
     r.block.columns(r.rows, [&](auto at) {
       const auto log_sum = softmax<B>(at, r.N, r.ld, z, g);
       auto entropy = at.zero();
@@ -171,8 +167,7 @@ struct Entropy {
 
   // gz = -p ((gg - <p, gg>) (h + 1) - <gg, p h>) share
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void backward(const OracleRows<B>& r, const C* z, const C*,
-                                                           const C* gg, C* gz) {
+  KERNELMETA_INLINE static void backward(const OracleRows<B>& r, const C* z, const C*, const C* gg, C* gz) {
     r.block.columns(r.rows, [&](auto at) {
       const auto log_sum = softmax<B>(at, r.N, r.ld, z, gz);
       auto entropy = at.zero(), mean = at.zero(), along = at.zero();
@@ -199,13 +194,12 @@ struct SoftAssignment {
   static constexpr bool kNeedsLabels = false;
 
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void forward(const OracleRows<B>& r, const C* z, C* p) {
+  KERNELMETA_INLINE static void forward(const OracleRows<B>& r, const C* z, C* p) {
     r.block.columns(r.rows, [&](auto at) { softmax<B>(at, r.N, r.ld, z, p); });
   }
 
   template <class B, class C>
-  __host__ __device__ __forceinline__ static void backward(const OracleRows<B>& r, const C*, const C* p,
-                                                           const C* gp, C* gz) {
+  KERNELMETA_INLINE static void backward(const OracleRows<B>& r, const C*, const C* p, const C* gp, C* gz) {
     r.block.columns(r.rows, [&](auto at) { softmax_backward<B>(at, r.N, r.ld, p, gp, C(1), gz); });
   }
 };
@@ -217,9 +211,9 @@ struct SyntheticGradient {
   static constexpr bool kNeedsLabels = false;
 
   template <class... Args>
-  __host__ __device__ __forceinline__ static void forward(const Args&...) {}
+  KERNELMETA_INLINE static void forward(const Args&...) {}
   template <class... Args>
-  __host__ __device__ __forceinline__ static void backward(const Args&...) {}
+  KERNELMETA_INLINE static void backward(const Args&...) {}
 };
 
 template <class... Each>
@@ -235,12 +229,12 @@ struct OracleList {
   }
   // f(the oracle's struct)
   template <class F>
-  __host__ __device__ __forceinline__ static void with(Oracle oracle, F f) {
+  KERNELMETA_INLINE static void with(Oracle oracle, F f) {
     ((oracle == Each::kOracle ? f(Each{}) : void()), ...);
   }
 };
 
-// In the order of enum Oracle, and of ORACLES in kernelmeta/reference/phases.py.
+// In the order of enum Oracle, and of ORACLES in kernelmeta/phases.py.
 using Oracles = OracleList<CrossEntropy, SquaredError, Hinge, Entropy, SoftAssignment, SyntheticGradient>;
 static_assert(Oracles::in_order() && Oracles::kCount == int64_t(Oracle::kEnd),
               "every oracle of the enum has its struct in the list, in the same order");
@@ -249,7 +243,7 @@ constexpr int64_t kOracles = Oracles::kCount;
 constexpr bool needs_labels(Oracle oracle) { return Oracles::needs_labels(oracle); }
 
 template <class F>
-__host__ __device__ __forceinline__ void with_oracle(Oracle oracle, F f) {
+KERNELMETA_INLINE void with_oracle(Oracle oracle, F f) {
   Oracles::with(oracle, f);
 }
 

@@ -9,6 +9,9 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #endif
 
+// What every function of the engine is: for both sides, and never a call.
+#define KERNELMETA_INLINE __host__ __device__ __forceinline__
+
 // KERNELMETA_GPU_CALL: a call on a GPU, where registers are scarce, and inlined on a CPU.
 #ifdef __CUDACC__
 #define KERNELMETA_NOINLINE __noinline__

@@ -27,7 +27,7 @@ struct ClassTable {
   const int32_t* members;  // [T][S]
   const int32_t* offsets;  // [T][N + 1]
 
-  __host__ __device__ __forceinline__ bool given() const { return labels || members; }
+  KERNELMETA_INLINE bool given() const { return labels || members; }
 };
 
 template <class C>
@@ -77,7 +77,7 @@ struct SibParameterGrad {
   C* weight;        // [D]
 
   template <class S>
-  __host__ __device__ __forceinline__ SibParameterGrad(Arena<C>& arena, const S& s)
+  KERNELMETA_INLINE SibParameterGrad(Arena<C>& arena, const S& s)
       : mlp(arena, s), scale(arena.take(1)), bias(arena.take(1)), weight(arena.take(s.D)) {}
 };
 

@@ -35,8 +35,8 @@ struct ProgramLoop {
   const Sizes support_sizes, query_sizes;  // of the MLP on rows of one kind
   Mlp<B> support_mlp, query_mlp;           // in the same memory
 
-  __host__ __device__ __forceinline__ ProgramLoop(B& block, const ProgramShape& s,
-                                                  const ProgramParameters<C>& with, Arena<C>& arena)
+  KERNELMETA_INLINE ProgramLoop(B& block, const ProgramShape& s, const ProgramParameters<C>& with,
+                                Arena<C>& arena)
       : block(block),
         s(s),
         with(with),
@@ -51,7 +51,7 @@ struct ProgramLoop {
   ProgramLoop(const ProgramLoop&) = delete;
 
   // From trace.u[0] (rows times theta0, plus the bias if linear) and r2[0] on: fills the trace.
-  __host__ __device__ __forceinline__ void forward(const ProgramTrace<C>& trace) {
+  KERNELMETA_INLINE void forward(const ProgramTrace<C>& trace) {
     const int64_t N = s.N, ld = s.ld();
     if (s.cosine) {
       block.rows(N, ld, [&](int64_t n, auto row) {
@@ -73,7 +73,7 @@ struct ProgramLoop {
       const int64_t start = k;
       for (const int64_t end = k + phase.steps; k < end; ++k) {
         const C* u = trace.u + k * N * ld;
-        const RowPart part = s.part(phase.query);
+        const RowRange part = s.part(phase.query);
         classify(u, part);
         ask(phase, part, g);
         C* ag = trace.ag + k * N * ld;
@@ -89,12 +89,12 @@ struct ProgramLoop {
   }
 
   // Whether the space of the rows lost too much, for some class.
-  __host__ __device__ __forceinline__ bool lost(const ProgramTrace<C>& trace) const {
+  KERNELMETA_INLINE bool lost(const ProgramTrace<C>& trace) const {
     return trace.lost && block.any(s.N, [&](int64_t n) { return !(trace.lost[n] == C(0)); });
   }
 
   // The query rows' Z after the last step, [Q][ways], minus infinity beyond the task's own N.
-  __host__ __device__ __forceinline__ void logits(const ProgramTrace<C>& trace, int64_t ways, C* out) const {
+  KERNELMETA_INLINE void logits(const ProgramTrace<C>& trace, int64_t ways, C* out) const {
     const int64_t N = s.N, ld = s.ld();
     const C* u = trace.u + s.K * N * ld + s.query().first;
     const C scale = with.scale, bias = with.bias;
@@ -120,7 +120,7 @@ struct ProgramLoop {
     C *gtheta, *gv, *gtheta_a;    // [N][D]: gradients of theta, of the pull, of the anchor
     C *dot, *ge, *gdot, *gr, *m;  // [N]; m: of a soft assignment
 
-    __host__ __device__ __forceinline__ Adjoint(Arena<C>& arena, const ProgramShape& s)
+    KERNELMETA_INLINE Adjoint(Arena<C>& arena, const ProgramShape& s)
         : gu(arena.take(s.N * s.ld())),
           gr2(arena.take(s.N)),
           gp(s.coefficients ? arena.take(s.N * s.ld()) : nullptr),
@@ -151,9 +151,8 @@ struct ProgramLoop {
 
   // grad_logits [Q][ways] -> adj.gu, gr2 of the start; gradients of parameters are added to `grad`.
   // gp and ga must hold the gradients of P_K and a_K where the trace has them.
-  __host__ __device__ __forceinline__ void backward(const ProgramTrace<C>& trace, const C* grad_logits,
-                                                    int64_t ways, const Adjoint& adj,
-                                                    const ProgramLoopGrad<C>& grad) {
+  KERNELMETA_INLINE void backward(const ProgramTrace<C>& trace, const C* grad_logits, int64_t ways,
+                                  const Adjoint& adj, const ProgramLoopGrad<C>& grad) {
     const int64_t N = s.N, ld = s.ld();
     begin_backward(grad_logits, ways, adj);
     through_classifier(trace.u + s.K * N * ld, s.query(), adj);
@@ -165,7 +164,7 @@ struct ProgramLoop {
       if (assigns) clear_anchor(adj);
       while (k-- > start) {
         const C* u = trace.u + k * N * ld;
-        const RowPart part = s.part(phase.query);
+        const RowRange part = s.part(phase.query);
         C* gs = adj.gs + s.packed(i) + (k - start) * N * part.ld();
         const C* gag = adj.gag + k * N * ld;
         classify(u, part);
@@ -179,8 +178,8 @@ struct ProgramLoop {
         add_rate(k, adj, grad);
         if (with.first_order) continue;
         // gg += A gag, of the phase's rows.
-        block.dots(N, Rows<C>{gag, ld, nullptr}, part.count, Rows<C>{trace.gram(phase.query), ld, nullptr},
-                   ld, g, part.ld());
+        block.dots(N, FeatureRows<C>{gag, ld, nullptr}, part.count,
+                   FeatureRows<C>{trace.gram(phase.query), ld, nullptr}, ld, g, part.ld());
         block.rows(N, ld, [&](int64_t n, auto row) {
           C* gg = adj.gg + n * part.ld();
           row.part(part.first, part.count).each([&](auto q) {
@@ -199,10 +198,9 @@ struct ProgramLoop {
   // ---- what both forms of a step use
 
   // adj.gz = grad_logits [Q][ways] of the query rows, transposed; sums, gu and gr2 begin at zero.
-  __host__ __device__ __forceinline__ void begin_backward(const C* grad_logits, int64_t ways,
-                                                          const Adjoint& adj) {
+  KERNELMETA_INLINE void begin_backward(const C* grad_logits, int64_t ways, const Adjoint& adj) {
     const int64_t N = s.N, ld = s.ld();
-    const RowPart query = s.query();
+    const RowRange query = s.query();
     block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
       row.one([&] {
         adj.gr2[n] = 0;
@@ -220,16 +218,14 @@ struct ProgramLoop {
     });
   }
 
-  __host__ __device__ __forceinline__ void add_rate(int64_t k, const Adjoint& adj,
-                                                    const ProgramLoopGrad<C>& grad) const {
+  KERNELMETA_INLINE void add_rate(int64_t k, const Adjoint& adj, const ProgramLoopGrad<C>& grad) const {
     block.unfenced().each_item(1, [&](int64_t) {
       for (int64_t n = 0; n < s.N; ++n) grad.rates[k] += adj.grate[n];
     });
   }
 
   // Sums over the classes -> grad.
-  __host__ __device__ __forceinline__ void finish_backward(const Adjoint& adj,
-                                                           const ProgramLoopGrad<C>& grad) const {
+  KERNELMETA_INLINE void finish_backward(const Adjoint& adj, const ProgramLoopGrad<C>& grad) const {
     block.unfenced().each_item(3, [&](int64_t which) {
       C* total = which == 0 ? grad.scale : which == 1 ? grad.bias : grad.target;
       *total += (which == 0 ? adj.gscale : which == 1 ? adj.gbias : adj.gtarget).total();
@@ -237,7 +233,7 @@ struct ProgramLoop {
   }
 
   // z = scale (U + bias) of one part.
-  __host__ __device__ __forceinline__ void classify(const C* u, RowPart part) {
+  KERNELMETA_INLINE void classify(const C* u, RowRange part) {
     const int64_t ld = s.ld();
     block.rows(s.N, ld, [&](int64_t n, auto row) {
       const C* from = u + n * ld + part.first;
@@ -247,14 +243,14 @@ struct ProgramLoop {
     });
   }
 
-  __host__ __device__ __forceinline__ OracleRows<B> oracle_rows(const Phase& phase, RowPart part) const {
+  KERNELMETA_INLINE OracleRows<B> oracle_rows(const Phase& phase, RowRange part) const {
     const C count = phase.mean ? C(part.count) : C(1);
     return {block,        s.N,   part.count, part.ld(), phase.query ? nullptr : with.y,
             C(1) / count, count, with.target};
   }
 
   // to = G of z
-  __host__ __device__ KERNELMETA_GPU_CALL void ask(const Phase& phase, RowPart part, C* to) {
+  __host__ __device__ KERNELMETA_GPU_CALL void ask(const Phase& phase, RowRange part, C* to) {
     if (phase.oracle == Oracle::kSyntheticGradient) {
       mlp(phase).forward(z, to, nullptr);
       if (phase.mean) scale_rows(to, part, C(1) / C(part.count));
@@ -265,7 +261,7 @@ struct ProgramLoop {
   }
 
   // adj.gz = (dG/dz)^T adj.gg; after ask(phase, part, gs).
-  __host__ __device__ KERNELMETA_GPU_CALL void ask_backward(const Phase& phase, RowPart part, const C* gs,
+  __host__ __device__ KERNELMETA_GPU_CALL void ask_backward(const Phase& phase, RowRange part, const C* gs,
                                                             const Adjoint& adj,
                                                             const ProgramLoopGrad<C>& grad) {
     if (phase.oracle == Oracle::kSyntheticGradient) {
@@ -286,7 +282,7 @@ struct ProgramLoop {
     with_oracle(phase.oracle, [&](auto oracle) { oracle.backward(rows, z, gs, adj.gg, adj.gz); });
   }
 
-  __host__ __device__ __forceinline__ void scale_rows(C* array, RowPart part, C factor) {
+  KERNELMETA_INLINE void scale_rows(C* array, RowRange part, C factor) {
     block.rows(s.N, s.ld(), [&](int64_t n, auto row) {
       C* a = array + n * part.ld();
       row.part(part.first, part.count).each([&](auto q) { q.store(a, q.load(a) * factor); });
@@ -294,7 +290,7 @@ struct ProgramLoop {
   }
 
   // adj.gz, the gradient of a part's z = scale (U + bias), goes into gu, gscale and gbias.
-  __host__ __device__ __forceinline__ void through_classifier(const C* u, RowPart part, const Adjoint& adj) {
+  KERNELMETA_INLINE void through_classifier(const C* u, RowRange part, const Adjoint& adj) {
     const int64_t ld = s.ld();
     block.rows(s.N, ld, [&](int64_t n, auto row) {
       const C *gz = adj.gz + n * part.ld(), *un = u + n * ld + part.first;
@@ -314,26 +310,24 @@ struct ProgramLoop {
   }
 
  private:
-  __host__ __device__ __forceinline__ static int64_t mlp_size(const ProgramShape& s) {
+  KERNELMETA_INLINE static int64_t mlp_size(const ProgramShape& s) {
     const Sizes sizes = s.mlp(s.widest());
     Arena<C> count;
     typename Mlp<B>::Activations unused(count, sizes, true);
     return count.used();
   }
 
-  __host__ __device__ __forceinline__ static Mlp<B> mlp_in(B& block, const Sizes& sizes,
-                                                           const FoldedMlp<C>& weights, C* memory) {
+  KERNELMETA_INLINE static Mlp<B> mlp_in(B& block, const Sizes& sizes, const FoldedMlp<C>& weights,
+                                         C* memory) {
     Arena<C> arena(memory);
     return Mlp<B>(block, sizes, weights, true, arena);
   }
-  __host__ __device__ __forceinline__ Mlp<B>& mlp(const Phase& phase) {
-    return phase.query ? query_mlp : support_mlp;
-  }
+  KERNELMETA_INLINE Mlp<B>& mlp(const Phase& phase) { return phase.query ? query_mlp : support_mlp; }
 
   // ---- linear
 
-  __host__ __device__ KERNELMETA_GPU_CALL void linear_step(const ProgramTrace<C>& trace, RowPart part,
-                                                           RowPart others, int64_t k) {
+  __host__ __device__ KERNELMETA_GPU_CALL void linear_step(const ProgramTrace<C>& trace, RowRange part,
+                                                           RowRange others, int64_t k) {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k];
     block.rows(N, ld, [&](int64_t n, auto row) {
@@ -347,7 +341,7 @@ struct ProgramLoop {
     });
   }
 
-  __host__ __device__ KERNELMETA_GPU_CALL void linear_backward(const ProgramTrace<C>& trace, RowPart part,
+  __host__ __device__ KERNELMETA_GPU_CALL void linear_backward(const ProgramTrace<C>& trace, RowRange part,
                                                                int64_t k, const Adjoint& adj, const C* gs) {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k];
@@ -371,8 +365,8 @@ struct ProgramLoop {
   // ---- cosine
 
   // Class n before step k, whose G is gs [N][part.ld()].
-  __host__ __device__ __forceinline__ StepFrom<C> state(const ProgramTrace<C>& trace, RowPart part, int64_t k,
-                                                        int64_t n, const C* gs) const {
+  KERNELMETA_INLINE StepFrom<C> state(const ProgramTrace<C>& trace, RowRange part, int64_t k, int64_t n,
+                                      const C* gs) const {
     const int64_t ld = s.ld(), i = k * s.N + n;
     return {with.rates[k] * with.scale,
             trace.r2[i],
@@ -383,8 +377,8 @@ struct ProgramLoop {
             trace.p ? trace.p + i * ld : nullptr};
   }
 
-  __host__ __device__ KERNELMETA_GPU_CALL void step(const ProgramTrace<C>& trace, RowPart part,
-                                                    RowPart others, int64_t k) {
+  __host__ __device__ KERNELMETA_GPU_CALL void step(const ProgramTrace<C>& trace, RowRange part,
+                                                    RowRange others, int64_t k) {
     const int64_t N = s.N, ld = s.ld();
     block.rows(N, ld, [&](int64_t n, auto row) {
       const int64_t i = (k + 1) * N + n;
@@ -394,8 +388,8 @@ struct ProgramLoop {
     });
   }
 
-  __host__ __device__ KERNELMETA_GPU_CALL void step_backward(const ProgramTrace<C>& trace, RowPart part,
-                                                             RowPart others, int64_t k, const Adjoint& adj,
+  __host__ __device__ KERNELMETA_GPU_CALL void step_backward(const ProgramTrace<C>& trace, RowRange part,
+                                                             RowRange others, int64_t k, const Adjoint& adj,
                                                              const C* gs) {
     const int64_t N = s.N, ld = s.ld();
     block.rows(N, ld, [&](int64_t n, auto row) {
@@ -424,9 +418,8 @@ struct ProgramLoop {
     C terms;  // that it is the sum of, squared
 
     template <class Row>
-    __host__ __device__ __forceinline__ Assignment(const ProgramTrace<C>& t, const ProgramShape& s, C weight,
-                                                   C rate, Row of_part, RowPart part, int64_t start,
-                                                   int64_t k, int64_t n, const C* p)
+    KERNELMETA_INLINE Assignment(const ProgramTrace<C>& t, const ProgramShape& s, C weight, C rate,
+                                 Row of_part, RowRange part, int64_t start, int64_t k, int64_t n, const C* p)
         : c(weight) {
       const int64_t N = s.N, ld = s.ld();
       const C* u = t.u + (k * N + n) * ld + part.first;
@@ -455,7 +448,7 @@ struct ProgramLoop {
     }
   };
 
-  __host__ __device__ KERNELMETA_GPU_CALL void assignment_step(const ProgramTrace<C>& trace, RowPart part,
+  __host__ __device__ KERNELMETA_GPU_CALL void assignment_step(const ProgramTrace<C>& trace, RowRange part,
                                                                int64_t start, int64_t k) {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k], kept = C(1) - rate;
@@ -491,8 +484,8 @@ struct ProgramLoop {
     });
   }
 
-  __host__ __device__ KERNELMETA_GPU_CALL void assignment_backward(const ProgramTrace<C>& trace, RowPart part,
-                                                                   int64_t start, int64_t k,
+  __host__ __device__ KERNELMETA_GPU_CALL void assignment_backward(const ProgramTrace<C>& trace,
+                                                                   RowRange part, int64_t start, int64_t k,
                                                                    const Adjoint& adj, const C* gs) {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k], kept = C(1) - rate;
@@ -573,7 +566,7 @@ struct ProgramLoop {
     });
   }
 
-  __host__ __device__ __forceinline__ void clear_anchor(const Adjoint& adj) {
+  KERNELMETA_INLINE void clear_anchor(const Adjoint& adj) {
     const int64_t ld = s.ld();
     block.unfenced().rows(s.N, ld, [&](int64_t n, auto row) {
       row.one([&] { adj.ganchor[n] = adj.gna[n] = adj.gaa[n] = 0; });
@@ -585,8 +578,7 @@ struct ProgramLoop {
   }
 
   // What the steps of a phase asked of its anchor, which is the state at its start.
-  __host__ __device__ __forceinline__ void through_anchor(const ProgramTrace<C>& trace, int64_t start,
-                                                          const Adjoint& adj) {
+  KERNELMETA_INLINE void through_anchor(const ProgramTrace<C>& trace, int64_t start, const Adjoint& adj) {
     const int64_t N = s.N, ld = s.ld();
     block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
       const C *u = trace.u + (start * N + n) * ld, *gra = adj.gra + n * ld;

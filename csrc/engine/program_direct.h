@@ -12,7 +12,7 @@ template <class C>
 struct LiveFeatureGrad {
   C *support, *query;
 
-  __host__ __device__ __forceinline__ C* of(bool of_query) const { return of_query ? query : support; }
+  KERNELMETA_INLINE C* of(bool of_query) const { return of_query ? query : support; }
 };
 
 template <class B>
@@ -30,8 +30,7 @@ struct DirectProgram {
   C *theta, *w;  // [K+1][N][D], [K][N][D]; of a soft assignment w is the mean that theta moves towards
   C *h, *scaled, *mass;  // [N][D], [N][ld], [N], scratch
 
-  __host__ __device__ __forceinline__ DirectProgram(Arena<C>& arena, ProgramLoop<B>& loop,
-                                                    const ProgramTrace<C>& trace)
+  KERNELMETA_INLINE DirectProgram(Arena<C>& arena, ProgramLoop<B>& loop, const ProgramTrace<C>& trace)
       : block(loop.block),
         loop(loop),
         s(loop.s),
@@ -54,7 +53,7 @@ struct DirectProgram {
     int64_t k = 0;
     for (int64_t i = 0; i < s.n_phases; ++i) {
       const Phase& phase = s.phases[i];
-      const RowPart part = s.part(phase.query);
+      const RowRange part = s.part(phase.query);
       const int64_t start = k;
       for (const int64_t end = k + phase.steps; k < end; ++k) {
         const C* u = trace.u + k * N * ld;
@@ -86,7 +85,7 @@ struct DirectProgram {
     through_cosines(d, k, true, adj, of_rows);
     for (int64_t i = s.n_phases - 1; i >= 0; --i) {
       const Phase& phase = s.phases[i];
-      const RowPart part = s.part(phase.query);
+      const RowRange part = s.part(phase.query);
       const bool assigns = phase.oracle == Oracle::kSoftAssignment;
       const int64_t start = k - phase.steps;
       if (assigns) clear_anchor(adj);
@@ -115,17 +114,15 @@ struct DirectProgram {
 
  private:
   // Nothing where no classifier is a cosine.
-  __host__ __device__ __forceinline__ C* take(Arena<C>& arena, int64_t n) const {
+  KERNELMETA_INLINE C* take(Arena<C>& arena, int64_t n) const {
     return arena.take_aside(s.cosine ? n : 0, true);
   }
-  __host__ __device__ __forceinline__ Steps steps() const {
-    return {block, s.N, s.D, s.ld(), s.ld(), nullptr, h, scaled};
-  }
-  __host__ __device__ __forceinline__ Rows<C> rows(bool of_query) const {
+  KERNELMETA_INLINE Steps steps() const { return {block, s.N, s.D, s.ld(), s.ld(), nullptr, h, scaled}; }
+  KERNELMETA_INLINE FeatureRows<C> rows(bool of_query) const {
     return {of_query ? unit_query : unit_support, s.D, nullptr};
   }
 
-  __host__ __device__ __forceinline__ void cosines(const Steps& d, int64_t k, bool again) const {
+  KERNELMETA_INLINE void cosines(const Steps& d, int64_t k, bool again) const {
     C* u = trace.u + k * s.N * s.ld();
     d.directions(theta + k * s.N * s.D, trace.r2 + k * s.N);
     if (again) return;
@@ -134,9 +131,8 @@ struct DirectProgram {
   }
 
   // adj.gz, of the rows of one kind before step k (or at the end) -> adj.gtheta and the rows. h is there.
-  __host__ __device__ __forceinline__ void through_cosines(const Steps& d, int64_t k, bool of_query,
-                                                           const Adjoint& adj,
-                                                           const LiveFeatureGrad<C>& of_rows) const {
+  KERNELMETA_INLINE void through_cosines(const Steps& d, int64_t k, bool of_query, const Adjoint& adj,
+                                         const LiveFeatureGrad<C>& of_rows) const {
     loop.through_classifier(trace.u + k * s.N * s.ld(), s.part(of_query), adj);
     d.cosines_backward(trace.r2 + k * s.N, s.part(of_query), rows(of_query), adj.gu, adj.gv, adj.gtheta,
                        of_rows.of(of_query));
@@ -146,13 +142,13 @@ struct DirectProgram {
 
   // <h, v>, zero where |theta| is at its floor.
   template <class Row>
-  __host__ __device__ __forceinline__ static C pull_along(Row own, const C* u, const C* g, C r2) {
+  KERNELMETA_INLINE static C pull_along(Row own, const C* u, const C* g, C r2) {
     const C dot = own.sum([&](auto q) { return q.load(u) * q.load(g); });
     return theta_at_floor(r2) ? C(0) : dot;
   }
 
-  __host__ __device__ __forceinline__ void descend(const Steps& d, RowPart part, RowPart others, int64_t k,
-                                                   const C* from, C* moved, bool again) const {
+  KERNELMETA_INLINE void descend(const Steps& d, RowRange part, RowRange others, int64_t k, const C* from,
+                                 C* moved, bool again) const {
     const int64_t N = s.N, ld = s.ld();
     const C e = with.rates[k] * with.scale;
     const C* r2 = trace.r2 + k * N;
@@ -170,8 +166,8 @@ struct DirectProgram {
     d.step(from, r2, e, moved, theta + (k + 1) * N * s.D, trace.r2 + (k + 1) * N);
   }
 
-  __host__ __device__ __forceinline__ void descend_backward(const Steps& d, RowPart part, int64_t k,
-                                                            const Adjoint& adj) const {
+  KERNELMETA_INLINE void descend_backward(const Steps& d, RowRange part, int64_t k,
+                                          const Adjoint& adj) const {
     const int64_t N = s.N, ND = N * s.D, ld = s.ld();
     const C e = with.rates[k] * with.scale;
     const C* r2 = trace.r2 + k * N;
@@ -205,8 +201,7 @@ struct DirectProgram {
   }
 
   // What else than the pull depends on G: the coefficients, and the mass of a soft assignment.
-  __host__ __device__ __forceinline__ void add_to_gg(RowPart part, int64_t k, bool assigns,
-                                                     const Adjoint& adj) const {
+  KERNELMETA_INLINE void add_to_gg(RowRange part, int64_t k, bool assigns, const Adjoint& adj) const {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k], e = rate * with.scale;
     block.rows(N, ld, [&](int64_t n, auto row) {
@@ -234,7 +229,7 @@ struct DirectProgram {
   // ---- soft assignment: theta' = (1 - rate) theta + rate (c theta_a + Xhat^T p) / m
 
   // Xhat^T p in w -> the mean that theta moves towards.
-  __host__ __device__ __forceinline__ void assign(RowPart part, int64_t start, int64_t k, bool again) const {
+  KERNELMETA_INLINE void assign(RowRange part, int64_t start, int64_t k, bool again) const {
     const int64_t N = s.N, D = s.D, ld = s.ld();
     const C rate = with.rates[k], kept = C(1) - rate;
     block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
@@ -269,8 +264,7 @@ struct DirectProgram {
   }
 
   // adj.dot: gradient of m.
-  __host__ __device__ __forceinline__ void assign_backward(RowPart part, int64_t start, int64_t k,
-                                                           const Adjoint& adj) const {
+  KERNELMETA_INLINE void assign_backward(RowRange part, int64_t start, int64_t k, const Adjoint& adj) const {
     const int64_t N = s.N, D = s.D, ld = s.ld();
     const C rate = with.rates[k], kept = C(1) - rate;
     block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
@@ -316,7 +310,7 @@ struct DirectProgram {
     });
   }
 
-  __host__ __device__ __forceinline__ void clear_anchor(const Adjoint& adj) const {
+  KERNELMETA_INLINE void clear_anchor(const Adjoint& adj) const {
     block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
       row.each([&](auto d) { d.store(adj.gtheta_a + n * s.D, d.zero()); });
     });
@@ -326,7 +320,7 @@ struct DirectProgram {
     });
   }
 
-  __host__ __device__ __forceinline__ void through_anchor(const Adjoint& adj) const {
+  KERNELMETA_INLINE void through_anchor(const Adjoint& adj) const {
     block.features(s.N, s.D, [&](int64_t n, auto row) {
       C* g = adj.gtheta + n * s.D;
       row.each([&](auto d) { d.store(g, d.load(g) + d.load(adj.gtheta_a + n * s.D)); });

@@ -13,7 +13,7 @@ struct ProgramFeatures {
 
   B& block;
   const ProgramShape& s;
-  Rows<F> support_rows, query_rows;
+  FeatureRows<F> support_rows, query_rows;
   const ProgramTrace<C>& trace;
   const C* theta0;      // [N][D]; null: zero
   const C* start_bias;  // [N], linear; null: zero
@@ -25,8 +25,9 @@ struct ProgramFeatures {
     const int64_t N = s.N, D = s.D, ld = s.ld();
     bool in_range = true;
     form_gram();
-    each_part([&](RowPart part, Rows<F> rows) {
-      if (theta0) block.dots(N, Rows<C>{theta0, D, nullptr}, part.count, rows, D, trace.u + part.first, ld);
+    each_part([&](RowRange part, FeatureRows<F> rows) {
+      if (theta0)
+        block.dots(N, FeatureRows<C>{theta0, D, nullptr}, part.count, rows, D, trace.u + part.first, ld);
     });
     if (s.cosine) {
       in_range = normalise();
@@ -36,7 +37,7 @@ struct ProgramFeatures {
         row.one([&] { trace.r2[n] = squares; });
       });
     } else if (start_bias) {
-      each_part([&](RowPart part, Rows<F>) {
+      each_part([&](RowRange part, FeatureRows<F>) {
         block.rows(N, ld, [&](int64_t n, auto row) {
           C* u = trace.u + n * ld + part.first;
           row.part(part.first, part.count).each([&](auto q) { q.store(u, q.load(u) + start_bias[n]); });
@@ -47,8 +48,8 @@ struct ProgramFeatures {
   }
 
   // trace.inverse alone.
-  __host__ __device__ __forceinline__ void norms() {
-    each_part([&](RowPart part, Rows<F> rows) {
+  KERNELMETA_INLINE void norms() {
+    each_part([&](RowRange part, FeatureRows<F> rows) {
       block.unfenced().features(part.count, s.D, [&](int64_t i, auto row) {
         const C found = inverse_norm<B>(row, rows(i));
         row.one([&] { trace.inverse[part.first + i] = found; });
@@ -62,7 +63,7 @@ struct ProgramFeatures {
     C* gn0;          // [N]: gradient of |theta0|^2
     C* w;            // [widest count][ld]: gradient of a part of A; where the rows get a gradient
 
-    __host__ __device__ __forceinline__ Scratch(Arena<C>& arena, const ProgramShape& s, bool row_gradients)
+    KERNELMETA_INLINE Scratch(Arena<C>& arena, const ProgramShape& s, bool row_gradients)
         : gc(arena.take(s.N * s.ld())),
           scaled(arena.take(s.N * s.ld())),
           gn0(arena.take(s.N)),
@@ -70,8 +71,8 @@ struct ProgramFeatures {
   };
 
   // adj.gu, adj.gr2 of the start: added to gtheta0 [N][D] (or null) and gstart_bias [N] (or null).
-  __host__ __device__ __forceinline__ void start_backward(const typename ProgramLoop<B>::Adjoint& adj,
-                                                          const Scratch& t, C* gtheta0, C* gstart_bias) {
+  KERNELMETA_INLINE void start_backward(const typename ProgramLoop<B>::Adjoint& adj, const Scratch& t,
+                                        C* gtheta0, C* gstart_bias) {
     const int64_t N = s.N, D = s.D, ld = s.ld();
     block.rows(N, ld, [&](int64_t n, auto row) {
       const C* gu = adj.gu + n * ld;
@@ -105,23 +106,23 @@ struct ProgramFeatures {
         row.each([&](auto d) { d.store(to, d.load(to) + d.load(theta0 + n * D) * (2 * t.gn0[n])); });
       });
     }
-    each_part([&](RowPart part, Rows<F> rows) {
+    each_part([&](RowRange part, FeatureRows<F> rows) {
       block.features_mm_add(N, part.count, D, {t.scaled + part.first, ld, 1}, rows, gtheta0);
     });
   }
 
   // After start_backward: added to gsupport [S][D] and gquery [Q][D] (or null). Where the classifier is a
   // cosine, what is there already must be orthogonal to its row.
-  __host__ __device__ __forceinline__ void rows_backward(const typename ProgramLoop<B>::Adjoint& adj,
-                                                         const Scratch& t, C* gsupport, C* gquery) {
+  KERNELMETA_INLINE void rows_backward(const typename ProgramLoop<B>::Adjoint& adj, const Scratch& t,
+                                       C* gsupport, C* gquery) {
     const int64_t N = s.N, D = s.D, ld = s.ld();
     // The gradient of the normalised rows, divided by |x|: from A, whose gradient is the sum over the steps
     // of G (gradient of A G)^T ...
     for (int of_query = 0; of_query < 2; ++of_query) {
-      const RowPart from = s.part(of_query);
+      const RowRange from = s.part(of_query);
       if (!gram_gradient(adj, of_query, t.w)) continue;
       C* gfrom = of_query ? gquery : gsupport;
-      each_part([&](RowPart to, Rows<F> rows) {
+      each_part([&](RowRange to, FeatureRows<F> rows) {
         C* gto = to.first == s.query().first ? gquery : gsupport;
         const C* w = t.w + to.first;
         if (gfrom && !first_order) block.features_mm_add(from.count, to.count, D, {w, ld, 1}, rows, gfrom);
@@ -129,19 +130,19 @@ struct ProgramFeatures {
       });
     }
     // ... and from the rows times theta0.
-    each_part([&](RowPart part, Rows<F>) {
+    each_part([&](RowRange part, FeatureRows<F>) {
       C* to = part.first == s.query().first ? gquery : gsupport;
       if (!to || !theta0) return;
-      block.features_mm_add(part.count, N, D, {t.scaled + part.first, 1, ld}, Rows<C>{theta0, D, nullptr},
-                            to);
+      block.features_mm_add(part.count, N, D, {t.scaled + part.first, 1, ld},
+                            FeatureRows<C>{theta0, D, nullptr}, to);
     });
     if (s.cosine) without_radial_part(gsupport, gquery);
   }
 
   // Gradients of the normalised rows over |x| -> of the rows: without their component along each.
-  __host__ __device__ __forceinline__ void without_radial_part(C* gsupport, C* gquery) {
+  KERNELMETA_INLINE void without_radial_part(C* gsupport, C* gquery) {
     const int64_t D = s.D;
-    each_part([&](RowPart part, Rows<F> rows) {
+    each_part([&](RowRange part, FeatureRows<F> rows) {
       C* to = part.first == s.query().first ? gquery : gsupport;
       if (!to) return;
       block.unfenced().features(part.count, D, [&](int64_t i, auto row) {
@@ -156,29 +157,29 @@ struct ProgramFeatures {
   }
 
  private:
-  __host__ __device__ __forceinline__ Rows<F> rows_of(bool of_query) const {
+  KERNELMETA_INLINE FeatureRows<F> rows_of(bool of_query) const {
     return of_query ? query_rows : support_rows;
   }
 
   // f(part, rows) for every part of the live rows.
   template <class Fn>
-  __host__ __device__ __forceinline__ void each_part(Fn f) const {
+  KERNELMETA_INLINE void each_part(Fn f) const {
     if (s.uses_support) f(s.support(), support_rows);
     f(s.query(), query_rows);
   }
 
   // A's rows of the parts in use, against all live rows: of raw features, plus 1 where the classifier is
   // linear.
-  __host__ __device__ __forceinline__ void form_gram() {
+  KERNELMETA_INLINE void form_gram() {
     const int64_t ld = s.ld();
     for (int of_query = 0; of_query < 2; ++of_query) {
       C* gram = trace.gram(of_query);
       if (!gram) continue;
-      const RowPart part = s.part(of_query);
+      const RowRange part = s.part(of_query);
       block.self_dots(part.count, rows_of(of_query), s.D, gram + part.first, ld);
     }
     if (s.uses_support) {
-      const RowPart query = s.query();
+      const RowRange query = s.query();
       block.dots(s.S, support_rows, s.Q, query_rows, s.D, trace.gram_support + query.first, ld);
       if (s.uses_query) {
         block.each_item(s.Q * s.S, [&](int64_t i) {
@@ -190,7 +191,7 @@ struct ProgramFeatures {
     for (int of_query = 0; of_query < 2; ++of_query) {
       C* gram = trace.gram(of_query);
       if (!gram) continue;
-      each_part([&](RowPart to, Rows<F>) {
+      each_part([&](RowRange to, FeatureRows<F>) {
         block.unfenced().rows(s.part(of_query).count, to.count, [&](int64_t i, auto row) {
           C* a = gram + i * ld + to.first;
           row.each([&](auto q) { q.store(a, q.load(a) + C(1)); });
@@ -200,11 +201,11 @@ struct ProgramFeatures {
   }
 
   // trace.inverse; A and u[0] become those of the normalised rows. False: see forward.
-  __host__ __device__ __forceinline__ bool normalise() {
+  KERNELMETA_INLINE bool normalise() {
     const int64_t ld = s.ld();
     bool extreme = false;
     for (int of_query = 0; of_query < 2; ++of_query) {
-      const RowPart part = s.part(of_query);
+      const RowRange part = s.part(of_query);
       C* inverse = trace.inverse + part.first;
       const C* gram = trace.gram(of_query);
       if (gram) {
@@ -234,9 +235,9 @@ struct ProgramFeatures {
   }
 
   // a[i][j] times 1 / |x_i| and 1 / |x_j|
-  __host__ __device__ __forceinline__ void scale_gram(bool of_query, C* gram) {
+  KERNELMETA_INLINE void scale_gram(bool of_query, C* gram) {
     const int64_t ld = s.ld();
-    const RowPart part = s.part(of_query);
+    const RowRange part = s.part(of_query);
     block.rows(part.count, ld, [&](int64_t i, auto row) {
       C* a = gram + i * ld;
       const C scale = trace.inverse[part.first + i];
@@ -245,10 +246,9 @@ struct ProgramFeatures {
   }
 
   // w [count][ld] = the gradient of A's rows of one part; false where no phase used them.
-  __host__ __device__ __forceinline__ bool gram_gradient(const typename ProgramLoop<B>::Adjoint& adj,
-                                                         bool of_query, C* w) {
+  KERNELMETA_INLINE bool gram_gradient(const typename ProgramLoop<B>::Adjoint& adj, bool of_query, C* w) {
     const int64_t N = s.N, ld = s.ld();
-    const RowPart part = s.part(of_query);
+    const RowRange part = s.part(of_query);
     bool used = false;
     int64_t k = 0;
     for (int64_t i = 0; i < s.n_phases; ++i) {

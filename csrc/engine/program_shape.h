@@ -24,23 +24,21 @@ struct ProgramShape {
   bool uses_support, uses_query;  // some phase does
   bool coefficients;              // P and a are wanted
 
-  __host__ __device__ __forceinline__ RowPart support() const { return {0, uses_support ? S : 0}; }
-  __host__ __device__ __forceinline__ RowPart query() const { return {support().ld(), Q}; }
-  __host__ __device__ __forceinline__ RowPart part(bool of_query) const {
-    return of_query ? query() : support();
-  }
-  __host__ __device__ __forceinline__ int64_t ld() const { return query().first + query().ld(); }
-  __host__ __device__ __forceinline__ int64_t widest() const {
+  KERNELMETA_INLINE RowRange support() const { return {0, uses_support ? S : 0}; }
+  KERNELMETA_INLINE RowRange query() const { return {support().ld(), Q}; }
+  KERNELMETA_INLINE RowRange part(bool of_query) const { return of_query ? query() : support(); }
+  KERNELMETA_INLINE int64_t ld() const { return query().first + query().ld(); }
+  KERNELMETA_INLINE int64_t widest() const {
     return support().ld() > query().ld() ? support().ld() : query().ld();
   }
   // Where the G of phase i's first step stands among those of all steps, [N][its part's ld] each.
-  __host__ __device__ __forceinline__ int64_t packed(int64_t i) const {
+  KERNELMETA_INLINE int64_t packed(int64_t i) const {
     int64_t elements = 0;
     for (int64_t j = 0; j < i; ++j) elements += phases[j].steps * N * part(phases[j].query).ld();
     return elements;
   }
   // The synthetic gradient's, on rows of one kind.
-  __host__ __device__ __forceinline__ Sizes mlp(int64_t rows) const { return {1, S, rows, N, D, H, K}; }
+  KERNELMETA_INLINE Sizes mlp(int64_t rows) const { return {1, S, rows, N, D, H, K}; }
 };
 
 // What the forward pass leaves for the backward pass, one task; its size stands in
@@ -58,7 +56,7 @@ struct ProgramTrace {
   C *a, *p;  // [K+1][N], [K+1][N][ld]: with coefficients only
 
   ProgramTrace() = default;
-  __host__ __device__ __forceinline__ ProgramTrace(Arena<C>& arena, const ProgramShape& s, bool class_means)
+  KERNELMETA_INLINE ProgramTrace(Arena<C>& arena, const ProgramShape& s, bool class_means)
       : theta0(class_means ? arena.take(s.N * s.D) : nullptr),
         inverse(s.cosine ? arena.take(s.ld()) : nullptr),
         r2(s.cosine ? arena.take((s.K + 1) * s.N) : nullptr),
@@ -71,9 +69,7 @@ struct ProgramTrace {
         a(s.coefficients && s.cosine ? arena.take((s.K + 1) * s.N) : nullptr),
         p(s.coefficients ? arena.take((s.K + 1) * s.N * s.ld()) : nullptr) {}
 
-  __host__ __device__ __forceinline__ C* gram(bool of_query) const {
-    return of_query ? gram_query : gram_support;
-  }
+  KERNELMETA_INLINE C* gram(bool of_query) const { return of_query ? gram_query : gram_support; }
 };
 
 // What the phases read besides the state; pointers may be null where no phase needs them.

@@ -24,7 +24,7 @@ struct ProgramProblem {
   const C *scale, *bias, *target;  // one value each, or null: 1, 0, 1
   const C* rates;                  // [K]
 
-  __host__ __device__ __forceinline__ ProgramShape shape(int64_t t, const Phase* phases) const {
+  KERNELMETA_INLINE ProgramShape shape(int64_t t, const Phase* phases) const {
     ProgramShape s{support.count(t),
                    query.count(t),
                    classes.count(t, N),
@@ -62,7 +62,7 @@ struct ProgramGrad {
   C* rates;
   FoldedMlpGrad<C> mlp;
 
-  __host__ __device__ __forceinline__ ProgramGrad(Arena<C>& arena, const ProgramProblem<C>& p)
+  KERNELMETA_INLINE ProgramGrad(Arena<C>& arena, const ProgramProblem<C>& p)
       : theta0(arena.take(p.start == Start::kLearned ? p.N * p.D : 0)),
         start_bias(arena.take(p.N)),
         weight(arena.take(p.weight ? p.D : 0)),
@@ -85,8 +85,7 @@ struct ProgramBackward {
 
 // Elements that the trace of a task takes.
 template <class C>
-__host__ __device__ __forceinline__ int64_t program_trace_size(const ProgramProblem<C>& p,
-                                                               const ProgramShape& s) {
+KERNELMETA_INLINE int64_t program_trace_size(const ProgramProblem<C>& p, const ProgramShape& s) {
   Arena<C> count;
   ProgramTrace<C> unused(count, s, p.start == Start::kClassMeans);
   return count.used();
@@ -115,8 +114,8 @@ struct ProgramTask {
   ProgramFeatures<B> features;
   DirectProgram<B> direct;
 
-  __host__ __device__ __forceinline__ ProgramTask(Arena<C>& arena, B& block, const ProgramProblem<C>& p,
-                                                  const Phase* phases, const FoldedMlp<C>& folded, int64_t t)
+  KERNELMETA_INLINE ProgramTask(Arena<C>& arena, B& block, const ProgramProblem<C>& p, const Phase* phases,
+                                const FoldedMlp<C>& folded, int64_t t)
       : block(block),
         p(p),
         t(t),
@@ -148,7 +147,7 @@ struct ProgramTask {
   ProgramTask(const ProgramTask&) = delete;
 
   // The trace lies at `base`; the rows are looked at.
-  __host__ __device__ __forceinline__ void bind(C* base) {
+  KERNELMETA_INLINE void bind(C* base) {
     Arena<C> arena(base);
     trace = ProgramTrace<C>(arena, shape, p.start == Start::kClassMeans);
     features.support_rows = B::task_rows(p.support.of(t), 0, p.D, support_buffer);
@@ -203,7 +202,7 @@ struct ProgramTask {
   // ---- in D dimensions, where the space of the rows lost too much
 
   // theta at the start and the normalised rows.
-  __host__ __device__ __forceinline__ void start_anew() {
+  KERNELMETA_INLINE void start_anew() {
     const C* inverse = trace.inverse;
     if (shape.uses_support) {
       normalise_rows(block, features.support_rows, shape.S, p.D, inverse, direct.unit_support);
@@ -250,7 +249,7 @@ struct ProgramTask {
   }
 
   // Labels, and of the MLP's first layer what this task's classes need.
-  __host__ __device__ __forceinline__ void prepare() {
+  KERNELMETA_INLINE void prepare() {
     const int64_t N = shape.N, H = p.H;
     members.sort(block, shape.S, N);
     block.features_zero(1, N * padded(shape.S), y);
@@ -261,15 +260,15 @@ struct ProgramTask {
     one_hot(block, members.members, shape.S, N, y, class_sizes);
   }
 
-  __host__ __device__ __forceinline__ ClassMeans<B> class_means() {
+  KERNELMETA_INLINE ClassMeans<B> class_means() {
     return {block, sizes, features.support_rows, members.members, p.weight, support_inverse};
   }
 
   // Gradients of the coefficients -> of P_K and a_K.
-  __host__ __device__ __forceinline__ void coefficients_backward(
-      const ProgramBackward<C>& f, const typename ProgramLoop<B>::Adjoint& adjoint) {
+  KERNELMETA_INLINE void coefficients_backward(const ProgramBackward<C>& f,
+                                               const typename ProgramLoop<B>::Adjoint& adjoint) {
     const int64_t N = shape.N, ld = shape.ld();
-    const RowPart support = shape.support(), query = shape.query();
+    const RowRange support = shape.support(), query = shape.query();
     const bool given = f.grad_start_coefficients != nullptr;
     const C* of_support = given ? f.grad_support_coefficients + p.support.first(t) * p.N : nullptr;
     const C* of_query = given ? f.grad_query_coefficients + p.query.first(t) * p.N : nullptr;

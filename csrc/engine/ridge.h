@@ -21,7 +21,7 @@ struct RidgeTrace {
   C* fit;    // [N][padded(Q)]  Z before scale and bias
 
   RidgeTrace() = default;
-  __host__ __device__ __forceinline__ RidgeTrace(Arena<C>& arena, const Sizes& s)
+  KERNELMETA_INLINE RidgeTrace(Arena<C>& arena, const Sizes& s)
       : u(arena.take(s.S * padded(s.S))),
         d(arena.take(s.S)),
         alpha(arena.take(s.N * padded(s.S))),
@@ -35,12 +35,12 @@ struct Ridge {
 
   B& block;
   const Sizes& s;
-  Rows<typename B::Feature> support, query;
+  FeatureRows<typename B::Feature> support, query;
   const RidgeTrace<C>& trace;
   C lambda, scale, bias;
 
   // From trace.alpha = Y (one-hot labels) on. False, in *regular, where the matrix is singular.
-  __host__ __device__ __forceinline__ void forward(bool* regular) {
+  KERNELMETA_INLINE void forward(bool* regular) {
     const int64_t S = s.S, ld = padded(S);
     block.self_dots(S, support, s.D, trace.u, ld);
     block.dots(S, support, s.Q, query, s.D, trace.cross, s.ld());
@@ -51,7 +51,7 @@ struct Ridge {
   }
 
   // [Q][ways], minus infinity beyond the task's own N.
-  __host__ __device__ __forceinline__ void logits(int64_t ways, C* out) const {
+  KERNELMETA_INLINE void logits(int64_t ways, C* out) const {
     block.unfenced().each_item(s.Q * ways, [&](int64_t i) {
       const int64_t n = i % ways;
       out[i] = n < s.N ? scale * trace.fit[n * s.ld() + i / ways] + bias : -C(__builtin_inff());
@@ -65,7 +65,7 @@ struct Ridge {
     C *weights, *gweights;        // [N][D]; only where rows get a gradient
     C *gscale, *gbias, *glambda;  // [N] each
 
-    __host__ __device__ __forceinline__ Scratch(Arena<C>& arena, const Sizes& s, bool row_gradients)
+    KERNELMETA_INLINE Scratch(Arena<C>& arena, const Sizes& s, bool row_gradients)
         : gfit(arena.take(s.N * s.ld())),
           v(arena.take(s.N * padded(s.S))),
           negative_v(arena.take(s.N * padded(s.S))),
@@ -79,9 +79,8 @@ struct Ridge {
 
   // grad_logits [Q][ways], grad_alpha [S][ways] or null; adds to glambda, gscale, gbias [1]; gsupport [S][D]
   // and gquery [Q][D], or null.
-  __host__ __device__ __forceinline__ void backward(const C* grad_logits, const C* grad_alpha, int64_t ways,
-                                                    const Scratch& t, C* glambda, C* gscale, C* gbias,
-                                                    C* gsupport, C* gquery) {
+  KERNELMETA_INLINE void backward(const C* grad_logits, const C* grad_alpha, int64_t ways, const Scratch& t,
+                                  C* glambda, C* gscale, C* gbias, C* gsupport, C* gquery) {
     const int64_t S = s.S, Q = s.Q, N = s.N, D = s.D, ld = s.ld(), lds = padded(S);
     block.rows(N, ld,
                [&](int64_t n, auto row) { row.each([&](auto q) { q.store(t.gfit + n * ld, q.zero()); }); });
@@ -100,7 +99,8 @@ struct Ridge {
     });
     block.unfenced().rows(
         N, lds, [&](int64_t n, auto row) { row.each([&](auto q) { q.store(t.v + n * lds, q.zero()); }); });
-    block.dots(N, Rows<C>{t.gfit, ld, nullptr}, S, Rows<C>{trace.cross, ld, nullptr}, Q, t.v, lds);
+    block.dots(N, FeatureRows<C>{t.gfit, ld, nullptr}, S, FeatureRows<C>{trace.cross, ld, nullptr}, Q, t.v,
+               lds);
     if (grad_alpha) {
       block.each_item(N * S,
                       [&](int64_t i) { t.v[i / S * lds + i % S] += grad_alpha[i % S * ways + i / S]; });
@@ -122,7 +122,7 @@ struct Ridge {
     // [N][D].
     block.features_zero(N, D, t.weights);
     block.unfenced().features_mm_add(N, S, D, {trace.alpha, lds, 1}, support, t.weights);
-    const Rows<C> weights{t.weights, D, nullptr}, gweights{t.gweights, D, nullptr};
+    const FeatureRows<C> weights{t.weights, D, nullptr}, gweights{t.gweights, D, nullptr};
     if (gquery) {
       block.features_zero(Q, D, gquery);
       block.unfenced().features_mm_add(Q, N, D, {t.gfit, 1, ld}, weights, gquery);
@@ -138,7 +138,7 @@ struct Ridge {
 
  private:
   // trace.u: the matrix -> its factor; row j is done when all rows above it have been taken out of it.
-  __host__ __device__ __forceinline__ void factorise(bool* regular) {
+  KERNELMETA_INLINE void factorise(bool* regular) {
     const int64_t S = s.S, ld = padded(S);
     C* u = trace.u;
     // Pivots that are nothing but rounding mean a singular matrix, and all that follows is NaN. NaN and
@@ -170,7 +170,7 @@ struct Ridge {
   }
 
   // x [N][padded(S)] <- the solution for these right-hand sides.
-  __host__ __device__ __forceinline__ void solve(C* x) const {
+  KERNELMETA_INLINE void solve(C* x) const {
     const int64_t S = s.S, ld = padded(S);
     block.unfenced().row_steps(s.N, ld, S, [&](int64_t n, int64_t j, auto row) {
       C* xn = x + n * ld;

@@ -14,7 +14,7 @@ struct RidgeProblem {
   TaskClasses classes;
   const C *lambda, *scale, *bias;
 
-  __host__ __device__ __forceinline__ Sizes sizes(int64_t t) const {
+  KERNELMETA_INLINE Sizes sizes(int64_t t) const {
     return {1, support.count(t), query.count(t), classes.count(t, N), D, 0, 0};
   }
 };
@@ -32,7 +32,7 @@ template <class C>
 struct RidgeGrad {
   C *lambda, *scale, *bias;
 
-  __host__ __device__ __forceinline__ explicit RidgeGrad(Arena<C>& arena)
+  KERNELMETA_INLINE explicit RidgeGrad(Arena<C>& arena)
       : lambda(arena.take(1)), scale(arena.take(1)), bias(arena.take(1)) {}
 };
 
@@ -47,7 +47,7 @@ struct RidgeBackward {
 
 // Elements that the trace of a task takes.
 template <class C>
-__host__ __device__ __forceinline__ int64_t ridge_trace_size(const Sizes& s) {
+KERNELMETA_INLINE int64_t ridge_trace_size(const Sizes& s) {
   Arena<C> count;
   RidgeTrace<C> unused(count, s);
   return count.used();
@@ -68,8 +68,7 @@ struct RidgeTask {
   RidgeTrace<C> trace;
   Ridge<B> ridge;
 
-  __host__ __device__ __forceinline__ RidgeTask(Arena<C>& arena, B& block, const RidgeProblem<C>& p,
-                                                int64_t t)
+  KERNELMETA_INLINE RidgeTask(Arena<C>& arena, B& block, const RidgeProblem<C>& p, int64_t t)
       : block(block),
         p(p),
         t(t),
@@ -82,7 +81,7 @@ struct RidgeTask {
   RidgeTask(const RidgeTask&) = delete;
 
   // The trace lies at `base`; the rows are looked at.
-  __host__ __device__ __forceinline__ void bind(C* base) {
+  KERNELMETA_INLINE void bind(C* base) {
     Arena<C> arena(base);
     trace = RidgeTrace<C>(arena, s);
     ridge.support = B::task_rows(p.support.of(t), 0, p.D, support_buffer);
@@ -90,10 +89,10 @@ struct RidgeTask {
   }
 
   // Before forward, a barrier between them.
-  __host__ __device__ __forceinline__ void prepare() const { members.sort(block, s.S, s.N); }
+  KERNELMETA_INLINE void prepare() const { members.sort(block, s.S, s.N); }
 
   // False, in *regular, where the system is singular: the results are NaN then, or nothing of use.
-  __host__ __device__ __forceinline__ void forward(const RidgeForward<C>& f, bool* regular) {
+  KERNELMETA_INLINE void forward(const RidgeForward<C>& f, bool* regular) {
     one_hot(block, members.members, s.S, s.N, trace.alpha, static_cast<C*>(nullptr));
     ridge.forward(regular);
     ridge.logits(p.N, f.logits + p.query.first(t) * p.N);
@@ -101,8 +100,8 @@ struct RidgeTask {
   }
 
   // Adds to `grad`.
-  __host__ __device__ __forceinline__ void backward(const RidgeBackward<C>& f, const RidgeGrad<C>& grad,
-                                                    const typename Ridge<B>::Scratch& scratch) {
+  KERNELMETA_INLINE void backward(const RidgeBackward<C>& f, const RidgeGrad<C>& grad,
+                                  const typename Ridge<B>::Scratch& scratch) {
     const int64_t support_first = p.support.first(t), query_first = p.query.first(t);
     ridge.backward(f.grad_logits + query_first * p.N,
                    f.grad_coefficients ? f.grad_coefficients + support_first * p.N : nullptr, p.N, scratch,

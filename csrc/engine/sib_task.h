@@ -9,9 +9,8 @@ namespace kernelmeta {
 // every class needs one, an index outside of its bank. Blocks that cannot raise an error ask for each task;
 // its barrier also parts the task from what is left to do of the one before.
 template <class B>
-__host__ __device__ __forceinline__ bool is_invalid(B& block, int64_t t, const typename B::Sizes& s,
-                                                    const int64_t* labels, bool every_class,
-                                                    const Features& start, const Features* query) {
+KERNELMETA_INLINE bool is_invalid(B& block, int64_t t, const typename B::Sizes& s, const int64_t* labels,
+                                  bool every_class, const Features& start, const Features* query) {
   const int64_t S = s.S, N = s.N, Q = query && query->index ? s.Q : 0;
   const int64_t* label = labels ? labels + t * S : nullptr;
   return block.any(2 * S + N + Q, [&](int64_t i) {
@@ -37,8 +36,8 @@ __host__ __device__ __forceinline__ bool is_invalid(B& block, int64_t t, const t
 
 // Valid labels [S] -> ClassMembers.
 template <class B>
-__host__ __device__ __forceinline__ void sort_by_class(B& block, const int64_t* label, int64_t S, int64_t N,
-                                                       int32_t* members, int32_t* offsets) {
+KERNELMETA_INLINE void sort_by_class(B& block, const int64_t* label, int64_t S, int64_t N, int32_t* members,
+                                     int32_t* offsets) {
   block.unfenced().each_item(S + N + 1, [&](int64_t i) {
     int32_t before = 0;
     if (i < S) {
@@ -57,12 +56,12 @@ struct SortedClasses {
   using C = typename B::Scalar;
   int32_t *members, *offsets;
 
-  __host__ __device__ __forceinline__ SortedClasses(Arena<C>& arena, const typename B::Sizes& s, bool labels)
+  KERNELMETA_INLINE SortedClasses(Arena<C>& arena, const typename B::Sizes& s, bool labels)
       : members(labels ? reinterpret_cast<int32_t*>(arena.take(s.S)) : nullptr),
         offsets(labels ? reinterpret_cast<int32_t*>(arena.take(s.N + 1)) : nullptr) {}
 
-  __host__ __device__ __forceinline__ ClassMembers of(B& block, const ClassTable& table, int64_t t,
-                                                      const typename B::Sizes& s) const {
+  KERNELMETA_INLINE ClassMembers of(B& block, const ClassTable& table, int64_t t,
+                                    const typename B::Sizes& s) const {
     if (!table.labels) return {table.members + t * s.S, table.offsets + t * (s.N + 1)};
     sort_by_class(block, table.labels + t * s.S, s.S, s.N, members, offsets);
     return {members, offsets};
@@ -70,7 +69,7 @@ struct SortedClasses {
 };
 
 template <class B>
-__host__ __device__ __forceinline__ void fill_nan(B& block, typename B::Scalar* out, int64_t n) {
+KERNELMETA_INLINE void fill_nan(B& block, typename B::Scalar* out, int64_t n) {
   if (out) block.each_item(n, [&](int64_t i) { out[i] = typename B::Scalar(__builtin_nan("")); });
 }
 
@@ -91,9 +90,8 @@ struct SibTask {
   C *theta, *w;  // [K+1][N][D], [K][N][D]
   C* unit;       // [Q][D]
 
-  __host__ __device__ __forceinline__ SibTask(Arena<C>& arena, B& block, const Sizes& s,
-                                              const SibProblem<C>& p, const FoldedMlp<C>& mlp, C scale,
-                                              C bias, bool gram_formed, bool backward)
+  KERNELMETA_INLINE SibTask(Arena<C>& arena, B& block, const Sizes& s, const SibProblem<C>& p,
+                            const FoldedMlp<C>& mlp, C scale, C bias, bool gram_formed, bool backward)
       : block(block),
         s(s),
         p(p),
@@ -106,7 +104,7 @@ struct SibTask {
         w(gram_formed ? arena.take_aside(s.K * s.N * s.D, true) : nullptr),
         unit(gram_formed || s.D == 1 ? arena.take_aside(s.Q * s.D, true) : nullptr) {}
 
-  __host__ __device__ __forceinline__ bool invalid(int64_t t) {
+  KERNELMETA_INLINE bool invalid(int64_t t) {
     return is_invalid(block, t, s, p.classes.labels, true, p.start, &p.query);
   }
 
@@ -140,8 +138,8 @@ struct SibTask {
     LoopAdjoint<B> loop;
     typename QueryFeatures<B>::Scratch features;
 
-    __host__ __device__ __forceinline__ Adjoint(Arena<C>& arena, const Sizes& s, bool gram_formed,
-                                                bool query_grad, bool weights)
+    KERNELMETA_INLINE Adjoint(Arena<C>& arena, const Sizes& s, bool gram_formed, bool query_grad,
+                              bool weights)
         : loop(arena, s, gram_formed, weights), features(arena, s, query_grad && gram_formed) {}
   };
 
@@ -180,8 +178,7 @@ struct SibTask {
   }
 
  private:
-  __host__ __device__ __forceinline__ void finish(const SibForward<C>& f, int64_t t,
-                                                  QueryFeatures<B>& features) {
+  KERNELMETA_INLINE void finish(const SibForward<C>& f, int64_t t, QueryFeatures<B>& features) {
     loop.logits(features.trace, f.logits + t * s.Q * s.N);
     if (f.weights) features.weights(f.weights + t * s.N * s.D, loop.z);
   }
@@ -190,7 +187,7 @@ struct SibTask {
 
   // The trace, theta at the start and the normalised rows.
   template <class F>
-  __host__ __device__ __forceinline__ Trace<C> anew(const Trace<C>& trace, const Rows<F>& query) {
+  KERNELMETA_INLINE Trace<C> anew(const Trace<C>& trace, const FeatureRows<F>& query) {
     normalise_rows(block, query, s.Q, s.D, trace.inverse, unit);
     if (!trace.gram) return trace;
     block.features(s.N, s.D, [&](int64_t n, auto row) {
@@ -201,24 +198,22 @@ struct SibTask {
 
   template <class F>
   __host__ __device__ KERNELMETA_NOINLINE void forward_anew(const SibForward<C>& f, int64_t t,
-                                                            const Trace<C>& trace, const Rows<F>& query,
-                                                            C* stats) {
+                                                            const Trace<C>& trace,
+                                                            const FeatureRows<F>& query, C* stats) {
     QueryFeatures<B>{block, s, query, trace}.norms();
     if (trace.lost) block.unfenced().each_item(s.N, [&](int64_t n) { trace.lost[n] = 1; });
     const Trace<C> direct = anew(trace, query);
-    loop.direct_forward(direct, Rows<C>{unit, s.D, nullptr}, nullptr, stats);
+    loop.direct_forward(direct, FeatureRows<C>{unit, s.D, nullptr}, nullptr, stats);
     QueryFeatures<B> features{block, s, query, direct};
     finish(f, t, features);
   }
 
   template <class F>
-  __host__ __device__ KERNELMETA_NOINLINE void backward_anew(const SibBackward<C>& f, int64_t t,
-                                                             const Trace<C>& trace, const Rows<F>& query,
-                                                             const Adjoint& adjoint,
-                                                             const SibParameterGrad<C>& grad, C* gtheta0,
-                                                             C* gquery) {
+  __host__ __device__ KERNELMETA_NOINLINE void backward_anew(
+      const SibBackward<C>& f, int64_t t, const Trace<C>& trace, const FeatureRows<F>& query,
+      const Adjoint& adjoint, const SibParameterGrad<C>& grad, C* gtheta0, C* gquery) {
     const Trace<C> direct = anew(trace, query);
-    const Rows<C> rows{unit, s.D, nullptr};
+    const FeatureRows<C> rows{unit, s.D, nullptr};
     if (!kKeeps && trace.gram) loop.direct_forward(direct, rows, nullptr, nullptr, true);
     begin_direct_backward(f.grad_weights ? f.grad_weights + t * s.N * s.D : nullptr, gtheta0, gquery);
     loop.direct_backward(direct, rows, nullptr, f.grad_logits + t * s.Q * s.N, adjoint.loop, grad.mlp,
@@ -226,14 +221,14 @@ struct SibTask {
     if (gquery) through_norms(block, unit, trace.inverse, s.Q, s.D, gquery);
   }
 
-  __host__ __device__ __forceinline__ void begin_direct_backward(const C* gweights, C* gtheta0, C* gquery) {
+  KERNELMETA_INLINE void begin_direct_backward(const C* gweights, C* gtheta0, C* gquery) {
     if (gquery) block.unfenced().features_zero(s.Q, s.D, gquery);
     block.features(s.N, s.D, [&](int64_t n, auto row) {
       row.each([&](auto d) { d.store(gtheta0 + n * s.D, gweights ? d.load(gweights + n * s.D) : d.zero()); });
     });
   }
 
-  __host__ __device__ __forceinline__ ClassMeans<B> class_means(int64_t t) {
+  KERNELMETA_INLINE ClassMeans<B> class_means(int64_t t) {
     const ClassMembers members = classes.of(block, p.classes, t, s);
     return {block, s, B::task_rows(p.start, t, s.D, start_buffer), members, p.weight, support_inverse};
   }

@@ -15,7 +15,7 @@ struct Sizes {
   int64_t K;  // steps
 
   // Arrays with one entry per query row are stored rows innermost, [n][ld()]; entries Q..ld() are padding.
-  __host__ __device__ __forceinline__ int64_t ld() const { return padded(Q); }
+  KERNELMETA_INLINE int64_t ld() const { return padded(Q); }
 };
 
 // The same with ways and hidden units known to the compiler. Holds nothing of its own: sizes that have these
@@ -26,7 +26,7 @@ struct FixedSizes : Sizes {
 };
 
 template <class Z>
-__host__ __device__ __forceinline__ const Z& as(const Sizes& s) {
+KERNELMETA_INLINE const Z& as(const Sizes& s) {
   static_assert(sizeof(Z) == sizeof(Sizes));
   return static_cast<const Z&>(s);
 }

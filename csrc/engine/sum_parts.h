@@ -19,7 +19,7 @@ struct SumParts {
   SumParts() = default;
   SumParts(C* to, int64_t size) { add(0, size, to); }
   void add(int64_t offset, int64_t size, C* to) { parts[count++] = {offset, size, to}; }
-  __host__ __device__ __forceinline__ void store(int64_t at, C value) const {
+  KERNELMETA_INLINE void store(int64_t at, C value) const {
     for (int i = 0; i < count; ++i) {
       const int64_t of_part = at - parts[i].offset;
       if (of_part >= 0 && of_part < parts[i].size) parts[i].to[of_part] = value;

@@ -5,7 +5,7 @@
 
 namespace kernelmeta {
 
-__host__ __device__ __forceinline__ int64_t storage_bytes(Storage storage) {
+KERNELMETA_INLINE int64_t storage_bytes(Storage storage) {
   return storage == Storage::kFloat64 ? 8 : storage == Storage::kFloat32 ? 4 : 2;
 }
 
@@ -19,14 +19,12 @@ struct TaskRows {
   int64_t all = 0;    // rows, of all tasks
   int64_t most = -1;  // -1: the offsets are right
 
-  __host__ __device__ __forceinline__ int64_t first(int64_t t) const {
-    return offsets ? offsets[t] : t * features.rows;
-  }
-  __host__ __device__ __forceinline__ int64_t count(int64_t t) const {
+  KERNELMETA_INLINE int64_t first(int64_t t) const { return offsets ? offsets[t] : t * features.rows; }
+  KERNELMETA_INLINE int64_t count(int64_t t) const {
     return offsets ? offsets[t + 1] - offsets[t] : features.rows;
   }
   // The features of task t as those of the only task.
-  __host__ __device__ __forceinline__ Features of(int64_t t) const {
+  KERNELMETA_INLINE Features of(int64_t t) const {
     Features f = features;
     f.rows = count(t);
     if (f.index)
@@ -43,7 +41,7 @@ struct TaskClasses {
   ClassTable table;     // labels and members: of all support rows; offsets: [T][N + 1]
   const int64_t* ways;  // [T], or null: N
 
-  __host__ __device__ __forceinline__ int64_t count(int64_t t, int64_t N) const { return ways ? ways[t] : N; }
+  KERNELMETA_INLINE int64_t count(int64_t t, int64_t N) const { return ways ? ways[t] : N; }
 };
 
 // The support rows of one task, sorted by class, in memory of the task where they come as labels.
@@ -53,15 +51,15 @@ struct TaskMembers {
   const int64_t* labels;  // of the task; null: sorted already
   ClassMembers members;
 
-  __host__ __device__ __forceinline__ TaskMembers(Arena<C>& arena, const TaskClasses& classes, int64_t t,
-                                                  int64_t first, int64_t S, int64_t N, int64_t most_ways)
+  KERNELMETA_INLINE TaskMembers(Arena<C>& arena, const TaskClasses& classes, int64_t t, int64_t first,
+                                int64_t S, int64_t N, int64_t most_ways)
       : labels(classes.table.labels ? classes.table.labels + first : nullptr),
         members{labels ? reinterpret_cast<const int32_t*>(arena.take(S)) : classes.table.members + first,
                 labels ? reinterpret_cast<const int32_t*>(arena.take(N + 1))
                        : classes.table.offsets + t * (most_ways + 1)} {}
 
   // Without a barrier at the end.
-  __host__ __device__ __forceinline__ void sort(B& block, int64_t S, int64_t N) const {
+  KERNELMETA_INLINE void sort(B& block, int64_t S, int64_t N) const {
     if (labels) {
       sort_by_class(block, labels, S, N, const_cast<int32_t*>(members.members),
                     const_cast<int32_t*>(members.offsets));
@@ -72,8 +70,7 @@ struct TaskMembers {
 // y [N][padded(S)], zeros -> the labels, one-hot; sizes [N], or null: rows of each class. Without a barrier
 // at the end.
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void one_hot(B& block, const ClassMembers& classes, int64_t S, int64_t N,
-                                                 C* y, C* sizes) {
+KERNELMETA_INLINE void one_hot(B& block, const ClassMembers& classes, int64_t S, int64_t N, C* y, C* sizes) {
   const int64_t ld = padded(S);
   block.unfenced().each_item(N, [&](int64_t n) {
     if (sizes) sizes[n] = C(classes.count(n));
@@ -83,8 +80,8 @@ __host__ __device__ __forceinline__ void one_hot(B& block, const ClassMembers& c
 
 // to [count][ways] = from [N][ld] transposed; zeros beyond N.
 template <class B, class C = typename B::Scalar>
-__host__ __device__ __forceinline__ void rows_out(B& block, const C* from, int64_t ld, int64_t N,
-                                                  int64_t count, int64_t ways, C* to) {
+KERNELMETA_INLINE void rows_out(B& block, const C* from, int64_t ld, int64_t N, int64_t count, int64_t ways,
+                                C* to) {
   block.unfenced().each_item(count, [&](int64_t i) {
     for (int64_t n = 0; n < ways; ++n) to[i * ways + n] = n < N ? from[n * ld + i] : C(0);
   });

@@ -58,7 +58,7 @@ template <class Run>
 int check_barriers(const char* what, Run run) {
   team_options = {};
   const std::vector<float> want = run();
-  const std::vector<Spot> barriers = team_options.barriers;
+  const std::vector<SourceLine> barriers = team_options.barriers;
   if (reports) {
     std::printf("FAILED %s: %ld races with all barriers in place\n", what, long(reports));
     return 1;

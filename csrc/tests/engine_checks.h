@@ -11,9 +11,9 @@
 #include "cpu/kernel_table.h"
 #include "engine/serial_block.h"
 
+namespace kernelmeta {
 namespace {
 
-using namespace kernelmeta;
 using Vec = std::vector<double>;
 
 std::mt19937_64 generator(0);
@@ -387,3 +387,4 @@ int check_narrow(const std::string& name, const Kernels<double>& right, const Ke
 }
 
 }  // namespace
+}  // namespace kernelmeta

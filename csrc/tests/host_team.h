@@ -24,7 +24,7 @@ struct HostTeamState {
   // Barriers of the whole team, counted as thread 0 meets them. The one with the number `removed` is not
   // there.
   int64_t removed = -1;
-  std::vector<Spot> barriers;
+  std::vector<SourceLine> barriers;
 
   HostTeamState() {
     for (int w = 0; w < kThreads / kLanes; ++w) warps.push_back(std::make_unique<std::barrier<>>(kLanes));
@@ -36,8 +36,8 @@ class HostTeam {
   static constexpr int kThreads = HostTeamState::kThreads, kLanes = HostTeamState::kLanes;
 
   static int thread() { return thread_; }
-  static void sync(Spot spot) {
-    if (thread_ == 0) state_->barriers.push_back(spot);
+  static void sync(SourceLine line) {
+    if (thread_ == 0) state_->barriers.push_back(line);
     if (met_++ != state_->removed) state_->all.arrive_and_wait();
   }
   // One barrier on a GPU, and never without it.
@@ -63,23 +63,23 @@ class HostTeam {
   }
   // What team.h has the tensor cores for. The lanes share out the sums; operands stay where they lie.
   template <class F>
-  struct Rows {
+  struct Operand {
     const F* data = nullptr;
     int stride = 0;
 
-    Rows() = default;
-    Rows(const F* data, int stride) : data(data), stride(stride) {}
+    Operand() = default;
+    Operand(const F* data, int stride) : data(data), stride(stride) {}
   };
   template <class F>
-  using Left = Rows<F>;
+  using Left = Operand<F>;
   template <class F>
-  using Right = Rows<F>;
+  using Right = Operand<F>;
   struct Sums {
     static constexpr int kValues = 16 * 8 / kLanes;
     float values[kValues] = {};
 
     template <class F>
-    void add(const Rows<F>& a, const Rows<F>& b) {
+    void add(const Operand<F>& a, const Operand<F>& b) {
       for (int e = 0; e < kValues; ++e) {
         const F *x = a.data + left(e) * a.stride, *y = b.data + right(e) * b.stride;
         for (int i = 0; i < 16; ++i) values[e] += float(x[i]) * float(y[i]);

@@ -6,6 +6,7 @@
 
 #include "tests/engine_checks.h"
 
+namespace kernelmeta {
 namespace {
 
 // Everything that a call gave, by name.
@@ -540,3 +541,4 @@ int check_narrow_learners(const std::string& name, const KernelTable& right, con
 }
 
 }  // namespace
+}  // namespace kernelmeta

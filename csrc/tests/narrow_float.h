@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <limits>
 
+namespace kernelmeta {
 namespace {
 
 // 1 bit of sign, the exponent, kMantissa bits; 2^kLeast is the smallest normal number. Rounded to the
@@ -45,3 +46,4 @@ using BrainFloat = NarrowFloat<7, -126>;
 using Half = NarrowFloat<10, -14>;
 
 }  // namespace
+}  // namespace kernelmeta

@@ -16,7 +16,7 @@ struct OneByOne {
   inline static int playing = 0;
 
   static int thread() { return playing; }
-  static void sync(Spot) {}
+  static void sync(SourceLine) {}
   static void sync_warp() {}
 };
 using Block = TeamBlock<OneByOne, float, float, Sizes>;

@@ -5,6 +5,7 @@
 
 #include "tests/learner_checks.h"
 
+namespace kernelmeta {
 namespace {
 
 bool all_nan(const Vec& values) {
@@ -82,3 +83,4 @@ int check_sizes(const std::string& name, const KernelTable& kernels) {
 }
 
 }  // namespace
+}  // namespace kernelmeta

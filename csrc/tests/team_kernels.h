@@ -10,9 +10,8 @@
 #include "tests/host_team.h"
 #include "tests/learner_checks.h"
 
+namespace kernelmeta {
 namespace {
-
-using namespace kernelmeta;
 
 // F: how features are stored.
 template <class C, class F>
@@ -24,7 +23,7 @@ struct TeamOptions {
   int64_t capacity = INT64_MAX;
   int64_t blocks = 1;
   int64_t removed = -1;
-  std::vector<Spot> barriers;  // all that were met, the missing one too
+  std::vector<SourceLine> barriers;  // all that were met, the missing one too
 };
 inline TeamOptions team_options;
 constexpr int64_t kMostShared = 1 << 16;  // for blocks that take all that there is
@@ -43,10 +42,10 @@ void on_team(Body body) {
   team_options.barriers.insert(team_options.barriers.end(), state.barriers.begin(), state.barriers.end());
 }
 
-// body(place, arena, share, b) for every block b, in memory full of NaN of the size counted.
+// body(place, arena, tasks, b) for every block b, in memory full of NaN of the size counted.
 template <class Layout, class C, class F, class Body>
 void run_blocks_in(int64_t used, int64_t rest_used, int64_t capacity, Body body) {
-  using BlockFrame = Frame<HostBlock<C, F>, Layout>;
+  using Memory = BlockMemory<HostBlock<C, F>, Layout>;
   for (int64_t b = 0; b < team_options.blocks; ++b) {
     // aligned as shared memory
     std::vector<Pack<C>> fast(size_t(used / Pack<C>::kSize)), slow(size_t(rest_used / Pack<C>::kSize));
@@ -56,8 +55,8 @@ void run_blocks_in(int64_t used, int64_t rest_used, int64_t capacity, Body body)
       }
     }
     const Arena<C> arena(reinterpret_cast<C*>(fast.data()), capacity, reinterpret_cast<C*>(slow.data()));
-    alignas(16) unsigned char place[sizeof(BlockFrame)];
-    on_team<C>([&] { body(place, arena, Share{b, team_options.blocks}, b); });
+    alignas(16) unsigned char place[sizeof(Memory)];
+    on_team<C>([&] { body(place, arena, BlockTasks{b, team_options.blocks}, b); });
   }
 }
 
@@ -95,8 +94,8 @@ void team_sib_forward(const SibForward<C>& f, const FoldedMlp<C>&, int64_t, int6
   const int64_t stride = trace_size<C>(f.problem.s, f.problem.weights);
   run_blocks<SibForwardLayout<HostBlock<C, F>>, C, F>(
       f.problem.s,
-      [&](void* place, const Arena<C>& arena, Share share, int64_t) {
-        sib_forward_body<HostBlock<C, F>>(place, f, stride, arena, share);
+      [&](void* place, const Arena<C>& arena, BlockTasks tasks, int64_t) {
+        sib_forward_body<HostBlock<C, F>>(place, f, stride, arena, tasks);
       },
       f, C(0), C(0));
 }
@@ -107,7 +106,7 @@ void add_partials(const std::vector<C>& partials, int64_t size, C* to) {
   std::vector<C> sums(static_cast<size_t>(size));
   on_team<C>([&] {
     sum_partials_body<HostBlock<C, C>>(partials.data(), team_options.blocks, size, C(1),
-                                       SumParts<C>(sums.data(), size), Share{0, 1});
+                                       SumParts<C>(sums.data(), size), BlockTasks{0, 1});
   });
   for (int64_t i = 0; i < size; ++i) to[i] += sums[size_t(i)];
 }
@@ -120,8 +119,8 @@ void team_sib_backward(const SibBackward<C>& f, const FoldedMlp<C>&, const SibPa
   std::vector<C> partials(size_t(size * team_options.blocks), C(NAN));
   run_blocks<SibBackwardLayout<HostBlock<C, F>>, C, F>(
       f.problem.s,
-      [&](void* place, const Arena<C>& arena, Share share, int64_t b) {
-        sib_backward_body<HostBlock<C, F>>(place, f, stride, partials.data() + b * size, arena, share);
+      [&](void* place, const Arena<C>& arena, BlockTasks tasks, int64_t b) {
+        sib_backward_body<HostBlock<C, F>>(place, f, stride, partials.data() + b * size, arena, tasks);
       },
       f, C(0), C(0));
   add_partials(partials, size, grad.mlp.w1t);  // where the sums begin
@@ -131,8 +130,8 @@ template <class C, class F>
 void team_linear_head_forward(const HeadForward<C>& f, int64_t, int64_t) {
   run_blocks<HeadForwardLayout<HostBlock<C, F>>, C, F>(
       f.problem.s,
-      [&](void* place, const Arena<C>& arena, Share share, int64_t) {
-        head_forward_body<HostBlock<C, F>>(place, f, head_trace_size<C>(f.problem.s), arena, share);
+      [&](void* place, const Arena<C>& arena, BlockTasks tasks, int64_t) {
+        head_forward_body<HostBlock<C, F>>(place, f, head_trace_size<C>(f.problem.s), arena, tasks);
       },
       f);
 }
@@ -143,9 +142,9 @@ void team_linear_head_backward(const HeadBackward<C>& f, const HeadParameterGrad
   std::vector<C> partials(size_t(size * team_options.blocks), C(NAN));
   run_blocks<HeadBackwardLayout<HostBlock<C, F>>, C, F>(
       f.problem.s,
-      [&](void* place, const Arena<C>& arena, Share share, int64_t b) {
+      [&](void* place, const Arena<C>& arena, BlockTasks tasks, int64_t b) {
         head_backward_body<HostBlock<C, F>>(place, f, head_trace_size<C>(f.problem.s),
-                                            partials.data() + b * size, arena, share);
+                                            partials.data() + b * size, arena, tasks);
       },
       f);
   add_partials(partials, size, grad.weight);  // where the sums begin
@@ -167,8 +166,8 @@ void team_program_forward(const ProgramForward<C>& f, const KernelCall<C>& call,
   const ProgramDeviceCall<C> own = device_call(f.problem, call);
   run_task_blocks<ProgramForwardLayout<HostBlock<C, F>>, C, F>(
       f, own.sizes,
-      [&](void* place, const Arena<C>& arena, Share share, int64_t) {
-        program_forward_body<HostBlock<C, F>>(place, f, own, arena, share);
+      [&](void* place, const Arena<C>& arena, BlockTasks tasks, int64_t) {
+        program_forward_body<HostBlock<C, F>>(place, f, own, arena, tasks);
       },
       own);
 }
@@ -181,8 +180,8 @@ void team_program_backward(const ProgramBackward<C>& f, const KernelCall<C>& cal
   std::vector<C> partials(size_t(size * team_options.blocks), C(NAN));
   run_task_blocks<ProgramBackwardLayout<HostBlock<C, F>>, C, F>(
       f, own.sizes,
-      [&](void* place, const Arena<C>& arena, Share share, int64_t b) {
-        program_backward_body<HostBlock<C, F>>(place, f, own, partials.data() + b * size, size, arena, share);
+      [&](void* place, const Arena<C>& arena, BlockTasks tasks, int64_t b) {
+        program_backward_body<HostBlock<C, F>>(place, f, own, partials.data() + b * size, size, arena, tasks);
       },
       own);
   add_partials(partials, size, grad.theta0);  // where the sums begin
@@ -193,8 +192,8 @@ void team_ridge_forward(const RidgeForward<C>& f, const int64_t* trace_offsets, 
   const int64_t stride = trace_offsets[1];
   run_task_blocks<RidgeForwardLayout<HostBlock<C, F>>, C, F>(
       f, Sizes{},
-      [&](void* place, const Arena<C>& arena, Share share, int64_t) {
-        ridge_forward_body<HostBlock<C, F>>(place, f, stride, arena, share);
+      [&](void* place, const Arena<C>& arena, BlockTasks tasks, int64_t) {
+        ridge_forward_body<HostBlock<C, F>>(place, f, stride, arena, tasks);
       },
       stride);
 }
@@ -206,9 +205,9 @@ void team_ridge_backward(const RidgeBackward<C>& f, const int64_t* trace_offsets
   std::vector<C> partials(size_t(size * team_options.blocks), C(NAN));
   run_task_blocks<RidgeBackwardLayout<HostBlock<C, F>>, C, F>(
       f, Sizes{},
-      [&](void* place, const Arena<C>& arena, Share share, int64_t b) {
+      [&](void* place, const Arena<C>& arena, BlockTasks tasks, int64_t b) {
         ridge_backward_body<HostBlock<C, F>>(place, f, stride, partials.data() + b * size, size, arena,
-                                             share);
+                                             tasks);
       },
       stride);
   add_partials(partials, size, grad.lambda);  // where the sums begin
@@ -229,3 +228,4 @@ template <class F>
 const KernelTable kTeamTable = {"team", kTeamKernels<float, F>, kTeamKernels<double>};
 
 }  // namespace
+}  // namespace kernelmeta

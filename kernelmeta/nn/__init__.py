@@ -10,7 +10,7 @@ from kernelmeta.nn.ridge_head import RidgeHead
 from kernelmeta.nn.sib import SIB
 from kernelmeta.nn.soft_kmeans import SoftKMeans
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
-from kernelmeta.reference.phases import Phase
+from kernelmeta.phases import Phase
 
 __all__ = [
     "ANIL",

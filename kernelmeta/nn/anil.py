@@ -12,7 +12,7 @@ from kernelmeta import ops
 from kernelmeta.nn.kept import KeptNumbers
 from kernelmeta.nn.program import Program
 from kernelmeta.nn.training_step import TrainsAtOnce
-from kernelmeta.reference.phases import Phase
+from kernelmeta.phases import Phase
 from kernelmeta.tasks import Classifier, Ragged
 
 

@@ -12,7 +12,7 @@ from kernelmeta import ops
 from kernelmeta.nn.learner import Learner
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
 from kernelmeta.ops.program_op import check_combination
-from kernelmeta.reference.phases import Phase
+from kernelmeta.phases import Phase
 from kernelmeta.tasks import Classifier
 
 

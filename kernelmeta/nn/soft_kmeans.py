@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernelmeta import ops
 from kernelmeta.nn.learner import Learner
-from kernelmeta.reference.phases import Phase
+from kernelmeta.phases import Phase
 from kernelmeta.tasks import Classifier, Ragged
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelmeta import ops
-from kernelmeta.reference import MLPParameters
+from kernelmeta.mlp_parameters import MLPParameters
 
 
 class SyntheticGradientMLP(nn.Module):
@@ -17,7 +17,7 @@ class SyntheticGradientMLP(nn.Module):
         hidden: H; 8 N, as published, if None.
         norm_stats: whose statistics BatchNorm uses: "task", "batch" or "running".
 
-    Parameters are named as in :class:`kernelmeta.reference.MLPParameters`; ``running_stats`` [2, 2, H] holds the
+    Parameters are named as in :class:`kernelmeta.MLPParameters`; ``running_stats`` [2, 2, H] holds the
     running mean and variance of both layers.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernelmeta.backends import is_traced
-from kernelmeta.reference import MLPParameters
+from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.tasks import Ragged
 
 _FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})

@@ -6,7 +6,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from typing import Any
 
-from kernelmeta.reference import MLPParameters
+from kernelmeta.mlp_parameters import MLPParameters
 
 Args = tuple[Any, ...]
 

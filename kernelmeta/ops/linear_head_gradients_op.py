@@ -14,7 +14,7 @@ from torch import Tensor
 from kernelmeta.ops import _checks, _training_step
 from kernelmeta.ops._signature import Signature
 from kernelmeta.ops.linear_head_op import FEATURES, OPTIONS, PARAMETERS, fake, linear_head
-from kernelmeta.reference.phases import LABELLED
+from kernelmeta.phases import LABELLED
 
 
 class HeadGradients(NamedTuple):

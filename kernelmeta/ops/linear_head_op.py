@@ -17,7 +17,7 @@ from kernelmeta.backends import is_traced, select
 from kernelmeta.ops import _checks
 from kernelmeta.ops._differentiable import DifferentiableOp
 from kernelmeta.ops._trace import elements, padded
-from kernelmeta.reference.phases import LABELLED
+from kernelmeta.phases import LABELLED
 from kernelmeta.reference.program import oracle_gradient
 from kernelmeta.reference.task_rows import gathered
 from kernelmeta.tasks import Classifier

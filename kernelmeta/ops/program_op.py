@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from kernelmeta.backends import is_traced, select
+from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.ops import _checks, _ragged
 from kernelmeta.ops._differentiable import DifferentiableOp
 from kernelmeta.ops._signature import mlp_of, mlp_tensors
 from kernelmeta.ops._trace import elements, padded
 from kernelmeta.ops.class_means_op import class_means
-from kernelmeta.reference import MLPParameters, Phase
-from kernelmeta.reference.phases import ORACLES, total_steps
+from kernelmeta.phases import ORACLES, Phase, total_steps
 from kernelmeta.reference.program import adapt
 from kernelmeta.reference.task_rows import gathered
 from kernelmeta.tasks import Classifier, Ragged

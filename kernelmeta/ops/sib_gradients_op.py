@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.ops import _checks, _training_step
 from kernelmeta.ops._signature import Signature, mlp_of
 from kernelmeta.ops.sib_op import FEATURES, OPTIONS, PARAMETERS, fake, sib
-from kernelmeta.reference import MLPParameters
 
 
 class SIBGradients(NamedTuple):

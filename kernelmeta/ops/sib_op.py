@@ -14,11 +14,12 @@ from torch import Tensor
 
 from kernelmeta import reference
 from kernelmeta.backends import is_traced, select
+from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.ops import _checks
 from kernelmeta.ops._differentiable import DifferentiableOp
 from kernelmeta.ops._signature import Args, mlp_of, mlp_tensors
 from kernelmeta.ops._trace import elements, padded
-from kernelmeta.reference import MLPParameters, explicit
+from kernelmeta.reference import explicit
 from kernelmeta.reference.task_rows import gathered
 from kernelmeta.tasks import Classifier
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from kernelmeta import reference
 from kernelmeta.backends import select
+from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.ops import _checks
 from kernelmeta.ops._differentiable import DifferentiableOp
 from kernelmeta.ops._signature import mlp_of, mlp_tensors
-from kernelmeta.reference import MLPParameters
 
 
 def _plain(call: Any) -> tuple[Tensor, ...]:

@@ -6,15 +6,12 @@ The functions have the names, arguments and results of those in :mod:`kernelmeta
 from kernelmeta.reference import explicit
 from kernelmeta.reference.class_means import class_means
 from kernelmeta.reference.linear_head import linear_head
-from kernelmeta.reference.phases import Phase
 from kernelmeta.reference.program import program
 from kernelmeta.reference.ridge import ridge
 from kernelmeta.reference.sib import sib, sib_inner_loop
-from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, synthetic_gradient_mlp
+from kernelmeta.reference.synthetic_gradient_mlp import synthetic_gradient_mlp
 
 __all__ = [
-    "MLPParameters",
-    "Phase",
     "class_means",
     "explicit",
     "linear_head",

@@ -17,9 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
+from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.reference.norms import FLOOR, length, unit
 from kernelmeta.reference.precision import promoted, without_autocast
-from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, mlp_with_norm_stats, stack_norm_stats
+from kernelmeta.reference.synthetic_gradient_mlp import mlp_with_norm_stats, stack_norm_stats
 from kernelmeta.tasks import Classifier
 
 

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
+from kernelmeta.mlp_parameters import MLPParameters
+from kernelmeta.phases import Phase
 from kernelmeta.reference.class_means import check_labels, class_means
 from kernelmeta.reference.norms import FLOOR, length, unit
-from kernelmeta.reference.phases import Phase
 from kernelmeta.reference.precision import promoted, without_autocast
-from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, synthetic_gradient_mlp
+from kernelmeta.reference.synthetic_gradient_mlp import synthetic_gradient_mlp
 from kernelmeta.reference.task_rows import each_task, gathered
 from kernelmeta.tasks import Classifier, Ragged
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.reference import explicit
 from kernelmeta.reference.class_means import class_means
 from kernelmeta.reference.norms import unit
 from kernelmeta.reference.precision import promoted, without_autocast
-from kernelmeta.reference.synthetic_gradient_mlp import MLPParameters, mlp_with_norm_stats, stack_norm_stats
+from kernelmeta.reference.synthetic_gradient_mlp import mlp_with_norm_stats, stack_norm_stats
 from kernelmeta.reference.task_rows import gathered
 from kernelmeta.tasks import Classifier
 

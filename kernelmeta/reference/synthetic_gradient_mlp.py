@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.reference.precision import promoted, without_autocast
 
 NORM_EPS = 1e-5
-
-
-class MLPParameters(NamedTuple):
-    """Linear(N, H) - ReLU - BatchNorm(H) - Linear(H, H) - ReLU - BatchNorm(H) - Linear(H, N)."""
-
-    weight1: Tensor  # [H, N]
-    bias1: Tensor  # [H]
-    gain1: Tensor  # [H], BatchNorm's weight
-    shift1: Tensor  # [H], BatchNorm's bias
-    weight2: Tensor  # [H, H]
-    bias2: Tensor  # [H]
-    gain2: Tensor  # [H]
-    shift2: Tensor  # [H]
-    weight3: Tensor  # [N, H]
-    bias3: Tensor  # [N]
 
 
 @without_autocast

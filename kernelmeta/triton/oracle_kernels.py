@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernelmeta.reference.phases import ORACLES
+from kernelmeta.phases import ORACLES
 
 
 def _number(name: str) -> tl.constexpr:

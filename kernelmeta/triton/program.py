@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.ops._ragged import shapes
 from kernelmeta.ops._signature import mlp_of
 from kernelmeta.ops._trace import padded
 from kernelmeta.ops.program_op import OP
-from kernelmeta.reference import MLPParameters
 from kernelmeta.triton import anew, class_means_kernels, mlp_kernels, phases
 from kernelmeta.triton.launch import interpreted, plain
 from kernelmeta.triton.phases import Gradients, Learned, Live, Phase

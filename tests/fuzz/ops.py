@@ -80,7 +80,7 @@ def check(random: np.random.Generator, folder: Path) -> None:
         x = x[:, torch.randint(S, (S,))]
     y = torch.stack([torch.cat([torch.arange(N), torch.randint(N, (S - N,))])[torch.randperm(S)] for _ in range(T)])
     sizes = ((H, N), (H,), (H,), (H,), (H, H), (H,), (H,), (H,), (N, H), (N,))
-    parameters = km.reference.MLPParameters(*(torch.randn(size).double() for size in sizes))
+    parameters = km.MLPParameters(*(torch.randn(size).double() for size in sizes))
     scale, bias, start = torch.rand(1).double() * 9 + 1, torch.randn(1).double(), torch.randn(N, D).double()
     shift = torch.randn(N).double()
     leaves = [t.requires_grad_() for t in (x, q, start, *((scale, bias) if cosine else (shift,)))]

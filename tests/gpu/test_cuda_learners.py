@@ -13,7 +13,8 @@ from episodes import assert_close, draw_labels, draw_mlp, flat, running_stats
 from torch import Tensor
 
 import kernelmeta as km
-from kernelmeta.reference import MLPParameters, Phase
+from kernelmeta.mlp_parameters import MLPParameters
+from kernelmeta.phases import Phase
 
 REASON = km.backends()["cuda"].reason
 pytestmark = pytest.mark.skipif(bool(REASON), reason=f"needs a GPU: {REASON}")

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize, one_hot
 
 import kernelmeta as km
-from kernelmeta.reference import MLPParameters, Phase
+from kernelmeta.mlp_parameters import MLPParameters
+from kernelmeta.phases import Phase
 
 CPU = km.backends()["cpu"]
 needs_kernel = pytest.mark.skipif(not CPU.available, reason=f"no CPU kernels: {CPU.reason}")

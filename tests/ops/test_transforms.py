@@ -11,9 +11,9 @@ from episodes import assert_close, draw, draw_mlp
 from torch import Tensor
 
 import kernelmeta as km
+from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.ops import class_means_op, program_op, ridge_op, sib_op, synthetic_gradient_mlp_op
 from kernelmeta.ops.program_op import encode
-from kernelmeta.reference import MLPParameters
 
 LABELS = torch.tensor([[0, 1, 2, 0, 1, 2, 1], [2, 1, 0, 0, 0, 0, 2]])
 EPISODE = draw(T=2, S=7, Q=9, N=3, D=10, H=6)._replace(labels=LABELS)

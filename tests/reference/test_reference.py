@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
 import kernelmeta as km
-from kernelmeta.reference import MLPParameters, class_means, explicit, sib_inner_loop
+from kernelmeta.mlp_parameters import MLPParameters
+from kernelmeta.reference import class_means, explicit, sib_inner_loop
 
 FORMS = pytest.mark.parametrize("form", [sib_inner_loop, explicit.sib_inner_loop], ids=["paper", "explicit"])
 MLP_NAMES = [

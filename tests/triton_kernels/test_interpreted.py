@@ -62,7 +62,7 @@ def test_synthetic_gradient_mlp(sizes: dict[str, int], norm_stats: str) -> None:
     episode = draw(**sizes)
     logits = torch.randn(sizes["T"], sizes["Q"], sizes["N"], dtype=torch.float64)
     leaves = [t.clone().requires_grad_() for t in (logits, *episode.mlp)]
-    mlp = km.reference.MLPParameters(*leaves[1:])
+    mlp = km.MLPParameters(*leaves[1:])
     stats = running_stats(sizes["H"])
     got, want = both(
         lambda: km.ops.synthetic_gradient_mlp(leaves[0], mlp, norm_stats=norm_stats, running_stats=stats), leaves
@@ -124,7 +124,7 @@ def test_rows_of_a_bank() -> None:
     parameters = [t.clone().requires_grad_() for t in (e.weight, e.scale, e.bias, *e.mlp)]
     got, want = both(
         lambda: km.ops.sib(
-            bank, e.labels, bank, *parameters[:3], km.reference.MLPParameters(*parameters[3:]), steps=2,
+            bank, e.labels, bank, *parameters[:3], km.MLPParameters(*parameters[3:]), steps=2,
             inner_lr=0.05, support_index=support_index, query_index=query_index,
         ),
         parameters,

@@ -19,7 +19,7 @@ from triton_kernels.interpreter import both, interpreted
 
 import kernelmeta as km
 from kernelmeta.ops import linear_head_op, program_op, ridge_op
-from kernelmeta.reference import Phase
+from kernelmeta.phases import Phase
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
