@@ -34,8 +34,8 @@ struct NarrowDots {
                                                            FeatureRows<F> b, int D, float* out, int64_t ldo) {
     for (int64_t i = 0; i < m; i += Stage::kFewRows) {
       for (int64_t j = 0; j < n; j += kOtherRows) {
-        tiles<false>(least(m - i, Stage::kFewRows), least(n - j, kOtherRows), D, FeatureRows{a, i, D},
-                     FeatureRows{b, j, D},
+        tiles<false>(least(m - i, Stage::kFewRows), least(n - j, kOtherRows), D, StagedRows{a, i, D},
+                     StagedRows{b, j, D},
                      [&](int r, int c, float value) { out[(i + r) * ldo + j + c] = value; });
       }
     }
@@ -77,7 +77,7 @@ struct NarrowDots {
   // registers.
   static __host__ __device__ KERNELMETA_NOINLINE void few_self_dots(int m, FeatureRows<F> x, int D,
                                                                     float* out, int64_t ldo) {
-    const FeatureRows rows{x, 0, D};
+    const StagedRows rows{x, 0, D};
     tiles<true>(m, m, D, rows, rows, [=](int64_t i, int64_t j, float value) {
       out[i * ldo + j] = value;
       out[j * ldo + i] = value;
@@ -91,8 +91,8 @@ struct NarrowDots {
       for (int64_t i = 0; i < end; i += Stage::kFewRows) {
         float *down = out + i * ldo + j, *across = out + j * ldo + i;
         const int below = int(j - i);
-        tiles<false>(least(end - i, Stage::kFewRows), int(end - j), D, FeatureRows{x, i, D},
-                     FeatureRows{x, j, D}, [=](int r, int c, float value) {
+        tiles<false>(least(end - i, Stage::kFewRows), int(end - j), D, StagedRows{x, i, D},
+                     StagedRows{x, j, D}, [=](int r, int c, float value) {
                        if (r > below + c) return;
                        down[r * ldo + c] = value;
                        across[c * ldo + r] = value;
@@ -136,7 +136,7 @@ struct NarrowDots {
 
   // Rows for the stage, a pack of features at a time: whole(row, d) is where the pack from d on can be read
   // at once, or null; write(row, d, to) copies it wherever it lies, with zeros for what is beyond D.
-  struct FeatureRows {
+  struct StagedRows {
     FeatureRows<F> rows;
     int64_t first;
     int D;
@@ -168,7 +168,7 @@ struct NarrowDots {
 
   // Q rows of features, then the kParts rows of each row of theta0.
   struct Stack {
-    FeatureRows x;
+    StagedRows x;
     int Q;
     const float *theta0, *squares;
 

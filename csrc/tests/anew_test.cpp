@@ -3,6 +3,8 @@
 #include "cpu/dispatch.h"
 #include "tests/learner_checks.h"
 
+using namespace kernelmeta;
+
 namespace kernelmeta {
 extern const KernelTable kernels_anew;
 }

@@ -13,6 +13,8 @@
 #include "tests/narrow_float.h"
 #include "tests/team_kernels.h"
 
+using namespace kernelmeta;
+
 namespace {
 std::atomic<int64_t> reports{0};
 bool in_child = false;

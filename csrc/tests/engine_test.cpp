@@ -7,6 +7,8 @@
 
 #include <stdexcept>
 
+using namespace kernelmeta;
+
 int main() {
   try {
     const kernelmeta::KernelTable& table = kernelmeta::kernel_table();

@@ -7,6 +7,8 @@
 #include "tests/size_checks.h"
 #include "tests/team_kernels.h"
 
+using namespace kernelmeta;
+
 int main() {
   int status = 0;
   const int64_t capacities[] = {INT64_MAX, 1500, 0};

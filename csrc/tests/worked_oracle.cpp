@@ -7,6 +7,8 @@
 #include "cpu/block.h"
 #include "cpu/program_kernels.h"
 
+using namespace kernelmeta;
+
 namespace kernelmeta {
 void* scratch(int64_t bytes) {
   static std::vector<Pack<double>> memory;
