@@ -21,19 +21,19 @@ class KeptNumbers:
         self._numbers: Sequence[float] = ()
         self._tensor: Tensor | None = None
 
-    def __call__(self, numbers: Sequence[float], like: Tensor) -> Tensor:
-        """[len(numbers)], without gradient."""
-        kept = self._tensor
+    def __call__(self, numbers: Sequence[float], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[len(numbers)], without gradient; of ``like``'s type where no other is told."""
+        kept, dtype = self._tensor, dtype or like.dtype
         if (
             kept is not None
-            and kept.dtype is like.dtype
+            and kept.dtype is dtype
             and kept.device == like.device
             and self._numbers == numbers
             and not is_traced()
         ):
             return kept
         with torch.inference_mode(False):
-            made = torch.tensor(numbers, dtype=like.dtype, device=like.device)
+            made = torch.tensor(numbers, dtype=dtype, device=like.device)
         if type(like) in (Tensor, torch.nn.Parameter) and type(made) is Tensor and not is_traced():
             self._numbers, self._tensor = numbers, made
         return made

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Literal, overload
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
 
@@ -12,6 +14,14 @@ from kernelmeta.tasks import Classifier, Ragged
 
 class Learner(nn.Module, ABC):
     """A module that makes a classifier for each of T tasks, and classifies the tasks' query rows with it."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # torch.compile counts by code what it has compiled, and stops at eight: every class has code of its own.
+        shared = Learner.forward
+        own = FunctionType(shared.__code__.replace(), shared.__globals__, shared.__name__, shared.__defaults__)
+        own.__kwdefaults__ = shared.__kwdefaults__
+        cls.forward = functools.update_wrapper(own, shared)  # type: ignore[method-assign]
 
     def forward(
         self,

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from kernelmeta import ops
 from kernelmeta.nn.learner import Learner
-from kernelmeta.reference.sib import cosine_classifier
-from kernelmeta.reference.task_rows import gathered
 from kernelmeta.tasks import Classifier, Ragged
 
 
@@ -48,16 +46,11 @@ class Prototypes(Learner):
         query_index: Tensor | None = None,
         ragged: Ragged | None = None,
     ) -> Tensor | tuple[Tensor, Classifier]:
-        if ragged is not None:
-            return ops.program(
-                support, support_labels, query, (), n_way=self.n_way, weight=self.weight, scale=self.scale,
-                bias=self.bias, return_weights=return_weights, support_index=support_index, query_index=query_index,
-                ragged=ragged,
-            )  # fmt: skip
-        support, query = gathered(support, support_index, "support"), gathered(query, query_index, "query")
-        theta = ops.class_means(support, support_labels, self.n_way, self.weight)
-        logits = cosine_classifier(theta, query.to(theta.dtype), self.scale, self.bias)
-        return (logits, Classifier.cosine(theta)) if return_weights else logits
+        return ops.program(
+            support, support_labels, query, (), n_way=self.n_way, weight=self.weight, scale=self.scale,
+            bias=self.bias, return_weights=return_weights, support_index=support_index, query_index=query_index,
+            ragged=ragged,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         return f"n_way={self.n_way}, n_features={self.n_features}"

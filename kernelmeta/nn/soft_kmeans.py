@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernelmeta import ops
+from kernelmeta.nn.kept import KeptNumbers
 from kernelmeta.nn.learner import Learner
 from kernelmeta.phases import Phase
 from kernelmeta.tasks import Classifier, Ragged
@@ -32,6 +33,7 @@ class SoftKMeans(Learner):
             raise ValueError(f"n_way and steps: expected 1 and 0 or more, got {n_way} and {steps}")
         self.n_way, self.n_features, self.steps, self.scale = n_way, n_features, steps, scale
         self.phases = (Phase("soft_assignment", steps, 1.0),)
+        self._kept_scale = KeptNumbers()
 
     def _adapt(
         self,
@@ -45,8 +47,8 @@ class SoftKMeans(Learner):
         ragged: Ragged | None = None,
     ) -> Tensor | tuple[Tensor, Classifier]:
         # In float32 at least, whatever the features are stored in.
-        dtype = torch.promote_types(torch.promote_types(support.dtype, query.dtype), torch.float32)
-        scale = torch.full((1,), self.scale, dtype=dtype, device=support.device)
+        wide = torch.float64 in (support.dtype, query.dtype)
+        scale = self._kept_scale((self.scale,), support, torch.float64 if wide else torch.float32)
         return ops.program(
             support, support_labels, query, self.phases, n_way=self.n_way, scale=scale, return_weights=return_weights,
             support_index=support_index, query_index=query_index, ragged=ragged,

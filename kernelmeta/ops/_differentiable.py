@@ -98,6 +98,9 @@ class DifferentiableOp:
         self.name = name
         self.n_outputs = outputs
         self.has_trace, self._trace = trace is not None, trace
+        # The last argument of the raw op, where it has one: whether to leave a trace.
+        self._traced: Args = (True,) if self.has_trace else ()
+        self._untraced: Args = (False,) if self.has_trace else ()
         self._results, self._rows = tuple(results), dict(rows)
         self._fake, self._plain, self._reference, self._work = fake, plain, reference or plain, work
         self.shared = Signature(arguments)
@@ -156,56 +159,60 @@ class DifferentiableOp:
         """The results of the raw op, but for the trace, differentiable wherever it is called.
 
         Args:
-            args: what `arguments` made of them; all in a precision that the kernels take, as `in_precision` gives it.
+            args: what `arguments` made of them; all in a precision that the kernels take, as `cast` gives it.
         """
         if torch.compiler.is_compiling():
             # torch.compile(torch.func.grad(...)) drops the backward of a Function without a word: there the
             # plain PyTorch form is traced.
             if torch._C._are_functorch_transforms_active():
-                return self._without_trace(self.plain_forward(*args, *self._flag(False)))
-            return self._without_trace(self.raw(*self._gathered(args), *self._flag(True)))
+                return self._without_trace(self.plain_forward(*args, *self._untraced))
+            return self._without_trace(self.raw(*self._gathered(args), *self._traced))
         if torch._C._are_functorch_transforms_active():
             if any(level.key() == TransformType.Jvp for level in get_interpreter_stack()):
-                return self._without_trace(self.plain_forward(*args, *self._flag(False)))
-            return self._without_trace(self._functional.apply(*self._gathered(args), *self._flag(True)))
+                return self._without_trace(self.plain_forward(*args, *self._untraced))
+            return self._without_trace(self._functional.apply(*self._gathered(args), *self._traced))
         if forward_ad._current_level >= 0 and self._has_tangent(args):
-            return self._without_trace(self.plain_forward(*args, *self._flag(False)))
+            return self._without_trace(self.plain_forward(*args, *self._untraced))
         if torch.is_grad_enabled():
             for tensor in args[: self.n_tensors]:
                 if tensor is not None and tensor.requires_grad:
                     args = self._gathered(args)
-                    return self._eager((*args[self.n_tensors :], *self._flag(True)), *args[: self.n_tensors])
+                    return self._eager((*args[self.n_tensors :], *self._traced), *args[: self.n_tensors])
         with torch._C._AutoDispatchBelowAutograd():
-            return self._without_trace(self._run(*args, *self._flag(False)))
+            return self._without_trace(self._run(*args, *self._untraced))
 
     def run(self, backend: str, args: Args) -> Any:
         """The same on a backend, in the precision that the arguments promote to."""
-        args, result_type = self.in_precision(args)
-        if backend == "reference":
-            filled = self._filled(self._reference(self.signature.call(*args)))
-            results: Any = filled if len(filled) > 1 else filled[0]
-        else:
-            results = self._on.get(backend, self)(args)
-        if result_type is None:
-            return results
+        precision = self.precision(args)
+        if precision is None:
+            return self.compute(backend, args)
+        compute, result_type = precision
+        results = self.compute(backend, self.cast(args, compute))
         if isinstance(results, Tensor):
             return results.to(result_type)
         return tuple(r.to(result_type) if i < self.n_outputs else r for i, r in enumerate(results))
 
-    def in_precision(self, args: Args) -> tuple[Args, torch.dtype | None]:
-        """The arguments with all parameters in the type to compute in, and the type of the outputs (None: the same).
+    def precision(self, args: Args) -> tuple[torch.dtype, torch.dtype] | None:
+        """See `_checks.precisions`."""
+        return _checks.precisions([args[i] for i in self._differentiable])
+
+    def compute(self, backend: str, args: Args) -> Any:
+        """The same of arguments in one precision, as `cast` gives them."""
+        if backend != "reference":
+            return self._on.get(backend, self)(args)
+        results = self._filled(self._reference(self.signature.call(*args)))
+        return results if len(results) > 1 else results[0]
+
+    def cast(self, args: Args, compute: torch.dtype) -> Args:
+        """The arguments with all parameters in the type to compute in, float32 or float64.
 
         Features stay in what they are stored in, unless float64 is computed in.
         """
-        precision = _checks.precisions([args[i] for i in self._differentiable])
-        if precision is None:
-            return args, None
-        compute, result_type = precision
         changed = list(args)
         for i in (*self._computed, *(self._features if compute is torch.float64 else ())):
             if changed[i] is not None:
                 changed[i] = changed[i].to(compute)
-        return tuple(changed), result_type
+        return tuple(changed)
 
     def define_on(
         self,
@@ -270,9 +277,6 @@ class DifferentiableOp:
         assert first is not None
         return tuple(first.new_empty(0) if r is None else r.contiguous() for r in results)
 
-    def _flag(self, save: bool) -> tuple[bool, ...]:
-        return (save,) if self.has_trace else ()
-
     def _without_trace(self, results: Any) -> Any:
         if not self.has_trace:
             return results
@@ -335,15 +339,21 @@ class DifferentiableOp:
     def _backward_call(self, args: Args, trace: Args, grads: Args, needs: Sequence[bool]) -> Args:
         """The arguments of the backward op. ``grads``: one for each output, None where no gradient arrived."""
         first, *others = grads
-        absent = [g is None or (g.dim() == 1 and g.shape[0] == 0) for g in others]  # (or that of an empty tensor)
-        if first is None or (not all(absent) and any(absent)):
-            fakes = self._fake(self.signature.call(*args[: len(self.signature.names)]))
-            first = torch.zeros_like(fakes[0]) if first is None else first
-            if not all(absent):
-                others = [torch.zeros_like(f) if a else g for f, a, g in zip(fakes[1:], absent, others, strict=False)]
-                absent = [False] * len(others)
-        others = [None if a else g for a, g in zip(absent, others, strict=True)]
-        return (first, *others, *trace, *args[: len(self.shared.names)], *(bool(needs[i]) for i in self._features))
+        if first is None or others.count(None) < len(others):
+            first, *others = self._filled_in(args, first, others)
+        needed = [bool(needs[i]) for i in self._features]
+        return (first, *others, *trace, *args[: len(self.shared.names)], *needed)
+
+    def _filled_in(self, args: Args, first: Tensor | None, others: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Gradients of the outputs as the backward op takes them: all but the first there, or None (or empty)."""
+        absent = [g is None or (g.dim() == 1 and g.shape[0] == 0) for g in others]
+        if first is not None and all(absent):
+            return (first, *[None] * len(others))
+        zeros = [torch.zeros_like(f) for f in self._fake(self.signature.call(*args[: len(self.signature.names)]))]
+        first = zeros[0] if first is None else first
+        if all(absent):
+            return (first, *[None] * len(others))
+        return (first, *(z if a else g for z, a, g in zip(zeros[1:], absent, others, strict=False)))
 
     def _trace_of(self, residuals: Sequence[Tensor]) -> Args:
         return tuple(residuals[-1:]) if self.has_trace else ()

@@ -13,10 +13,13 @@ FEATURES = (
 SIZES = "int max_support, int max_query"  # -1 where they are not known
 
 
+_EVEN: dict[str, Any] = dict.fromkeys(Ragged._fields[:3]) | {"max_support": -1, "max_query": -1}
+
+
 def fields(ragged: Ragged | None) -> dict[str, Any]:
     """The arguments of the raw op that say where tasks begin."""
     if ragged is None:
-        ragged = Ragged(None, None)  # type: ignore[arg-type]  # what the raw op takes where all tasks are alike
+        return _EVEN
     known = {"max_support": ragged.max_support, "max_query": ragged.max_query}
     return ragged._asdict() | {name: -1 if most is None else most for name, most in known.items()}
 

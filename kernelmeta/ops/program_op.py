@@ -6,6 +6,7 @@ time of a step does not depend on D. What they compute is what kernelmeta/refere
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
@@ -107,20 +108,19 @@ def _work(call: Any) -> int:
     return T * total
 
 
-def _has_many_rows(call: Any) -> bool:
-    """Whether the rows of a task are so many that their Gram matrix is not worth forming.
+@functools.lru_cache(maxsize=1024)
+def _outgrow_gram(T: int, supports: int, queries: int, N: int, D: int, phases: tuple[int, ...]) -> bool:
+    """Whether T tasks with so many support and query rows together take fewer multiplications without Gram matrices.
 
     It takes (S + Q)^2 D / 2 multiplications a task, and (S + Q)^2 elements; without it a step takes 2 (S + Q) N D, in
     products that PyTorch's own are good at. Those come with some dozen calls a step.
     """
-    support, query, T = _ragged.shapes(call)
-    S, Q = (math.prod(rows) // max(T, 1) for rows in (support, query))
-    N, D, of_query = call.n_way, call.query.shape[-1], call.phases[1::4]
+    S, Q, of_query, steps = supports // max(T, 1), queries // max(T, 1), phases[1::4], sum(phases[3::4])
     gram = (0 if all(of_query) else S * (S / 2 + Q)) + (Q * Q / 2 if any(of_query) else 0)
     rows = Q + (0 if all(of_query) else S)
-    with_gram = gram * D + sum(call.phases[3::4]) * gram * N
-    without = (3 + 2 * sum(call.phases[3::4])) * rows * N * D
-    calls = 2e6 * (1 + sum(call.phases[3::4]))
+    with_gram = gram * D + steps * gram * N
+    without = (3 + 2 * steps) * rows * N * D
+    calls = 2e6 * (1 + steps)
     return T * with_gram > 2 * T * without + calls
 
 
@@ -275,24 +275,30 @@ def program(
     if rates is not None:
         _checks.shape("rates", rates, (K,), "[K], one for each step of all phases,")
     mlp = mlp if any(p.oracle == "synthetic_gradient" for p in phases) else None
+    precision = _checks.precisions([*named.values(), *(mlp or ())])
+    compute, result_type = (query.dtype, None) if precision is None else precision
+    if rates is None:
+        # (not a tensor of numbers: a copy to a GPU waits for it)
+        steps = [torch.full((p.steps,), float(p.lr), dtype=compute, device=query.device) for p in phases]
+        rates = steps[0] if len(steps) == 1 else torch.cat(steps) if steps else query.new_empty(0, dtype=compute)
+    encoded = encode(phases, reduction)
     args = OP.arguments(
         support=support, support_index=support_index, query=query, query_index=query_index,
         support_labels=support_labels, **_ragged.fields(ragged), theta0=theta0, weight=weight, scale=scale, bias=bias,
         target_scale=target_scale, rates=rates, mlp=mlp or [None] * 10,
-        running_stats=None if mlp is None else running_stats, n_way=n_way, phases=encode(phases, reduction),
+        running_stats=None if mlp is None else running_stats, n_way=n_way, phases=encoded,
         cosine=classifier == "cosine", start=STARTS.index("learned" if theta0 is not None else str(start)),
         first_order=first_order, coefficients=return_weights,
     )  # fmt: skip
-    args, result_type = OP.in_precision(args)
-    if rates is None:
-        compute = query.dtype if result_type is None else _checks.compute_type(result_type)
-        # (not a tensor of numbers: a copy to a GPU waits for it)
-        steps = [torch.full((p.steps,), float(p.lr), dtype=compute, device=query.device) for p in phases]
-        args = OP.signature.replace(args, rates=torch.cat(steps) if steps else query.new_empty(0, dtype=compute))
+    if precision is not None:
+        args = OP.cast(args, compute)
     backend = select(query.device.type)
-    if backend != "reference" and not is_traced() and _has_many_rows(OP.signature.call(*args)):
-        backend = "reference"
-    logits, *coefficients = OP.run(backend, args)
+    if backend != "reference" and not is_traced():
+        T = support_labels.shape[0] if ragged is None else ragged.support_offsets.shape[0] - 1
+        queries = query.numel() // D if query_index is None else query_index.numel()
+        if _outgrow_gram(T, support_labels.numel(), queries, n_way, D, tuple(encoded)):
+            backend = "reference"
+    logits, *coefficients = OP.compute(backend, args)
     if not return_weights:
         return logits if result_type is None else logits.to(result_type)
     made = (logits, *_classifiers(OP.signature.call(*args), *coefficients))

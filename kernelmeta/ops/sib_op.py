@@ -320,11 +320,13 @@ def _check_options(
 
 def _run(backend: str, args: Args, norm_stats: str, T: int) -> Any:
     if norm_stats == "batch" and T != 1:  # all tasks together: no kernel does that
-        args, result_type = OP.in_precision(args)
+        precision = OP.precision(args)
+        if precision is not None:
+            args = OP.cast(args, precision[0])
         loop = reference.sib_inner_loop if backend == "reference" and not is_traced() else explicit.sib_inner_loop
         results: Any = _plain(OP.signature.call(*args), loop, "batch")
-        if result_type is not None:
-            results = (*(None if t is None else t.to(result_type) for t in results[:2]), results[2])
+        if precision is not None:
+            results = (*(None if t is None else t.to(precision[1]) for t in results[:2]), results[2])
     else:
         results = OP.run(backend, args)
     logits, weights, stats = results

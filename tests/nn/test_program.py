@@ -117,7 +117,6 @@ def test_rows_of_a_bank(name: str) -> None:
 def test_compiles_and_trains(name: str) -> None:
     head = HEADS[name]()
     support, query = EPISODE.support.float(), EPISODE.query.float()
-    torch.compiler.reset()  # every learner has this forward, and PyTorch compiles a function eight times at most
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
     got, want = compiled(support, EPISODE.labels, query), head(support, EPISODE.labels, query)
     assert_close([got], [want], 1e-6)
