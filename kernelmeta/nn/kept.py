@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from kernelmeta.backends import is_traced
+
+Numbers = tuple[float, ...] | tuple[tuple[float, ...]]
 
 
 class KeptNumbers:
@@ -18,11 +18,11 @@ class KeptNumbers:
     """
 
     def __init__(self) -> None:
-        self._numbers: Sequence[float] = ()
+        self._numbers: Numbers = ()
         self._tensor: Tensor | None = None
 
-    def __call__(self, numbers: Sequence[float], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """[len(numbers)], without gradient; of ``like``'s type where no other is told."""
+    def __call__(self, numbers: Numbers, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """[len(numbers)], or one row of them, without gradient; of ``like``'s type where no other is told."""
         kept, dtype = self._tensor, dtype or like.dtype
         if (
             kept is not None

@@ -142,10 +142,10 @@ class SIB(TrainsAtOnce):
             return  # a backward pass that runs the forward pass again (torch.utils.checkpoint)
         running, K, keep = self.mlp.running_stats, self.steps, 1 - self.momentum
         # What each step's statistics weigh in the running ones after the last step.
-        shares = self._shares(tuple([self.momentum * keep ** (K - 1 - k) for k in range(K)]), running)
+        shares = self._shares((tuple([self.momentum * keep ** (K - 1 - k) for k in range(K)]),), running)
         if stats.dtype is not running.dtype:
             stats = stats.to(running.dtype)
-        running.view(1, -1).addmm_(shares.view(1, K), stats.view(K, -1), beta=keep**K)
+        running.view(1, -1).addmm_(shares, stats.view(K, -1), beta=keep**K)
 
     @staticmethod
     def from_xfer(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
