@@ -108,8 +108,8 @@ def judge(f: Callable[[Episode], torch.Tensor], episode: Episode, backend: str) 
     # draw that the median of a few says little. Gradients of collinear rows lose some more by way of the Gram matrix.
     floor = torch.tensor([1e-6, *[2e-5] * (plain.shape[1] - 1)], dtype=plain.dtype)
     usual = plain.median(0).values.maximum(floor)
-    most = torch.where(usual < 1e-4, 6, 30)
-    most[0] = 3 if usual[0] < 1e-4 else 30
+    most = torch.where(usual < 3e-5, 6, 30)
+    most[0] = 3 if usual[0] < 3e-5 else 30
     if (single.median(0).values > most * usual).any():
         complaints["float32"] = (single.median(0).values, plain.median(0).values)
     return complaints

@@ -120,7 +120,7 @@ def _outgrow_gram(T: int, supports: int, queries: int, N: int, D: int, phases: t
     rows = Q + (0 if all(of_query) else S)
     with_gram = gram * D + steps * gram * N
     without = (3 + 2 * steps) * rows * N * D
-    calls = 2e6 * (1 + steps)
+    calls = 1.5e6 * (1 + steps)
     return T * with_gram > 2 * T * without + calls
 
 

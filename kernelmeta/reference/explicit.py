@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from kernelmeta.mlp_parameters import MLPParameters
-from kernelmeta.reference.norms import FLOOR, length, unit
+from kernelmeta.reference.norms import FLOOR, unit, unit_and_length
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.synthetic_gradient_mlp import mlp_with_norm_stats, stack_norm_stats
 from kernelmeta.tasks import Classifier
@@ -46,11 +46,10 @@ def sib_inner_loop(
     e = scale * (inner_lr if reduction == "sum" else inner_lr / query.shape[-2])
     rows, theta, used = unit(query), theta0, []  # Xhat
     for _ in range(steps):
-        h = unit(theta)
+        h, r = unit_and_length(theta)
         logits = scale * (rows @ h.transpose(-1, -2) + bias)
         G, stats = mlp_with_norm_stats(logits, mlp, norm_stats=norm_stats, running_stats=running_stats)
         v = G.transpose(-1, -2) @ rows
-        r = length(theta)
         w = v - h * (h * v).sum(-1, keepdim=True) * (r > FLOOR)
         theta = theta - e / r * w
         used.append(stats)

@@ -8,25 +8,20 @@ from torch import Tensor
 FLOOR = 1e-12  # the least that a row is divided by, as in torch.nn.functional.normalize
 
 
-def _scaled(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows over a number near their length; that number; their length over it. For D features: [..., D], [..., 1].
+def unit_and_length(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``x / max(|x|, 1e-12)`` and ``max(|x|, 1e-12)`` of rows [..., D], as [..., D] and [..., 1].
 
-    The number is a constant: neither the length nor the normalised row depends on it.
+    Their derivatives are finite at zero, all of them.
     """
+    # Over its largest element, a constant: neither the length nor the normalised row depends on it. The sum of squares
+    # is then at least 1, but where the row is at the floor.
     least = max(FLOOR, torch.finfo(rows.dtype).tiny)
-    number = rows.detach().abs().amax(-1, keepdim=True).clamp_min(least)
-    scaled = rows / number
-    squares = scaled.square().sum(-1, keepdim=True)
-    return scaled, number, squares.clamp_min((FLOOR / number).square()).sqrt()
+    largest = rows.detach().abs().amax(-1, keepdim=True).clamp_min(least)
+    scaled = rows / largest
+    over_largest = scaled.square().sum(-1, keepdim=True).clamp_min((FLOOR / least) ** 2).sqrt()
+    return scaled / over_largest, largest * over_largest
 
 
 def unit(rows: Tensor) -> Tensor:
-    """``x / max(|x|, 1e-12)`` of rows [..., D]. Its derivatives are finite at zero, all of them."""
-    scaled, _, length = _scaled(rows)
-    return scaled / length
-
-
-def length(rows: Tensor) -> Tensor:
-    """``max(|x|, 1e-12)`` of rows [..., D], as [..., 1]."""
-    _, number, over_number = _scaled(rows)
-    return number * over_number
+    """``x / max(|x|, 1e-12)`` of rows [..., D]."""
+    return unit_and_length(rows)[0]

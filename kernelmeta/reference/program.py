@@ -22,11 +22,13 @@ from torch.nn.functional import one_hot, pad
 from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.phases import Phase
 from kernelmeta.reference.class_means import check_labels, class_means
-from kernelmeta.reference.norms import FLOOR, length, unit
+from kernelmeta.reference.norms import FLOOR, unit, unit_and_length
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.synthetic_gradient_mlp import synthetic_gradient_mlp
 from kernelmeta.reference.task_rows import each_task, gathered
 from kernelmeta.tasks import Classifier, Ragged
+
+FEW = 32  # ways up to which PyTorch is quicker with the classes of many rows in the outer dimension
 
 
 class Adapted(NamedTuple):
@@ -100,35 +102,40 @@ def run_phases(
     if cosine:
         support, query = unit(support), unit(query)
         assert scale is not None
-    theta = theta0
+    theta, lrs = theta0, rates.unbind()
     a = theta0.new_ones(T, N)
     b = theta0.new_zeros(T, N) if cosine or bias is None else bias.expand(T, N)
-    shift: Tensor | float = bias if cosine and bias is not None else 0.0
     zero = {"support": torch.zeros_like(y), "query": theta0.new_zeros(T, query.shape[-2], N)}
     P = zero if coefficients else {}
 
     def classify(rows: Tensor) -> Tensor:
-        if scale is not None and cosine:
-            return scale * (shift + rows @ unit(theta).transpose(-1, -2))
-        return rows @ theta.transpose(-1, -2) + b.unsqueeze(-2)
+        """Logits [T, rows, N]."""
+        weights = scale * unit(theta) if scale is not None and cosine else theta
+        products = (weights @ rows.transpose(-1, -2)).transpose(-1, -2) if N < FEW else rows @ weights.transpose(-1, -2)
+        if not cosine:
+            return products + b.unsqueeze(-2)
+        return products if bias is None or scale is None else products + scale * bias
 
     k = 0
     for phase in phases:
         assert phase.rows is not None
         rows = support if phase.rows == "support" else query
         start = (theta, a, dict(P))
+        if phase.oracle == "soft_assignment":
+            counts = y.sum(-2)  # [T, N]
+            anchor = counts.unsqueeze(-1) * theta
         for _ in range(phase.steps):
-            lr, logits = rates[k], classify(rows)
+            lr, logits = lrs[k], classify(rows)
             k += 1
             if phase.oracle == "soft_assignment":
-                p, counts = logits.softmax(-1), y.sum(-2)  # [T, Q, N], [T, N]
-                mass = counts + p.sum(-2)
-                mean = (counts.unsqueeze(-1) * start[0] + p.transpose(-1, -2) @ rows) / mass.unsqueeze(-1)
-                theta = (1 - lr) * theta + lr * mean
-                a = (1 - lr) * a + lr * counts * start[1] / mass
+                p = logits.transpose(-1, -2).softmax(-2) if N < FEW else logits.softmax(-1).transpose(-1, -2)
+                mass = counts + p.sum(-1)
+                theta = torch.lerp(theta, (anchor + p @ rows) / mass.unsqueeze(-1), lr)
+                if coefficients:
+                    a = torch.lerp(a, counts * start[1] / mass, lr)
                 for part in P:
-                    moved = counts.unsqueeze(-2) * start[2][part] + (p if part == "query" else 0)
-                    P[part] = (1 - lr) * P[part] + lr * moved / mass.unsqueeze(-2)
+                    moved = counts.unsqueeze(-2) * start[2][part] + (p.transpose(-1, -2) if part == "query" else 0)
+                    P[part] = torch.lerp(P[part], moved / mass.unsqueeze(-2), lr)
                 continue
             G = oracle_gradient(
                 phase.oracle, logits, y if phase.rows == "support" else None, mean=phase.means(reduction),
@@ -139,19 +146,19 @@ def run_phases(
             step = G.transpose(-1, -2) @ rows
             if cosine:
                 assert scale is not None
-                h, r = unit(theta), length(theta)
+                h, r = unit_and_length(theta)
                 # Sum of G times the cosines; where |theta| is at its floor, a cosine's gradient is the whole row.
                 along = (h * step).sum(-1, keepdim=True) * (r > FLOOR)
                 theta = theta - lr * scale * (step - h * along) / r
-                grown = (1 + lr * scale * along / r.square()).squeeze(-1)
-                a = a * grown
-                P = {part: value * grown.unsqueeze(-2) for part, value in P.items()}
-                if P:
+                if coefficients:
+                    grown = (1 + lr * scale * along / r.square()).squeeze(-1)
+                    a = a * grown
+                    P = {part: value * grown.unsqueeze(-2) for part, value in P.items()}
                     P[phase.rows] = P[phase.rows] - lr * scale * G / r.transpose(-1, -2)
             else:
                 theta = theta - lr * step
                 b = b - lr * G.sum(-2)
-                if P:
+                if coefficients:
                     P[phase.rows] = P[phase.rows] - lr * G
     P = P or zero
     return Adapted(classify(query), theta, b, P["support"], P["query"], a)
@@ -183,7 +190,7 @@ def adapt(
 ) -> Adapted:
     """Everything that a program leaves; arguments as :func:`kernelmeta.ops.program`.
 
-    Without ``coefficients`` those of the rows are zeros.
+    Without ``coefficients`` those of the rows are zeros, and those of the start ones.
     """
     support, query = gathered(support, support_index, "support"), gathered(query, query_index, "query")
     if rates is None:

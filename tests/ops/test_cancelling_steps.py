@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cancelling import RATES, ROWS, SHAPES, draw_tasks, judge, program, sib
+from cancelling import RATES, ROWS, SHAPES, draw_tasks, errors, judge, program, run, sib
 
 import kernelmeta as km
 
@@ -27,6 +27,24 @@ def test_program(shape: str, oracle: str) -> None:
         phase = km.nn.Phase(oracle, 4, rate)
         episode = draw_tasks(shape, ("random", "duplicate")[seed % 2], seed)
         assert not judge(lambda e, phase=phase: program(e, phase), episode, "cpu"), rate
+
+
+def test_errors_over_many_draws() -> None:
+    """Where one draw says little, since digits are lost in any form: a rate of 10, cross-entropy."""
+    phase, ratios = km.nn.Phase("cross_entropy", 4, 10.0), []
+    for seed in range(16):
+        episode = draw_tasks("1-shot", ("random", "duplicate")[seed % 2], seed)
+        want, plain, single = (
+            run(lambda e: program(e, phase), episode, dtype, backend)
+            for dtype, backend in (
+                (torch.float64, "reference"),
+                (torch.float32, "reference"),
+                (torch.float32, "cpu"),
+            )
+        )
+        of_plain, of_kernel = (errors(found, want).median(0).values[:6] for found in (plain, single))
+        ratios.append(of_kernel / of_plain.clamp_min(1e-6))
+    assert (torch.stack(ratios).median(0).values < 3).all()
 
 
 def test_squared_error_of_one_shot() -> None:
