@@ -7,7 +7,7 @@ namespace {
 template <class B, class C = typename B::Scalar>
 __global__ void __launch_bounds__(B::kThreads)
     class_means_fwd_kernel(const __grid_constant__ ClassMeansProblem<C> p, C* theta0, Memory<C> memory) {
-  class_means_forward_body<B>(frame<B, ClassMeansLayout<B>>(), p, theta0, memory.template arena<B>(),
+  class_means_forward_body<B>(block_memory<B, ClassMeansLayout<B>>(), p, theta0, memory.template arena<B>(),
                               block_tasks());
 }
 
@@ -15,7 +15,7 @@ template <class B, class C = typename B::Scalar>
 __global__ void __launch_bounds__(B::kThreads)
     class_means_bwd_kernel(const __grid_constant__ ClassMeansProblem<C> p, const C* grad_theta0,
                            C* grad_support, C* partials, Memory<C> memory) {
-  class_means_backward_body<B>(frame<B, ClassMeansLayout<B>>(), p, grad_theta0, grad_support,
+  class_means_backward_body<B>(block_memory<B, ClassMeansLayout<B>>(), p, grad_theta0, grad_support,
                                partials + blockIdx.x * p.s.D, memory.template arena<B>(), block_tasks());
 }
 

@@ -7,7 +7,7 @@ namespace {
 template <class B, class C = typename B::Scalar>
 __global__ void __launch_bounds__(B::kThreads)
     linear_head_fwd_kernel(const __grid_constant__ HeadForward<C> f, int64_t stride, Memory<C> memory) {
-  head_forward_body<B>(frame<B, HeadForwardLayout<B>>(), f, stride, memory.template arena<B>(),
+  head_forward_body<B>(block_memory<B, HeadForwardLayout<B>>(), f, stride, memory.template arena<B>(),
                        block_tasks());
 }
 
@@ -15,7 +15,7 @@ template <class B, class C = typename B::Scalar>
 __global__ void __launch_bounds__(B::kThreads)
     linear_head_bwd_kernel(const __grid_constant__ HeadBackward<C> f, int64_t stride, int64_t size,
                            C* partials, Memory<C> memory) {
-  head_backward_body<B>(frame<B, HeadBackwardLayout<B>>(), f, stride, partials + blockIdx.x * size,
+  head_backward_body<B>(block_memory<B, HeadBackwardLayout<B>>(), f, stride, partials + blockIdx.x * size,
                         memory.template arena<B>(), block_tasks());
 }
 

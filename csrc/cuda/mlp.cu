@@ -7,7 +7,7 @@ namespace {
 template <class B, class C = typename B::Scalar>
 __global__ void __launch_bounds__(B::kThreads)
     mlp_fwd_kernel(const __grid_constant__ MlpProblem<C> p, C* out, Memory<C> memory) {
-  mlp_forward_body<B>(frame<B, MlpLayout<B>>(), p, out, memory.template arena<B>(), block_tasks());
+  mlp_forward_body<B>(block_memory<B, MlpLayout<B>>(), p, out, memory.template arena<B>(), block_tasks());
 }
 
 template <class B, class C = typename B::Scalar>
@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(B::kThreads)
     mlp_bwd_kernel(const __grid_constant__ MlpProblem<C> p, const C* grad_out, C* grad_logits, C* partials,
                    Memory<C> memory) {
   C* own = partials + blockIdx.x * MlpLayout<B>::sums_size(as<typename B::Sizes>(p.s));
-  mlp_backward_body<B>(frame<B, MlpLayout<B>>(), p, grad_out, grad_logits, own, memory.template arena<B>(),
+  mlp_backward_body<B>(block_memory<B, MlpLayout<B>>(), p, grad_out, grad_logits, own, memory.template arena<B>(),
                        block_tasks());
 }
 

@@ -9,7 +9,7 @@ __global__ void __launch_bounds__(B::kThreads)
     program_bwd_kernel(const __grid_constant__ ProgramBackward<C> f,
                        const __grid_constant__ ProgramDeviceCall<C> call, C* partials, int64_t size,
                        Memory<C> memory) {
-  program_backward_body<B>(frame<B, ProgramBackwardLayout<B>>(), f, call, partials + blockIdx.x * size, size,
+  program_backward_body<B>(block_memory<B, ProgramBackwardLayout<B>>(), f, call, partials + blockIdx.x * size, size,
                            memory.template arena<B>(), block_tasks());
 }
 

@@ -8,7 +8,7 @@ template <class B, class C = typename B::Scalar>
 __global__ void __launch_bounds__(B::kThreads)
     program_fwd_kernel(const __grid_constant__ ProgramForward<C> f,
                        const __grid_constant__ ProgramDeviceCall<C> call, Memory<C> memory) {
-  program_forward_body<B>(frame<B, ProgramForwardLayout<B>>(), f, call, memory.template arena<B>(),
+  program_forward_body<B>(block_memory<B, ProgramForwardLayout<B>>(), f, call, memory.template arena<B>(),
                           block_tasks());
 }
 

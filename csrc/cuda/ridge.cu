@@ -7,7 +7,7 @@ namespace {
 template <class B, class C = typename B::Scalar>
 __global__ void __launch_bounds__(B::kThreads)
     ridge_fwd_kernel(const __grid_constant__ RidgeForward<C> f, int64_t stride, Memory<C> memory) {
-  ridge_forward_body<B>(frame<B, RidgeForwardLayout<B>>(), f, stride, memory.template arena<B>(),
+  ridge_forward_body<B>(block_memory<B, RidgeForwardLayout<B>>(), f, stride, memory.template arena<B>(),
                         block_tasks());
 }
 
@@ -15,7 +15,7 @@ template <class B, class C = typename B::Scalar>
 __global__ void __launch_bounds__(B::kThreads)
     ridge_bwd_kernel(const __grid_constant__ RidgeBackward<C> f, int64_t stride, C* partials, int64_t size,
                      Memory<C> memory) {
-  ridge_backward_body<B>(frame<B, RidgeBackwardLayout<B>>(), f, stride, partials + blockIdx.x * size, size,
+  ridge_backward_body<B>(block_memory<B, RidgeBackwardLayout<B>>(), f, stride, partials + blockIdx.x * size, size,
                          memory.template arena<B>(), block_tasks());
 }
 

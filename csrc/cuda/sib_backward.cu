@@ -8,7 +8,7 @@ template <class B, class C = typename B::Scalar>
 __global__ void __launch_bounds__(B::kThreads)
     sib_bwd_kernel(const __grid_constant__ SibBackward<C> f, int64_t stride, C* partials, Memory<C> memory) {
   sib_backward_body<B>(
-      frame<B, SibBackwardLayout<B>>(), f, stride,
+      block_memory<B, SibBackwardLayout<B>>(), f, stride,
       partials + blockIdx.x * SibBackwardLayout<B>::sums_size(as<typename B::Sizes>(f.problem.s)),
       memory.template arena<B>(), block_tasks());
 }

@@ -7,7 +7,7 @@ namespace {
 template <class B, class C = typename B::Scalar>
 __global__ void __launch_bounds__(B::kThreads)
     sib_fwd_kernel(const __grid_constant__ SibForward<C> f, int64_t stride, Memory<C> memory) {
-  sib_forward_body<B>(frame<B, SibForwardLayout<B>>(), f, stride, memory.template arena<B>(), block_tasks());
+  sib_forward_body<B>(block_memory<B, SibForwardLayout<B>>(), f, stride, memory.template arena<B>(), block_tasks());
 }
 
 }  // namespace
