@@ -49,38 +49,38 @@ _DATA = (
 )
 _HELP = {
     "data": _DATA,
-    "backbone": f"of --weights, where the file does not tell: {_BACKBONE}",
-    "weights": "backbone's weights, if the data are images: a checkpoint of pretrain, or a published one",
-    "way": "classes an episode",
-    "shot": "support rows a class",
-    "query": "query rows a class",
-    "query_balance": "even, or dirichlet:ALPHA: how the classes share the query rows",
+    "backbone": f"the architecture of --weights, if the file does not say: {_BACKBONE}",
+    "weights": "weights of the backbone, if the data are images: a checkpoint of pretrain, or a published one",
+    "way": "classes in an episode",
+    "shot": "support rows of each class",
+    "query": "query rows for each class",
+    "query_balance": "how the query rows are divided among the classes: even, or dirichlet:ALPHA",
     "learner": f"what to train: {', '.join(LEARNERS)}",
     "steps": "inner steps K",
     "inner_lr": "inner learning rate",
     "phases": "inner loop of combined: ORACLE:STEPS:RATE, one or more with commas",
-    "classifier": "of combined: cosine or linear",
-    "start": "of combined: class_means, learned or zero",
+    "classifier": "classifier of combined: cosine or linear",
+    "start": "where combined starts: class_means, learned or zero",
     "hidden": "hidden units of the synthetic-gradient MLP (default: 8 a way), or of maml's network for features",
-    "first_order": "take the inner gradients for constants",
+    "first_order": "treat the inner gradients as constants",
     "learn_rates": "learn a rate for every inner step",
-    "channels": "of maml's Conv-4, if the data are pixels",
-    "scale": "of a cosine classifier, at first",
-    "norm_stats": "whose statistics its BatchNorm uses: task, batch or running",
+    "channels": "channels of maml's Conv-4, if the data are pixels",
+    "scale": "scale of a cosine classifier at the start",
+    "norm_stats": "statistics that the MLP's BatchNorm uses: task, batch or running",
     "episodes": "episodes to train on",
-    "tasks_per_step": "episodes a step of the optimizer",
+    "tasks_per_step": "episodes in each step of the optimizer",
     "optimizer": "a name in torch.optim",
     "lr": "learning rate of the optimizer",
     "momentum": "(Nesterov) momentum of SGD",
     "weight_decay": "weight decay of the optimizer",
-    "average": "evaluate a running mean of the weights over so many steps of the optimizer; 0: the last ones",
+    "average": "evaluate a running mean of the weights over this many steps of the optimizer; 0: the last weights",
     "validate_every": "episodes between validations, by default a tenth of the run; 0: never",
-    "seed": "of everything random",
-    "style": "size, normalisation, augmentation: miniimagenet (80 pixels) or cifar-fs (32); else by size",
+    "seed": "seed of everything random",
+    "style": "size, normalisation and augmentation: miniimagenet (80 pixels) or cifar-fs (32); by size if not given",
     "epochs": "passes over the images",
-    "warmup_epochs": "epochs in which the rate rises",
-    "milestone": "epoch after which the rate is a tenth",
-    "batch_size": "images a step",
+    "warmup_epochs": "epochs in which the learning rate rises",
+    "milestone": "epoch after which the learning rate is a tenth",
+    "batch_size": "images in each step",
 }
 _MOST_WORKERS = 1024
 # What `compare --quick` means.
@@ -139,7 +139,7 @@ def _machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-bad",
         action="store_true",
-        help="go on without images that cannot be read and rows that are not finite; the default is to stop",
+        help="skip images that cannot be read and rows that are not finite (default: stop with an error)",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -161,10 +161,10 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("extract", _extract, "Turn images into a feature bank.")
     command.add_argument("data", metavar="FOLDER|glyphs", help="a folder with train/, val/ and test/, or glyphs")
-    command.add_argument("--backbone", help=f"{_BACKBONE}; a checkpoint of pretrain tells")
+    command.add_argument("--backbone", help=f"{_BACKBONE}; a checkpoint of pretrain says it itself")
     command.add_argument("--weights", metavar="FILE", help=_HELP["weights"] + " (default: untrained)")
     command.add_argument("--style", help=_HELP["style"])
-    command.add_argument("--seed", type=int, default=0, help="of untrained weights (default: 0)")
+    command.add_argument("--seed", type=int, default=0, help="seed of untrained weights (default: 0)")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the bank to write")
     _machine(command)
 
@@ -174,21 +174,21 @@ def _parser() -> argparse.ArgumentParser:
         "--eval-episodes",
         type=int,
         default=2000,
-        help="of the evaluation at the end; 0: none (default: 2000)",
+        help="episodes of the evaluation at the end; 0: no evaluation (default: 2000)",
     )
     _machine(command)
 
     command = add("evaluate", _evaluate, "Accuracy of a trained learner beside prototypes and soft k-means.")
-    command.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT", help="of train, or a published one")
+    command.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT", help="what train made, or a published checkpoint")
     command.add_argument("--data", help=_DATA + " (default: as trained)")
     command.add_argument("--split", default="test", help="train, val or test (default: test)")
-    command.add_argument("--episodes", type=int, default=2000, help="(default: 2000)")
+    command.add_argument("--episodes", type=int, default=2000, help="episodes to evaluate on (default: 2000)")
     for name in ("shot", "query"):
         command.add_argument(f"--{name}", type=int, help=_HELP[name] + " (default: as trained)")
     command.add_argument("--query-balance", help=_HELP["query_balance"] + " (default: as trained)")
-    command.add_argument("--seed", type=int, default=0, help="of the episodes (default: 0)")
-    command.add_argument("--json", type=Path, metavar="FILE", help="write the results")
-    command.add_argument("--plot", type=Path, metavar="FILE", help="draw accuracy over the inner steps, PNG")
+    command.add_argument("--seed", type=int, default=0, help="seed of the episodes (default: 0)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw the accuracy over the inner steps, as a PNG")
     command.add_argument("--backbone", help=_HELP["backbone"])
     command.add_argument("--weights", metavar="FILE", help=_HELP["weights"])
     _machine(command)
@@ -221,14 +221,14 @@ def _compare_settings(command: argparse.ArgumentParser) -> None:
     add("learners", _learners, f"all, or some of {everybody}", ",".join(default.learners))
     add("way", int, _HELP["way"], default.way)
     add("query", int, _HELP["query"], default.query)
-    add("shots", _numbers, "support rows a class, one or more", "1,5")
-    add("balances", _words, "how the classes share the query rows, one or more", "even,dirichlet:2")
-    add("episodes", int, "on which the best settings of a learner are trained", default.episodes)
-    add("trial_episodes", int, "on which all settings are trained before", default.trial_episodes)
-    add("finalists", int, "how many settings are the best", default.finalists)
-    add("validation_episodes", int, "of the validation classes, to choose on", default.validation_episodes)
-    add("eval_episodes", int, "of the test classes", default.eval_episodes)
-    add("most_candidates", int, "settings to choose from, the first so many of a learner", "all")
+    add("shots", _numbers, "support rows of each class, one number or several with commas", "1,5")
+    add("balances", _words, _HELP["query_balance"] + ", or several with commas", "even,dirichlet:2")
+    add("episodes", int, "episodes that the best settings of a learner are trained on", default.episodes)
+    add("trial_episodes", int, "episodes that all settings are trained on before", default.trial_episodes)
+    add("finalists", int, "how many settings of a learner go on from there", default.finalists)
+    add("validation_episodes", int, "episodes of the validation classes to choose on", default.validation_episodes)
+    add("eval_episodes", int, "episodes of the test classes to evaluate on", default.eval_episodes)
+    add("most_candidates", int, "at most this many settings of a learner to choose from", "all")
     add("seed", int, _HELP["seed"], default.seed)
     command.add_argument(
         "--candidates", type=Path, metavar="FILE", help="JSON: learner -> list of settings of 'train' to choose from"

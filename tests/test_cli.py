@@ -289,17 +289,8 @@ def test_a_whole_network_is_trained_on_pixels(tmp_path, capsys):
 
 
 COMPARE = (
-    "compare",
-    "--way",
-    "3",
-    "--query",
-    "4",
-    "--shots",
-    "1",
-    "--learners",
-    "prototypes,soft_kmeans,sib",
-    "--quick",
-)
+    "compare", "--way", "3", "--query", "4", "--shots", "1", "--learners", "prototypes,soft_kmeans,sib", "--quick",
+)  # fmt: skip
 LITTLE = ("--episodes", "64", "--trial-episodes", "32", "--validation-episodes", "20", "--eval-episodes", "30")
 
 

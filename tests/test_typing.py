@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("mypy", reason="mypy is not installed")
 
 PROGRAM = """
 import torch
@@ -52,12 +52,37 @@ WRONG = [
 ]
 
 
-def test_results_have_types(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
+FIRST = PROGRAM.count("\n") + 2  # of WRONG, counted from 1
+
+
+def written(folder: Path) -> Path:
+    program = folder / "program.py"
     program.write_text(PROGRAM + "\n" + "\n".join(WRONG) + "\n")
-    first = PROGRAM.count("\n") + 2
+    return program
+
+
+def test_mypy_knows_the_results(tmp_path: Path) -> None:
+    pytest.importorskip("mypy", reason="mypy is not installed")
     # With the project's own settings, so that the linter's cache serves here too.
-    command = [sys.executable, "-m", "mypy", str(program)]
+    command = [sys.executable, "-m", "mypy", str(written(tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     found = {int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line}
-    assert found == {first + i for i in range(len(WRONG))}, done.stdout + done.stderr
+    assert found == {FIRST + i for i in range(len(WRONG))}, done.stdout + done.stderr
+
+
+def test_pyright_knows_the_results(tmp_path: Path) -> None:
+    """As an editor does that knows nothing of this project's settings."""
+    folder = Path(sys.executable).parent  # that of the environment, which need not be on the PATH
+    candidates = [shutil.which(name, path=path) for name in ("pyright", "basedpyright") for path in (folder, None)]
+    pyright = next(filter(None, candidates), None)
+    if pyright is None:
+        pytest.skip("neither pyright nor basedpyright is installed")
+    root = Path(__file__).parents[1]
+    settings = {"extraPaths": [str(root)], "typeCheckingMode": "standard"}
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [pyright, "--outputjson", "--pythonpath", sys.executable, "--project", str(tmp_path)]
+    written(tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    said = json.loads(done.stdout)["generalDiagnostics"]
+    found = {d["range"]["start"]["line"] + 1 for d in said if d["severity"] == "error"}
+    assert found == {FIRST + i for i in range(len(WRONG))}, done.stdout + done.stderr

@@ -8,9 +8,9 @@
 namespace kernelmeta::cpu {
 
 template <class C>
-class ClassMeans {
+class Kernel<ClassMeansArguments<C>> {
  public:
-  ClassMeans(const Device&, const ClassMeansArguments<C>& a)
+  Kernel(const Device&, const ClassMeansArguments<C>& a)
       : problem_(a.problem),
         classes_(a.labels.get(), a.s.T, a.s.S, a.s.N),
         work_((2 * a.s.S + a.s.N) * a.s.D) {

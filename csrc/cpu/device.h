@@ -16,33 +16,13 @@ namespace kernelmeta::cpu {
 
 // How a device runs each op: constructed from the device and the op's arguments, with `forward`, `backward`
 // and, where there is a training op, `training`.
-template <class C>
-class Sib;
-template <class C>
-class Mlp;
-template <class C>
-class ClassMeans;
-template <class C>
-class Head;
-template <class C>
-class Program;
-template <class C>
-class Ridge;
+template <class Arguments>
+class Kernel;
 
 class Device {
  public:
-  template <class C>
-  using Sib = cpu::Sib<C>;
-  template <class C>
-  using Mlp = cpu::Mlp<C>;
-  template <class C>
-  using ClassMeans = cpu::ClassMeans<C>;
-  template <class C>
-  using Head = cpu::Head<C>;
-  template <class C>
-  using Program = cpu::Program<C>;
-  template <class C>
-  using Ridge = cpu::Ridge<C>;
+  template <class Arguments>
+  using Kernel = cpu::Kernel<Arguments>;
 
   explicit Device(const Tensor&) {}
 

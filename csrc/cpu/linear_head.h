@@ -7,9 +7,9 @@
 namespace kernelmeta::cpu {
 
 template <class C>
-class Head {
+class Kernel<HeadArguments<C>> {
  public:
-  Head(const Device&, const HeadArguments<C>& a)
+  Kernel(const Device&, const HeadArguments<C>& a)
       : s_(a.s),
         work_(s_.D * (s_.S * s_.S / 2 + (2 * s_.S + s_.Q) * s_.N) + s_.K * s_.N * s_.S * (s_.S + 20)) {}
 

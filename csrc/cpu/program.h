@@ -8,9 +8,9 @@
 namespace kernelmeta::cpu {
 
 template <class C>
-class Program {
+class Kernel<ProgramArguments<C>> {
  public:
-  Program(const Device&, const ProgramArguments<C>& a)
+  Kernel(const Device&, const ProgramArguments<C>& a)
       : host_(a.on_host()),
         classes_(a.labels, a.support, host_.N),
         folded_(a.mlp.given() ? Folded<C>(a.mlp, a.mlp_sizes()) : Folded<C>()) {

@@ -8,9 +8,9 @@
 namespace kernelmeta::cpu {
 
 template <class C>
-class Ridge {
+class Kernel<RidgeArguments<C>> {
  public:
-  Ridge(const Device&, const RidgeArguments<C>& a)
+  Kernel(const Device&, const RidgeArguments<C>& a)
       : T_(a.problem.T), classes_(a.labels, a.support, a.problem.N) {
     const RidgeProblem<C> host = a.on_host();
     std::vector<int64_t> work;

@@ -8,9 +8,9 @@
 namespace kernelmeta::cpu {
 
 template <class C>
-class Sib {
+class Kernel<SibArguments<C>> {
  public:
-  Sib(const Device&, const SibArguments<C>& a)
+  Kernel(const Device&, const SibArguments<C>& a)
       : s_(a.s),
         mlp_(a.mlp, a.s),
         work_(s_.Q * s_.D * std::min(s_.Q / 2, 4 * s_.K * s_.N) + s_.Q * s_.N * s_.D +

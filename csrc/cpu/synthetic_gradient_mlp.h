@@ -7,9 +7,9 @@
 namespace kernelmeta::cpu {
 
 template <class C>
-class Mlp {
+class Kernel<MlpArguments<C>> {
  public:
-  Mlp(const Device&, const MlpArguments<C>& a) : a_(a), mlp_(a.mlp, a.s) {}
+  Kernel(const Device&, const MlpArguments<C>& a) : a_(a), mlp_(a.mlp, a.s) {}
 
   void forward(C* gradients) const {
     over_tasks(a_.s.T, mlp_work(a_.s), [&](int64_t begin, int64_t end) {

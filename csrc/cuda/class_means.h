@@ -7,9 +7,9 @@
 namespace kernelmeta::cuda {
 
 template <class C>
-class ClassMeans {
+class Kernel<ClassMeansArguments<C>> {
  public:
-  ClassMeans(const Device& device, const ClassMeansArguments<C>& a) : device_(device), problem_(a.problem) {}
+  Kernel(const Device& device, const ClassMeansArguments<C>& a) : device_(device), problem_(a.problem) {}
 
   void forward(C* theta0) const {
     const Plan plan = plan_class_means(problem_, false, device_.on().index);

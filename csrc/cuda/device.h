@@ -13,34 +13,14 @@ namespace kernelmeta::cuda {
 
 // How a device runs each op: constructed from the device and the op's arguments, with `forward` and
 // `backward`.
-template <class C>
-class Sib;
-template <class C>
-class Mlp;
-template <class C>
-class ClassMeans;
-template <class C>
-class Head;
-template <class C>
-class Program;
-template <class C>
-class Ridge;
+template <class Arguments>
+class Kernel;
 
 // Makes the tensors' device the current one while an op runs.
 class Device {
  public:
-  template <class C>
-  using Sib = cuda::Sib<C>;
-  template <class C>
-  using Mlp = cuda::Mlp<C>;
-  template <class C>
-  using ClassMeans = cuda::ClassMeans<C>;
-  template <class C>
-  using Head = cuda::Head<C>;
-  template <class C>
-  using Program = cuda::Program<C>;
-  template <class C>
-  using Ridge = cuda::Ridge<C>;
+  template <class Arguments>
+  using Kernel = cuda::Kernel<Arguments>;
 
   explicit Device(const Tensor& t) : on_(t), guard_(on_.index), stream_{on_.index, nullptr} {
     if (aoti_torch_get_current_cuda_stream(on_.index, &stream_.handle) != AOTI_TORCH_SUCCESS)

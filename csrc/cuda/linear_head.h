@@ -7,9 +7,9 @@
 namespace kernelmeta::cuda {
 
 template <class C>
-class Head {
+class Kernel<HeadArguments<C>> {
  public:
-  Head(const Device& device, const HeadArguments<C>&) : device_(device) {}
+  Kernel(const Device& device, const HeadArguments<C>&) : device_(device) {}
 
   void forward(const HeadForward<C>& run) const {
     const Plan plan = plan_linear_head_forward(run, device_.on().index);

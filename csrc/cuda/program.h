@@ -7,9 +7,9 @@
 namespace kernelmeta::cuda {
 
 template <class C>
-class Program {
+class Kernel<ProgramArguments<C>> {
  public:
-  Program(const Device& device, const ProgramArguments<C>& a)
+  Kernel(const Device& device, const ProgramArguments<C>& a)
       : device_(device), host_(a.on_host()), tasks_(tasks_of_each_size(a.support, a.query, a.labels)) {
     constexpr size_t kMost = ProgramDeviceCall<C>::kMostPhases;
     if (a.phases.size() > kMost) {

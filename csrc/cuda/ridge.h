@@ -7,9 +7,9 @@
 namespace kernelmeta::cuda {
 
 template <class C>
-class Ridge {
+class Kernel<RidgeArguments<C>> {
  public:
-  Ridge(const Device& device, const RidgeArguments<C>& a)
+  Kernel(const Device& device, const RidgeArguments<C>& a)
       : device_(device), host_(a.on_host()), tasks_(tasks_of_each_size(a.support, a.query, a.labels)) {
     for (const int64_t t : tasks_) stride_ = std::max(stride_, ridge_trace_size<C>(host_.sizes(t)));
   }

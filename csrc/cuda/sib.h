@@ -7,9 +7,9 @@
 namespace kernelmeta::cuda {
 
 template <class C>
-class Sib {
+class Kernel<SibArguments<C>> {
  public:
-  Sib(const Device& device, const SibArguments<C>& a) : device_(device), s_(a.s) {}
+  Kernel(const Device& device, const SibArguments<C>& a) : device_(device), s_(a.s) {}
 
   // stats: [K][2][2][H], the average over the tasks, or null.
   void forward(SibForward<C> run, C* stats) const {

@@ -7,9 +7,9 @@
 namespace kernelmeta::cuda {
 
 template <class C>
-class Mlp {
+class Kernel<MlpArguments<C>> {
  public:
-  Mlp(const Device& device, const MlpArguments<C>& a) : device_(device), problem_(a.problem) {}
+  Kernel(const Device& device, const MlpArguments<C>& a) : device_(device), problem_(a.problem) {}
 
   void forward(C* gradients) const {
     const Plan plan = plan_mlp(problem_, false, device_.on().index);

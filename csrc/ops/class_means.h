@@ -63,7 +63,7 @@ struct ClassMeansOp {
       using C = decltype(zero);
       const Device device(call.support);
       const ClassMeansArguments<C> a(call);
-      const typename Device::template ClassMeans<C> kernel(device, a);
+      const typename Device::template Kernel<ClassMeansArguments<C>> kernel(device, a);
       const Tensor theta0 = empty<C>(a.on, {a.s.T, a.s.N, a.s.D});
       kernel.forward(data<C>(theta0));
       return Tensors<results>{theta0};
@@ -83,7 +83,7 @@ struct ClassMeansBackwardOp {
       using C = decltype(zero);
       const Device device(call.of.support);
       const ClassMeansArguments<C> a(call.of);
-      const typename Device::template ClassMeans<C> kernel(device, a);
+      const typename Device::template Kernel<ClassMeansArguments<C>> kernel(device, a);
       const bool weighted = a.weight.get() != nullptr;
       const Parameter<C> grad(a.on, call.grad_theta0, {a.s.T, a.s.N, a.s.D}, "grad_theta0");
       const Tensor support = empty_if<C>(call.need_support, a.on, {a.s.T, a.s.S, a.s.D});

@@ -8,15 +8,6 @@
 
 namespace kernelmeta {
 
-struct HeadFeatures {
-  Reader& in;
-  Tensor support = in.take<Tensor>("support");
-  OptionalTensor support_index = in.take<OptionalTensor>("support_index");
-  Tensor query = in.take<Tensor>("query");
-  OptionalTensor query_index = in.take<OptionalTensor>("query_index");
-  Tensor support_labels = in.take<Tensor>("support_labels");
-};
-
 struct HeadParameters {
   Reader& in;
   Tensor weight = in.take<Tensor>("weight"), bias = in.take<Tensor>("bias"), rates = in.take<Tensor>("rates");
@@ -26,7 +17,7 @@ struct HeadParameters {
 
 struct HeadCall {
   Reader& in;
-  HeadFeatures features{in};
+  RowTensors features{in};
   HeadParameters parameters{in};
   bool return_weights = in.take<bool>("return_weights");
 };
@@ -48,7 +39,7 @@ struct HeadBackwardCall {
 
 struct HeadGradientsCall {
   Reader& in;
-  HeadFeatures features{in};
+  RowTensors features{in};
   Tensor query_labels = in.take<Tensor>("query_labels");
   HeadParameters parameters{in};
 };
@@ -63,7 +54,7 @@ struct HeadArguments {
   Parameter<C> weight, bias, rates;
   HeadProblem<C> problem;
 
-  HeadArguments(const HeadFeatures& f, const HeadParameters& p)
+  HeadArguments(const RowTensors& f, const HeadParameters& p)
       : on(f.query),
         support(on, f.support, f.support_index, "support"),
         query(on, f.query, f.query_index, "query"),
@@ -123,7 +114,7 @@ struct HeadOp {
       using C = decltype(zero);
       const Device device(call.of.features.query);
       const HeadArguments<C> a(device.template readable<C>(call.of.features), call.of.parameters);
-      const typename Device::template Head<C> kernel(device, a);
+      const typename Device::template Kernel<HeadArguments<C>> kernel(device, a);
       const Sizes& s = a.s;
       const bool return_weights = call.of.return_weights;
       const Tensor logits = empty<C>(a.on, {s.T, s.Q, s.N});
@@ -147,7 +138,7 @@ struct HeadBackwardOp {
       using C = decltype(zero);
       const Device device(call.of.features.query);
       const HeadArguments<C> a(device.template readable<C>(call.of.features), call.of.parameters);
-      const typename Device::template Head<C> kernel(device, a);
+      const typename Device::template Kernel<HeadArguments<C>> kernel(device, a);
       const Sizes& s = a.s;
       const Parameter<C> grad_logits(a.on, call.grad_logits, {s.T, s.Q, s.N}, "grad_logits");
       const Parameter<C> grad_heads(a.on, call.grad_heads, {s.T, s.N, s.D + 1}, "grad_heads");
@@ -176,7 +167,7 @@ struct HeadGradientsOp {
       using C = decltype(zero);
       const Device device(call.features.query);
       const HeadArguments<C> a(device.template readable<C>(call.features), call.parameters);
-      const typename Device::template Head<C> kernel(device, a);
+      const typename Device::template Kernel<HeadArguments<C>> kernel(device, a);
       const Sizes& s = a.s;
       const Labels labels(a.on, call.query_labels, s.T, s.Q, "query_labels", s.N);
       const Tensor measures = empty<C>(a.on, {2}), logits = empty<C>(a.on, {s.T, s.Q, s.N});

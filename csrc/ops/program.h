@@ -10,14 +10,7 @@ namespace kernelmeta {
 
 struct ProgramCall {
   Reader& in;
-  Tensor support = in.take<Tensor>("support");
-  OptionalTensor support_index = in.take<OptionalTensor>("support_index");
-  Tensor query = in.take<Tensor>("query");
-  OptionalTensor query_index = in.take<OptionalTensor>("query_index");
-  Tensor support_labels = in.take<Tensor>("support_labels");
-  OptionalTensor support_offsets = in.take<OptionalTensor>("support_offsets");
-  OptionalTensor query_offsets = in.take<OptionalTensor>("query_offsets");
-  OptionalTensor n_ways = in.take<OptionalTensor>("n_ways");
+  RaggedRowTensors rows{{in}};
   OptionalTensor theta0 = in.take<OptionalTensor>("theta0"), weight = in.take<OptionalTensor>("weight");
   OptionalTensor scale = in.take<OptionalTensor>("scale"), bias = in.take<OptionalTensor>("bias");
   OptionalTensor target_scale = in.take<OptionalTensor>("target_scale");
@@ -69,20 +62,14 @@ inline std::vector<Phase> phases_of(const std::vector<int64_t>& numbers, bool co
 
 // Checked, and as the kernels read them.
 template <class C>
-struct ProgramArguments {
-  TensorDevice on;
-  TaskFeatures support, query;
-  TaskLabels labels;
+struct ProgramArguments : RaggedArguments {
   MlpParameters<C> mlp;
   std::vector<Phase> phases;
   Parameter<C> theta0, weight, start_bias, rates;
   ProgramProblem<C> problem;
 
-  explicit ProgramArguments(const ProgramCall& call)
-      : on(call.query),
-        support(on, call.support, call.support_index, "support", call.support_offsets, call.max_support),
-        query(on, call.query, call.query_index, "query", call.query_offsets, call.max_query),
-        labels(on, call.support_labels, support, query, call.n_ways, call.n_way),
+  ProgramArguments(const RaggedRowTensors& rows, const ProgramCall& call)
+      : RaggedArguments(rows, call.n_way, call.max_support, call.max_query),
         mlp(on, call.mlp, call.running_stats, call.n_way),
         phases(phases_of(call.phases, call.cosine, mlp.given())) {
     const int64_t D = query.D(), N = call.n_way, T = query.T();
@@ -93,8 +80,8 @@ struct ProgramArguments {
     int64_t K = 0;
     for (const Phase& phase : phases)
       require(!__builtin_add_overflow(K, phase.steps, &K), "phases: too many steps");
-    const int64_t rows = support.all_rows() + query.all_rows() + 32 * (T + 1);
-    Elements().add({K + 1, 5, N, rows}).add({T + 1, N, D + 16}).add({K + 1, T + 1, N, 4});
+    const int64_t all_rows = support.all_rows() + query.all_rows() + 32 * (T + 1);
+    Elements().add({K + 1, 5, N, all_rows}).add({T + 1, N, D + 16}).add({K + 1, T + 1, N, 4});
     if (!support.known()) Elements().add({T, K + 1, 5, N, support.count(0) + query.count(0) + 32});
     problem = {};
     problem.start = Start(call.start);
@@ -133,9 +120,7 @@ struct ProgramArguments {
   // The problem as the host can look at it, sizes of tasks and all.
   ProgramProblem<C> on_host() const {
     ProgramProblem<C> p = problem;
-    p.support = support.task_rows_on_host();
-    p.query = query.task_rows_on_host();
-    p.classes = labels.classes_on_host();
+    put_tasks_on_host(p);
     p.scale = p.bias = p.target = nullptr;
     return p;
   }
@@ -152,9 +137,9 @@ struct ProgramOp {
   static Tensors<results> run(const Call& call) {
     return with_type(call.of.rates, [&](auto zero) {
       using C = decltype(zero);
-      const Device device(call.of.query);
-      const ProgramArguments<C> a(device.template readable<C>(call.of));
-      const typename Device::template Program<C> kernel(device, a);
+      const Device device(call.of.rows.query);
+      const ProgramArguments<C> a(device.template readable<C>(call.of.rows), call.of);
+      const typename Device::template Kernel<ProgramArguments<C>> kernel(device, a);
       const int64_t N = a.problem.N;
       const bool wanted = a.problem.coefficients;
       const Tensor logits = empty<C>(a.on, a.query.shape(N));
@@ -180,9 +165,9 @@ struct ProgramBackwardOp {
   static Tensors<results> run(const Call& call) {
     return with_type(call.of.rates, [&](auto zero) {
       using C = decltype(zero);
-      const Device device(call.of.query);
-      const ProgramArguments<C> a(device.template readable<C>(call.of));
-      const typename Device::template Program<C> kernel(device, a);
+      const Device device(call.of.rows.query);
+      const ProgramArguments<C> a(device.template readable<C>(call.of.rows), call.of);
+      const typename Device::template Kernel<ProgramArguments<C>> kernel(device, a);
       const ProgramProblem<C>& p = a.problem;
       const bool all =
           call.grad_support_coefficients && call.grad_query_coefficients && call.grad_start_coefficients;

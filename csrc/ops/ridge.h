@@ -10,14 +10,7 @@ namespace kernelmeta {
 
 struct RidgeCall {
   Reader& in;
-  Tensor support = in.take<Tensor>("support");
-  OptionalTensor support_index = in.take<OptionalTensor>("support_index");
-  Tensor query = in.take<Tensor>("query");
-  OptionalTensor query_index = in.take<OptionalTensor>("query_index");
-  Tensor support_labels = in.take<Tensor>("support_labels");
-  OptionalTensor support_offsets = in.take<OptionalTensor>("support_offsets");
-  OptionalTensor query_offsets = in.take<OptionalTensor>("query_offsets");
-  OptionalTensor n_ways = in.take<OptionalTensor>("n_ways");
+  RaggedRowTensors rows{{in}};
   Tensor regularization = in.take<Tensor>("regularization");
   Tensor scale = in.take<Tensor>("scale"), bias = in.take<Tensor>("bias");
   int64_t n_way = in.take<int64_t>("n_way");
@@ -41,17 +34,11 @@ struct RidgeBackwardCall {
 
 // Checked, and as the kernels read them.
 template <class C>
-struct RidgeArguments {
-  TensorDevice on;
-  TaskFeatures support, query;
-  TaskLabels labels;
+struct RidgeArguments : RaggedArguments {
   RidgeProblem<C> problem;
 
-  explicit RidgeArguments(const RidgeCall& call)
-      : on(call.query),
-        support(on, call.support, call.support_index, "support", call.support_offsets, call.max_support),
-        query(on, call.query, call.query_index, "query", call.query_offsets, call.max_query),
-        labels(on, call.support_labels, support, query, call.n_ways, call.n_way) {
+  RidgeArguments(const RaggedRowTensors& rows, const RidgeCall& call)
+      : RaggedArguments(rows, call.n_way, call.max_support, call.max_query) {
     require_storage<C>({&support, &query});
     const int64_t T = query.T(), N = call.n_way;
     Elements().add({support.all_rows() + query.all_rows() + 32 * (T + 1), N + 1}).add({T + 1, N + 1});
@@ -76,9 +63,7 @@ struct RidgeArguments {
   RidgeProblem<C> on_host() const {
     static const C one = C(1);
     RidgeProblem<C> p = problem;
-    p.support = support.task_rows_on_host();
-    p.query = query.task_rows_on_host();
-    p.classes = labels.classes_on_host();
+    put_tasks_on_host(p);
     p.lambda = p.scale = p.bias = &one;
     return p;
   }
@@ -93,9 +78,9 @@ struct RidgeOp {
   static Tensors<results> run(const Call& call) {
     return with_type(call.of.scale, [&](auto zero) {
       using C = decltype(zero);
-      const Device device(call.of.query);
-      const RidgeArguments<C> a(device.template readable<C>(call.of));
-      const typename Device::template Ridge<C> kernel(device, a);
+      const Device device(call.of.rows.query);
+      const RidgeArguments<C> a(device.template readable<C>(call.of.rows), call.of);
+      const typename Device::template Kernel<RidgeArguments<C>> kernel(device, a);
       const Tensor logits = empty<C>(a.on, a.query.shape(a.problem.N));
       const Tensor coefficients = empty<C>(a.on, a.support.shape(a.problem.N));
       const Tensor trace = device.template trace<C>(a.on, call.save_trace ? kernel.trace_elements() : 0);
@@ -114,9 +99,9 @@ struct RidgeBackwardOp {
   static Tensors<results> run(const Call& call) {
     return with_type(call.of.scale, [&](auto zero) {
       using C = decltype(zero);
-      const Device device(call.of.query);
-      const RidgeArguments<C> a(device.template readable<C>(call.of));
-      const typename Device::template Ridge<C> kernel(device, a);
+      const Device device(call.of.rows.query);
+      const RidgeArguments<C> a(device.template readable<C>(call.of.rows), call.of);
+      const typename Device::template Kernel<RidgeArguments<C>> kernel(device, a);
       const Parameter<C> grad_logits(a.on, call.grad_logits, a.query.shape(a.problem.N), "grad_logits");
       const Parameter<C> grad_coefficients(a.on, call.grad_coefficients, a.support.shape(a.problem.N),
                                            "grad_coefficients");

@@ -138,7 +138,7 @@ struct SibOp {
       const bool return_weights = call.of.return_weights;
       const SibArguments<C> a(device.template readable<C>(call.of.features), call.of.parameters,
                               return_weights);
-      const typename Device::template Sib<C> kernel(device, a);
+      const typename Device::template Kernel<SibArguments<C>> kernel(device, a);
       const Sizes& s = a.s;
       const Tensor logits = empty<C>(a.on, {s.T, s.Q, s.N});
       const Tensor weights = empty_if<C>(return_weights, a.on, {s.T, s.N, s.D});
@@ -164,7 +164,7 @@ struct SibBackwardOp {
       const Device device(call.of.features.query);
       const SibArguments<C> a(device.template readable<C>(call.of.features), call.of.parameters,
                               call.of.return_weights);
-      const typename Device::template Sib<C> kernel(device, a);
+      const typename Device::template Kernel<SibArguments<C>> kernel(device, a);
       const Sizes& s = a.s;
       require(!call.grad_weights || a.problem.weights, "grad_weights without return_weights");
       const Parameter<C> grad_logits(a.on, call.grad_logits, {s.T, s.Q, s.N}, "grad_logits");
@@ -198,7 +198,7 @@ struct SibGradientsOp {
       require(call.features.support_labels.has_value() && call.parameters.weight.has_value(),
               "sib_gradients needs support_labels and weight");
       const SibArguments<C> a(device.template readable<C>(call.features), call.parameters, false);
-      const typename Device::template Sib<C> kernel(device, a);
+      const typename Device::template Kernel<SibArguments<C>> kernel(device, a);
       const Sizes& s = a.s;
       const Labels labels(a.on, call.query_labels, s.T, s.Q, "query_labels", s.N);
       const Tensor measures = empty<C>(a.on, {2}), logits = empty<C>(a.on, {s.T, s.Q, s.N});

@@ -55,7 +55,7 @@ struct MlpOp {
       using C = decltype(zero);
       const Device device(call.logits);
       const MlpArguments<C> a(call);
-      const typename Device::template Mlp<C> kernel(device, a);
+      const typename Device::template Kernel<MlpArguments<C>> kernel(device, a);
       const Tensor gradients = empty<C>(a.on, {a.s.T, a.s.Q, a.s.N});
       kernel.forward(data<C>(gradients));
       return Tensors<results>{gradients};
@@ -74,7 +74,7 @@ struct MlpBackwardOp {
       using C = decltype(zero);
       const Device device(call.of.logits);
       const MlpArguments<C> a(call.of);
-      const typename Device::template Mlp<C> kernel(device, a);
+      const typename Device::template Kernel<MlpArguments<C>> kernel(device, a);
       const Parameter<C> grad(a.on, call.grad_gradients, {a.s.T, a.s.Q, a.s.N}, "grad_gradients");
       const Tensor logits = empty<C>(a.on, {a.s.T, a.s.Q, a.s.N});
       const MlpGradients<C> m(a.on, true, a.s.N, a.s.H);

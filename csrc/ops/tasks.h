@@ -19,6 +19,23 @@ inline std::vector<int64_t> on_host(const Tensor& t) {
   return {integers(here), integers(here) + here.numel()};
 }
 
+// What an op on tasks of equal size is called with before its parameters.
+struct RowTensors {
+  Reader& in;
+  Tensor support = in.take<Tensor>("support");
+  OptionalTensor support_index = in.take<OptionalTensor>("support_index");
+  Tensor query = in.take<Tensor>("query");
+  OptionalTensor query_index = in.take<OptionalTensor>("query_index");
+  Tensor support_labels = in.take<Tensor>("support_labels");
+};
+
+// The same for tasks that may differ in size.
+struct RaggedRowTensors : RowTensors {
+  OptionalTensor support_offsets = in.take<OptionalTensor>("support_offsets");
+  OptionalTensor query_offsets = in.take<OptionalTensor>("query_offsets");
+  OptionalTensor n_ways = in.take<OptionalTensor>("n_ways");
+};
+
 // Features [T, rows, D], or, with offsets [T + 1], [all rows, D]; or a bank [n, D] with an index [T, rows] or
 // [all rows] into it. Rows must be contiguous, nothing else need be.
 class TaskFeatures {
@@ -211,6 +228,28 @@ class TaskLabels {
   Tensor labels_;
   OptionalTensor held_ways_;
   std::vector<int64_t> ways_;
+};
+
+// What is checked alike of all calls with tasks that may differ in size. max_support, max_query: -1 where the
+// caller does not say.
+struct RaggedArguments {
+  TensorDevice on;
+  TaskFeatures support, query;
+  TaskLabels labels;
+
+  RaggedArguments(const RaggedRowTensors& rows, int64_t n_way, int64_t max_support, int64_t max_query)
+      : on(rows.query),
+        support(on, rows.support, rows.support_index, "support", rows.support_offsets, max_support),
+        query(on, rows.query, rows.query_index, "query", rows.query_offsets, max_query),
+        labels(on, rows.support_labels, support, query, rows.n_ways, n_way) {}
+
+  // A problem's tasks as the host can look at them.
+  template <class Problem>
+  void put_tasks_on_host(Problem& p) const {
+    p.support = support.task_rows_on_host();
+    p.query = query.task_rows_on_host();
+    p.classes = labels.classes_on_host();
+  }
 };
 
 // One task of every size (support rows, query rows, ways) that there is, or may be at most.

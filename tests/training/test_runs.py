@@ -224,22 +224,9 @@ def test_pretraining_stops_at_what_is_not_finite(tmp_path, capsys):
 def test_a_comparison_stops_at_what_is_not_finite(tmp_path, capsys):
     make_bank().save(tmp_path / "bank.safetensors")
     (tmp_path / "c.json").write_text('{"sib": [{"lr": 1e30}]}')
-    args = (
-        "--way",
-        "3",
-        "--query",
-        "4",
-        "--shots",
-        "1",
-        "--balances",
-        "even",
-        "--learners",
-        "sib",
-        "--quick",
-        "--quiet",
-    )
+    cell = ("--way", "3", "--query", "4", "--shots", "1", "--balances", "even", "--learners", "sib")
     files = ("--data", tmp_path / "bank.safetensors", "--candidates", tmp_path / "c.json", "--out", tmp_path / "cmp")
-    assert main(["compare", *args, *map(str, files)]) == 2
+    assert main(["compare", *cell, "--quick", "--quiet", *map(str, files)]) == 2
     error = capsys.readouterr().err
     assert "training stopped: " in error and "lr 1e+30" in error and "episodes" in error
 
