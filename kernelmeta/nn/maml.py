@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelmeta import func
+from kernelmeta.reference.task_rows import as_labels, check_label_range, gathered
 
 
 class MAML(nn.Module):
@@ -60,13 +61,16 @@ class MAML(nn.Module):
 
     def forward(self, support: Tensor, support_labels: Tensor, query: Tensor) -> Tensor:
         """[T, S, ...], [T, S] int64, [T, Q, ...] -> logits [T, Q, N], in the dtype of the network's parameters."""
+        support_labels = as_labels(support_labels)
+        check_label_range(support_labels, self.n_way)
         dtype = next(self.network.parameters()).dtype
         logits: Tensor = self._transform()(support.to(dtype), support_labels, query.to(dtype))
         return logits
 
     def from_bank(self, bank: Tensor, support_index: Tensor, support_labels: Tensor, query_index: Tensor) -> Tensor:
         """The logits [T, Q, N] for rows of a feature bank [n, ...]: [T, S] and [T, Q] int64."""
-        logits: Tensor = self(bank[support_index], support_labels, bank[query_index])
+        support, query = gathered(bank, support_index, "support"), gathered(bank, query_index, "query")
+        logits: Tensor = self(support, support_labels, query)
         return logits
 
     def extra_repr(self) -> str:

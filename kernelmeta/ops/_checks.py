@@ -14,7 +14,6 @@ from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.tasks import Ragged
 
 _FLOATING = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-_NARROW_INTEGERS = frozenset({torch.int32, torch.int16, torch.int8, torch.uint8})
 _COMPUTED_IN = frozenset({torch.float32, torch.float64})
 
 MOST = 2**31  # ways of a task, steps
@@ -78,13 +77,6 @@ def labels(name: str, tensor: Tensor, expected: tuple[int, ...], features: Tenso
     shape(name, tensor, expected, meaning)
     if tensor.device != features.device:
         raise ValueError(f"{name} is on {tensor.device}, but the features are on {features.device}")
-
-
-def as_labels(labels: Any) -> Any:
-    """Labels of a narrower integer type as int64; anything else as it is, for the checks to name."""
-    if isinstance(labels, Tensor) and labels.dtype in _NARROW_INTEGERS:
-        return labels.long()
-    return labels
 
 
 def frozen(**features: Tensor) -> None:

@@ -11,6 +11,7 @@ from kernelmeta import reference
 from kernelmeta.backends import select
 from kernelmeta.ops import _checks
 from kernelmeta.ops._differentiable import DifferentiableOp
+from kernelmeta.reference.task_rows import as_labels
 
 
 def _type(call: Any) -> torch.dtype:
@@ -70,7 +71,7 @@ def class_means(support: Tensor, support_labels: Tensor, n_way: int, weight: Ten
         raise ValueError(f"support: expected at least one feature, got {_checks.shape_text(support)}")
     if weight is not None:
         _checks.shape("weight", weight, (support.shape[2],), "[D]")
-    support_labels = _checks.as_labels(support_labels)
+    support_labels = as_labels(support_labels)
     _checks.labels("support_labels", support_labels, (support.shape[0], support.shape[1]), support)
     args = OP.arguments(support=support, support_labels=support_labels, weight=weight, n_way=n_way)
     theta0: Tensor = OP.run(select(support.device.type), args)

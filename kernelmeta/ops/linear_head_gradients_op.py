@@ -15,6 +15,7 @@ from kernelmeta.ops import _checks, _training_step
 from kernelmeta.ops._signature import Signature
 from kernelmeta.ops.linear_head_op import FEATURES, OPTIONS, PARAMETERS, fake, linear_head
 from kernelmeta.phases import LABELLED
+from kernelmeta.reference.task_rows import as_labels
 
 
 class HeadGradients(NamedTuple):
@@ -71,7 +72,7 @@ def linear_head_gradients(
     options: dict[str, Any] = {
         "oracle": oracle, "first_order": first_order, "support_index": support_index, "query_index": query_index,
     }  # fmt: skip
-    support_labels, query_labels = _checks.as_labels(support_labels), _checks.as_labels(query_labels)
+    support_labels, query_labels = as_labels(support_labels), as_labels(query_labels)
     _checks.frozen(support=support, query=query)
     try:
         if (support_index is None) is (query_index is None) and _training_step.is_fused(query, support, parameters):

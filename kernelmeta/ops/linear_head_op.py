@@ -19,7 +19,7 @@ from kernelmeta.ops._differentiable import DifferentiableOp
 from kernelmeta.ops._trace import elements, padded
 from kernelmeta.phases import LABELLED
 from kernelmeta.reference.program import oracle_gradient
-from kernelmeta.reference.task_rows import gathered
+from kernelmeta.reference.task_rows import as_labels, gathered
 from kernelmeta.tasks import Classifier
 
 FEATURES = "Tensor support, Tensor? support_index, Tensor query, Tensor? query_index, Tensor support_labels"
@@ -156,7 +156,7 @@ def linear_head(
         ValueError: shapes, devices, labels or options that do not fit, named.
         TypeError: features that are not floating point, labels or indices that are not int64.
     """
-    support_labels = _checks.as_labels(support_labels)
+    support_labels = as_labels(support_labels)
     given: dict[str, Any] = {
         "support": support, "support_labels": support_labels, "query": query, "support_index": support_index,
         "query_index": query_index, "weight": weight, "bias": bias, "rates": rates, "oracle": oracle,

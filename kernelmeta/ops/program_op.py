@@ -24,7 +24,7 @@ from kernelmeta.ops._trace import elements, padded
 from kernelmeta.ops.class_means_op import class_means
 from kernelmeta.phases import ORACLES, Phase, total_steps
 from kernelmeta.reference.program import adapt
-from kernelmeta.reference.task_rows import gathered
+from kernelmeta.reference.task_rows import as_labels, gathered
 from kernelmeta.tasks import Classifier, Ragged
 
 STARTS = ("class_means", "learned", "zero")
@@ -251,7 +251,7 @@ def program(
                 "target_scale": target_scale}  # fmt: skip
     named |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     _checks.tensors(**named)
-    support_labels = _checks.as_labels(support_labels)
+    support_labels = as_labels(support_labels)
     _checks.task_rows(support, support_labels, query, support_index, query_index, ragged)
     D = query.shape[-1]
     _check_program(phases, n_way, classifier, start, scale, mlp, reduction, first_order)

@@ -12,6 +12,7 @@ from kernelmeta.ops import _checks, _ragged
 from kernelmeta.ops._differentiable import DifferentiableOp
 from kernelmeta.ops._trace import elements, padded
 from kernelmeta.reference.ridge import ridge_with_coefficients
+from kernelmeta.reference.task_rows import as_labels
 from kernelmeta.tasks import Ragged
 
 
@@ -116,7 +117,7 @@ def ridge(
         TypeError: features that are not floating point, labels, indices, offsets or ways that are not int64.
     """
     _checks.tensors(support=support, query=query, regularization=regularization, scale=scale, bias=bias)
-    support_labels = _checks.as_labels(support_labels)
+    support_labels = as_labels(support_labels)
     _checks.task_rows(support, support_labels, query, support_index, query_index, ragged)
     _checks.ways(n_way)
     for name, tensor in (("regularization", regularization), ("scale", scale), ("bias", bias)):

@@ -16,6 +16,7 @@ from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.ops import _checks, _training_step
 from kernelmeta.ops._signature import Signature, mlp_of
 from kernelmeta.ops.sib_op import FEATURES, OPTIONS, PARAMETERS, fake, sib
+from kernelmeta.reference.task_rows import as_labels
 
 
 class SIBGradients(NamedTuple):
@@ -80,7 +81,7 @@ def sib_gradients(
         "running_stats": running_stats, "return_norm_stats": return_norm_stats, "support_index": support_index,
         "query_index": query_index,
     }  # fmt: skip
-    support_labels, query_labels = _checks.as_labels(support_labels), _checks.as_labels(query_labels)
+    support_labels, query_labels = as_labels(support_labels), as_labels(query_labels)
     _checks.frozen(support=support, query=query)
     try:
         if (

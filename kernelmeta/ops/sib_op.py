@@ -20,7 +20,7 @@ from kernelmeta.ops._differentiable import DifferentiableOp
 from kernelmeta.ops._signature import Args, mlp_of, mlp_tensors
 from kernelmeta.ops._trace import elements, padded
 from kernelmeta.reference import explicit
-from kernelmeta.reference.task_rows import gathered
+from kernelmeta.reference.task_rows import as_labels, gathered
 from kernelmeta.tasks import Classifier
 
 # start: the support rows, or, without support_labels, theta0.
@@ -240,7 +240,7 @@ def sib(
         ValueError: shapes, devices, labels or options that do not fit, named; a class without a support row.
         TypeError: features that are not floating point, labels or indices that are not int64.
     """
-    support_labels = _checks.as_labels(support_labels)
+    support_labels = as_labels(support_labels)
     given: dict[str, Any] = {
         "support": support, "support_labels": support_labels, "query": query, "weight": weight, "scale": scale,
         "bias": bias, "mlp": mlp, "support_index": support_index, "query_index": query_index,

@@ -8,6 +8,7 @@ from torch.nn.functional import one_hot
 
 from kernelmeta.reference.norms import unit
 from kernelmeta.reference.precision import promoted, without_autocast
+from kernelmeta.reference.task_rows import check_label_range
 
 
 @without_autocast
@@ -25,12 +26,7 @@ def class_means(support: Tensor, support_labels: Tensor, n_way: int, weight: Ten
 
 def check_labels(labels: Tensor, n_way: int) -> None:
     """Labels [T, S] in range, and every class with a row."""
-    outside = (labels < 0) | (labels >= n_way)
-    if outside.any():
-        task, row = outside.nonzero()[0].tolist()
-        raise ValueError(
-            f"support_labels: task {task} has label {int(labels[task, row])}; labels must be in 0..{n_way - 1}"
-        )
+    check_label_range(labels, n_way)
     present = (labels.unsqueeze(-1) == torch.arange(n_way, device=labels.device)).any(-2)
     if not present.all():
         task, way = (~present).nonzero()[0].tolist()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, relu
 
 from kernelmeta.reference.precision import promoted, without_autocast
-from kernelmeta.reference.task_rows import gathered
+from kernelmeta.reference.task_rows import check_label_range, gathered
 from kernelmeta.tasks import Classifier
 
 
@@ -45,6 +45,7 @@ def linear_head(
     """One step a rate on the labelled support rows. See :func:`kernelmeta.ops.linear_head`."""
     support, query = gathered(support, support_index, "support"), gathered(query, query_index, "query")
     support, query, weight, bias, rates = promoted(support, query, weight, bias, rates)
+    check_label_range(support_labels, len(weight))
     meta_learning = torch.is_grad_enabled()
     theta = weight.expand(len(support), -1, -1)
     b = bias.expand(len(support), 1, -1)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernelmeta.backends import is_traced
 from kernelmeta.tasks import Ragged
+
+_NARROW_INTEGERS = frozenset({torch.int32, torch.int16, torch.int8, torch.uint8})
 
 
 def gathered(features: Tensor, index: Tensor | None, name: str) -> Tensor:
@@ -26,6 +30,30 @@ def gathered(features: Tensor, index: Tensor | None, name: str) -> Tensor:
             if not 0 <= extreme < n:
                 raise ValueError(f"{name}: index {int(extreme)} is outside of the bank's {n} rows")
     return features[index]
+
+
+def as_labels(labels: Any) -> Any:
+    """Labels of a narrower integer type as int64; anything else as it is, for the checks to name."""
+    if isinstance(labels, Tensor) and labels.dtype in _NARROW_INTEGERS:
+        return labels.long()
+    return labels
+
+
+def check_label_range(labels: Tensor, n_way: int) -> None:
+    """Raise a ValueError for labels [T, S] that are none of 0..N-1, a TypeError for those that are not int64.
+
+    (While they are traced, nobody sees what they are.)
+    """
+    if labels.dtype is not torch.int64:
+        raise TypeError(f"support_labels: expected int64, got {str(labels.dtype).removeprefix('torch.')}")
+    if is_traced():
+        return
+    outside = (labels < 0) | (labels >= n_way)
+    if outside.any():
+        task, row = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"support_labels: task {task} has label {int(labels[task, row])}; labels must be in 0..{n_way - 1}"
+        )
 
 
 def each_task(ragged: Ragged, n_way: int) -> Iterator[tuple[slice, slice, int]]:
