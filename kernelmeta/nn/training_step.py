@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.amp import GradScaler
 
 from kernelmeta import ops
 from kernelmeta.nn.learner import Learner
@@ -16,6 +18,8 @@ from kernelmeta.nn.learner import Learner
 
 class TrainsAtOnce(Learner):
     """A learner that gives the mean cross entropy of the query rows and its gradients without autograd."""
+
+    _looked_for_scaler = False
 
     def gradients(
         self,
@@ -27,7 +31,7 @@ class TrainsAtOnce(Learner):
         support_index: Tensor | None = None,
         query_index: Tensor | None = None,
         accumulate: bool = False,
-        loss_scale: float | Tensor = 1.0,
+        loss_scale: float | Tensor | None = None,
         process_group: Any = None,
     ) -> ops.SIBGradients | ops.HeadGradients:
         """A training step's worth in one launch, outside of autograd.
@@ -43,7 +47,8 @@ class TrainsAtOnce(Learner):
             query_labels: [T, Q] int64 in 0..N-1.
             accumulate: add to the gradients that are there, as ``backward()`` does. Otherwise none may be there.
             loss_scale: what the loss is multiplied with before its gradient is taken: ``scaler.get_scale()`` of a
-                `torch.amp.GradScaler`, whose ``step`` divides by it.
+                `torch.amp.GradScaler`, whose ``step`` divides by it. 1 if None; and then the first call looks whether
+                the process has a scaler.
             process_group: where several processes train together (`torch.distributed` is initialised), the group whose
                 mean the gradients become; "local" if each process keeps its own.
 
@@ -53,10 +58,13 @@ class TrainsAtOnce(Learner):
 
         Raises:
             ValueError: features that require a gradient; a parameter that has a gradient already, or hooks; several
-                processes without a word about them.
+                processes, or a gradient scaler, without a word about them.
             ValueError, TypeError: as that op.
         """
         self._check_processes(process_group)
+        if loss_scale is None:
+            self._check_scaler()
+            loss_scale = 1
         parameters = self._trained()
         for parameter in parameters:
             if parameter.requires_grad:
@@ -92,6 +100,19 @@ class TrainsAtOnce(Learner):
                 "process_group: several processes train; give the group to average the gradients over "
                 "(torch.distributed.group.WORLD), or 'local', or use DistributedDataParallel and loss.backward()"
             )
+
+    def _check_scaler(self) -> None:
+        """Once a module, since looking takes as long as some hundred steps."""
+        if self._looked_for_scaler or torch.compiler.is_compiling():
+            return
+        classes = (GradScaler, *GradScaler.__subclasses__())
+        # There is no list of them but the garbage collector's.
+        if any(isinstance(s, GradScaler) and s.is_enabled() for s in gc.get_referrers(*classes)):
+            raise ValueError(
+                "loss_scale: a torch.amp.GradScaler is in use, and its step() divides gradients by its scale; give "
+                "loss_scale=scaler.get_scale(), or 1 if it is not for this module"
+            )
+        self._looked_for_scaler = True
 
     @abstractmethod
     def _trained(self) -> Sequence[Tensor]:

@@ -265,7 +265,7 @@ class Trainer:
             parameter.grad = None
         results = self.head.gradients(
             self.features, support_labels, self.features, answers, support_index=support_index,
-            query_index=query_index, process_group="local",
+            query_index=query_index, loss_scale=1, process_group="local",
         )  # fmt: skip
         return results.loss, results.accuracy
 

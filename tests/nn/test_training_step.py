@@ -64,6 +64,19 @@ def test_loss_scale_is_what_a_grad_scaler_divides_by(name: str) -> None:
 
 
 @each_learner
+def test_a_grad_scaler_that_nobody_mentions(name: str) -> None:
+    scaler = torch.amp.GradScaler("cpu")
+    with pytest.raises(ValueError, match="loss_scale: a torch.amp.GradScaler is in use"):
+        LEARNERS[name]().gradients(*BATCH)
+    LEARNERS[name]().gradients(*BATCH, loss_scale=1)  # it is somebody else's
+    del scaler
+    LEARNERS[name]().gradients(*BATCH)
+    idle = torch.amp.GradScaler("cpu", enabled=False)
+    LEARNERS[name]().gradients(*BATCH)
+    assert not idle.is_enabled()
+
+
+@each_learner
 @pytest.mark.parametrize("of_query", [False, True])
 def test_features_that_require_a_gradient(name: str, of_query: bool) -> None:
     support, labels, query, answers = BATCH
