@@ -66,7 +66,7 @@ def test_loss_scale_is_what_a_grad_scaler_divides_by(name: str) -> None:
 @each_learner
 def test_a_grad_scaler_that_nobody_mentions(name: str) -> None:
     scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(ValueError, match="loss_scale: a torch.amp.GradScaler is in use"):
+    with pytest.raises(ValueError, match=r"loss_scale: a torch\.amp\.GradScaler is in use"):
         LEARNERS[name]().gradients(*BATCH)
     LEARNERS[name]().gradients(*BATCH, loss_scale=1)  # it is somebody else's
     del scaler
