@@ -62,7 +62,11 @@ class Arguments:
         if kind == "bool":
             return bool(self.random.integers(2))
         if kind == "List[int]":
-            phase = [int(self.random.integers(len(ORACLES))), *map(int, self.random.integers(2, size=2)), self.sizes["K"]]
+            phase = [
+                int(self.random.integers(len(ORACLES))),
+                *map(int, self.random.integers(2, size=2)),
+                self.sizes["K"],
+            ]
             return [self.hostile() if self.odd() else n for n in phase * int(self.random.integers(3))]
         if kind == "Optional[Tensor]" and self.random.random() < 0.4:
             return None
