@@ -1,4 +1,4 @@
-"""The command ``kernelmeta``: pretrain, extract, train, evaluate, compare, info.
+"""The command ``kernelmeta``: pretrain, extract, import, train, evaluate, compare, info.
 
 Every command ends with 0, or with 2 and one line on stderr that says what was wrong with its input, or with
 130 after Ctrl-C.
@@ -21,6 +21,7 @@ from kernelmeta.backends import select
 from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.counter import check_seed
 from kernelmeta.data.files import read_json, write_json, write_text
+from kernelmeta.data.importing import import_bank
 from kernelmeta.data.words import printable, size_text
 from kernelmeta.training import runs
 from kernelmeta.training.backbones import BACKBONES, load_backbone, make_backbone
@@ -167,6 +168,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="seed of untrained weights (default: 0)")
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the bank to write")
     _machine(command)
+
+    command = add("import", _import, "Turn features and labels from other programs into a feature bank.")
+    command.add_argument("files", nargs="+", metavar="FILE", help=".npy, .npz, .pt, .safetensors, .csv, .tsv, .parquet")
+    command.add_argument("--out", type=Path, required=True, metavar="BANK", help="the bank to write")
+    command.add_argument("--label", metavar="NAME", help="the column or array of the labels (default: label, class, y)")
+    command.add_argument(
+        "--split", default="60/20/20", help="shares of the classes for train/val/test (default: 60/20/20)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
+    command.add_argument("--quiet", action="store_true", help="no progress bar")
 
     command = add("train", _train, "Meta-train on episodes; evaluate on those of the test classes.")
     _settings(command, TrainConfig)
@@ -338,8 +349,20 @@ def _extract(args: argparse.Namespace) -> None:
         source = f"{images.source}, {name}, untrained, seed {args.seed}"
     bank = extract(images, backbone, source, device=args.device, **_reading(args))
     bank.save(args.out)
+    _tell_bank(args.out, bank)
+
+
+def _import(args: argparse.Namespace) -> None:
+    bank = import_bank(
+        args.files, args.out, label=args.label, split=args.split, seed=args.seed, progress=not args.quiet,
+        say=_say(args),
+    )  # fmt: skip
+    _tell_bank(args.out, bank)
+
+
+def _tell_bank(path: Path, bank: FeatureBank) -> None:
     splits = ", ".join(f"{len(bank.classes(split))} {split}" for split in ("train", "val", "test"))
-    print(f"{args.out}: {len(bank.labels)} x {bank.n_features} features; classes: {splits}")
+    print(f"{path}: {len(bank.labels)} x {bank.n_features} features; classes: {splits}")
 
 
 def _bank(args: argparse.Namespace, data: str, weights: str | None, backbone: str | None, learner: str) -> FeatureBank:
@@ -561,7 +584,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_machine(args)
         args.run(args)
-    except (ValueError, TypeError, OSError, OverflowError, RecursionError, MemoryError) as error:
+    except (ValueError, TypeError, OSError, OverflowError, RecursionError, MemoryError, ImportError) as error:
         return _failed(args, _one_line(error))
     except RuntimeError as error:
         text = _out_of_memory(error)

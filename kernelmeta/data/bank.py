@@ -12,15 +12,20 @@ import json
 import math
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from kernelmeta.data.class_split import parse_shares, split_classes
 from kernelmeta.data.files import parse_json
+from kernelmeta.data.label_codes import LabelCodes
 from kernelmeta.data.mapped_file import MappedFile
-from kernelmeta.data.tensor_files import CHECKSUM, bytes_of, read_tensors, write_tensors
+from kernelmeta.data.tensor_files import CHECKSUM, Pieces, bytes_of, read_tensors, write_tensors
 from kernelmeta.data.words import listing
 
 FORMAT = "kernelmeta-bank-1"
@@ -143,9 +148,56 @@ class FeatureBank:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from None
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the bank, whole or not at all. Raises OSError."""
-        tensors = {"features": self.features, "labels": self.labels, "class_split": self.class_split}
+    @classmethod
+    def from_arrays(
+        cls,
+        X: Any,
+        y: Any,
+        split: str | Sequence[Any] | Any | None = None,
+        seed: int = 0,
+        class_names: Sequence[str] | None = None,
+        source: str = "arrays",
+    ) -> FeatureBank:
+        """A bank from arrays as other libraries have them.
+
+        Args:
+            X: [n, D], an array or tensor; float32, float16 and bfloat16 are kept, other numbers become float32.
+            y: [n] labels: whole numbers or text, of any values. Classes are numbered in the order of their values.
+            split: which classes are for training, validation and test: None, all for training; shares such as
+                "60/20/20", drawn with ``seed``, alike among large classes and small ones; or "train", "val", "test"
+                (or 0, 1, 2) for each class, or for each row.
+            seed: of the draw.
+            class_names: names of the classes, if ``y`` holds the numbers 0..C-1; without, the values of ``y`` are.
+            source: where the features come from, free text.
+
+        Raises:
+            ValueError, TypeError: arrays that do not fit each other, named; too few classes for the shares; rows of one
+                class in two splits.
+        """
+        features = as_features(X)
+        codes = LabelCodes()
+        codes.add(y.detach().cpu().numpy() if isinstance(y, Tensor) else y)
+        labels, values = codes.finish()
+        if len(labels) != len(features):
+            raise ValueError(f"y: expected one label for each of the {len(features)} rows of X, got {len(labels)}")
+        if class_names is not None:
+            if values != list(range(len(class_names))):
+                raise ValueError(f"class_names: expected a name for each of the labels {listing(values)} in y")
+            values = [str(name) for name in class_names]
+        class_split = _class_split(split, labels, len(values), seed)
+        return cls(features, labels, class_split, tuple(map(str, values)), source)
+
+    def save(self, path: str | os.PathLike[str], features: Pieces | None = None) -> None:
+        """Write the bank, whole or not at all. Raises OSError.
+
+        Args:
+            features: written in the place of the bank's own, of the same shape.
+        """
+        tensors = {
+            "features": self.features if features is None else features,
+            "labels": self.labels,
+            "class_split": self.class_split,
+        }
         metadata = {
             "format": FORMAT,
             "class_names": json.dumps(list(self.class_names), ensure_ascii=False),
@@ -201,6 +253,51 @@ class FeatureBank:
         if split not in SPLITS:
             raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
         return (self.class_split == SPLITS[split]).nonzero().flatten()
+
+
+def as_features(X: Any) -> Tensor:
+    """[n, D] in a type that a bank has. Raises TypeError or ValueError for what is no matrix of numbers."""
+    features = X.detach() if isinstance(X, Tensor) else torch.from_numpy(np.ascontiguousarray(_numbers(X)))
+    if features.dtype not in FEATURE_DTYPES:
+        if features.is_complex():
+            raise TypeError(f"X: expected real numbers, got {features.dtype}")
+        features = features.float()
+    if features.dim() != 2:
+        raise ValueError(f"X: expected a matrix [n, D], got shape {list(features.shape)}")
+    return features
+
+
+def _numbers(X: Any) -> Any:
+    array = np.asarray(X)
+    if array.dtype.kind not in "fiub":
+        raise TypeError(f"X: expected numbers, got {array.dtype}")
+    # What PyTorch has no type for becomes float32.
+    return array if array.dtype.kind != "f" or array.dtype.itemsize <= 8 else array.astype(np.float64)
+
+
+def _class_split(split: Any, labels: Tensor, C: int, seed: int) -> Tensor:
+    if split is None:
+        return torch.zeros(C, dtype=torch.uint8)
+    if isinstance(split, str):
+        return split_classes(torch.bincount(labels, minlength=C).tolist(), parse_shares(split), seed)
+    given = split.tolist() if hasattr(split, "tolist") else list(split)
+    numbers = []
+    for value in given:
+        number = SPLITS.get(value) if isinstance(value, str) else value
+        if number not in (0, 1, 2):
+            raise ValueError(f"split: expected train, val or test, or 0, 1 or 2, got {value!r}")
+        numbers.append(int(number))
+    found = torch.tensor(numbers, dtype=torch.uint8)
+    if len(found) == C:
+        return found
+    if len(found) != len(labels):
+        raise ValueError(f"split: expected one for each of {C} classes or {len(labels)} rows, got {len(found)}")
+    of_class = torch.empty(C, dtype=torch.uint8)
+    of_class[labels] = found
+    torn = (of_class[labels] != found).nonzero()
+    if len(torn):
+        raise ValueError(f"split: row {int(torn[0])} is in another split than the rest of its class; classes are split")
+    return of_class
 
 
 def _check_tensor(name: str, tensor: Tensor, dimensions: int, dtypes: tuple[torch.dtype, ...]) -> None:

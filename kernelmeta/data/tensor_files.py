@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import stat
 import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,27 +35,38 @@ _DTYPES = {
 _PIECE = 1 << 24
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+class Pieces(NamedTuple):
+    """A tensor that is made a piece at a time, [..., the rest of the shape], and never held as a whole."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    pieces: Iterable[Tensor]
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor | Pieces], metadata: dict[str, str]
+) -> None:
     """Write a safetensors file whole or not at all.
 
     Raises:
         OSError: it cannot be written.
         TypeError: a dtype that the project does not use.
+        ValueError: pieces that do not make up the shape.
     """
     with replacing(path) as temporary:
         _write(temporary, tensors, {**metadata, CHECKSUM: _UNKNOWN})
 
 
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def _write(path: Path, tensors: Mapping[str, Tensor | Pieces], metadata: dict[str, str]) -> None:
     # The widest numbers first, so that all are aligned.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     end = 0
     for name in names:
         tensor = tensors[name]
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"{name}: {tensor.dtype} cannot be written")
-        begin, end = end, end + tensor.numel() * tensor.element_size()
+        begin, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         shape = list(tensor.shape)
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -62,13 +76,27 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
     with open(path, "wb") as file:
         file.write(start)
         for name in names:
-            data = bytes_of(tensors[name])
-            for at in range(0, len(data), _PIECE):
-                piece = data[at : at + _PIECE]
-                checksum = zlib.crc32(piece, checksum)
-                file.write(piece)
+            left = math.prod(tensors[name].shape) * tensors[name].dtype.itemsize
+            for data in _bytes(tensors[name]):
+                checksum = zlib.crc32(data, checksum)
+                file.write(data)
+                left -= len(data)
+            if left:
+                raise ValueError(f"{name}: the pieces do not make up {list(tensors[name].shape)}")
         file.seek(_place_of_checksum(start))
         file.write(f"{checksum:08x}".encode())
+
+
+def _bytes(tensor: Tensor | Pieces) -> Iterator[memoryview]:
+    if isinstance(tensor, Pieces):
+        for piece in tensor.pieces:
+            if piece.dtype is not tensor.dtype:
+                raise ValueError(f"expected pieces of {tensor.dtype}, got {piece.dtype}")
+            yield bytes_of(piece)
+        return
+    data = bytes_of(tensor)
+    for at in range(0, len(data), _PIECE):
+        yield data[at : at + _PIECE]
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -5,13 +5,14 @@ A call may raise what Python knows (and say so in words of this project); it mus
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import kernelmeta  # noqa: F401 (defines the ops)
+from kernelmeta.phases import ORACLES
 
 CALLS = 200  # a case
 HOSTILE = [-(2**63), -(2**31), -1, 0, 1, 2, 3, 2**15, 2**31 - 1, 2**31, 2**32, 2**40, 2**62 - 1, 2**62, 2**63 - 1]
@@ -29,11 +30,11 @@ SHAPES = {
 NUMBERS = {"support_labels", "query_labels", "support_index", "start_index", "query_index", "n_ways", "support_offsets",
            "query_offsets"}  # fmt: skip
 USUAL = {"max_support": -1, "max_query": -1, "oracle": 0, "start": 0}
-OPS = [
-    name + suffix
-    for name in ("sib", "synthetic_gradient_mlp", "class_means", "linear_head", "program", "ridge")
-    for suffix in ("", "_backward")
-] + ["sib_gradients", "linear_head_gradients", "noop"]
+OPS = sorted(
+    name.removeprefix("kernelmeta::")
+    for name in torch._C._dispatch_get_all_op_names()
+    if re.match(r"kernelmeta::(?!triton_|cpu_isa|schemas)", name)
+)
 
 
 class Arguments:
@@ -61,7 +62,11 @@ class Arguments:
         if kind == "bool":
             return bool(self.random.integers(2))
         if kind == "List[int]":
-            phase = [int(self.random.integers(6)), *map(int, self.random.integers(2, size=2)), self.sizes["K"]]
+            phase = [
+                int(self.random.integers(len(ORACLES))),
+                *map(int, self.random.integers(2, size=2)),
+                self.sizes["K"],
+            ]
             return [self.hostile() if self.odd() else n for n in phase * int(self.random.integers(3))]
         if kind == "Optional[Tensor]" and self.random.random() < 0.4:
             return None

@@ -138,9 +138,7 @@ def cases() -> dict[str, Case]:
     }  # fmt: skip
 
 
-@pytest.fixture(
-    params=["sib", "sib_inner_loop", "synthetic_gradient_mlp", "program", "linear_program", "ridge", "class_means"]
-)
+@pytest.fixture(params=list(cases()))
 def case(request: pytest.FixtureRequest) -> Case:
     torch.manual_seed(0)
     return cases()[request.param]

@@ -1,0 +1,341 @@
+"""Features, labels and names of rows from the files that other programs write, a piece at a time.
+
+.npy, .npz, .pt and .safetensors hold arrays; .csv, .tsv and .parquet hold columns. Names, types and shapes say which
+array or column is what. Nothing in a file is executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import itertools
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernelmeta.data.bank import FEATURE_DTYPES
+from kernelmeta.data.files import read_weights
+from kernelmeta.data.tensor_files import read_tensors
+from kernelmeta.data.words import listing, one_line
+
+LABEL_NAMES = ("label", "labels", "class", "target", "targets", "y")
+FEATURE_NAMES = ("features", "X", "x", "embeddings", "embedding", "data")
+ID_NAMES = ("id", "ids", "name", "file", "path", "filename")
+SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors", ".csv", ".tsv", ".parquet")
+PIECE = 1 << 22  # elements in a piece
+_CSV_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a file holds: features, labels, or both, and what its rows are called.
+
+    Args:
+        path: the file.
+        n_features: D; 0 where there are no features.
+        dtype: in which `features` come.
+        features: () -> pieces [m, D], in order; None if there are none.
+        labels: () -> pieces of labels of any kind; None if there are none.
+        ids: () -> pieces of names; None if the rows have none.
+        notes: what was left out, to tell the user.
+    """
+
+    path: Path
+    n_features: int = 0
+    dtype: torch.dtype = torch.float32
+    features: Callable[[], Iterator[Tensor]] | None = None
+    labels: Callable[[], Iterator[Sequence[Any]]] | None = None
+    ids: Callable[[], Iterator[Sequence[Any]]] | None = None
+    notes: tuple[str, ...] = ()
+
+
+def open_table(path: str | os.PathLike[str], label: str | None = None) -> Table:
+    """Look into a file; rows are read when they are asked for.
+
+    Args:
+        label: the name of the column or array with the labels; the usual names (`LABEL_NAMES`) if None.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: of another kind, damaged, or it holds no features and no labels.
+        ImportError: a .parquet without pyarrow.
+    """
+    file = Path(path)
+    suffix = file.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"{path}: expected a file {', '.join(SUFFIXES)}")
+    with open(file, "rb"):  # the usual errors
+        pass
+    if suffix in (".csv", ".tsv"):
+        return _csv(file, label)
+    if suffix == ".parquet":
+        return _parquet(file, label)
+    return _of_arrays(file, _arrays(file, suffix), label)
+
+
+# ---- arrays
+
+
+def _arrays(file: Path, suffix: str) -> dict[str, Any]:
+    if suffix == ".safetensors":
+        tensors, metadata = read_tensors(file)
+        if metadata.get("format", "").startswith("kernelmeta-bank"):
+            raise ValueError(f"{file}: a feature bank already")
+        return dict(tensors)
+    if suffix in (".pt", ".pth"):
+        return _torch(file)
+    try:
+        if suffix == ".npy":
+            return {"": np.load(file, mmap_mode="r", allow_pickle=False)}
+        with np.load(file, allow_pickle=False) as content:
+            return {name: content[name] for name in content.files}
+    except (ValueError, EOFError, OSError, KeyError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ValueError(f"{file}: not a NumPy file of numbers or text ({one_line(error)})") from None
+
+
+def _torch(file: Path) -> dict[str, Any]:
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # nearly anything
+        content = read_weights(file)  # which says what is wrong
+    if isinstance(content, Tensor):
+        return {"": content}
+    if isinstance(content, (tuple, list)):
+        content = dict(zip(("X", "y"), content, strict=False))
+    arrays = {str(name): value for name, value in content.items() if isinstance(value, (Tensor, list, tuple))}
+    return {name: value if isinstance(value, Tensor) else np.asarray(value) for name, value in arrays.items()}
+
+
+def _of_arrays(file: Path, arrays: dict[str, Any], label: str | None) -> Table:
+    matrices = {name: a for name, a in arrays.items() if len(a.shape) == 2 and _is_number(a)}
+    vectors = {name: a for name, a in arrays.items() if len(a.shape) == 1}
+    features = _pick(file, "features", matrices, FEATURE_NAMES, None)
+    rows = None if features is None else len(features)
+    fitting = {name: a for name, a in vectors.items() if rows is None or len(a) == rows or name == label}
+    named = {name: a for name, a in fitting.items() if name in ID_NAMES}
+    labels = _pick(file, "labels", {k: v for k, v in fitting.items() if k not in named}, LABEL_NAMES, label)
+    if label is not None and labels is None and not (set(arrays) == {""}):
+        raise ValueError(f"{file}: no array {label!r}; there are {listing(list(arrays))}")
+    if features is None and labels is None:
+        shapes = [f"{name or 'array'} {list(a.shape)}" for name, a in arrays.items()]
+        raise ValueError(f"{file}: expected features [n, D] or labels [n], got {listing(shapes) or 'nothing'}")
+    ids = next(iter(named.values()), None)
+    dtype = torch.float32
+    D = 0
+    if features is not None:
+        D = features.shape[1]
+        kept = features.dtype if isinstance(features, Tensor) else _torch_type(features.dtype)
+        dtype = kept if kept in FEATURE_DTYPES else torch.float32
+    return Table(
+        file, D, dtype,
+        None if features is None else lambda: _matrix_pieces(features, dtype),
+        None if labels is None else lambda: _vector_pieces(labels),
+        None if ids is None else lambda: _vector_pieces(ids),
+    )  # fmt: skip
+
+
+def _is_number(array: Any) -> bool:
+    if isinstance(array, Tensor):
+        return not array.is_complex()
+    return array.dtype.kind in "fiub"
+
+
+def _torch_type(dtype: Any) -> torch.dtype:
+    return {2: torch.float16, 4: torch.float32}.get(dtype.itemsize, torch.float32) if dtype.kind == "f" else torch.int64
+
+
+def _pick(file: Path, what: str, arrays: dict[str, Any], names: Sequence[str], wanted: str | None) -> Any | None:
+    if wanted is not None:
+        return arrays.get(wanted, arrays.get(""))
+    for name in names:
+        if name in arrays:
+            return arrays[name]
+    if len(arrays) > 1:
+        raise ValueError(f"{file}: which array holds the {what}, {listing(list(arrays))}? call it {names[0]!r}")
+    return next(iter(arrays.values()), None)
+
+
+def _matrix_pieces(matrix: Any, dtype: torch.dtype) -> Iterator[Tensor]:
+    rows = max(1, PIECE // max(1, matrix.shape[1]))
+    for first in range(0, len(matrix), rows):
+        piece = matrix[first : first + rows]
+        if not isinstance(piece, Tensor):
+            kind = piece.dtype
+            small = kind.kind == "f" and kind.itemsize in (2, 4) and kind.isnative
+            piece = torch.from_numpy(np.array(piece, dtype=kind if small else np.float32))
+        yield piece.to(dtype)
+
+
+def _vector_pieces(vector: Any) -> Iterator[Sequence[Any]]:
+    array: Any = vector.numpy() if isinstance(vector, Tensor) else vector
+    for first in range(0, len(array), PIECE):
+        yield array[first : first + PIECE]
+
+
+# ---- columns
+
+
+def _columns(file: Path, columns: Sequence[str], label: str | None) -> tuple[str | None, str | None]:
+    """The columns of labels and of names."""
+    doubled = next((name for i, name in enumerate(columns) if name in columns[:i]), None)
+    if doubled is not None:
+        raise ValueError(f"{file}: two columns are called {doubled!r}")
+    if label is not None and label not in columns:
+        raise ValueError(f"{file}: no column {label!r}; there are {listing(columns)}")
+    if label is None:
+        label = next((name for name in LABEL_NAMES if name in columns), None)
+    return label, next((name for name in ID_NAMES if name in columns and name != label), None)
+
+
+def _notes(file: Path, ignored: Sequence[str]) -> tuple[str, ...]:
+    return (f"{file}: columns that are no numbers are left out: {listing(ignored)}",) if ignored else ()
+
+
+def _rows_of(file: Path) -> Generator[tuple[int, list[str]], None, None]:
+    """Lines with their numbers; empty ones are left out. The first names the columns."""
+    with open(file, encoding="utf-8-sig", newline="") as stream:
+        try:
+            first = stream.readline()
+            stream.seek(0)
+            delimiter = max("\t;,", key=first.count) if first else ","
+            reader = csv.reader(stream, delimiter=delimiter)
+            yield from ((reader.line_num, row) for row in reader if row)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: not a text file of columns ({one_line(error)})") from None
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def _csv(file: Path, label: str | None) -> Table:
+    rows = list(itertools.islice(_rows_of(file), 2))
+    if not rows:
+        raise ValueError(f"{file}: empty")
+    columns = [name.strip() for name in rows[0][1]]
+    if all(_number(name) is not None for name in columns):
+        raise ValueError(f"{file}: expected a first line that names the columns, got numbers")
+    label_column, id_column = _columns(file, columns, label)
+    example = rows[1][1] if len(rows) > 1 else columns
+    others = [i for i, name in enumerate(columns) if name not in (label_column, id_column)]
+    numbers = [i for i in others if i < len(example) and _number(example[i]) is not None]
+    ignored = [columns[i] for i in others if i not in numbers]
+
+    def pieces(read: Callable[[list[tuple[int, list[str]]]], Any]) -> Iterator[Any]:
+        with contextlib.closing(_rows_of(file)) as lines:
+            next(lines)
+            while piece := list(itertools.islice(lines, _CSV_ROWS)):
+                for line, row in piece:
+                    if len(row) != len(columns):
+                        raise ValueError(f"{file}: line {line}: expected {len(columns)} columns, got {len(row)}")
+                yield read(piece)
+
+    def matrix(piece: list[tuple[int, list[str]]]) -> Tensor:
+        try:
+            values = np.array([[row[i] for i in numbers] for _, row in piece]).astype(np.float32)
+        except ValueError:
+            line, i, text = next((line, i, row[i]) for line, row in piece for i in numbers if _number(row[i]) is None)
+            raise ValueError(f"{file}: line {line}, column {columns[i]!r}: expected a number, got {text!r}") from None
+        return torch.from_numpy(values)
+
+    def column(name: str) -> Callable[[], Iterator[list[str]]]:
+        at = columns.index(name)
+        return lambda: pieces(lambda piece: [row[at] for _, row in piece])
+
+    if not numbers and label_column is None:
+        raise ValueError(f"{file}: no column of numbers and no labels; there are {listing(columns)}")
+    return Table(
+        file, len(numbers), torch.float32, (lambda: pieces(matrix)) if numbers else None,
+        None if label_column is None else column(label_column), None if id_column is None else column(id_column),
+        _notes(file, ignored),
+    )  # fmt: skip
+
+
+def _parquet(file: Path, label: str | None) -> Table:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ImportError(f"{file}: reading .parquet needs pyarrow: pip install 'kernelmeta[parquet]'") from None
+    try:
+        content = pq.ParquetFile(file)
+    except pa.ArrowException as error:
+        raise ValueError(f"{file}: not a Parquet file ({one_line(error)})") from None
+    schema = content.schema_arrow
+    label_column, id_column = _columns(file, schema.names, label)
+    others = [field for field in schema if field.name not in (label_column, id_column)]
+    lists = [f.name for f in others if _is_list(pa, f.type) and _is_plain(pa, f.type.value_type)]
+    if len(lists) > 1:
+        preferred = [name for name in FEATURE_NAMES if name in lists]
+        if not preferred:
+            raise ValueError(f"{file}: which column holds the features, {listing(lists)}? call it 'features'")
+        lists = preferred[:1]
+    scalars = [field.name for field in others if _is_plain(pa, field.type)]
+    used = lists or scalars
+    ignored = [field.name for field in others if field.name not in used]
+
+    def pieces(names: Sequence[str], read: Callable[[Any], Any], rows: int) -> Iterator[Any]:
+        try:
+            for batch in content.iter_batches(batch_size=rows, columns=list(names)):
+                if batch.num_rows:
+                    yield read(batch)
+        except pa.ArrowException as error:
+            raise ValueError(f"{file}: damaged ({one_line(error)})") from None
+
+    def matrix(batch: Any) -> Tensor:
+        for name in used:
+            if batch.column(name).null_count:
+                raise ValueError(f"{file}: column {name!r} has rows without a value")
+        if not lists:
+            columns = [np.asarray(batch.column(name).cast(pa.float32(), safe=False)) for name in used]
+            return torch.from_numpy(np.stack(columns, 1))
+        values = batch.column(lists[0])
+        flat = np.asarray(values.flatten().cast(pa.float32(), safe=False))
+        if len(flat) != len(values) * D or not (
+            pa.types.is_fixed_size_list(values.type) or np.all(np.diff(np.asarray(values.offsets)) == D)
+        ):
+            raise ValueError(f"{file}: column {lists[0]!r}: expected {D} numbers in each row")
+        return torch.from_numpy(flat.reshape(len(values), D).copy())
+
+    def column(name: str) -> Callable[[], Iterator[list[Any]]]:
+        return lambda: pieces([name], lambda batch: batch.column(name).to_pylist(), 1 << 16)
+
+    D = len(scalars) if not lists else 0
+    if lists:
+        first = next(pieces(lists, lambda batch: batch.column(lists[0]), 1), None)
+        D = 0 if first is None or first.null_count else len(first.flatten())
+    if not D and label_column is None:
+        raise ValueError(f"{file}: no column of numbers and no labels; there are {listing(schema.names)}")
+    rows = max(1, PIECE // max(D, 1))
+    return Table(
+        file, D, torch.float32, (lambda: pieces(used, matrix, rows)) if D else None,
+        None if label_column is None else column(label_column), None if id_column is None else column(id_column),
+        _notes(file, ignored),
+    )  # fmt: skip
+
+
+def _is_list(pa: Any, kind: Any) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _is_plain(pa: Any, kind: Any) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
+def read_all(pieces: Iterable[Tensor]) -> Tensor:
+    """All rows in memory. Raises ValueError if there are none."""
+    parts = list(pieces)
+    if not parts:
+        raise ValueError("no rows")
+    return torch.cat(parts)
