@@ -16,6 +16,7 @@ from tests.fuzz.commands import bank
 from kernelmeta.cli import main
 from kernelmeta.training import trainer
 
+LIMIT = 600.0  # (many starts of a process; a busy machine takes long)
 LEARNERS = (
     ("--learner=sib",), ("--learner=sib", "--tasks-per-step=8", "--average=64"), ("--learner=anil",),
     ("--learner=combined", "--optimizer=Adam"), ("--learner=prototypes",),
