@@ -25,9 +25,9 @@ class ImageSet(NamedTuple):
 
 
 # What a style adds to the name of a typeface's family.
+_WEIGHTS = "condensed|bold|light|black|expanded|thin|medium|heavy"
 _STYLE = re.compile(
-    r"\b((semi|demi|extra|ultra)?[- ]?(condensed|bold|light|black|expanded|thin|medium|heavy)|cond|demi|regular|book|roman"
-    r"|italic|oblique|slanted|\d+pt|ui)\b",
+    rf"\b((semi|demi|extra|ultra)?[- ]?({_WEIGHTS})|cond|demi|regular|book|roman|italic|oblique|slanted|\d+pt|ui)\b",
     re.IGNORECASE,
 )
 
