@@ -19,7 +19,9 @@ from torch import Tensor
 
 from kernelmeta.data.files import write_json
 from kernelmeta.data.images import BACKBONE_SPLIT, ArrayImages
-from kernelmeta.graceful.judging import answers, judge_retrieval
+from kernelmeta.graceful.judging import answers, judge_retrieval, sides
+from kernelmeta.graceful.search import Rewards, Search, SearchConfig
+from kernelmeta.graceful.small import Architecture
 from kernelmeta.graceful.updating import OldModel, UpdateConfig, Updater, load_run
 from kernelmeta.training.pretraining import PretrainConfig, Pretrainer
 from kernelmeta.training.sources import open_images
@@ -348,9 +350,8 @@ def compatible_experiment(settings: CompatibleSettings, out: Path, say: Say) -> 
     few = shuffled[: max(1, round(settings.old_share * len(shuffled)))]
     fewer = split.train[torch.isin(split.images.groups[split.train], few)]
     before, after = split.subset(fewer), split.subset(split.train)
-    say(
-        f"old: {len(before.class_names)} classes, {len(fewer)} glyphs; new: {len(after.class_names)}, {len(split.train)}"
-    )
+    say(f"old: {len(before.class_names)} classes, {len(fewer)} glyphs")
+    say(f"new: {len(after.class_names)} classes, {len(split.train)} glyphs")
 
     def old_and_free(seed: int) -> tuple[OldModel, OldModel]:
         old = train(f"old-{seed}", replace(base, seed=seed, batch_size=64), before)
@@ -413,3 +414,114 @@ def _compatibility_summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         for index in range(len(rows[0]["backfill"]))
     ]
     return made
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """Of the experiment on heterogeneous search: what is trained and searched."""
+
+    data: str = "glyphs"
+    seeds: int = 3
+    most_classes: int | None = 200
+    gallery: str = "small-3.3-32.64.128-3.3.3-64"
+    gallery_epochs: int = 12
+    epochs: int = 12
+    final_epochs: int = 12
+    judged: int = 200
+    budget: float = 0.1
+    widths: tuple[int, ...] = (24, 64, 96)  # of the last stage, for the table by width
+    lr: float = 0.1
+
+
+def search_experiment(settings: SearchSettings, out: Path, say: Say) -> dict[str, Any]:
+    """Small networks that search a large one's gallery: by width, and as evolutionary and random search choose them.
+
+    Architectures are judged by the validation families; the chosen ones, trained anew, by the test families, once.
+
+    Args:
+        settings: what is trained and searched.
+        out: folder of the models.
+        say: takes lines about the progress.
+
+    Raises:
+        OSError: files cannot be read or written.
+    """
+    began = time.monotonic()
+    split = parts(settings.data, most_classes=settings.most_classes)
+    train = Trained(out / "models", say)
+    images = split.subset(split.train)
+    base = replace(_config(settings.gallery, settings.gallery_epochs, settings.lr), batch_size=64)
+    validation, test = sides(split.images, split.val), sides(split.images, split.test)
+    say(f"{len(images.class_names)} classes, {len(split.train)} training glyphs, {len(split.test)} test glyphs")
+    found, by_width = [], []
+    for seed in range(settings.seeds):
+        large = train(f"gallery-{seed}", replace(base, seed=seed), images)
+        config = SearchConfig(
+            "glyphs",
+            large.path,
+            budget=settings.budget,
+            judged=settings.judged,
+            epochs=settings.epochs,
+            final_epochs=settings.final_epochs,
+            lr=settings.lr,
+            seed=500 + seed,
+        )
+        search = Search(config, large, images, split.images, validation, test, out / f"search-{seed}", say=say)
+        row = search.run()
+        judged = row.pop("judged")
+        row["judged"] = len(judged)
+        write_json(out / f"judged-{seed}.json", judged)
+        found.append(row)
+        by_width.append({str(h): _width(search, h) for h in settings.widths})
+    return {
+        "experiment": "search",
+        "settings": asdict(settings),
+        "training": {name: value for name, value in base.to_dict().items() if name != "data"},
+        "classes": len(images.class_names),
+        "glyphs": {"train": len(split.train), "validation": len(split.val), "test": len(split.test)},
+        "gallery": mean_and_error([row["gallery"]["scores"]["top1"] for row in found]),
+        "chosen": {
+            name: {
+                "architectures": [row["chosen"][name]["architecture"] for row in found],
+                "cost_ratio": mean_and_error([row["chosen"][name]["cost_ratio"] for row in found]),
+                **{
+                    pair: mean_and_error([row["chosen"][name]["scores"][pair]["top1"] for row in found])
+                    for pair in ("query_query", "query_gallery")
+                },
+                "product": mean_and_error([_product(row["chosen"][name]["scores"]) for row in found]),
+            }
+            for name in found[0]["chosen"]
+        },
+        "free": mean_and_error([row["free"]["scores"]["query_gallery"]["top1"] for row in found]),
+        "by_width": {
+            h: {
+                "architecture": by_width[0][h]["architecture"],
+                "cost_ratio": by_width[0][h]["cost_ratio"],
+                **{
+                    pair: mean_and_error([row[h][pair] for row in by_width])
+                    for pair in ("query_query", "query_gallery", "free_gallery", "free_free")
+                },
+            }
+            for h in by_width[0]
+        },
+        "rows": {"searches": found, "by_width": by_width},
+        "seconds": time.monotonic() - began,
+    }
+
+
+def _product(scores: dict[str, Any]) -> float:
+    return Rewards(scores["query_query"]["top1"], scores["query_gallery"]["top1"]).of("product")
+
+
+def _width(search: Search, h: int) -> dict[str, Any]:
+    """A backbone of that width, compatible and free, on the test families."""
+    architecture = Architecture((1, 1), (max(8, h // 4), max(16, h // 2), h), (3, 3, 3))
+    small, free = (search.test_one(architecture, method) for method in ("head", "none"))
+    return {
+        "architecture": architecture.name,
+        "cost_ratio": search.gallery_operations / search.cost(architecture),
+        "query_query": small["query_query"]["top1"],
+        "query_gallery": small["query_gallery"]["top1"],
+        "free_gallery": free["query_gallery"]["top1"],
+        "free_free": free["query_query"]["top1"],
+    }

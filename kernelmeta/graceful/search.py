@@ -302,6 +302,7 @@ class Search:
         self.validation, self.test, self.out, self.space = validation, test, out, space
         self.device, self.workers, self.say, self.progress = device, workers, say, progress
         self.size, self.channels = images.size, images.channels
+        self._seen: Views | None = None
         self.gallery_operations = operations(gallery.backbone, self.channels, self.size)
         _within(space, self.fits)
 
@@ -335,17 +336,16 @@ class Search:
         judge.save()
         best = {r: max(searches[r], key=lambda name: judge.known[name].of(r)) for r in REWARDS}
         best["random"] = max(searches["random"], key=lambda name: judge.known[name].of(c.reward))
-        labels = Labels(self.images.labels[self.test.query], self.images.labels[self.test.gallery])
-        large = self._views(self.gallery, self.test)
+        large = self._large()
         chosen = {}
         for name, found in best.items():
             architecture = parse(found)
             row = {"architecture": found, "operations": self.cost(architecture)}
             row["cost_ratio"] = self.gallery_operations / row["operations"]
             row["supernet"] = judge.known[found]._asdict()
-            row["scores"] = self._test(architecture, "head", large, labels)
+            row["scores"] = self.test_one(architecture, "head")
             chosen[name] = row
-        free = self._test(parse(best[c.reward]), "none", large, labels)
+        free = self.test_one(parse(best[c.reward]), "none")
         judged = {
             name: {**rewards._asdict(), "operations": self.cost(parse(name))} for name, rewards in judge.known.items()
         }
@@ -355,7 +355,7 @@ class Search:
             "gallery": {
                 "backbone": self.gallery.config["backbone"],
                 "operations": self.gallery_operations,
-                "scores": cross_scores(*large, labels)._asdict(),
+                "scores": cross_scores(*large, self._labels(self.test))._asdict(),
             },
             "queries": len(self.test.query),
             "items": len(self.test.gallery),
@@ -384,10 +384,25 @@ class Search:
         self._train(trainer, folder)
         return OldModel(folder, self.images).to(self.device)
 
-    def _test(self, architecture: Architecture, method: str, large: Views, labels: Labels) -> dict[str, Any]:
+    def test_one(self, architecture: Architecture, method: str) -> dict[str, Any]:
+        """M(q,q) and M(q,g) of `train_one` on the test rows.
+
+        Args:
+            architecture, method: see `train_one`.
+        """
         small = self._views(self.train_one(architecture, method), self.test)
-        own, cross = cross_scores(*small, labels), cross_scores(small.query, large.gallery, labels)
+        labels = self._labels(self.test)
+        own, cross = cross_scores(*small, labels), cross_scores(small.query, self._large().gallery, labels)
         return {"query_query": own._asdict(), "query_gallery": cross._asdict()}
+
+    def _large(self) -> Views:
+        """The gallery model's features of the test rows."""
+        if self._seen is None:
+            self._seen = self._views(self.gallery, self.test)
+        return self._seen
+
+    def _labels(self, halves: Sides) -> Labels:
+        return Labels(self.images.labels[halves.query], self.images.labels[halves.gallery])
 
     def _views(self, model: OldModel, halves: Sides) -> Views:
         return views(model, self.images, halves, workers=self.workers)
@@ -423,7 +438,7 @@ class Search:
             calibration,
             Views(query, items),
             self._views(self.gallery, self.validation).gallery,
-            Labels(self.images.labels[self.validation.query], self.images.labels[self.validation.gallery]),
+            self._labels(self.validation),
             self.out / JUDGED,
             self.say,
         )
