@@ -1,4 +1,4 @@
-"""What updates keep and cost, measured: ``python -m benchmarks.graceful flips|compatible|search --data glyphs-large.npz``.
+"""What updates keep and cost: ``python -m benchmarks.graceful flips|compatible|search --data glyphs-large.npz``.
 
 Trains everything into --out, going on from what is there, and writes docs/comparisons/graceful-<experiment>.json and
 .png. ``tools/build_glyphs.py --large`` renders the data.

@@ -111,8 +111,8 @@ def table(name: str, results: dict[str, Any]) -> str:
         matched = results["matched_error"]
         lines += [
             "",
-            f"At the distilled successor's error, {matched['error']:.2f}: {matched['negative_focal']:.2f} negative flips;"
-            f" a plain one of that error would have {matched['negative_plain']:.2f}.",
+            f"The distilled successor errs on {matched['error']:.2f} and has {matched['negative_focal']:.2f} negative"
+            f" flips; a plain one of that error would have {matched['negative_plain']:.2f}.",
         ]
     elif name == "compatible":
         lines = [

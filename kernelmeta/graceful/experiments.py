@@ -19,10 +19,11 @@ from torch import Tensor
 
 from kernelmeta.data.files import write_json
 from kernelmeta.data.images import BACKBONE_SPLIT, ArrayImages
-from kernelmeta.graceful.judging import answers, judge_retrieval, sides
+from kernelmeta.graceful.judging import answers, flips_of, judge_retrieval, sides
 from kernelmeta.graceful.search import Rewards, Search, SearchConfig
 from kernelmeta.graceful.small import Architecture
 from kernelmeta.graceful.updating import OldModel, UpdateConfig, Updater, load_run
+from kernelmeta.training.checkpoint import check_same
 from kernelmeta.training.pretraining import PretrainConfig, Pretrainer
 from kernelmeta.training.sources import open_images
 from kernelmeta.training.trainer import CHECKPOINT
@@ -120,11 +121,14 @@ class Trained:
 
         Raises:
             OSError: the folder cannot be written to.
-            NotFiniteError: training diverged.
+            ValueError: it holds models with other settings; training diverged (`NotFiniteError`).
         """
         folder = self.out / name
-        if (folder / CHECKPOINT).exists() and load_run(folder).state["epoch"] == config.epochs:
-            return OldModel(folder, images)
+        if (folder / CHECKPOINT).exists():
+            state = load_run(folder).state
+            check_same(state["config"], config.to_dict(), ("old",), f"{folder} was trained with {{0!r}}, not {{1!r}}")
+            if state["epoch"] == config.epochs:
+                return OldModel(folder, images)
         began = time.monotonic()
         if isinstance(config, UpdateConfig):
             assert old is not None
@@ -160,8 +164,8 @@ def mean_and_error(values: Sequence[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "standard_error": error}
 
 
-def judge_flips(parts: Parts, rows: Tensor, old: OldModel, new: OldModel) -> dict[str, float]:
-    """Errors and flips in percent, by `flips`.
+def judge_flips(parts: Parts, rows: Tensor, old: OldModel, new: OldModel) -> dict[str, Any]:
+    """Errors and flips in percent.
 
     Args:
         parts: the glyphs.
@@ -169,17 +173,7 @@ def judge_flips(parts: Parts, rows: Tensor, old: OldModel, new: OldModel) -> dic
         old: the old model.
         new: its successor.
     """
-    from kernelmeta.graceful import flips
-
-    seen = answers(parts.images, rows, old, new)
-    found = flips(seen.new, seen.old, seen.labels)
-    return {
-        "error_old": 100 * float(found.error_old),
-        "error_new": 100 * float(found.error_new),
-        "negative": 100 * float(found.negative),
-        "positive": 100 * float(found.positive),
-        "relative_negative": float(found.relative_negative),
-    }
+    return flips_of(answers(parts.images, rows, old, new))
 
 
 @dataclass(frozen=True)
@@ -250,7 +244,7 @@ def flip_experiment(settings: FlipSettings, out: Path, say: Say) -> dict[str, An
         "larger, none": {"method": "none", "backbone": settings.larger},
         "larger, focal": {"weight": chosen, "backbone": settings.larger},
     }
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     for seed in range(settings.seeds):
         old = train(f"old-{seed}", replace(base, seed=seed), images)
         for name, change in arms.items():
@@ -274,11 +268,12 @@ def flip_experiment(settings: FlipSettings, out: Path, say: Say) -> dict[str, An
     }
 
 
-def _summary(rows: list[dict[str, float]]) -> dict[str, Any]:
-    return {key: mean_and_error([row[key] for row in rows]) for key in rows[0]} | {"seeds": len(rows)}
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    defined = {key: [row[key] for row in rows if row[key] is not None] for key in rows[0]}
+    return {key: mean_and_error(values) if values else None for key, values in defined.items()} | {"seeds": len(rows)}
 
 
-def matched_error(rows: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+def matched_error(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Negative flips of the distilled successor beside those that a plain one would have at the same error.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from kernelmeta.data.images import ArrayImages, LabelledImages
 from kernelmeta.graceful.compatible import match_classes
 from kernelmeta.graceful.retrieval import Labels, Views, backfill, compatibility
 from kernelmeta.graceful.updating import OldModel
+from kernelmeta.training.pretraining import held_out
 
 
 class Sides(NamedTuple):
@@ -138,3 +140,94 @@ def answers(images: LabelledImages, rows: Tensor, old: OldModel, new: OldModel, 
     before = logits_of(old, images, kept.tolist(), workers=workers)
     after = logits_of(new, images, kept.tolist(), workers=workers)[:, picked]
     return Flipped(kept, class_of[images.labels[kept]], before, after)
+
+
+def rows_to_judge_by(images: LabelledImages, *models: OldModel) -> tuple[Tensor, bool]:
+    """Images of the classes that the first model knows, and whether all models were trained without them.
+
+    Args:
+        images: a set.
+        models: one or more.
+
+    Raises:
+        ValueError: the first model knows no class of these images.
+    """
+    shares = {float(model.config.get("holdout", 0.0)) for model in models}
+    known = set(models[0].classes)
+    of_known = torch.tensor([name in known for name in images.class_names])[images.labels]
+    if not bool(of_known.any()):
+        raise ValueError(f"data: {images.source} has no class that {models[0].path} knows")
+    same_images = all(model.fingerprint == images.fingerprint() for model in models)
+    share = shares.pop()
+    if share and not shares and same_images:
+        return (of_known & held_out(images, share)).nonzero().flatten(), True
+    return of_known.nonzero().flatten(), not any(model.fingerprint == images.fingerprint() for model in models)
+
+
+def judge_update(
+    images: LabelledImages, old: OldModel, new: OldModel, free: OldModel | None = None, *, workers: int = 0
+) -> tuple[dict[str, Any], Flipped]:
+    """Flips, compatibility and the backfill curve, on known classes; the latter two on unseen classes as well.
+
+    Args:
+        images: a set.
+        old: the old model.
+        new: its successor.
+        free: trained as the successor was, without regard to the old one.
+        workers: processes that decode images.
+
+    Returns:
+        The results, as JSON takes them, and the answers of both models.
+
+    Raises:
+        ValueError: classes that do not match, or nothing to judge by.
+    """
+    models = [model for model in (old, new, free) if model is not None]
+    rows, apart = rows_to_judge_by(images, *models)
+    seen = answers(images, rows, old, new, workers=workers)
+    results: dict[str, Any] = {
+        "images": len(seen.rows),
+        "held_out": apart,
+        "classes": len(old.classes),
+        "new_classes": len(set(new.classes) - set(old.classes)),
+        "flips": flips_of(seen),
+        "known": judge_retrieval(images, rows, old, new, free, workers=workers),
+        "unseen": None,
+    }
+    trained_on = {name for model in models for name in model.classes}
+    unseen = torch.tensor([name not in trained_on for name in images.class_names])[images.labels].nonzero().flatten()
+    if len(images.labels[unseen].unique()) > 1:
+        results["unseen"] = judge_retrieval(images, unseen, old, new, free, workers=workers)
+    return results, seen
+
+
+def flips_of(seen: Flipped) -> dict[str, float | None]:
+    """Errors and flips in percent, and relative negative flips, by `flips`.
+
+    Args:
+        seen: answers of both models.
+    """
+    from kernelmeta.graceful import flips
+
+    found = flips(seen.new, seen.old, seen.labels)
+    made: dict[str, float | None] = {
+        name: 100 * float(getattr(found, name)) for name in ("error_old", "error_new", "negative", "positive")
+    }
+    for name in ("relative_negative", "negative_impact"):
+        value = float(getattr(found, name))
+        made[name] = value if math.isfinite(value) else None
+    return made
+
+
+def worst_flips(seen: Flipped, most: int) -> Tensor:
+    """[n] int64, places in ``seen`` of what the old model had right and the new one has wrong, the surest first.
+
+    Args:
+        seen: answers of both models.
+        most: how many.
+    """
+    wrong = (seen.old.argmax(1) == seen.labels) & (seen.new.argmax(1) != seen.labels)
+    places = wrong.nonzero().flatten()
+    chances = seen.new[places].softmax(1)
+    sure = chances.max(1).values - chances.gather(1, seen.labels[places, None])[:, 0]
+    return places[sure.argsort(descending=True, stable=True)[:most]]

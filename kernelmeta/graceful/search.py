@@ -99,13 +99,14 @@ class SearchConfig:
         """The settings, as JSON takes them."""
         return asdict(self)
 
-    def training(self, backbone: str, epochs: int, method: str) -> UpdateConfig:
+    def training(self, backbone: str, epochs: int, method: str, holdout: float) -> UpdateConfig:
         """Of one of its trainings.
 
         Args:
             backbone: its name.
             epochs: of it.
             method: "head" through the gallery's classifier, or "none".
+            holdout: share of the images to keep from it.
         """
         return UpdateConfig(
             self.data,
@@ -116,6 +117,7 @@ class SearchConfig:
             batch_size=self.batch_size,
             lr=self.lr,
             seed=self.seed,
+            holdout=holdout,
             old=self.gallery,
             method=method,
         )
@@ -302,6 +304,7 @@ class Search:
         self.validation, self.test, self.out, self.space = validation, test, out, space
         self.device, self.workers, self.say, self.progress = device, workers, say, progress
         self.size, self.channels = images.size, images.channels
+        self.holdout = float(gallery.config.get("holdout", 0.0))
         self._seen: Views | None = None
         self.gallery_operations = operations(gallery.backbone, self.channels, self.size)
         _within(space, self.fits)
@@ -326,8 +329,7 @@ class Search:
             ValueError: the folder holds another search; training diverged (`NotFiniteError`).
             KeyboardInterrupt: it was stopped; what is done is kept.
         """
-        supernet = self._supernet()
-        judge = self._judge(supernet)
+        judge = self._judge(self._supernet())
         c = self.config
         searches = {"random": random_search(self.space, self.fits, judge, c.judged, c.seed)}
         for reward in REWARDS:
@@ -378,7 +380,7 @@ class Search:
             KeyboardInterrupt: it was stopped.
         """
         c = self.config
-        config = c.training(self.backbone(architecture), c.final_epochs, method)
+        config = c.training(self.backbone(architecture), c.final_epochs, method, self.holdout)
         trainer = Updater(config, self.train_images, self.gallery, device=self.device, workers=self.workers)
         folder = self.out / "models" / f"{architecture.name}-{method}"
         self._train(trainer, folder)
@@ -417,24 +419,23 @@ class Search:
                 raise KeyboardInterrupt
             self.say(f"{folder.name}: {trainer.history[-1][2]:.1f} % in training")
 
-    def _supernet(self) -> SuperNet:
-        config = self.config.training(self.backbone(self.space.largest()), self.config.epochs, "head")
+    def _supernet(self) -> SuperNetTrainer:
+        config = self.config.training(self.backbone(self.space.largest()), self.config.epochs, "head", self.holdout)
         trainer = SuperNetTrainer(
             config, self.space, self.train_images, self.gallery, device=self.device, workers=self.workers
         )
         self._train(trainer, self.out / "supernet")
-        made: SuperNet = trainer.backbone.eval()
-        return made
+        return trainer
 
-    def _judge(self, supernet: SuperNet) -> _Judge:
-        rows = np.random.default_rng((self.config.seed, 9)).permutation(len(self.train_images.labels))[:CALIBRATION]
+    def _judge(self, trainer: SuperNetTrainer) -> _Judge:
+        rows = np.random.default_rng((self.config.seed, 9)).permutation(trainer.rows)[:CALIBRATION]
         calibration = [pixels.to(self.device) for pixels, _ in batches(self.train_images, rows.tolist(), CALIBRATION)]
         query, items = (
             torch.cat([pixels for pixels, _ in batches(self.images, side, 256, workers=self.workers)])
             for side in self.validation
         )
         return _Judge(
-            supernet,
+            trainer.backbone.eval(),
             calibration,
             Views(query, items),
             self._views(self.gallery, self.validation).gallery,

@@ -177,8 +177,7 @@ class Updater(Pretrainer):
     def _modules(self) -> tuple[Any, torch.nn.Module]:
         backbone, classifier = super()._modules()
         method, D = self.config.method, backbone.n_features(self.images.size, self.images.size)
-        if method != "none":
-            self.columns = match_classes(self.old.classes, self.class_names, same=method in ("focal", "ldi"))
+        self.columns = match_classes(self.old.classes, self.class_names, same=method in ("focal", "ldi"))
         if method in _THROUGH_OLD_CLASSIFIER:
             if self.old.n_features > D or (method == "head" and self.old.n_features < D):
                 more = " or more" if method == "bct" else ""

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ CHECKPOINT_SECONDS = 60.0
 FREE = ("epochs", "data")
 # Of settings that checkpoints of earlier versions do not name.
 DEFAULTS = {"holdout": 0.0}
+
+
+Config = TypeVar("Config", bound="PretrainConfig")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class PretrainConfig:
             raise ValueError(f"holdout: expected a share of at least 0 and less than 1, got {self.holdout}")
 
     @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> PretrainConfig:
+    def from_dict(cls: type[Config], settings: dict[str, Any]) -> Config:
         """From what `to_dict` gave; other keys are left aside. Raises ValueError."""
         names = {field.name for field in fields(cls)}
         try:
