@@ -207,7 +207,7 @@ def _show_flips(out: Path, images: LabelledImages, old: OldModel, seen: Flipped)
     plots.thumbnails(
         out / FLIPS,
         [images.load(int(seen.rows[place])) for place in shown],
-        [f"{row['class'][-24:]}\n-> {row['predicted'][-24:]}" for row in listed[:SHOWN]],
+        [f"{row['class'][-32:]}\n-> {row['predicted'][-32:]}" for row in listed[:SHOWN]],
         f"{len(places)} of {len(seen.rows)} images that the old model has right and the new one wrong"
         + (f"; the surest {SHOWN}" if len(places) > SHOWN else ""),
     )

@@ -23,7 +23,8 @@ def backfill_plot(path: str | os.PathLike[str], curves: Mapping[str, dict[str, A
 
     Args:
         path: of the file.
-        curves: title -> what `judge_retrieval` returns; lines show the old gallery and the free model's own.
+        curves: title -> what `judge_retrieval` returns; lines show the old and the free model, each in its own gallery,
+            of the first.
     """
     figure, both = new_panels(2)
     titles = {"top1": "top-1, %", "mean_average_precision": "mean average precision, %"}
@@ -33,9 +34,10 @@ def backfill_plot(path: str | os.PathLike[str], curves: Mapping[str, dict[str, A
             values = [_mean(row[metric]) for row in curve]
             axes.plot([100 * row["share"] for row in curve], values, marker="o", markersize=4, label=title)
         first = next(iter(curves.values()))
+        name = next(iter(curves))
         for pair, style, text in (("old_old", ":", "old in old"), ("free_free", "--", "free in free")):
             if first.get(pair):
-                axes.axhline(_mean(first[pair][metric]), linestyle=style, color="grey", label=text)
+                axes.axhline(_mean(first[pair][metric]), linestyle=style, color="grey", label=f"{text}, {name}")
         axes.set(xlabel="gallery indexed anew, %", ylabel=label)
     legend(figure, both[0])
     save(figure, path)
@@ -139,6 +141,6 @@ def thumbnails(path: str | os.PathLike[str], images: Sequence[Tensor], titles: S
             axes.imshow(shown[0].numpy(), cmap="gray_r")
         else:
             axes.imshow(shown.permute(1, 2, 0).numpy())
-        axes.set_title(text, fontsize=6)
+        axes.set_title(text, fontsize=5)
         axes.set_axis_off()
     save(figure, path)
