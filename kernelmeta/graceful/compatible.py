@@ -49,15 +49,15 @@ def frozen_classifier(
         rows = weight[columns.clamp(min=0)].clone()
         if len(fresh):
             rows[fresh] = _class_means(weight, fresh, features, labels)
-        made.weight = nn.Parameter(rows)
         if isinstance(made, nn.Linear):
             made.out_features = len(rows)
-            if old.bias is not None:
-                bias = old.bias.detach()[columns.clamp(min=0)].clone()
-                bias[fresh] = old.bias.detach().mean()
+            rows[fresh] = F.normalize(rows[fresh], dim=1) * weight.norm(dim=1).mean()
+            if made.bias is not None:
+                before = made.bias.detach()
+                bias = before[columns.clamp(min=0)].clone()
+                bias[fresh] = before.mean()
                 made.bias = nn.Parameter(bias)
-            if len(fresh):
-                made.weight.data[fresh] = F.normalize(rows[fresh], dim=1) * weight.norm(dim=1).mean()
+        made.weight = nn.Parameter(rows)
     return made.requires_grad_(False).eval()
 
 

@@ -183,12 +183,12 @@ class FlipSettings:
     data: str = "glyphs"
     seeds: int = 8
     most_classes: int | None = None
-    backbone: str = "small-1.1-16.32.64-3.3.3-64"
-    larger: str = "small-2.2-24.48.96-3.3.3-64"
-    larger_seeds: int = 4
-    epochs: int = 12
-    lr: float = 0.1
-    weights: tuple[float, ...] = (0.2, 0.5, 1.0, 2.0)
+    backbone: str = "small-1.1-16.32.64-5.3.3-64"
+    larger: str = "small-1.1-24.48.96-5.3.3-64"
+    other_seeds: int = 3  # of all arms but the plain and the distilled successor
+    epochs: int = 8
+    lr: float = 0.2
+    weights: tuple[float, ...] = (0.05, 0.2, 1.0)
 
 
 def flip_experiment(settings: FlipSettings, out: Path, say: Say) -> dict[str, Any]:
@@ -196,7 +196,8 @@ def flip_experiment(settings: FlipSettings, out: Path, say: Say) -> dict[str, An
 
     The weight is that of the fewest negative flips on the validation families among those whose error there is at most
     0.3 points above that of the plain successor. Beside it: uniform weights (beta 0), temperature 1, logit-difference
-    inhibition, a plain successor trained half as long and half as long again (for errors to match), a larger one.
+    inhibition, a plain successor trained half as long and half as long again (for errors to match), a larger one;
+    these with fewer seeds.
 
     Args:
         settings: what is trained.
@@ -229,9 +230,9 @@ def flip_experiment(settings: FlipSettings, out: Path, say: Say) -> dict[str, An
         name: {key: statistics.fmean(row[key] for row in rows) for key in ("negative", "error_new")}
         for name, rows in choice.items()
     }
-    fit = {name: row for name, row in means.items() if row["error_new"] <= means["none"]["error_new"] + 0.3}
-    fit.pop("none")
-    chosen = float(min(fit or {f"{settings.weights[0]:g}": 0}, key=lambda name: fit[name]["negative"] if fit else 0))
+    most = means["none"]["error_new"] + 0.3
+    fit = {name: row for name, row in means.items() if name != "none" and row["error_new"] <= most}
+    chosen = float(min(fit, key=lambda name: fit[name]["negative"])) if fit else settings.weights[0]
 
     arms: dict[str, dict[str, Any]] = {
         "none": {"method": "none"},
@@ -248,7 +249,7 @@ def flip_experiment(settings: FlipSettings, out: Path, say: Say) -> dict[str, An
     for seed in range(settings.seeds):
         old = train(f"old-{seed}", replace(base, seed=seed), images)
         for name, change in arms.items():
-            if name.startswith("larger") and seed >= settings.larger_seeds:
+            if seed >= (settings.seeds if name in ("none", "focal") else settings.other_seeds):
                 continue
             new = successor(name.replace(" ", "-").replace(",", ""), seed, old, **change)
             rows[name].append(judge_flips(split, split.test, old, new))
@@ -278,22 +279,25 @@ def matched_error(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
     Args:
         rows: by arm, one a seed; the plain arms, of other lengths of training, tell how negative flips go with the
-            error (a line through their means).
+            error (a line through their means). The seeds that all of them have count.
     """
-    plain = [found for name, found in rows.items() if name.startswith("none")]
+    seeds = min(len(found) for name, found in rows.items() if name.startswith("none"))
+    plain = [found[:seeds] for name, found in rows.items() if name.startswith("none")]
+    distilled = rows["focal"][:seeds]
     points = sorted(
         (statistics.fmean(row["error_new"] for row in found), statistics.fmean(row["negative"] for row in found))
         for found in plain
     )
-    error = statistics.fmean(row["error_new"] for row in rows["focal"])
+    error = statistics.fmean(row["error_new"] for row in distilled)
     mean_x, mean_y = (statistics.fmean(values) for values in zip(*points, strict=True))
     spread = sum((x - mean_x) ** 2 for x, _ in points)
     slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
     return {
         "error": error,
-        "negative_focal": statistics.fmean(row["negative"] for row in rows["focal"]),
+        "negative_focal": statistics.fmean(row["negative"] for row in distilled),
         "negative_plain": mean_y + slope * (error - mean_x),
         "plain_points": points,
+        "seeds": seeds,
     }
 
 
@@ -314,9 +318,9 @@ class CompatibleSettings:
     data: str = "glyphs"
     seeds: int = 5
     most_classes: int | None = None
-    backbone: str = "small-1.1-16.32.64-3.3.3-64"
-    epochs: int = 12
-    lr: float = 0.1
+    backbone: str = "small-1.1-16.32.64-5.3.3-64"
+    epochs: int = 8
+    lr: float = 0.2
     old_share: float = 0.3  # of the training families
     weights: tuple[float, ...] = (0.3, 1.0, 3.0)
 
@@ -418,14 +422,14 @@ class SearchSettings:
     data: str = "glyphs"
     seeds: int = 3
     most_classes: int | None = 200
-    gallery: str = "small-3.3-32.64.128-3.3.3-64"
+    gallery: str = "small-2.2-32.64.128-5.3.3-64"
     gallery_epochs: int = 12
     epochs: int = 12
     final_epochs: int = 12
     judged: int = 200
     budget: float = 0.1
     widths: tuple[int, ...] = (24, 64, 96)  # of the last stage, for the table by width
-    lr: float = 0.1
+    lr: float = 0.2
 
 
 def search_experiment(settings: SearchSettings, out: Path, say: Say) -> dict[str, Any]:

@@ -342,11 +342,13 @@ class Search:
         chosen = {}
         for name, found in best.items():
             architecture = parse(found)
-            row = {"architecture": found, "operations": self.cost(architecture)}
-            row["cost_ratio"] = self.gallery_operations / row["operations"]
-            row["supernet"] = judge.known[found]._asdict()
-            row["scores"] = self.test_one(architecture, "head")
-            chosen[name] = row
+            chosen[name] = {
+                "architecture": found,
+                "operations": self.cost(architecture),
+                "cost_ratio": self.gallery_operations / self.cost(architecture),
+                "supernet": judge.known[found]._asdict(),
+                "scores": self.test_one(architecture, "head"),
+            }
         free = self.test_one(parse(best[c.reward]), "none")
         judged = {
             name: {**rewards._asdict(), "operations": self.cost(parse(name))} for name, rewards in judge.known.items()
@@ -434,8 +436,10 @@ class Search:
             torch.cat([pixels for pixels, _ in batches(self.images, side, 256, workers=self.workers)])
             for side in self.validation
         )
+        supernet = trainer.backbone.eval()
+        assert isinstance(supernet, SuperNet)
         return _Judge(
-            trainer.backbone.eval(),
+            supernet,
             calibration,
             Views(query, items),
             self._views(self.gallery, self.validation).gallery,

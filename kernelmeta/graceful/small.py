@@ -97,7 +97,8 @@ class SmallBackbone(nn.Module):
         """[n, in_channels, height, width] -> [n, D]."""
         x = images
         for stage in self.stages:
-            for index, layer in enumerate(stage):  # type: ignore[arg-type]
+            assert isinstance(stage, nn.ModuleList)
+            for index, layer in enumerate(stage):
                 made = layer(x)
                 x = F.relu(made + x if index else made)
         features: Tensor = self.embedding(x.mean((2, 3)))

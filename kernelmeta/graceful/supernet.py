@@ -28,7 +28,7 @@ class Space(NamedTuple):
         """What each of the eight numbers of an architecture may be."""
         return [self.depths] * 2 + list(self.widths) + [self.kernels] * 3
 
-    def __iter__(self) -> Iterator[Architecture]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Architecture]:
         return (architecture_of(genes) for genes in itertools.product(*self.genes()))
 
     def largest(self) -> Architecture:
