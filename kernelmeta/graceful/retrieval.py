@@ -20,18 +20,18 @@ class Scores(NamedTuple):
     """Of queries in a gallery, in percent."""
 
     top1: float  # queries whose nearest item is of their class
-    mean_average_precision: float
+    mean_average_precision: float  # over queries, of the precision at each item of their class
     queries: int  # with an item of their class in the gallery; no other counts
 
 
 class Compatibility(NamedTuple):
     """What an update of the model does for a gallery; ``x_y``: queries of x in the gallery of y."""
 
-    old_old: Scores
+    old_old: Scores  # the old model by itself
     new_old: Scores  # no item indexed again
-    new_new: Scores
+    new_new: Scores  # all items indexed again
     free_free: Scores | None  # of a model trained without regard to the old one
-    free_old: Scores | None
+    free_old: Scores | None  # the same model's queries in the old gallery
 
     def update_gain(self, metric: str = "top1") -> float | None:
         """The share of the free model's gain that the new model brings without indexing anything again.
