@@ -23,12 +23,12 @@ RESULTS, TABLE = "demo.json", "demo.md"
 # On 13 training glyphs a class, not 20 and more: longer, and narrower where it costs.
 SETTINGS: dict[str, Any] = {
     "flips": FlipSettings(seeds=3, other_seeds=1, epochs=40, weights=(0.2, 1.0)),
-    "compatible": CompatibleSettings(seeds=2, epochs=40, old_share=0.5, weights=(0.3, 1.0)),
+    "compatible": CompatibleSettings(seeds=2, epochs=40, old_share=0.5, old_epochs=60, weights=(0.3, 1.0)),
     "search": SearchSettings(seeds=1, gallery_epochs=40, epochs=40, final_epochs=40, widths=(24, 64)),
 }
 QUICK: dict[str, dict[str, Any]] = {
     "flips": {"seeds": 2, "epochs": 3, "most_classes": 12, "weights": (0.2,)},
-    "compatible": {"seeds": 2, "epochs": 3, "most_classes": 12, "weights": (1.0,)},
+    "compatible": {"seeds": 2, "epochs": 3, "old_epochs": 3, "most_classes": 12, "weights": (1.0,)},
     "search": {
         "gallery": "small-2.1-16.32.64-3.3.3-32",
         "gallery_epochs": 3,

@@ -321,7 +321,8 @@ class CompatibleSettings:
     backbone: str = "small-1.1-16.32.64-5.3.3-64"
     epochs: int = 8
     lr: float = 0.2
-    old_share: float = 0.3  # of the training families
+    old_share: float = 0.4  # of the training families
+    old_epochs: int = 20  # about as many steps as the successor takes
     weights: tuple[float, ...] = (0.3, 1.0, 3.0)
 
 
@@ -353,7 +354,8 @@ def compatible_experiment(settings: CompatibleSettings, out: Path, say: Say) -> 
     say(f"new: {len(after.class_names)} classes, {len(split.train)} glyphs")
 
     def old_and_free(seed: int) -> tuple[OldModel, OldModel]:
-        old = train(f"old-{seed}", replace(base, seed=seed, batch_size=64), before)
+        few_images = _config(settings.backbone, settings.old_epochs, settings.lr)
+        old = train(f"old-{seed}", replace(few_images, seed=seed), before)
         return old, train(f"free-{seed}", replace(base, seed=500 + seed), after)
 
     def successor(seed: int, old: OldModel, weight: float) -> OldModel:

@@ -209,7 +209,8 @@ class Updater(Pretrainer):
 
             with torch.no_grad():
                 old_logits = self.old.classifier(self.old.backbone(pixels))[:, self.columns]
-            distance = {"distance": "ldi", "margin": c.margin} if c.method == "ldi" else {"tau": c.tau}
+            # The mean over classes, so that one weight fits any number of them, as that of the divergence does.
+            distance = {"distance": "ldi_mean", "margin": c.margin} if c.method == "ldi" else {"tau": c.tau}
             loss = focal_distillation(
                 logits, old_logits, answers, alpha=c.alpha, beta=c.beta, weight=c.weight, **distance
             )
