@@ -28,6 +28,8 @@ template <class C>
 class Program;
 template <class C>
 class Ridge;
+template <class C>
+class FocalDistillation;
 
 class Device {
  public:
@@ -43,6 +45,8 @@ class Device {
   using Program = cpu::Program<C>;
   template <class C>
   using Ridge = cpu::Ridge<C>;
+  template <class C>
+  using FocalDistillation = cpu::FocalDistillation<C>;
 
   explicit Device(const Tensor&) {}
 
@@ -50,6 +54,11 @@ class Device {
   template <class C, class Features>
   const Features& readable(const Features& features) const {
     return features;
+  }
+
+  template <class C, class Logits>
+  const Logits& readable_logits(const Logits& logits) const {
+    return logits;
   }
 
   // An uninitialised tensor for what a forward pass leaves to the backward pass. Where it is large, its

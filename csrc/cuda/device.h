@@ -25,6 +25,8 @@ template <class C>
 class Program;
 template <class C>
 class Ridge;
+template <class C>
+class FocalDistillation;
 
 // Makes the tensors' device the current one while an op runs.
 class Device {
@@ -41,6 +43,8 @@ class Device {
   using Program = cuda::Program<C>;
   template <class C>
   using Ridge = cuda::Ridge<C>;
+  template <class C>
+  using FocalDistillation = cuda::FocalDistillation<C>;
 
   explicit Device(const Tensor& t) : on_(t), guard_(on_.index), stream_{on_.index, nullptr} {
     if (aoti_torch_get_current_cuda_stream(on_.index, &stream_.handle) != AOTI_TORCH_SUCCESS)
@@ -64,6 +68,13 @@ class Device {
   Features readable(Features f) const {
     alike<C>(f.support, f.query);
     return f;
+  }
+
+  // New and old logits of one type.
+  template <class C, class Logits>
+  Logits readable_logits(Logits logits) const {
+    alike<C>(logits.new_logits, logits.old_logits);
+    return logits;
   }
 
   template <class C>

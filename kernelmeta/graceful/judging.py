@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernelmeta.data.images import ArrayImages, LabelledImages
 from kernelmeta.graceful.compatible import match_classes
+from kernelmeta.graceful.flips import flips
 from kernelmeta.graceful.retrieval import Labels, Views, backfill, compatibility
 from kernelmeta.graceful.updating import OldModel
 from kernelmeta.training.pretraining import held_out
@@ -207,8 +208,6 @@ def flips_of(seen: Flipped) -> dict[str, float | None]:
     Args:
         seen: answers of both models.
     """
-    from kernelmeta.graceful import flips
-
     found = flips(seen.new, seen.old, seen.labels)
     made: dict[str, float | None] = {
         name: 100 * float(getattr(found, name)) for name in ("error_old", "error_new", "negative", "positive")

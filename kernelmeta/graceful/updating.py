@@ -15,6 +15,7 @@ from kernelmeta import nn
 from kernelmeta.data.images import LabelledImages, batches
 from kernelmeta.data.words import one_line
 from kernelmeta.graceful.compatible import frozen_classifier, influence_loss, match_classes
+from kernelmeta.ops import focal_distillation
 from kernelmeta.training.backbones import make_backbone
 from kernelmeta.training.checkpoint import Checkpoint
 from kernelmeta.training.finite import check_weights
@@ -205,8 +206,6 @@ class Updater(Pretrainer):
             return F.cross_entropy(logits, answers), logits
         logits = self.classifier(features)
         if c.method in ("focal", "ldi"):
-            from kernelmeta.graceful import focal_distillation
-
             with torch.no_grad():
                 old_logits = self.old.classifier(self.old.backbone(pixels))[:, self.columns]
             # The mean over classes, so that one weight fits any number of them, as that of the divergence does.
