@@ -13,7 +13,9 @@ from kernelmeta.reference.focal_distillation import check_labels, rows_right
 
 
 class Interval(NamedTuple):
-    """Half of a 95 % interval for each rate of `Flips`: NaN where there are fewer than two samples (or episodes)."""
+    """Half of a 95 % interval for each rate of `Flips` (``negative``, ``positive``, ``relative_negative``,
+    ``negative_impact``, ``error_old``, ``error_new``, ``gain``): NaN where there are fewer
+    than two samples (or episodes)."""
 
     negative: float
     positive: float
@@ -37,8 +39,8 @@ class Flips(NamedTuple):
     negative_impact: float
     """Negative flip impact, ``negative / error_new`` (Cai et al. 2022, "Measuring and Reducing Model Update Regression
     in Structured Prediction for NLP"): the share of the new one's errors that the old one does not make."""
-    error_old: float
-    error_new: float
+    error_old: float  # rows that the old one gets wrong
+    error_new: float  # rows that the new one gets wrong
     gain: float
     """``error_old - error_new``, which is ``positive - negative``."""
     ci95: Interval
