@@ -180,7 +180,9 @@ def _judged(
     found, seen = judge_update(images, old, new, free, workers=args.workers)
     results = {**results, **found}
     if not results["held_out"]:
-        say_of(args)("judged by images that a model was trained on; 'pretrain --holdout' keeps some apart")
+        say_of(args)(
+            "a model may have been trained on images that it is judged by; 'pretrain --holdout' keeps some apart"
+        )
     text = update_table(results)
     write_json(out / RESULTS, results)
     write_text(out / TABLE, text)

@@ -144,25 +144,30 @@ def answers(images: LabelledImages, rows: Tensor, old: OldModel, new: OldModel, 
 
 
 def rows_to_judge_by(images: LabelledImages, *models: OldModel) -> tuple[Tensor, bool]:
-    """Images of the classes that the first model knows, and whether all models were trained without them.
+    """Images of the classes that the first model knows, kept from those models that were trained on this very set.
 
     Args:
         images: a set.
         models: one or more.
 
+    Returns:
+        Rows [n] int64, and whether it is certain that no model was trained on them: that of a model trained on another
+        set, which may hold some of these images, is not known.
+
     Raises:
         ValueError: the first model knows no class of these images.
     """
-    shares = {float(model.config.get("holdout", 0.0)) for model in models}
     known = set(models[0].classes)
     of_known = torch.tensor([name in known for name in images.class_names])[images.labels]
     if not bool(of_known.any()):
         raise ValueError(f"data: {images.source} has no class that {models[0].path} knows")
-    same_images = all(model.fingerprint == images.fingerprint() for model in models)
-    share = shares.pop()
-    if share and not shares and same_images:
-        return (of_known & held_out(images, share)).nonzero().flatten(), True
-    return of_known.nonzero().flatten(), not any(model.fingerprint == images.fingerprint() for model in models)
+    fingerprint = images.fingerprint()
+    here = [model for model in models if model.fingerprint == fingerprint]
+    shares = {float(model.config.get("holdout", 0.0)) for model in here}
+    if len(shares) == 1 and (share := shares.pop()):
+        kept = (of_known & held_out(images, share)).nonzero().flatten()
+        return kept, len(here) == len(models)
+    return of_known.nonzero().flatten(), False
 
 
 def judge_update(

@@ -20,7 +20,7 @@ def update_table(results: dict[str, Any]) -> str:
         results: what `judge_update` returns.
     """
     flips = results["flips"]
-    kind = "that no model was trained on" if results["held_out"] else "some of which a model was trained on"
+    kind = "that no model was trained on" if results["held_out"] else "that a model may have been trained on"
     lines = [
         f"{results['images']} images {kind}, {results['classes']} classes; in percent.",
         "",

@@ -180,14 +180,19 @@ def test_what_is_held_out_is_not_trained_on(bars):
     assert torch.bincount(bars.labels[held_out(plain, 0.999)]).tolist() == [19] * 8
 
 
-def test_models_trained_on_all_images_are_judged_by_them_and_it_is_said(bars, old, tmp_path):
+def test_images_to_judge_by_are_kept_from_the_models_and_where_that_is_not_certain_it_is_said(bars, old, tmp_path):
     rows, apart = rows_to_judge_by(bars, old)
     assert apart and len(rows) == 48 and torch.equal(rows, (held_out(bars, 0.4) & (bars.labels < 6)).nonzero()[:, 0])
     Pretrainer(replace(CONFIG, holdout=0.0, epochs=1), bars).run(tmp_path)
     rows, apart = rows_to_judge_by(bars, old, OldModel(tmp_path, bars))
     assert not apart and len(rows) == 120
+    # Whether a model has seen images of a set other than its own is not known.
     others = replace(bars, pixels=255 - bars.pixels)
-    assert rows_to_judge_by(others, OldModel(tmp_path, bars))[1]
+    rows, apart = rows_to_judge_by(others, OldModel(tmp_path, bars))
+    assert not apart and len(rows) == 120
+    Updater(update("bct", epochs=1), others, old).run(tmp_path / "others")
+    rows, apart = rows_to_judge_by(others, old, OldModel(tmp_path / "others", others))
+    assert not apart and torch.equal(rows, (held_out(others, 0.4) & (bars.labels < 6)).nonzero()[:, 0])
     with pytest.raises(ValueError, match="has no class that"):
         rows_to_judge_by(replace(bars, class_names=tuple("ijklmnop")), old)
 
