@@ -2,15 +2,18 @@
 
 - `km.ops`: the fused operators; `km.reference`: the same in plain PyTorch, the specification
 - `km.nn`: modules; `km.func`: inner loops over whole networks; `km.data`: episodes and feature banks
+- `km.graceful`: successors that keep what their predecessors do right, and the galleries that those indexed
 - `km.Ragged`, `km.Classifier`: tasks of unequal size, and what learners make for a task; `km.Phase`,
-  `km.MLPParameters`: what programs consist of, and the parameters of the synthetic-gradient MLP
+  `km.MLPParameters`: what programs consist of, and the parameters of the synthetic-gradient MLP;
+  `km.FlipCounts`: rows that flip between two models
 - `km.backends()`, `km.use_backend()`: what this installation can run, and what to run
 """
 
 from __future__ import annotations
 
-from kernelmeta import data, func, nn, ops, reference, triton
+from kernelmeta import data, func, graceful, nn, ops, reference, triton
 from kernelmeta.backends import backends, use_backend
+from kernelmeta.flip_counts import FlipCounts
 from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.phases import Phase
 from kernelmeta.tasks import Classifier, Ragged
@@ -18,6 +21,7 @@ from kernelmeta.version import __version__
 
 __all__ = [
     "Classifier",
+    "FlipCounts",
     "MLPParameters",
     "Phase",
     "Ragged",
@@ -25,6 +29,7 @@ __all__ = [
     "backends",
     "data",
     "func",
+    "graceful",
     "nn",
     "ops",
     "reference",

@@ -1,4 +1,4 @@
-"""The command ``kernelmeta``: pretrain, extract, import, train, evaluate, compare, info.
+"""The command ``kernelmeta``: pretrain, extract, import, train, evaluate, compare, info, and those of updates.
 
 Every command ends with 0, or with 2 and one line on stderr that says what was wrong with its input, or with
 130 after Ctrl-C.
@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,11 +18,13 @@ from typing import Any, NoReturn
 import torch
 
 from kernelmeta.backends import select
+from kernelmeta.command_line import given_settings, reading, run_folder, say_of
 from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.counter import check_seed
 from kernelmeta.data.files import read_json, write_json, write_text
 from kernelmeta.data.importing import import_bank
 from kernelmeta.data.words import printable, size_text
+from kernelmeta.graceful import commands as graceful
 from kernelmeta.training import runs
 from kernelmeta.training.backbones import BACKBONES, load_backbone, make_backbone
 from kernelmeta.training.candidates import read_candidates
@@ -82,6 +84,8 @@ _HELP = {
     "warmup_epochs": "epochs in which the learning rate rises",
     "milestone": "epoch after which the learning rate is a tenth",
     "batch_size": "images in each step",
+    "holdout": "share of each class's images (of the typeface families, of glyphs) that is kept to judge by",
+    **graceful.HELP,
 }
 _MOST_WORKERS = 1024
 # What `compare --quick` means.
@@ -103,13 +107,21 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())} (see {self.prog} --help)\n")
 
 
-def _settings(parser: argparse.ArgumentParser, config: type[TrainConfig] | type[PretrainConfig]) -> None:
-    """An option for every setting but a positional one; only those given end up in the namespace."""
+def _settings(parser: argparse.ArgumentParser, config: type[Any], texts: Mapping[str, str | None]) -> None:
+    """An option for every setting; only those given end up in the namespace.
+
+    Args:
+        texts: help where it is not that of `_HELP` with the default; None: no option, the setting is positional.
+    """
     for field in fields(config):
-        if field.name == "data" and config is PretrainConfig:
-            continue
         option, type_name = f"--{field.name.replace('_', '-')}", str(field.type).split(" ")[0]
-        text = _HELP[field.name] + (_defaults(field.name) if field.default is None else f" (default: {field.default})")
+        if field.name in texts:
+            text = texts[field.name]
+        else:
+            default = _defaults(field.name) if field.default is None else f" (default: {field.default})"
+            text = _HELP[field.name] + default
+        if text is None:
+            continue
         if type_name == "bool":
             parser.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
@@ -156,8 +168,10 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     command = add("pretrain", _pretrain, "Train a backbone as a classifier of its classes.")
-    command.add_argument("data", metavar="FOLDER|glyphs", help="a folder with train/, val/ and test/, or glyphs")
-    _settings(command, PretrainConfig)
+    command.add_argument(
+        "data", metavar="FOLDER|glyphs", help="a folder with train/, val/ and test/, glyphs, or a file of glyphs (.npz)"
+    )
+    _settings(command, PretrainConfig, {"data": None})
     _machine(command)
 
     command = add("extract", _extract, "Turn images into a feature bank.")
@@ -180,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--quiet", action="store_true", help="no progress bar")
 
     command = add("train", _train, "Meta-train on episodes; evaluate on those of the test classes.")
-    _settings(command, TrainConfig)
+    _settings(command, TrainConfig, {})
     command.add_argument(
         "--eval-episodes",
         type=int,
@@ -207,6 +221,8 @@ def _parser() -> argparse.ArgumentParser:
     command = add("compare", _compare, "Train and evaluate learners on the same bank and the same test episodes.")
     _compare_settings(command)
     _machine(command)
+
+    graceful.add_commands(add, _settings, _machine)
 
     add("info", _info, "What is built, what runs, versions.")
     return parser
@@ -261,32 +277,6 @@ def _learners(text: str) -> tuple[str, ...]:
     return CONTESTANTS if text == "all" else _words(text)
 
 
-def _given(args: argparse.Namespace, config: type[Any]) -> dict[str, Any]:
-    given = {field.name: getattr(args, field.name) for field in fields(config) if hasattr(args, field.name)}
-    return runs.absolute(given)
-
-
-def _reading(args: argparse.Namespace) -> dict[str, Any]:
-    """How images and banks are read."""
-    return {"workers": args.workers, "progress": not args.quiet, "skip_bad": args.skip_bad, "say": _say(args)}
-
-
-def _say(args: argparse.Namespace) -> Callable[[str], None]:
-    def say(line: str) -> None:
-        print(f"kernelmeta {args.command}: {' '.join(line.splitlines())}", file=sys.stderr, flush=True)
-
-    return say
-
-
-def _run_folder(args: argparse.Namespace, name: str) -> Path:
-    if args.out is not None:
-        return Path(args.out)
-    if args.resume:
-        raise ValueError("--resume: give --out DIR, the run to go on with")
-    folders = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 10_000))]
-    return next(folder for folder in folders if not folder.exists())
-
-
 @contextlib.contextmanager
 def _claimed(out: Path, processes: Ranks) -> Iterator[None]:
     """The run folder for the first process of this run, see `runs.claimed`; an error there is everybody's."""
@@ -308,8 +298,8 @@ def _nothing_to_do(out: Path, unit: str, done: int, asked: int) -> None:
 
 
 def _pretrain(args: argparse.Namespace) -> None:
-    given = _given(args, PretrainConfig)
-    out = _run_folder(args, f"pretrain-{given.get('backbone', 'conv4')}")
+    given = given_settings(args, PretrainConfig)
+    out = run_folder(args, f"pretrain-{given.get('backbone', 'conv4')}")
     with runs.claimed(out):
         settings, checkpoint = runs.prepare(out, "pretrain", given, args.resume, PRETRAIN_FREE)
         config = PretrainConfig.from_dict({**(_GLYPHS if settings["data"] == "glyphs" else {}), **settings})
@@ -321,7 +311,7 @@ def _pretrain(args: argparse.Namespace) -> None:
             if config.epochs < checkpoint.state["config"]["epochs"] and config.epochs <= trainer.epoch:
                 return _nothing_to_do(out, "epochs", trainer.epoch, config.epochs)
         for note in images.notes:
-            _say(args)(note)
+            say_of(args)(note)
         runs.write_config(out, "pretrain", config.to_dict())
         with runs.scalars(out, trainer.epoch) as report:
             finished = trainer.run(out, report=report, progress=not args.quiet)
@@ -347,7 +337,7 @@ def _extract(args: argparse.Namespace) -> None:
         name = args.backbone or "conv4"
         backbone = make_backbone(name, images.channels, images.size)
         source = f"{images.source}, {name}, untrained, seed {args.seed}"
-    bank = extract(images, backbone, source, device=args.device, **_reading(args))
+    bank = extract(images, backbone, source, device=args.device, **reading(args))
     bank.save(args.out)
     _tell_bank(args.out, bank)
 
@@ -355,7 +345,7 @@ def _extract(args: argparse.Namespace) -> None:
 def _import(args: argparse.Namespace) -> None:
     bank = import_bank(
         args.files, args.out, label=args.label, split=args.split, seed=args.seed, progress=not args.quiet,
-        say=_say(args),
+        say=say_of(args),
     )  # fmt: skip
     _tell_bank(args.out, bank)
 
@@ -368,16 +358,16 @@ def _tell_bank(path: Path, bank: FeatureBank) -> None:
 def _bank(args: argparse.Namespace, data: str, weights: str | None, backbone: str | None, learner: str) -> FeatureBank:
     whole_network = LEARNERS[learner].whole_network
     return open_bank(
-        data, weights=weights, backbone=backbone, pixels=whole_network, device=args.device, **_reading(args)
+        data, weights=weights, backbone=backbone, pixels=whole_network, device=args.device, **reading(args)
     )
 
 
 def _train(args: argparse.Namespace) -> None:
-    given = _given(args, TrainConfig)
+    given = given_settings(args, TrainConfig)
     if args.eval_episodes < 0 or args.eval_episodes == 1:
         raise ValueError(f"--eval-episodes: expected 0 or at least 2, got {args.eval_episodes}")
     with ranks(args.device) as processes:
-        out = _run_folder(args, f"{given.get('learner', 'sib')}-{given.get('way', 5)}way-{given.get('shot', 1)}shot")
+        out = run_folder(args, f"{given.get('learner', 'sib')}-{given.get('way', 5)}way-{given.get('shot', 1)}shot")
         with _claimed(out, processes):
             _train_in(out, args, given, processes)
 
@@ -476,10 +466,10 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    given = {**(_QUICK if args.quick else {}), **_given(args, CompareConfig)}
+    given = {**(_QUICK if args.quick else {}), **given_settings(args, CompareConfig)}
     if args.candidates is not None:
         given["candidates"] = read_candidates(args.candidates)
-    out = _run_folder(args, "compare")
+    out = run_folder(args, "compare")
     with runs.claimed(out):
         saved = _saved_comparison(out, given, args.resume)
         settings = {"candidates": None, **saved, **given}

@@ -78,7 +78,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         title = report_title(name[2]) if name[0] == "results" else page.title
         page.meta["hide"] = ["toc"]  # its tables are wide
         markdown = f"# {title}\n\n{markdown}"
-    return re.sub(r"^<!-- help: (\w+) -->$", lambda m: _help(m[1]), markdown, flags=re.MULTILINE)
+    return re.sub(r"^<!-- help: ([\w-]+) -->$", lambda m: _help(m[1]), markdown, flags=re.MULTILINE)
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:

@@ -2,9 +2,11 @@
 //
 // The engine (csrc/engine) says what to compute in these words:
 //   each_item(n, f)        f(i) for every i
-//   rows(n, Q, f)          f(i, row) for every row of a padded array; row.each, row.sum, row.one, row.value;
-//                          row.part(first, n): the same for n entries of the row, from one on; it sees what
-//                          the row stored before, and the row what it stored
+//   rows(n, Q, f)          f(i, row) for every row of a padded array; row.each, row.sum, row.most (the
+//   largest,
+//                          if it is not NaN; minus infinity of none), row.one, row.value; row.part(first, n):
+//                          the same for n entries of the row, from one on; it sees what the row stored
+//                          before, and the row what it stored
 //   row_steps(n, Q, K, f)  f(i, k, row) for every row and, one after the other, for every k; rows look at
 //                          nothing that other rows' steps store
 //   columns(Q, f)          f(at) for every entry of a row: at walks over the rows of padded arrays by itself
@@ -58,12 +60,25 @@ struct CpuBlock {
   static __forceinline__ C exp(C x) {
     return sizeof(C) == 4 ? C(__builtin_expf(float(x))) : C(__builtin_exp(double(x)));
   }
+  static __forceinline__ C log(C x) {
+    return sizeof(C) == 4 ? C(__builtin_logf(float(x))) : C(__builtin_log(double(x)));
+  }
+  static __forceinline__ C log1p(C x) {
+    return sizeof(C) == 4 ? C(__builtin_log1pf(float(x))) : C(__builtin_log1p(double(x)));
+  }
   static __forceinline__ C max(C a, C b) { return a < b ? b : a; }
   static __forceinline__ V max(V a, V b) { return a < b ? b : a; }
   static __forceinline__ V exp(V v) { return exp_lanes<C>(v); }
   static __forceinline__ V log(V v) {
     for (int64_t i = 0; i < W; ++i)
       v[i] = sizeof(C) == 4 ? C(__builtin_logf(float(v[i]))) : C(__builtin_log(v[i]));
+    return v;
+  }
+  static __forceinline__ V pow(V v, C power) {
+    for (int64_t i = 0; i < W; ++i) {
+      v[i] = sizeof(C) == 4 ? C(__builtin_powf(float(v[i]), float(power)))
+                            : C(__builtin_pow(double(v[i]), double(power)));
+    }
     return v;
   }
   // 1 / sqrt(squares / count + eps) in double, whose rounding every row of the unit would share.
@@ -126,6 +141,20 @@ struct CpuBlock {
         total += last.first(f(last));
       }
       return sum_lanes<C>(total);
+    }
+    template <class F>
+    __forceinline__ C most(F f) const {
+      constexpr C kNone = -C(__builtin_inf());
+      V largest = V{} + kNone;
+      int64_t at = 0;
+      for (; at + W <= length; at += W) largest = max(largest, f(At<kFull>{at, W}));
+      C found = kNone;
+      for (int64_t i = 0; i < W; ++i) found = max(found, largest[i]);
+      if (at < length) {
+        const V last = f(At<tail>{at, length - at});
+        for (int64_t i = 0; i < length - at; ++i) found = max(found, last[i]);
+      }
+      return found;
     }
     template <class F>
     __forceinline__ void one(F f) const {

@@ -32,6 +32,11 @@ class Device {
     return features;
   }
 
+  template <class C, class Logits>
+  const Logits& readable_logits(const Logits& logits) const {
+    return logits;
+  }
+
   // An uninitialised tensor for what a forward pass leaves to the backward pass. Where it is large, its
   // memory comes fresh from the system at every call: in pages of 2 MiB where the system has them, 512 times
   // fewer of them to be asked for one by one.

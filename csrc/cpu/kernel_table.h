@@ -1,6 +1,7 @@
 // What a build for one instruction set offers: functions over a range of tasks, for float and for double.
 #pragma once
 
+#include "engine/focal_distillation.h"
 #include "engine/program_task.h"
 #include "engine/ridge_task.h"
 #include "engine/training.h"
@@ -43,6 +44,9 @@ struct Kernels {
                         int64_t end);
   void (*ridge_backward)(const RidgeBackward<C>&, const int64_t* trace_offsets, const RidgeGrad<C>& grad,
                          int64_t begin, int64_t end);
+  // A range of rows.
+  void (*focal_distillation_forward)(const DistillationForward<C>&, int64_t begin, int64_t end);
+  void (*focal_distillation_backward)(const DistillationBackward<C>&, int64_t begin, int64_t end);
 };
 
 struct KernelTable {

@@ -267,6 +267,26 @@ void linear_head_training(const HeadTraining<C>& f, const typename HeadTraining<
   }
 }
 
+template <class C>
+struct DistillationWorkspace {
+  CpuBlock<C> block;
+  DistillationRows<CpuBlock<C>> rows;
+  DistillationWorkspace(Arena<C>& arena, const DistillationProblem<C>& p, bool backward)
+      : rows(arena, block, p, 1, backward) {}
+};
+
+template <class C>
+void focal_distillation_forward(const DistillationForward<C>& f, int64_t begin, int64_t end) {
+  auto w = in_scratch<DistillationWorkspace<C>, C>(f.problem, false);
+  for (int64_t r = begin; r < end; ++r) w.rows.forward(f, r, 1);
+}
+
+template <class C>
+void focal_distillation_backward(const DistillationBackward<C>& f, int64_t begin, int64_t end) {
+  auto w = in_scratch<DistillationWorkspace<C>, C>(f.problem, true);
+  for (int64_t r = begin; r < end; ++r) w.rows.backward(f, r, 1);
+}
+
 }  // namespace
 
 #include "cpu/ridge_kernels.h"
@@ -275,11 +295,22 @@ namespace kernelmeta {
 namespace {
 
 template <class C>
-constexpr Kernels<C> kKernels = {sib_forward<C>,          sib_backward<C>,        sib_training<C>,
-                                 mlp_forward<C>,          mlp_backward<C>,        class_means_forward<C>,
-                                 class_means_backward<C>, linear_head_forward<C>, linear_head_backward<C>,
-                                 linear_head_training<C>, program_forward<C>,     program_backward<C>,
-                                 ridge_forward<C>,        ridge_backward<C>};
+constexpr Kernels<C> kKernels = {sib_forward<C>,
+                                 sib_backward<C>,
+                                 sib_training<C>,
+                                 mlp_forward<C>,
+                                 mlp_backward<C>,
+                                 class_means_forward<C>,
+                                 class_means_backward<C>,
+                                 linear_head_forward<C>,
+                                 linear_head_backward<C>,
+                                 linear_head_training<C>,
+                                 program_forward<C>,
+                                 program_backward<C>,
+                                 ridge_forward<C>,
+                                 ridge_backward<C>,
+                                 focal_distillation_forward<C>,
+                                 focal_distillation_backward<C>};
 
 }  // namespace
 

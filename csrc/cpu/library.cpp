@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu/class_means.h"
+#include "cpu/focal_distillation.h"
 #include "cpu/linear_head.h"
 #include "cpu/program.h"
 #include "cpu/ridge.h"

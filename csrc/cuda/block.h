@@ -9,7 +9,7 @@
 // task around it.
 //
 // Team gives the threads: kThreads, kLanes (a power of two), thread(), sync(line), any(bool), sync_warp(),
-// add_lanes(x): the sum over the lanes of the warp, the same bits in each.
+// add_lanes(x), max_lanes(x): the sum over the lanes of the warp and the largest, the same bits in each.
 #pragma once
 
 #include <cmath>
@@ -34,6 +34,8 @@ struct TeamBlock {
   static KERNELMETA_INLINE C sqrt(C x) { return ::sqrt(x); }
   static KERNELMETA_INLINE C exp(C x) { return ::exp(x); }
   static KERNELMETA_INLINE C log(C x) { return ::log(x); }
+  static KERNELMETA_INLINE C log1p(C x) { return ::log1p(x); }
+  static KERNELMETA_INLINE C pow(C x, C power) { return ::pow(x, power); }
   static KERNELMETA_INLINE C max(C a, C b) { return a < b ? b : a; }
   static KERNELMETA_INLINE C relu(C v) { return v < C(0) ? C(0) : v; }  // keeps NaN
   static KERNELMETA_INLINE C where_positive(C test, C v) { return test <= C(0) ? C(0) : v; }

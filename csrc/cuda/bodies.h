@@ -8,6 +8,7 @@
 #include <new>
 
 #include "cuda/block.h"
+#include "engine/focal_distillation.h"
 #include "engine/linear_head_task.h"
 #include "engine/mlp_task.h"
 #include "engine/sib_task.h"
@@ -482,6 +483,30 @@ KERNELMETA_INLINE void unfold_body(const Sizes& sizes, const MlpArrays<const C>&
   const auto& s = as<typename B::Sizes>(sizes);
   Arena<C> arena(sums);
   unfold(block, mlp, FoldedMlpGrad<C>(arena, s), s, to);
+}
+
+// A block takes as many rows at a time as it has warps.
+template <class B, class Fn>
+KERNELMETA_INLINE void rows_of_block(int64_t R, BlockTasks tasks, Fn f) {
+  for (int64_t first = tasks.first * B::kWarps; first < R; first += tasks.step * B::kWarps) {
+    f(first, R - first < B::kWarps ? R - first : B::kWarps);
+  }
+}
+
+template <class B, class C = typename B::Scalar>
+KERNELMETA_INLINE void distillation_forward_body(const DistillationForward<C>& f, Arena<C> arena,
+                                                 BlockTasks tasks) {
+  B block;
+  DistillationRows<B> rows(arena, block, f.problem, B::kWarps, false);
+  rows_of_block<B>(f.problem.R, tasks, [&](int64_t first, int64_t count) { rows.forward(f, first, count); });
+}
+
+template <class B, class C = typename B::Scalar>
+KERNELMETA_INLINE void distillation_backward_body(const DistillationBackward<C>& f, Arena<C> arena,
+                                                  BlockTasks tasks) {
+  B block;
+  DistillationRows<B> rows(arena, block, f.problem, B::kWarps, true);
+  rows_of_block<B>(f.problem.R, tasks, [&](int64_t first, int64_t count) { rows.backward(f, first, count); });
 }
 
 }  // namespace kernelmeta

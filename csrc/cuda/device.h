@@ -46,6 +46,13 @@ class Device {
     return f;
   }
 
+  // New and old logits of one type.
+  template <class C, class Logits>
+  Logits readable_logits(Logits logits) const {
+    alike<C>(logits.new_logits, logits.old_logits);
+    return logits;
+  }
+
   template <class C>
   Tensor trace(const TensorDevice& on, int64_t elements) const {
     return empty<C>(on, {elements});

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda/program_call.h"
+#include "engine/focal_distillation.h"
 #include "engine/linear_head_task.h"
 #include "engine/mlp_task.h"
 #include "engine/problem.h"
@@ -104,6 +105,15 @@ Plan plan_ridge_backward(const RidgeBackward<C>& f, int64_t stride, const std::v
 template <class C>
 void launch_ridge_backward(const RidgeBackward<C>& f, int64_t stride, const Plan& plan, C* workspace,
                            C* partials, const Stream& stream);
+
+template <class C>
+Plan plan_focal_distillation(const DistillationProblem<C>& p, bool backward, int device);
+template <class C>
+void launch_focal_distillation_forward(const DistillationForward<C>& f, const Plan& plan, C* workspace,
+                                       const Stream& stream);
+template <class C>
+void launch_focal_distillation_backward(const DistillationBackward<C>& f, const Plan& plan, C* workspace,
+                                        const Stream& stream);
 
 // to = factor * the sum of partials[b][..size] over b < count, in order.
 template <class C>

@@ -1,6 +1,7 @@
 // libkernelmeta_cuda: the CUDA kernels under their names in torch.ops.kernelmeta. Only PyTorch's stable ABI
 // is used.
 #include "cuda/class_means.h"
+#include "cuda/focal_distillation.h"
 #include "cuda/linear_head.h"
 #include "cuda/program.h"
 #include "cuda/ridge.h"

@@ -55,6 +55,15 @@ struct Row {
     }
     return Team::add_lanes(total);
   }
+  template <class Fn>
+  KERNELMETA_INLINE C most(Fn f) const {
+    C largest = -C(__builtin_inf());
+    for (int64_t i = lane; i < length; i += kLanes) {
+      const C value = f(at(i));
+      if (largest < value) largest = value;
+    }
+    return Team::max_lanes(largest);
+  }
   // to[j] = sum over i < n of f(i, j)
   template <class Fn>
   KERNELMETA_INLINE void column_sums(int64_t n, Fn f, C* to) const {

@@ -44,6 +44,17 @@ struct CudaTeam {
 #endif
     return value;
   }
+  template <class C>
+  static KERNELMETA_INLINE C max_lanes(C value) {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+      const C other = __shfl_xor_sync(0xffffffffu, value, distance);
+      if (value < other) value = other;
+    }
+#endif
+    return value;
+  }
   // Rows of features for the tensor cores, and the sums of their products; see narrow_dots.h.
   template <class F>
   struct Left : MmaLeft<F> {

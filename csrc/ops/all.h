@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ops/class_means.h"
+#include "ops/focal_distillation.h"
 #include "ops/linear_head.h"
 #include "ops/program.h"
 #include "ops/ridge.h"
@@ -21,7 +22,8 @@ struct OpList {
 };
 
 using AllOps = OpList<SibOp, SibBackwardOp, MlpOp, MlpBackwardOp, ClassMeansOp, ClassMeansBackwardOp, HeadOp,
-                      HeadBackwardOp, ProgramOp, ProgramBackwardOp, RidgeOp, RidgeBackwardOp>;
+                      HeadBackwardOp, ProgramOp, ProgramBackwardOp, RidgeOp, RidgeBackwardOp, DistillationOp,
+                      DistillationBackwardOp>;
 
 // A loss and its gradients in one pass over the tasks: on a CPU alone, so far.
 using TrainingOps = OpList<SibGradientsOp, HeadGradientsOp>;

@@ -104,20 +104,29 @@ inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::sta
 
 // A contiguous tensor. (The C shim directly: new_empty through the dispatcher costs 1.5 us, and a backward
 // pass makes fifteen.)
-template <class C>
-Tensor empty(const TensorDevice& on, const Shape& shape) {
+inline Tensor empty_of(const TensorDevice& on, const Shape& shape, int32_t dtype, size_t element_size) {
   int64_t strides[4], elements = 1;
   require(shape.size() <= 4, "at most four dimensions");
   for (size_t i = shape.size(); i-- > 0; elements *= std::max<int64_t>(shape[i], 1)) strides[i] = elements;
-  const int32_t dtype = sizeof(C) == 4 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
   const int32_t device = on.cpu ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides, dtype, device, on.index,
                                &handle) != AOTI_TORCH_SUCCESS) {
     throw OutOfMemory("no memory for a " + on.name() + " tensor of shape " + shape_text(shape) + ", " +
-                      std::to_string(elements * int64_t(sizeof(C))) + " bytes");
+                      std::to_string(elements * int64_t(element_size)) + " bytes");
   }
   return Tensor(handle);
+}
+
+template <class C>
+Tensor empty(const TensorDevice& on, const Shape& shape) {
+  return empty_of(on, shape, sizeof(C) == 4 ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64(),
+                  sizeof(C));
+}
+
+// Of uint8.
+inline Tensor empty_bytes(const TensorDevice& on, const Shape& shape) {
+  return empty_of(on, shape, aoti_torch_dtype_uint8(), 1);
 }
 
 // The same, or an empty one where it is not wanted.

@@ -52,14 +52,11 @@ class HostTeam {
   static void sync_warp() { state_->warps[size_t(thread_ / kLanes)]->arrive_and_wait(); }
   template <class C>
   static C add_lanes(C value) {
-    for (int distance = 1; distance < kLanes; distance *= 2) {
-      state_->exchanged[thread_] = double(value);
-      sync_warp();
-      const C other = C(state_->exchanged[thread_ ^ distance]);
-      sync_warp();
-      value += other;
-    }
-    return value;
+    return join_lanes(value, [](C a, C b) { return a + b; });
+  }
+  template <class C>
+  static C max_lanes(C value) {
+    return join_lanes(value, [](C a, C b) { return a < b ? b : a; });
   }
   // What team.h has the tensor cores for. The lanes share out the sums; operands stay where they lie.
   template <class F>
@@ -108,6 +105,18 @@ class HostTeam {
   }
 
  private:
+  template <class C, class Fn>
+  static C join_lanes(C value, Fn join) {
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+      state_->exchanged[thread_] = double(value);
+      sync_warp();
+      const C other = C(state_->exchanged[thread_ ^ distance]);
+      sync_warp();
+      value = join(value, other);
+    }
+    return value;
+  }
+
   inline static thread_local HostTeamState* state_ = nullptr;
   inline static thread_local int thread_ = 0;
   inline static thread_local int64_t met_ = 0;

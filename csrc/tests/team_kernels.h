@@ -213,6 +213,34 @@ void team_ridge_backward(const RidgeBackward<C>& f, const int64_t* trace_offsets
   add_partials(partials, size, grad.lambda);  // where the sums begin
 }
 
+// The blocks' own memory, full of NaN, and the bodies on it.
+template <class C, class F, class Body>
+void run_row_blocks(const DistillationProblem<C>& p, bool backward, Body body) {
+  using B = HostBlock<C, F>;
+  Arena<C> count(nullptr, team_options.capacity, nullptr);
+  B block;
+  DistillationRows<B> unused(count, block, p, B::kWarps, backward);
+  for (int64_t b = 0; b < team_options.blocks; ++b) {
+    std::vector<C> fast(size_t(count.used()), C(NAN)), slow(size_t(count.rest_used()), C(NAN));
+    const Arena<C> arena(fast.data(), team_options.capacity, slow.data());
+    on_team<C>([&] { body(arena, BlockTasks{b, team_options.blocks}); });
+  }
+}
+
+template <class C, class F>
+void team_focal_distillation_forward(const DistillationForward<C>& f, int64_t, int64_t) {
+  run_row_blocks<C, F>(f.problem, false, [&](const Arena<C>& arena, BlockTasks tasks) {
+    distillation_forward_body<HostBlock<C, F>>(f, arena, tasks);
+  });
+}
+
+template <class C, class F>
+void team_focal_distillation_backward(const DistillationBackward<C>& f, int64_t, int64_t) {
+  run_row_blocks<C, F>(f.problem, true, [&](const Arena<C>& arena, BlockTasks tasks) {
+    distillation_backward_body<HostBlock<C, F>>(f, arena, tasks);
+  });
+}
+
 template <class C, class F = C>
 constexpr Kernels<C> kTeamKernels = {.sib_forward = team_sib_forward<C, F>,
                                      .sib_backward = team_sib_backward<C, F>,
@@ -221,7 +249,9 @@ constexpr Kernels<C> kTeamKernels = {.sib_forward = team_sib_forward<C, F>,
                                      .program_forward = team_program_forward<C, F>,
                                      .program_backward = team_program_backward<C, F>,
                                      .ridge_forward = team_ridge_forward<C, F>,
-                                     .ridge_backward = team_ridge_backward<C, F>};
+                                     .ridge_backward = team_ridge_backward<C, F>,
+                                     .focal_distillation_forward = team_focal_distillation_forward<C, F>,
+                                     .focal_distillation_backward = team_focal_distillation_backward<C, F>};
 
 // F: how features are stored that float kernels read.
 template <class F>

@@ -4,7 +4,9 @@ typeface. docs/glyphs.md is its data card."""
 from __future__ import annotations
 
 import os
+import re
 from importlib import resources
+from importlib.abc import Traversable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,14 @@ class ImageSet(NamedTuple):
     class_names: tuple[str, ...]  # C names
 
 
+# What a style adds to the name of a typeface's family.
+_WEIGHTS = "condensed|bold|light|black|expanded|thin|medium|heavy"
+_STYLE = re.compile(
+    rf"\b((semi|demi|extra|ultra)?[- ]?({_WEIGHTS})|cond|demi|regular|book|roman|italic|oblique|slanted|\d+pt|ui)\b",
+    re.IGNORECASE,
+)
+
+
 def load_glyphs(path: str | os.PathLike[str] | None = None) -> ImageSet:
     """The built-in glyphs, 28x28: 164 characters in 24 typefaces each, sorted by class.
 
@@ -32,8 +42,7 @@ def load_glyphs(path: str | os.PathLike[str] | None = None) -> ImageSet:
         OSError: the file cannot be read.
         ValueError: it is not a file of glyphs.
     """
-    source = resources.files("kernelmeta.data") / "glyphs.npz" if path is None else Path(path)
-    with source.open("rb") as file:
+    with _source(path).open("rb") as file:
         try:
             archive = np.load(file, allow_pickle=False)
             glyphs = ImageSet(
@@ -45,9 +54,37 @@ def load_glyphs(path: str | os.PathLike[str] | None = None) -> ImageSet:
         except OSError:
             raise
         except Exception as error:  # numpy and zipfile raise anything from EOFError to BadZipFile
-            raise ValueError(f"path: {source} is not a file of glyphs: {error}") from error
-    _check(glyphs, str(source))
+            raise ValueError(f"path: {_source(path)} is not a file of glyphs: {error}") from error
+    _check(glyphs, str(_source(path)))
     return glyphs
+
+
+def glyph_families(path: str | os.PathLike[str] | None = None) -> tuple[Tensor, tuple[str, ...]]:
+    """The typeface family of every glyph, whatever the style: [n] int64, and the families' names in order.
+
+    Args:
+        path: as of `load_glyphs`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it does not say which faces its glyphs are of.
+    """
+    with _source(path).open("rb") as file:
+        try:
+            archive = np.load(file, allow_pickle=False)
+            faces, names = archive["faces"].astype(np.int64), archive["face_names"].tolist()
+            family_of = [" ".join(_STYLE.sub(" ", name).split()) or name for name in names]
+            families = sorted(set(family_of))
+            number = torch.tensor([families.index(family) for family in family_of])
+            return number[torch.from_numpy(faces)], tuple(families)
+        except OSError:
+            raise
+        except Exception as error:
+            raise ValueError(f"path: {_source(path)} does not name the glyphs' typefaces: {error}") from error
+
+
+def _source(path: str | os.PathLike[str] | None) -> Traversable | Path:
+    return resources.files("kernelmeta.data") / "glyphs.npz" if path is None else Path(path)
 
 
 def _check(glyphs: ImageSet, source: str) -> None:

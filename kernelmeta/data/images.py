@@ -88,6 +88,7 @@ class ArrayImages:
         pixels: [n, H, H], uint8 or float in 0..255.
         labels, class_split, class_names, source: see `LabelledImages`.
         padding: training shifts an image by up to so many pixels either way.
+        groups: [n] int64, what images have in common that a held-out part shall not share (the typeface's family).
     """
 
     pixels: Tensor
@@ -98,6 +99,7 @@ class ArrayImages:
     padding: int = 2
     channels: int = 1
     notes: tuple[str, ...] = ()
+    groups: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.size = self.pixels.shape[-1]
@@ -119,11 +121,23 @@ class ArrayImages:
         return (self.pixels[index].float() / 127.5 - 1)[None]
 
     def load_augmented(self, index: int, random: np.random.Generator) -> Tensor:
-        image, p = self.load(index), self.padding
-        down, right = random.integers(0, 2 * p + 1, 2).tolist()
-        padded = torch.full((1, self.size + 2 * p, self.size + 2 * p), float(image[0, 0, 0]))
-        padded[:, p : p + self.size, p : p + self.size] = image
-        return padded[:, down : down + self.size, right : right + self.size]
+        return self._shifted([index], [random])[0]
+
+    def load_batch(self, rows: Sequence[int], key: tuple[int, ...] | None) -> Tensor:
+        """Images [B, 1, size, size]; what `load` and `load_augmented` give for each, without a loop over them."""
+        if key is None:
+            return (self.pixels[list(rows)].float() / 127.5 - 1)[:, None]
+        return self._shifted(rows, [np.random.default_rng((*key, row)) for row in rows])
+
+    def _shifted(self, rows: Sequence[int], random: Sequence[np.random.Generator]) -> Tensor:
+        p, size = self.padding, self.size
+        images = self.load_batch(rows, None)
+        B = len(images)
+        padded = images[:, :, :1, :1].expand(B, 1, size + 2 * p, size + 2 * p).clone()
+        padded[:, :, p : p + size, p : p + size] = images
+        shifts = torch.from_numpy(np.stack([r.integers(0, 2 * p + 1, 2) for r in random]))
+        down, right = (shifts[:, i, None] + torch.arange(size) for i in range(2))  # [B, size]
+        return padded[torch.arange(B)[:, None, None], 0, down[:, :, None], right[:, None]][:, None]
 
 
 class FolderImages:
@@ -291,5 +305,11 @@ def batches(
         key: if given, augment; what an image gets is a function of the key and its row, not of the workers.
         workers: processes that decode; 0: this one.
     """
+    if isinstance(images, ArrayImages) and not workers:
+        for start in range(0, len(rows), batch_size):
+            batch = list(rows[start : start + batch_size])
+            if len(batch) == batch_size or not drop_last:
+                yield images.load_batch(batch, key), images.labels[batch]
+        return
     loader = DataLoader(_Rows(images, rows, key), batch_size, shuffle=False, drop_last=drop_last, num_workers=workers)
     yield from loader

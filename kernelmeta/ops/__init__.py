@@ -1,6 +1,7 @@
 """The ops: functions of tensors, batched over tasks, differentiable; each runs on the best backend there is."""
 
 from kernelmeta.ops.class_means_op import class_means
+from kernelmeta.ops.focal_distillation_op import focal_distillation
 from kernelmeta.ops.linear_head_gradients_op import HeadGradients, linear_head_gradients
 from kernelmeta.ops.linear_head_op import linear_head
 from kernelmeta.ops.program_op import program
@@ -13,6 +14,7 @@ __all__ = [
     "HeadGradients",
     "SIBGradients",
     "class_means",
+    "focal_distillation",
     "linear_head",
     "linear_head_gradients",
     "program",

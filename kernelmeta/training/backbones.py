@@ -7,11 +7,13 @@ import os
 from kernelmeta import nn
 from kernelmeta.data.files import read_weights
 from kernelmeta.data.words import one_line
+from kernelmeta.graceful.small import PREFIX, SmallBackbone, parse_backbone
 from kernelmeta.nn import xfer
 from kernelmeta.training.checkpoint import Checkpoint
 from kernelmeta.training.finite import check_weights
 
-Backbone = nn.Conv4 | nn.WideResNet
+Backbone = nn.Conv4 | nn.WideResNet | SmallBackbone
+# Besides those of `SmallBackbone`, see there.
 BACKBONES = ("conv4", "conv4_128", "wrn28_10")
 
 
@@ -25,7 +27,16 @@ def make_backbone(name: str, channels: int, size: int) -> Backbone:
         return nn.Conv4(channels=128 if name == "conv4_128" else 64, in_channels=channels)
     if name == "wrn28_10":
         return nn.WideResNet(first_stride=1 if size <= 32 else 2, in_channels=channels)
-    raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
+    check_backbone(name)
+    return SmallBackbone(*parse_backbone(name), in_channels=channels)
+
+
+def check_backbone(name: str) -> None:
+    """Raises ValueError if there is no backbone of that name."""
+    if name.startswith(PREFIX):
+        parse_backbone(name)
+    elif name not in BACKBONES:
+        raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
 
 
 def load_backbone(path: str | os.PathLike[str], name: str | None, channels: int, size: int) -> tuple[Backbone, str]:

@@ -10,7 +10,8 @@ from kernelmeta.data.replacing import replacing
 from kernelmeta.training.learners import TITLES
 
 
-def _axes(n: int) -> tuple[Any, Any]:
+def new_panels(n: int) -> tuple[Any, Any]:
+    """A figure and its n panels side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -19,12 +20,13 @@ def _axes(n: int) -> tuple[Any, Any]:
     return figure, [figure.add_subplot(1, n, i + 1) for i in range(n)]
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+def save(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a figure, whole or not at all. Raises OSError."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def _legend(figure: Any, axes: Any) -> None:
+def legend(figure: Any, axes: Any) -> None:
     """Below the plot, where it hides nothing of it."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
@@ -39,15 +41,15 @@ def training_plot(
     validation: Sequence[tuple[float, float]] = (),
 ) -> None:
     """Loss and accuracy (percent) over ``at`` (episodes or epochs, as ``unit`` says). Raises OSError."""
-    figure, (left, right) = _axes(2)
+    figure, (left, right) = new_panels(2)
     left.plot(at, loss, linewidth=0.8)
     left.set(xlabel=unit, ylabel="loss")
     right.plot(at, accuracy, linewidth=0.8, label="training")
     if validation:
         right.plot(*zip(*validation, strict=True), marker="o", markersize=3, label="validation")
     right.set(xlabel=unit, ylabel="accuracy, %")
-    _legend(figure, right)
-    _save(figure, path)
+    legend(figure, right)
+    save(figure, path)
 
 
 def steps_plot(path: str | os.PathLike[str], results: dict[str, Any], label: str) -> None:
@@ -59,7 +61,7 @@ def steps_plot(path: str | os.PathLike[str], results: dict[str, Any], label: str
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, (axes,) = _axes(1)
+    figure, (axes,) = new_panels(1)
     curve = results["accuracy_over_steps"]
     axes.errorbar(
         [row["steps"] for row in curve],
@@ -73,8 +75,8 @@ def steps_plot(path: str | os.PathLike[str], results: dict[str, Any], label: str
         axes.axhline(row["accuracy"], linestyle=style, color="grey", label=TITLES[name])
     axes.set(xlabel="inner steps K", ylabel="accuracy, %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(figure, axes)
-    _save(figure, path)
+    legend(figure, axes)
+    save(figure, path)
 
 
 def comparison_plot(path: str | os.PathLike[str], results: dict[str, Any], titles: Sequence[str]) -> None:
@@ -85,7 +87,7 @@ def comparison_plot(path: str | os.PathLike[str], results: dict[str, Any], title
         titles: of the panels.
     """
     cells, learners = results["cells"], results["titles"]
-    figure, panels = _axes(len(cells))
+    figure, panels = new_panels(len(cells))
     for axes, cell, title in zip(panels, cells, titles, strict=True):
         rows = [cell["learners"][name] for name in learners]
         heights = range(len(rows) - 1, -1, -1)
@@ -94,4 +96,4 @@ def comparison_plot(path: str | os.PathLike[str], results: dict[str, Any], title
         axes.set(title=title, xlabel="accuracy, %", yticks=list(heights), yticklabels=list(learners.values()))
         axes.margins(y=0.1)
         axes.grid(axis="x", linewidth=0.3)
-    _save(figure, path)
+    save(figure, path)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from kernelmeta import nn
 from kernelmeta.data.images import BACKBONE_SPLIT, LabelledImages, batches
 from kernelmeta.data.words import listing, one_line
-from kernelmeta.training.backbones import BACKBONES, make_backbone
+from kernelmeta.training.backbones import check_backbone, make_backbone
 from kernelmeta.training.checkpoint import Checkpoint, count, optimizer_tensors, restore_optimizer, rows
 from kernelmeta.training.finite import NotFiniteError, not_finite
 from kernelmeta.training.interruptions import interruptions
@@ -31,6 +31,11 @@ Report = Callable[[str, float, int], None]
 CHECKPOINT_SECONDS = 60.0
 # Settings that may differ between a checkpoint and the run that goes on from it; images have a fingerprint.
 FREE = ("epochs", "data")
+# Of settings that checkpoints of earlier versions do not name.
+DEFAULTS = {"holdout": 0.0}
+
+
+Config = TypeVar("Config", bound="PretrainConfig")
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,18 @@ class PretrainConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     seed: int = 0
+    holdout: float = 0.0
 
     def __post_init__(self) -> None:
         check_types(self)
         least = {"epochs": 1, "warmup_epochs": 0, "milestone": 0, "batch_size": 2, "seed": 0}
         check_numbers(self, least, ("lr", "momentum", "weight_decay", "warmup_epochs", "epochs"))
-        if self.backbone not in BACKBONES:
-            raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {self.backbone!r}")
+        check_backbone(self.backbone)
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout: expected a share of at least 0 and less than 1, got {self.holdout}")
 
     @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> PretrainConfig:
+    def from_dict(cls: type[Config], settings: dict[str, Any]) -> Config:
         """From what `to_dict` gave; other keys are left aside. Raises ValueError."""
         names = {field.name for field in fields(cls)}
         try:
@@ -100,15 +107,17 @@ class Pretrainer:
         if len(classes) < 2:
             raise ValueError(f"{images.source}: {len(classes)} classes to train a backbone on; 2 are needed")
         self.target = torch.full((len(images.class_split),), -1).index_copy(0, classes, torch.arange(len(classes)))
-        self.rows = torch.isin(images.labels, classes).nonzero().flatten().numpy()
+        self.class_names = tuple(images.class_names[c] for c in classes.tolist())
+        kept = torch.isin(images.labels, classes) & ~held_out(images, config.holdout)
+        self.rows = kept.nonzero().flatten().numpy()
         if len(self.rows) < config.batch_size:
             raise ValueError(f"batch_size: {config.batch_size}, but there are only {len(self.rows)} images")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.backbone = make_backbone(config.backbone, images.channels, images.size).to(device)
-            D = self.backbone.n_features(images.size, images.size)
-            self.classifier = nn.CosineClassifier(D, len(classes)).to(device)
-        self.parameters = [*self.backbone.parameters(), *self.classifier.parameters()]
+            self.backbone, self.classifier = (module.to(device) for module in self._modules())
+        self.parameters = [
+            p for module in (self.backbone, self.classifier) for p in module.parameters() if p.requires_grad
+        ]
         self.optimizer = torch.optim.SGD(
             self.parameters,
             config.lr,
@@ -119,6 +128,12 @@ class Pretrainer:
         self.epoch = self.batch = 0
         self.sums = torch.zeros(2, device=device)  # of the loss and of right answers, in the epoch that has begun
         self.history: list[tuple[int, float, float]] = []  # epochs done, loss, accuracy in percent
+
+    def _modules(self) -> tuple[Any, torch.nn.Module]:
+        """A backbone, [n, channels, H, H] -> [n, D], and a classifier, [n, D] -> [n, C]."""
+        backbone = make_backbone(self.config.backbone, self.images.channels, self.images.size)
+        D = backbone.n_features(self.images.size, self.images.size)
+        return backbone, nn.CosineClassifier(D, len(self.class_names))
 
     def checkpoint(self) -> Checkpoint:
         """All that the run needs to go on, and all that extraction needs."""
@@ -136,6 +151,7 @@ class Pretrainer:
                 "seed": self.config.seed,
                 "config": self.config.to_dict(),
                 "images": self.fingerprint,
+                "classes": list(self.class_names),
                 "history": self.history,
             },
         )
@@ -147,10 +163,9 @@ class Pretrainer:
             if state["images"] != self.fingerprint:
                 raise ValueError("data: not the images that the run began with")
             for name, value in self.config.to_dict().items():
-                if name not in FREE and state["config"][name] != value:
-                    raise ValueError(
-                        f"{name}: the checkpoint was trained with {state['config'][name]!r}, not {value!r}"
-                    )
+                trained = state["config"].get(name, DEFAULTS.get(name))
+                if name not in FREE and trained != value:
+                    raise ValueError(f"{name}: the checkpoint was trained with {trained!r}, not {value!r}")
             epoch, batch, history = count(state, "epoch"), count(state, "batch"), rows(state, "history")
             if batch >= len(self.rows) // self.config.batch_size:
                 raise ValueError(f"the checkpoint does not fit the run (batch {batch} is beyond an epoch)")
@@ -247,10 +262,39 @@ class Pretrainer:
         )
 
     def _step(self, pixels: Tensor, answers: Tensor) -> None:
-        logits: Tensor = self.classifier(self.backbone(pixels))
-        loss = F.cross_entropy(logits, answers)
+        loss, logits = self._loss(pixels, answers)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
             self.sums += torch.stack([loss, (logits.argmax(1) == answers).sum()])
+
+    def _loss(self, pixels: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a batch: what is minimised, a scalar, and logits [n, C]."""
+        logits: Tensor = self.classifier(self.backbone(pixels))
+        return F.cross_entropy(logits, answers), logits
+
+
+def held_out(images: LabelledImages, share: float) -> Tensor:
+    """[n] bool: the images kept from training, the same for every run of the same images.
+
+    Whole groups (typeface families) where the images have groups; else a share of each class, by a shuffle.
+
+    Args:
+        share: of the groups, or of each class, 0 to 1; one or more where it is above 0 and there are two or more.
+    """
+    n = len(images.labels)
+    if not share:
+        return torch.zeros(n, dtype=torch.bool)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    groups = getattr(images, "groups", None)
+    if groups is not None:
+        kinds = groups.unique()
+        shuffled = kinds[torch.randperm(len(kinds), generator=torch.Generator().manual_seed(0))]
+        return torch.isin(groups, shuffled[: max(1, round(share * len(kinds)))])
+    held = torch.zeros(n, dtype=torch.bool)
+    labels = images.labels[order]
+    for c in range(len(images.class_split)):
+        rows = order[labels == c]
+        held[rows[: min(len(rows) - 1, max(1, round(share * len(rows))))]] = True
+    return held

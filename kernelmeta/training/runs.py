@@ -22,6 +22,7 @@ from kernelmeta.version import __version__
 CONFIG, RESULTS = "config.json", "results.json"
 # What names the data: files may be named otherwise, or have moved. Fingerprints tell whether they are the same.
 WHERE = ("data", "weights", "backbone")
+PATHS = ("data", "weights", "old", "gallery")
 
 
 @contextmanager
@@ -52,13 +53,14 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 def prepare(
-    out: Path, command: str, given: dict[str, Any], resume: bool, free: Collection[str]
+    out: Path, command: str, given: dict[str, Any], resume: bool, free: Collection[str], kind: str | None = None
 ) -> tuple[dict[str, Any], Checkpoint | None]:
     """Settings of the run in ``out``, and its checkpoint if it has one to go on from.
 
     Args:
         given: what the user set.
         free: settings that may differ from the run's when it is resumed; any other is an error.
+        kind: of its checkpoint, if that is not the command's name.
 
     Raises:
         ValueError: ``out`` holds another run; a setting differs; its configuration is not its checkpoint's.
@@ -78,13 +80,13 @@ def prepare(
         raise ValueError(f"out: {out} holds a run of 'kernelmeta {written.get('command')}', not of {command!r}")
     if not begun:
         return {**written, **given}, None
-    checkpoint = Checkpoint.load(out / CHECKPOINT, command)
+    checkpoint = Checkpoint.load(out / CHECKPOINT, kind or command)
     trained = checkpoint.state.get("config")
     if not isinstance(trained, dict):
         raise ValueError(f"{out / CHECKPOINT}: it does not hold the settings of its run")
     check_same(trained, written, free, f"{out / CONFIG} says {{1!r}}, but its checkpoint was trained with {{0!r}}")
     check_same(trained, given, free, f"the run in {out} has {{0!r}}, got {{1!r}}")
-    for name in WHERE:
+    for name in (*WHERE, *PATHS):
         if name in free and trained.get(name) is not None:
             trained = {**trained, name: found(trained[name], written.get("out"), out)}
     return {**trained, **given}, checkpoint
@@ -103,7 +105,7 @@ def found(path: str, written_to: Any, out: Path) -> str:
 def absolute(given: dict[str, Any]) -> dict[str, Any]:
     """Settings with the paths among them spelled so that they hold from any folder."""
     return {
-        name: os.path.abspath(value) if name in ("data", "weights") and value not in (None, "", "glyphs") else value
+        name: os.path.abspath(value) if name in PATHS and value not in (None, "", "glyphs") else value
         for name, value in given.items()
     }
 

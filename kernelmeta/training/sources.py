@@ -11,6 +11,7 @@ import torch
 
 from kernelmeta.data import FeatureBank
 from kernelmeta.data.images import BACKBONE_SPLIT, ArrayImages, FolderImages, LabelledImages
+from kernelmeta.data.words import printable
 from kernelmeta.training.backbones import load_backbone
 from kernelmeta.training.extraction import extract
 
@@ -18,17 +19,20 @@ Say = Callable[[str], None]
 
 
 def open_images(data: str, style: str | None = None) -> LabelledImages:
-    """Images of "glyphs" or of a folder.
+    """Images of "glyphs", of a file of the same format (.npz), or of a folder.
 
     Raises:
-        OSError: there is no such folder.
+        OSError: there is no such file or folder.
         ValueError: it does not hold images as expected.
     """
-    if data == "glyphs":
-        from kernelmeta.data.glyphs import load_glyphs
+    if data == "glyphs" or (data.endswith(".npz") and not Path(data).is_dir()):
+        from kernelmeta.data.glyphs import glyph_families, load_glyphs
 
-        glyphs = load_glyphs()
-        return ArrayImages(glyphs.images, glyphs.labels, glyphs.class_split, tuple(glyphs.class_names), "glyphs")
+        path = None if data == "glyphs" else data
+        glyphs, (families, _) = load_glyphs(path), glyph_families(path)
+        return ArrayImages(
+            glyphs.images, glyphs.labels, glyphs.class_split, glyphs.class_names, printable(data), groups=families
+        )
     _check_named(data)
     return FolderImages(data, style)
 

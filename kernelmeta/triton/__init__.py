@@ -7,7 +7,8 @@ than this, and float64, runs in plain PyTorch on the same device:
 * ``sib``, ``synthetic_gradient_mlp``: 128 query rows, activations and weights [H, H] of 128 x 64;
 * ``program``, ``linear_head``: 256 live rows (support rows too, where a phase uses them, both rounded up to 16) times
   16 ways, or 128 times 32; with synthetic gradients as ``sib``;
-* ``ridge``: 128 support rows.
+* ``ridge``: 128 support rows;
+* ``focal_distillation``: 8,192 classes.
 
 Unlike the other backends they do not raise for bad values, which would wait for the device: a class without a support
 row, a label out of range, a singular system give that task NaN. Ragged tasks do wait, once a call, for their offsets,
@@ -28,7 +29,15 @@ from collections.abc import Callable
 from typing import Any
 
 from kernelmeta.backends import backends
-from kernelmeta.ops import class_means_op, linear_head_op, program_op, ridge_op, sib_op, synthetic_gradient_mlp_op
+from kernelmeta.ops import (
+    class_means_op,
+    focal_distillation_op,
+    linear_head_op,
+    program_op,
+    ridge_op,
+    sib_op,
+    synthetic_gradient_mlp_op,
+)
 
 _OPS = {
     "class_means": class_means_op,
@@ -37,6 +46,7 @@ _OPS = {
     "linear_head": linear_head_op,
     "program": program_op,
     "ridge": ridge_op,
+    "focal_distillation": focal_distillation_op,
 }
 
 

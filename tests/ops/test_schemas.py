@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernelmeta as km
-from kernelmeta.ops import linear_head_op, program_op, ridge_op, sib_op
+from kernelmeta.ops import focal_distillation_op, linear_head_op, program_op, ridge_op, sib_op
 from kernelmeta.ops._differentiable import DifferentiableOp
 from kernelmeta.ops._ragged import fields
 
@@ -79,6 +79,16 @@ def test_trace_of_linear_head_and_ridge(sizes: dict[str, int], steps: int) -> No
     check_trace(
         ridge_op.OP, **even, support_labels=e.labels, **fields(None), regularization=one, scale=one, bias=one, n_way=N
     )
+
+
+@given(st.integers(0, 9), st.integers(1, 9), st.integers(0, 4), st.booleans())
+def test_trace_of_focal_distillation(rows: int, classes: int, distance: int, label_loss: bool) -> None:
+    logits = torch.randn(rows, classes)
+    check_trace(
+        focal_distillation_op.OP, new_logits=logits, old_logits=logits, labels=torch.zeros(rows, dtype=torch.int64),
+        class_weight=None, distance=distance, alpha=1.0, beta=5.0, tau=2.0, margin=0.5, power=2.0,
+        label_loss=label_loss, label_smoothing=0.0, ignore_index=-100,
+    )  # fmt: skip
 
 
 ORACLES = ("cross_entropy", "entropy", "soft_assignment", "synthetic_gradient")

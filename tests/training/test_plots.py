@@ -16,7 +16,7 @@ from kernelmeta.training.learners import TITLES
 def figures(monkeypatch):
     """The figures that are saved, in the place of files."""
     saved = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: saved.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: saved.append(figure))
     return saved
 
 

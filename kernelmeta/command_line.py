@@ -1,0 +1,42 @@
+"""What the commands have in common: settings that were given, run folders, lines about the progress."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from kernelmeta.training import runs
+
+
+def given_settings(args: argparse.Namespace, config: type[Any]) -> dict[str, Any]:
+    """The settings of a dataclass that the user gave."""
+    found = {field.name: getattr(args, field.name) for field in fields(config) if hasattr(args, field.name)}
+    return runs.absolute(found)
+
+
+def reading(args: argparse.Namespace) -> dict[str, Any]:
+    """How images and banks are read."""
+    return {"workers": args.workers, "progress": not args.quiet, "skip_bad": args.skip_bad, "say": say_of(args)}
+
+
+def say_of(args: argparse.Namespace) -> Callable[[str], None]:
+    """A function that shows a line on stderr, with the command's name."""
+
+    def say(line: str) -> None:
+        print(f"kernelmeta {args.command}: {' '.join(line.splitlines())}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def run_folder(args: argparse.Namespace, name: str) -> Path:
+    """``--out``, or a new folder below runs/. Raises ValueError where a run is to be gone on with and not named."""
+    if args.out is not None:
+        return Path(args.out)
+    if args.resume:
+        raise ValueError("--resume: give --out DIR, the run to go on with")
+    folders = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 10_000))]
+    return next(folder for folder in folders if not folder.exists())
