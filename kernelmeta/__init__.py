@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from kernelmeta import data, func, graceful, nn, ops, reference, triton
+from kernelmeta import data, func, graceful, linear, nn, ops, reference, triton
 from kernelmeta.backends import backends, use_backend
 from kernelmeta.flip_counts import FlipCounts
 from kernelmeta.mlp_parameters import MLPParameters
@@ -30,6 +30,7 @@ __all__ = [
     "data",
     "func",
     "graceful",
+    "linear",
     "nn",
     "ops",
     "reference",

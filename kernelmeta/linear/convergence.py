@@ -1,0 +1,276 @@
+"""Rates of gradient descent that are certain, for a two-layer linear network of any width, from any initialisation.
+
+The network is ``X W1 W2``, its loss ``L = |X W1 W2 - Y|^2 / 2`` above its minimum, and a step moves both layers along
+minus its gradient. Let X = U S V^T have rank r, A = V^T W1 [r, h], B = W2 [h, m], mu and Kx the smallest and the
+largest squared singular value, G = S (S A B - U^T Y), and g^2 = |G B^T|_F^2 + |A^T G|_F^2, the squared length of the
+gradient.
+
+* One step from here (`local_rate`). With lam = s_1(A)^2 + s_1(B)^2 and K = |G|_2 + Kx (sqrt(lam) + lr g / 2)^2, the
+  curvature along the step: if lr K < 2, then L' <= (1 - 2 lr mu (s_r(A)^2 + s_m(B)^2) (1 - lr K / 2)) L.
+* All steps from the initialisation (`certificate`). The imbalance D = A^T A - B B^T moves by at most
+  delta >= lr L0 / (1 - lr K / 2) over the whole of training, so that s_r(A)^2 + s_m(B)^2 never falls below
+  alpha = [lambda_r(D0) - delta]_+ + [lambda_m(-D0) - delta]_+; and, since the loss falls, A and B stay small:
+  s_1(A)^2 <= (d + sqrt(d^2 + 4 p^2)) / 2 with d = lambda_max(D0)_+ + delta and p = |S^-1 U^T Y|_2 + sqrt(2 L0 / mu),
+  B alike with -D0. With lam the sum of the two, K = sqrt(2 Kx L0) + Kx (sqrt(lam) + lr sqrt(2 Kx L0 lam) / 2)^2. Then
+  L_t <= rho^t L0 with rho = 1 - 2 lr mu alpha (1 - lr K / 2).
+
+Everything is computed in float64, and batched: leading dimensions of the arguments are networks of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_GRID, _ROUNDS = 24, 4  # learning rates looked at in each round of the search, from coarse to fine
+_FIXED_POINT, _CLOSE = 50, 1e-4  # steps towards the least move of the imbalance, and how near is near enough
+
+
+class Certificate(NamedTuple):
+    """What is certain of gradient descent with this learning rate, from this initialisation."""
+
+    valid: Tensor
+    """[...] bool: whether there is a certificate: the loss falls by the factor ``rho`` or more at every step."""
+    reason: str | tuple[str, ...]
+    """Why there is none, for each network (flattened where there are several); empty where there is one."""
+    lr: Tensor
+    """[...] the learning rate: the one that was asked about, or the best one (NaN if there is none)."""
+    rho: Tensor
+    """[...] L_{t+1} <= rho L_t; NaN where nothing is certain."""
+    imbalance: Tensor
+    """[..., h] the eigenvalues of A^T A - B B^T at the start, falling."""
+    alpha: Tensor
+    """[...] what s_r(A)^2 + s_m(B)^2 never falls below."""
+    curvature: Tensor
+    """[...] what the curvature of the loss along a step never exceeds."""
+    loss: Tensor
+    """[...] the loss at the start, above its minimum."""
+
+
+class _Spectra(NamedTuple):
+    """What the certificate is made of; [...], the imbalance [..., h]."""
+
+    loss: Tensor
+    mu: Tensor
+    largest: Tensor
+    imbalance: Tensor
+    reach: Tensor  # p
+    ranks: tuple[Tensor, int]  # r, m
+
+
+def _checked(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    given = {"X": X, "Y": Y, "W1": W1, "W2": W2}
+    for name, tensor in given.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            got = str(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+        if tensor.dim() < 2 or 0 in tensor.shape[-2:]:
+            raise ValueError(f"{name}: expected a matrix [..., rows, columns], got shape {list(tensor.shape)}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name}: expected finite numbers")
+    n, d, h, m = *X.shape[-2:], *W2.shape[-2:]
+    for name, want in (("Y", (n, m)), ("W1", (d, h))):
+        if tuple(given[name].shape[-2:]) != want:
+            raise ValueError(f"{name}: expected {list(want)} as last dimensions, got shape {list(given[name].shape)}")
+    batch = torch.broadcast_shapes(*(t.shape[:-2] for t in given.values()))
+    with torch.no_grad():
+        x, y, w1, w2 = (t.detach().double().expand(*batch, *t.shape[-2:]) for t in given.values())
+    return x, y, w1, w2
+
+
+def _reduced(X: Tensor, Y: Tensor, W1: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """S [..., k], U^T Y [..., k, m], A [..., k, h], and which of the k singular values count, [..., k]."""
+    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    counts = S[..., :1] * (max(X.shape[-2:]) * torch.finfo(S.dtype).eps) < S
+    S = S * counts
+    kept = counts.unsqueeze(-1)
+    return S, (U.mT @ Y) * kept, (Vh @ W1) * kept, counts
+
+
+def _spectra(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor) -> _Spectra:
+    S, target, A, counts = _reduced(X, Y, W1)
+    h, m = W2.shape[-2:]
+    inverse = torch.where(counts, 1 / S, 0.0)
+    mu = torch.where(counts, S, torch.inf).square().amin(-1)
+    loss = (S.unsqueeze(-1) * (A @ W2) - target).square().sum((-2, -1)) / 2
+    imbalance = torch.linalg.eigvalsh(A.mT @ A - W2 @ W2.mT).flip(-1)
+    wanted = torch.linalg.matrix_norm(inverse.unsqueeze(-1) * target, 2)
+    return _Spectra(loss, mu, S.square().amax(-1), imbalance, wanted + (2 * loss / mu).sqrt(), (counts.sum(-1), m))
+
+
+def _at(spectra: _Spectra, lr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """rho, alpha and the curvature for learning rates [..., k]; rho is infinite where nothing is certain."""
+    loss, mu, Kx, reach = (v.unsqueeze(-1) for v in (spectra.loss, spectra.mu, spectra.largest, spectra.reach))
+    top, bottom = spectra.imbalance[..., :1].clamp_min(0), (-spectra.imbalance[..., -1:]).clamp_min(0)
+    slope = (2 * Kx * loss).sqrt()
+
+    def after(delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How far the imbalance moves where it moves by at most ``delta``; the curvature; 1 - lr K / 2."""
+        a, b = top + delta, bottom + delta
+        size = ((a + (a * a + 4 * reach * reach).sqrt() + b + (b * b + 4 * reach * reach).sqrt()) / 2).sqrt()
+        K = slope + Kx * (size + lr * slope * size / 2).square()
+        left = 1 - lr * K / 2
+        return torch.where(left > 0, lr * loss / left, torch.inf), K, left
+
+    delta = torch.zeros_like(lr)
+    for _ in range(_FIXED_POINT):  # from below: it only grows
+        moved, _, _ = after(delta)
+        if torch.isclose(moved, delta, rtol=_CLOSE, atol=0).all():
+            break
+        delta = moved
+    delta = delta * (1 + 2 * _CLOSE)
+    moved, K, left = after(delta)
+    settled = moved <= delta
+    r, m = spectra.ranks
+    h = spectra.imbalance.shape[-1]
+    of_first = torch.gather(spectra.imbalance, -1, (r.clamp_max(h) - 1).clamp_min(0).unsqueeze(-1))
+    of_second = -spectra.imbalance[..., max(h - m, 0)].unsqueeze(-1)
+    zero = torch.zeros_like(delta)
+    alpha = torch.where((r <= h).unsqueeze(-1), (of_first - delta).clamp_min(0), zero)
+    alpha = alpha + ((of_second - delta).clamp_min(0) if m <= h else zero)
+    rho = torch.where((left > 0) & settled & (alpha > 0), 1 - 2 * lr * mu * alpha * left, torch.inf)
+    return rho, alpha, K
+
+
+def certificate(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor, lr: float | Tensor | None = None) -> Certificate:
+    """What is certain of gradient descent on ``|X W1 W2 - Y|^2 / 2`` from this initialisation, before it is run.
+
+    Args:
+        X: [..., n, d], the inputs; leading dimensions are networks of their own.
+        Y: [..., n, m], the targets.
+        W1, W2: [..., d, h] and [..., h, m], the initialisation.
+        lr: the learning rate, a number or [...]; the one with the smallest ``rho`` if None.
+
+    Returns:
+        A `Certificate`. There is one only if the layers are out of balance enough (``alpha`` above 0), which wants
+        h >= r + m in general, r the rank of X, and if the learning rate is small enough.
+
+    Raises:
+        ValueError, TypeError: shapes that do not fit, numbers that are not finite, a learning rate that is not above 0.
+    """
+    x, y, w1, w2 = _checked(X, Y, W1, W2)
+    spectra = _spectra(x, y, w1, w2)
+    batch = spectra.loss.shape
+    if lr is not None:
+        rates = torch.as_tensor(lr, dtype=torch.float64, device=spectra.loss.device)
+        if not (rates > 0).all() or not rates.isfinite().all():
+            raise ValueError("lr: expected numbers above 0")
+        rates = rates.expand(batch)
+    else:
+        rates = _best_rate(spectra)
+    rho, alpha, curvature = (v.squeeze(-1) for v in _at(spectra, rates.unsqueeze(-1)))
+    valid = rho.isfinite() & (rho < 1)
+    reasons = tuple(
+        "" if fine else _reason(spectra, i, given=lr is not None) for i, fine in enumerate(valid.flatten().tolist())
+    )
+    nothing = torch.full_like(rho, torch.nan)
+    return Certificate(
+        valid,
+        reasons if batch else reasons[0],
+        rates if lr is not None else torch.where(valid, rates, nothing),
+        torch.where(valid, rho, nothing),
+        spectra.imbalance,
+        alpha,
+        curvature,
+        spectra.loss,
+    )
+
+
+def _best_rate(spectra: _Spectra) -> Tensor:
+    """[...] the learning rate with the smallest rho, by a grid that closes in on it."""
+    size = spectra.reach + spectra.imbalance.abs().amax(-1)
+    longest = 2 / (spectra.largest * size).clamp_min(torch.finfo(torch.float64).tiny)
+    low, high = longest.log() - math.log(1e12), longest.log()
+    where = torch.linspace(0, 1, _GRID, dtype=torch.float64, device=low.device)
+    for _ in range(_ROUNDS):
+        rates = (low.unsqueeze(-1) + (high - low).unsqueeze(-1) * where).exp()
+        best = _at(spectra, rates)[0].argmin(-1, keepdim=True)
+        found = rates.gather(-1, best).squeeze(-1)
+        step = (high - low) / (_GRID - 1)
+        low, high = found.log() - step, found.log() + step
+    return found
+
+
+def _reason(spectra: _Spectra, i: int, *, given: bool) -> str:
+    """Why the ``i``-th network has no certificate."""
+    r, m, h = int(spectra.ranks[0].flatten()[i]), spectra.ranks[1], spectra.imbalance.shape[-1]
+    imbalance = spectra.imbalance.reshape(-1, h)[i]
+    if r == 0:
+        return "X is zero: nothing can be learned from it"
+    first = float(imbalance[r - 1]) if r <= h else 0.0
+    second = -float(imbalance[h - m]) if m <= h else 0.0
+    if max(first, second) <= 0:
+        return (
+            "the layers are in balance: too few eigenvalues of A^T A - B B^T are positive, and too few negative "
+            f"(h = {h}, r + m = {r + m}: a wider network helps, or one layer larger than the other)"
+        )
+    if given:
+        return "the learning rate is too large for what is certain"
+    return "the imbalance of the layers is too small for the loss at the start: it may be lost on the way"
+
+
+class LocalRate(NamedTuple):
+    """What one step is certain to do."""
+
+    factor: Tensor
+    """[...] L' <= factor L; infinite where lr K is 2 or more."""
+    curvature: Tensor
+    """[...] K."""
+
+
+class _Local(NamedTuple):
+    slope: Tensor  # g
+    steepness: Tensor  # |G|_2
+    size: Tensor  # sqrt(lam)
+    strength: Tensor  # mu (s_r(A)^2 + s_m(B)^2)
+    largest: Tensor  # Kx
+
+
+def _local(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor) -> _Local:
+    S, target, A, counts = _reduced(X, Y, W1)
+    G = S.unsqueeze(-1) * (S.unsqueeze(-1) * (A @ W2) - target)
+    slope = ((G @ W2.mT).square().sum((-2, -1)) + (A.mT @ G).square().sum((-2, -1))).sqrt()
+    of_a, of_b = torch.linalg.svdvals(A), torch.linalg.svdvals(W2)
+    r, (h, m) = counts.sum(-1), W2.shape[-2:]
+    last = of_a.gather(-1, (r - 1).clamp(0, of_a.shape[-1] - 1).unsqueeze(-1)).squeeze(-1)
+    weakest = torch.where(r <= h, last.square(), 0.0) + (of_b[..., m - 1].square() if m <= h else 0.0)
+    mu = torch.where(counts, S, torch.inf).square().amin(-1)
+    size = (of_a[..., 0].square() + of_b[..., 0].square()).sqrt()
+    return _Local(slope, torch.linalg.matrix_norm(G, 2), size, mu * weakest, S.square().amax(-1))
+
+
+def local_rate(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor, lr: float | Tensor) -> LocalRate:
+    """What one step from here with this learning rate is certain to do to the loss; arguments as `certificate`."""
+    at = _local(*_checked(X, Y, W1, W2))
+    rate = torch.as_tensor(lr, dtype=torch.float64, device=at.slope.device)
+    K = at.steepness + at.largest * (at.size + rate * at.slope / 2).square()
+    left = 1 - rate * K / 2
+    return LocalRate(torch.where(left > 0, 1 - 2 * rate * at.strength * left, torch.inf), K)
+
+
+def adaptive_step(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor) -> Tensor:
+    """The learning rate of the next step whose certain decrease is the largest.
+
+    ``lr (1 - lr K(lr) / 2)`` has one maximum, where ``lr (|G|_2 + Kx (s + lr g / 2) (s + lr g)) = 1`` with
+    s = sqrt(lam): the left side only grows.
+
+    Args:
+        X, Y, W1, W2: as in `certificate`; leading dimensions are networks of their own.
+
+    Returns:
+        [...] float64; infinite where the gradient is zero and the network too.
+
+    Raises:
+        ValueError, TypeError: as `certificate`.
+    """
+    at = _local(*_checked(X, Y, W1, W2))
+    high = 1 / (at.steepness + at.largest * at.size.square())  # the root without the step's own part, which is positive
+    low = torch.zeros_like(high)
+    for _ in range(80):
+        middle = (low + high) / 2
+        value = middle * (at.steepness + at.largest * (at.size + middle * at.slope / 2) * (at.size + middle * at.slope))
+        low, high = torch.where(value < 1, middle, low), torch.where(value < 1, high, middle)
+    return high

@@ -1,0 +1,144 @@
+"""Certificates of convergence, against gradient descent as it goes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import kernelmeta as km
+
+STEPS = 100
+
+
+def draw(
+    T: int, n: int, d: int, m: int, h: int, scale: float = 1.0, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(T, *shape, generator=generator, dtype=torch.float64)
+
+    X = normal(n, d) / math.sqrt(d)
+    return X, X @ normal(d, m) + 0.1 * normal(n, m), scale * normal(d, h), scale * normal(h, m)
+
+
+def minimum(X: Tensor, Y: Tensor) -> Tensor:
+    residual = Y - X @ (torch.linalg.pinv(X) @ Y)
+    return residual.square().sum((-2, -1)) / 2
+
+
+def step(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor, lr: Tensor) -> tuple[Tensor, Tensor]:
+    R, rate = X @ W1 @ W2 - Y, lr.reshape(*lr.shape, 1, 1)
+    return W1 - rate * (X.mT @ R @ W2.mT), W2 - rate * (W1.mT @ X.mT @ R)
+
+
+def loss(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor) -> Tensor:
+    return (X @ W1 @ W2 - Y).square().sum((-2, -1)) / 2 - minimum(X, Y)
+
+
+def violations(tasks: tuple[Tensor, ...], lr: Tensor, rho: Tensor) -> int:
+    """Steps that the certificate, or the local rate, does not hold for."""
+    X, Y, W1, W2 = tasks
+    before, found = loss(X, Y, W1, W2), 0
+    rounding = 1e-10 * (before + Y.square().sum((-2, -1)))
+    for _ in range(STEPS):
+        local = km.linear.local_rate(X, Y, W1, W2, lr)
+        W1, W2 = step(X, Y, W1, W2, lr)
+        after = loss(X, Y, W1, W2)
+        found += int((after > rho * before + rounding).sum() + (after > local.factor * before + rounding).sum())
+        before = after
+    return found
+
+
+@pytest.mark.parametrize(("n", "d", "m", "h"), [(20, 5, 3, 16), (6, 10, 2, 8), (30, 1, 1, 2), (12, 4, 4, 40)])
+def test_no_step_breaks_a_certificate(n: int, d: int, m: int, h: int) -> None:
+    tasks = draw(12, n, d, m, h)
+    found = km.linear.certificate(*tasks)
+    assert found.valid.all(), found.reason
+    assert (found.rho < 1).all() and (found.rho > 0).all() and set(found.reason) == {""}
+    assert violations(tasks, found.lr, found.rho) == 0
+
+
+def test_certificates_are_of_use() -> None:
+    tasks = draw(40, 20, 5, 3, 16)
+    found = km.linear.certificate(*tasks)
+    assert (1 - found.rho).median() > 5e-3
+    X, Y, W1, W2 = tasks
+    for _ in range(STEPS):
+        W1, W2 = step(X, Y, W1, W2, found.lr)
+    measured = (loss(X, Y, W1, W2) / found.loss).clamp_min(1e-12).log() / STEPS
+    assert (measured / found.rho.log()).median() < 12
+
+
+def test_the_best_rate_is_the_best() -> None:
+    X, Y, W1, W2 = draw(1, 20, 5, 3, 16)
+    best = km.linear.certificate(X, Y, W1, W2)
+    for factor in (0.1, 0.5, 0.8, 0.95, 1.05, 1.2):
+        other = km.linear.certificate(X, Y, W1, W2, lr=best.lr * factor)
+        assert not other.valid or other.rho >= best.rho - 1e-6
+    far = km.linear.certificate(X, Y, W1, W2, lr=best.lr * 100)
+    assert not far.valid and "too large" in far.reason[0] and far.rho.isnan()
+
+
+@given(
+    st.integers(1, 8), st.integers(1, 8), st.integers(1, 4), st.integers(1, 16), st.floats(0.05, 3), st.integers(0, 99)
+)
+@settings(max_examples=25, deadline=None)
+def test_whatever_is_certain_holds(n: int, d: int, m: int, h: int, scale: float, seed: int) -> None:
+    tasks = draw(3, n, d, m, h, scale, seed)
+    found = km.linear.certificate(*tasks)
+    for valid, reason in zip(found.valid.tolist(), found.reason, strict=True):
+        assert valid == (reason == "")
+    some = tuple(t[found.valid] for t in tasks)
+    if len(some[0]):
+        assert violations(some, found.lr[found.valid], found.rho[found.valid]) == 0
+
+
+def test_one_network_is_one_of_many() -> None:
+    tasks = draw(3, 20, 5, 3, 16)
+    many = km.linear.certificate(*tasks)
+    one = km.linear.certificate(*(t[1] for t in tasks))
+    assert one.valid and one.reason == "" and one.rho.dim() == 0
+    torch.testing.assert_close(one.rho, many.rho[1])
+    torch.testing.assert_close(km.linear.adaptive_step(*(t[1] for t in tasks)), km.linear.adaptive_step(*tasks)[1])
+
+
+def test_why_there_is_none() -> None:
+    X, Y, W1, W2 = (t[0] for t in draw(1, 20, 5, 3, 16))
+    assert "balance" in km.linear.certificate(X, Y, torch.zeros_like(W1), torch.zeros_like(W2)).reason
+    assert "X is zero" in km.linear.certificate(torch.zeros_like(X), Y, W1, W2).reason
+    assert "too small" in km.linear.certificate(X, 100 * Y, 1e-9 * W1, 1e-9 * W2).reason
+
+
+def test_adaptive_steps_keep_up_with_the_best_constant_rate() -> None:
+    X, Y, W1, W2 = (t[0] for t in draw(1, 20, 5, 3, 16))
+    goal = 1e-6 * loss(X, Y, W1, W2)
+
+    def steps(rate: Tensor | None, most: int) -> int:
+        a, b = W1, W2
+        for k in range(most):
+            if loss(X, Y, a, b) < goal:
+                return k
+            a, b = step(X, Y, a, b, km.linear.adaptive_step(X, Y, a, b) if rate is None else rate)
+        return most
+
+    best = min(steps(torch.tensor(rate), 3000) for rate in torch.logspace(-4, 0, 25).double())
+    assert best < 3000
+    assert steps(None, 3 * best + 1) <= 3 * best
+
+
+def test_wrong_input_is_named() -> None:
+    X, Y, W1, W2 = (t[0] for t in draw(1, 20, 5, 3, 16))
+    with pytest.raises(ValueError, match=r"Y: expected \[20, 3\]"):
+        km.linear.certificate(X, Y[:5], W1, W2)
+    with pytest.raises(ValueError, match="W1: expected finite"):
+        km.linear.certificate(X, Y, W1 / 0, W2)
+    with pytest.raises(TypeError, match="X: expected a floating-point tensor, got list"):
+        km.linear.certificate([[1.0]], Y, W1, W2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="lr: expected numbers above 0"):
+        km.linear.certificate(X, Y, W1, W2, lr=0.0)
