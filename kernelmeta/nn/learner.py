@@ -97,9 +97,9 @@ class Learner(nn.Module, ABC):
             ragged: tasks of unequal size.
 
         Returns:
-            weight [T, N, D] and bias [T, N]. A linear classifier (ANIL, ridge, linear programs) gives any row the logits
-            ``x weight^T + bias``; a cosine classifier ``scale (bias + cos(x, weight))`` with the learner's own scale and
-            bias, so that the largest cosine is the answer.
+            weight [T, N, D] and bias [T, N]. A linear classifier (ANIL, ridge, linear programs) gives any row the
+            logits ``x weight^T + bias``; a cosine classifier ``scale (bias + cos(x, weight))`` with the learner's own
+            scale and bias, so that the largest cosine is the answer.
 
         Raises:
             ValueError, TypeError: what does not fit, named; no query rows for a learner that needs them.
