@@ -1,4 +1,4 @@
-"""Few-shot learners as scikit-learn knows classifiers. ``kernelmeta.FewShotClassifier`` imports it; needs scikit-learn."""
+"""Few-shot learners as scikit-learn knows classifiers; imported by who asks for ``kernelmeta.FewShotClassifier``."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray[Any, Any]:
         """The most probable label of each row, [n]."""
-        return self.classes_[self.predict_proba(X).argmax(1)]
+        best = self.predict_proba(X).argmax(1)
+        return self.classes_[best]
 
 
 _DTYPES = (np.float64, np.float32)
