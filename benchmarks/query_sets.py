@@ -51,7 +51,7 @@ def main() -> None:
             for found, (_, learner) in zip(right, methods, strict=True):
                 given = probabilities(learner, support, labels, query).argmax(-1)
                 found.append(float((given == answers[rows]).double().mean()))
-            warned += doubts(methods[1][1], support, labels, query) is not None
+            warned += doubts(methods[1][1], support, labels, query, range(WAY)) is not None
         cells = []
         for found in right:
             values = 100 * torch.tensor(found)

@@ -80,7 +80,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             return np.ones((len(X), 1))
         query = torch.from_numpy(np.array(X)).to(self.support_.dtype)
         if self.transductive:
-            doubt = doubts(self.learner_, self.support_, self.support_labels_, query)
+            doubt = doubts(self.learner_, self.support_, self.support_labels_, query, self.classes_.tolist())
             if doubt is not None:
                 warnings.warn(doubt, UserWarning, stacklevel=2)
         found = probabilities(self.learner_, self.support_, self.support_labels_, query, transductive=self.transductive)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -104,12 +104,12 @@ def probabilities(learner: Any, support: Tensor, labels: Tensor, query: Tensor, 
 
 
 @torch.no_grad()
-def doubts(learner: Any, support: Tensor, labels: Tensor, query: Tensor) -> str | None:
+def doubts(learner: Any, support: Tensor, labels: Tensor, query: Tensor, classes: Sequence[object]) -> str | None:
     """Why a transductive answer for these query rows is doubtful, or None.
 
     A transductive learner takes the query rows for a fair sample of all classes. One row alone is none, and neither are
     rows of one class: those of which prototypes, which look at each row alone, give one class more than a share of
-    0.6 + 0.4 / N (benchmarks/query_sets.py: how often that is so).
+    0.6 + 0.4 / N (benchmarks/query_sets.py: how often that is so). ``classes``: the names of the N classes.
     """
     if not learner.transductive or not len(query) or learner.n_way < 2:
         return None
@@ -121,7 +121,7 @@ def doubts(learner: Any, support: Tensor, labels: Tensor, query: Tensor) -> str 
     if float(share) <= 0.6 + 0.4 / learner.n_way:
         return None
     return (
-        f"judged alone, {100 * float(share):.0f} % of these rows belong to one class (number {int(largest)}), and a "
+        f"judged alone, {100 * float(share):.0f} % of these rows belong to one class ({classes[int(largest)]}), and a "
         f"method that judges them together would rather spread them over all {learner.n_way} classes; {advice}"
     )
 
