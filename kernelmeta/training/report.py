@@ -10,17 +10,18 @@ from pathlib import Path
 
 from kernelmeta.data.decoding import decode
 from kernelmeta.data.files import write_text
-from kernelmeta.training.prediction import Prediction
+from kernelmeta.training.prediction import COLUMNS, Prediction
 
 MOST_ROWS = 500
 _THUMBNAIL = 96  # pixels
-_BINS = 20
+_BINS = 10
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .3rem .6rem; }
-tr { border-bottom: 1px solid #ddd; } .number { text-align: right; font-variant-numeric: tabular-nums; }
+tr { border-bottom: 1px solid #ddd; }
 .warning { background: #fff3cd; border: 1px solid #e0c46c; padding: .6rem 1rem; border-radius: .3rem; }
-figure { display: inline-block; margin: 0 2rem 1rem 0; } img { max-width: 96px; max-height: 96px; display: block; }
+figure { display: inline-block; vertical-align: top; margin: 0 2rem 1rem 0; }
+img { max-width: 96px; max-height: 96px; display: block; }
 """
 
 
@@ -41,8 +42,10 @@ def write_report(path: str | os.PathLike[str], prediction: Prediction) -> None:
     bins = [0] * _BINS
     for _, _, p, _ in rows:
         bins[min(int(p * _BINS), _BINS - 1)] += 1
-    certainty = {f"{i / _BINS:.2f}": n for i, n in enumerate(bins)}
-    head = ("<th></th>" if with_images else "") + "<th>row</th><th>label</th><th>probability</th><th>runner-up</th>"
+    certainty = {f"{i / _BINS:.1f} to {(i + 1) / _BINS:.1f}": n for i, n in enumerate(bins)}
+    head = (
+        "<th></th>" if with_images else ""
+    ) + '<th>row</th><th>label</th><th class="number">probability</th><th>runner-up</th>'
     write_text(
         path,
         f"""<!DOCTYPE html>
@@ -70,7 +73,7 @@ def _line(prediction: Prediction, row: tuple[str, str, float, str], i: int) -> s
     image = "" if prediction.query.files is None else f"<td>{_thumbnail(prediction.query.files[i])}</td>"
     return (
         f"<tr>{image}<td>{html.escape(name)}</td><td>{html.escape(label)}</td>"
-        f'<td class="number">{p:.3f}</td><td>{html.escape(other)}</td></tr>'
+        f"<td>{p:.3f}</td><td>{html.escape(other)}</td></tr>"
     )
 
 

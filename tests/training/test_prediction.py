@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import html.parser
 import re
+import shutil
+import subprocess
 import zlib
 
 import numpy as np
@@ -166,6 +168,20 @@ def test_the_report_is_complete_in_itself(tmp_path, support):
     rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td>", report.read_text().split("The least certain first")[1])
     assert rows[0] == (least["id"], least["label"])
     assert "judged" in shown.text and "together" in shown.text
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_shows_the_report(tmp_path, support, query):
+    report = tmp_path / "report.html"
+    answers(tmp_path, "soft_kmeans", "--support", support, "--query", query, "--report", report)
+    quiet = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}")
+    command = [BROWSER, *quiet, "--dump-dom", report.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, stdin=subprocess.DEVNULL)
+    assert "<h1>21 answers of soft_kmeans</h1>" in done.stdout
+    assert done.stdout.count("<tr>") == 21 + 1 + 7 and done.stdout.count("<svg") == 2
 
 
 def paint(path, colour: int) -> None:
