@@ -6,10 +6,13 @@
 - `km.Ragged`, `km.Classifier`: tasks of unequal size, and what learners make for a task; `km.Phase`,
   `km.MLPParameters`: what programs consist of, and the parameters of the synthetic-gradient MLP;
   `km.FlipCounts`: rows that flip between two models
+- `km.FewShotClassifier`: learners for scikit-learn, which it needs
 - `km.backends()`, `km.use_backend()`: what this installation can run, and what to run
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from kernelmeta import data, func, graceful, linear, nn, ops, reference, triton
 from kernelmeta.backends import backends, use_backend
@@ -37,3 +40,14 @@ __all__ = [
     "triton",
     "use_backend",
 ]
+
+if TYPE_CHECKING:
+    from kernelmeta.few_shot_classifier import FewShotClassifier as FewShotClassifier
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FewShotClassifier":  # imported by who asks for it: it needs scikit-learn
+        from kernelmeta.few_shot_classifier import FewShotClassifier
+
+        return FewShotClassifier
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The command ``kernelmeta``: pretrain, extract, import, train, evaluate, compare, info, and those of updates.
+"""The command ``kernelmeta``: pretrain, extract, import, train, evaluate, predict, compare, info, and those of updates.
 
 Every command ends with 0, or with 2 and one line on stderr that says what was wrong with its input, or with
 130 after Ctrl-C.
@@ -26,6 +26,7 @@ from kernelmeta.data.importing import import_bank
 from kernelmeta.data.words import printable, size_text
 from kernelmeta.graceful import commands as graceful
 from kernelmeta.training import runs
+from kernelmeta.training.answers import UNTRAINED
 from kernelmeta.training.backbones import BACKBONES, load_backbone, make_backbone
 from kernelmeta.training.candidates import read_candidates
 from kernelmeta.training.checkpoint import check_same
@@ -38,8 +39,10 @@ from kernelmeta.training.extraction import extract
 from kernelmeta.training.learners import LEARNERS
 from kernelmeta.training.loading import load_learner
 from kernelmeta.training.plots import comparison_plot, steps_plot, training_plot
+from kernelmeta.training.prediction import Backbone, backbone_of, predict, read_rows
 from kernelmeta.training.pretraining import FREE as PRETRAIN_FREE
 from kernelmeta.training.pretraining import PretrainConfig, Pretrainer
+from kernelmeta.training.report import write_report
 from kernelmeta.training.sources import open_bank, open_images
 from kernelmeta.training.trainer import CHECKPOINT, Trainer, fingerprint
 from kernelmeta.training.trainer import FREE as TRAIN_FREE
@@ -145,15 +148,16 @@ def _defaults(setting: str) -> str:
     return f" (default: {next(iter(found)) if same_for_all else '; '.join(values)})"
 
 
-def _machine(parser: argparse.ArgumentParser) -> None:
+def _machine(parser: argparse.ArgumentParser, skips: bool = True) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode images (default: 0)")
-    parser.add_argument(
-        "--skip-bad",
-        action="store_true",
-        help="skip images that cannot be read and rows that are not finite (default: stop with an error)",
-    )
+    if skips:
+        parser.add_argument(
+            "--skip-bad",
+            action="store_true",
+            help="skip images that cannot be read and rows that are not finite (default: stop with an error)",
+        )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
 
@@ -217,6 +221,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--backbone", help=_HELP["backbone"])
     command.add_argument("--weights", metavar="FILE", help=_HELP["weights"])
     _machine(command)
+
+    command = add("predict", _predict, "Label rows or images from a few that are labelled.")
+    rows = "CSV, Parquet, NumPy, a bank, or a folder"
+    command.add_argument("what", metavar="RUN|METHOD", help=f"what train made, or one of {', '.join(UNTRAINED)}")
+    command.add_argument("--support", required=True, metavar="ROWS", help=f"the labelled rows: {rows} of class folders")
+    command.add_argument("--query", required=True, metavar="ROWS", help=f"the rows to label: {rows} of images")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the labels to write, CSV")
+    command.add_argument("--report", type=Path, metavar="FILE", help="write a page about them too, HTML")
+    command.add_argument("--label", metavar="NAME", help="the column or array of the labels (default: label, class, y)")
+    command.add_argument("--alone", action="store_true", help="judge each row alone, not all of them together")
+    command.add_argument("--weights", metavar="FILE", help=_HELP["weights"] + " (default: those of the run)")
+    command.add_argument("--backbone", help=_HELP["backbone"])
+    _machine(command, skips=False)
 
     command = add("compare", _compare, "Train and evaluate learners on the same bank and the same test episodes.")
     _compare_settings(command)
@@ -463,6 +480,23 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.plot is not None:
         steps_plot(args.plot, results, title(results))
     print(table(results))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    weights, name = (args.weights, args.backbone) if args.weights is not None else backbone_of(args.what)
+    backbone = Backbone(weights, name, args.device, args.workers, not args.quiet)
+    support, query = (
+        read_rows(source, label=args.label, labelled=labelled, backbone=backbone, say=_say(args))
+        for source, labelled in ((args.support, True), (args.query, False))
+    )
+    answers = predict(args.what, support, query, transductive=not args.alone)
+    answers.write_csv(args.out)
+    if args.report is not None:
+        write_report(args.report, answers)
+    if answers.doubt is not None:
+        _say(args)(f"warning: {answers.doubt.replace('transductive=False', '--alone')}")
+    right = "" if answers.accuracy is None else f"; {answers.accuracy:.1f} % of those that were labelled are right"
+    print(f"{args.out}: {len(query.ids)} labels by {answers.method}{right}")
 
 
 def _compare(args: argparse.Namespace) -> None:

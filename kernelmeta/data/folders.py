@@ -39,6 +39,29 @@ class ImageFolder:
     notes: list[str] = field(default_factory=list)
 
 
+def scan_classes(root: str | os.PathLike[str]) -> ImageFolder:
+    """A folder with one folder of images a class, or, of one class without a name, a folder of images and of folders of
+    them. Their split is "test".
+
+    Raises:
+        OSError: there is no such folder, or it cannot be read.
+        ValueError: it holds no image; a class's name is not UTF-8.
+    """
+    base = Path(root)
+    if not base.is_dir():
+        raise FileNotFoundError(f"{printable(base)}: no such folder")
+    left = _LeftOut(base)
+    folders = [entry for entry in left.visible(base) if entry.is_dir()]
+    classes = {("test", _utf8(folder)): _images(folder, left) for folder in folders}
+    loose = _images(base, _LeftOut(base))
+    if loose:
+        classes = {("test", ""): [*loose, *(file for files in classes.values() for file in files)]}
+    classes = {key: files for key, files in classes.items() if files}
+    if not classes:
+        raise ValueError(f"{printable(base)}: no images, and no folders of images")
+    return ImageFolder(base, classes, [f"{printable(base)}: left out: {note}" for note in left.notes()])
+
+
 def scan(root: str | os.PathLike[str]) -> ImageFolder:
     """Look into a folder of images. Nothing is decoded.
 

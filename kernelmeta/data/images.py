@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from kernelmeta.data.bank import SPLITS
 from kernelmeta.data.decoding import decode, shorter_side
-from kernelmeta.data.folders import scan
+from kernelmeta.data.folders import ImageFolder, scan
 from kernelmeta.data.tensor_files import bytes_of
 from kernelmeta.data.words import listing, printable
 
@@ -141,14 +141,16 @@ class ArrayImages:
 
 
 class FolderImages:
-    """Images of a folder with ``train/``, ``val/`` and ``test/``, decoded when asked for.
+    """Images of a folder, decoded when asked for.
 
     Args:
-        root: the folder. A split without a folder is empty. What is left out of it: see
+        root: the folder, with ``train/``, ``val/`` and ``test/``, or as ``scan`` takes it. A split without a folder is
+            empty. What is left out of it: see
             :func:`kernelmeta.data.folders.scan`; ``notes`` says what was.
         style: a name of `STYLES`; without, "cifar-fs" if the first image's shorter side is at most 32
             pixels, else "miniimagenet". For training, as published: random crop after padding, jitter of
             brightness, contrast and saturation, horizontal flip.
+        scan: looks into the folder; :func:`kernelmeta.data.folders.scan_classes` takes one without splits.
 
     Raises:
         ValueError: the folder holds no class of images; a split or a class is not called as it should be.
@@ -157,7 +159,12 @@ class FolderImages:
 
     channels = 3
 
-    def __init__(self, root: str | os.PathLike[str], style: str | None = None) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        style: str | None = None,
+        scan: Callable[[str | os.PathLike[str]], ImageFolder] = scan,
+    ) -> None:
         if style is not None and style not in STYLES:
             raise ValueError(f"style: expected one of {', '.join(STYLES)}, got {style!r}")
         folder = scan(root)

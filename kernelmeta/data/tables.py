@@ -55,11 +55,12 @@ class Table:
     notes: tuple[str, ...] = ()
 
 
-def open_table(path: str | os.PathLike[str], label: str | None = None) -> Table:
+def open_table(path: str | os.PathLike[str], label: str | None = None, *, labelled: bool = True) -> Table:
     """Look into a file; rows are read when they are asked for.
 
     Args:
         label: the name of the column or array with the labels; the usual names (`LABEL_NAMES`) if None.
+        labelled: a file without that column or array is an error.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -73,10 +74,10 @@ def open_table(path: str | os.PathLike[str], label: str | None = None) -> Table:
     with open(file, "rb"):  # the usual errors
         pass
     if suffix in (".csv", ".tsv"):
-        return _csv(file, label)
+        return _csv(file, label, labelled)
     if suffix == ".parquet":
-        return _parquet(file, label)
-    return _of_arrays(file, _arrays(file, suffix), label)
+        return _parquet(file, label, labelled)
+    return _of_arrays(file, _arrays(file, suffix), label, labelled)
 
 
 # ---- arrays
@@ -114,7 +115,7 @@ def _torch(file: Path) -> dict[str, Any]:
     return {name: value if isinstance(value, Tensor) else np.asarray(value) for name, value in arrays.items()}
 
 
-def _of_arrays(file: Path, arrays: dict[str, Any], label: str | None) -> Table:
+def _of_arrays(file: Path, arrays: dict[str, Any], label: str | None, labelled: bool) -> Table:
     matrices = {name: a for name, a in arrays.items() if len(a.shape) == 2 and _is_number(a)}
     vectors = {name: a for name, a in arrays.items() if len(a.shape) == 1}
     features = _pick(file, "features", matrices, FEATURE_NAMES, None)
@@ -122,7 +123,7 @@ def _of_arrays(file: Path, arrays: dict[str, Any], label: str | None) -> Table:
     fitting = {name: a for name, a in vectors.items() if rows is None or len(a) == rows or name == label}
     named = {name: a for name, a in fitting.items() if name in ID_NAMES}
     labels = _pick(file, "labels", {k: v for k, v in fitting.items() if k not in named}, LABEL_NAMES, label)
-    if label is not None and labels is None and not (set(arrays) == {""}):
+    if label is not None and labels is None and labelled and set(arrays) != {""}:
         raise ValueError(f"{file}: no array {label!r}; there are {listing(list(arrays))}")
     if features is None and labels is None:
         shapes = [f"{name or 'array'} {list(a.shape)}" for name, a in arrays.items()]
@@ -183,14 +184,14 @@ def _vector_pieces(vector: Any) -> Iterator[Sequence[Any]]:
 # ---- columns
 
 
-def _columns(file: Path, columns: Sequence[str], label: str | None) -> tuple[str | None, str | None]:
+def _columns(file: Path, columns: Sequence[str], label: str | None, labelled: bool) -> tuple[str | None, str | None]:
     """The columns of labels and of names."""
     doubled = next((name for i, name in enumerate(columns) if name in columns[:i]), None)
     if doubled is not None:
         raise ValueError(f"{file}: two columns are called {doubled!r}")
-    if label is not None and label not in columns:
+    if label is not None and label not in columns and labelled:
         raise ValueError(f"{file}: no column {label!r}; there are {listing(columns)}")
-    if label is None:
+    if label not in columns:
         label = next((name for name in LABEL_NAMES if name in columns), None)
     return label, next((name for name in ID_NAMES if name in columns and name != label), None)
 
@@ -219,14 +220,14 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _csv(file: Path, label: str | None) -> Table:
+def _csv(file: Path, label: str | None, labelled: bool) -> Table:
     rows = list(itertools.islice(_rows_of(file), 2))
     if not rows:
         raise ValueError(f"{file}: empty")
     columns = [name.strip() for name in rows[0][1]]
     if all(_number(name) is not None for name in columns):
         raise ValueError(f"{file}: expected a first line that names the columns, got numbers")
-    label_column, id_column = _columns(file, columns, label)
+    label_column, id_column = _columns(file, columns, label, labelled)
     example = rows[1][1] if len(rows) > 1 else columns
     others = [i for i, name in enumerate(columns) if name not in (label_column, id_column)]
     numbers = [i for i in others if i < len(example) and _number(example[i]) is not None]
@@ -262,7 +263,7 @@ def _csv(file: Path, label: str | None) -> Table:
     )  # fmt: skip
 
 
-def _parquet(file: Path, label: str | None) -> Table:
+def _parquet(file: Path, label: str | None, labelled: bool) -> Table:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -273,7 +274,7 @@ def _parquet(file: Path, label: str | None) -> Table:
     except pa.ArrowException as error:
         raise ValueError(f"{file}: not a Parquet file ({one_line(error)})") from None
     schema = content.schema_arrow
-    label_column, id_column = _columns(file, schema.names, label)
+    label_column, id_column = _columns(file, schema.names, label, labelled)
     others = [field for field in schema if field.name not in (label_column, id_column)]
     lists = [f.name for f in others if _is_list(pa, f.type) and _is_plain(pa, f.type.value_type)]
     if len(lists) > 1:

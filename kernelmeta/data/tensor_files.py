@@ -142,6 +142,15 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         raise ValueError(f"{path}: {fault} ({one_line(error)})") from None
 
 
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """The metadata of a safetensors file alone. Raises OSError or ValueError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: truncated, or not a safetensors file ({one_line(error)})") from None
+
+
 def _verify(path: str | os.PathLike[str], expected: str) -> None:
     found = checksum_of_file(path)
     if f"{found:08x}" != expected:

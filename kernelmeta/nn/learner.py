@@ -78,6 +78,44 @@ class Learner(nn.Module, ABC):
         assert isinstance(logits, Tensor)
         return logits
 
+    @property
+    def transductive(self) -> bool:
+        """Whether the query rows have a part in the classifier: then a row's answer depends on the rows beside it."""
+        phases = getattr(self, "phases", None)
+        if phases is None:  # a learner that takes steps without phases takes them on the query rows, as SIB does
+            return getattr(self, "steps", 0) > 0
+        return any(phase.rows == "query" and phase.steps > 0 for phase in phases)
+
+    def adapt(
+        self, support: Tensor, support_labels: Tensor, query: Tensor | None = None, *, ragged: Ragged | None = None
+    ) -> Classifier:
+        """The classifiers of T tasks as plain tensors, to be used without this package.
+
+        Args:
+            support, support_labels: as in a call.
+            query: as in a call; a learner that is not `transductive` needs none.
+            ragged: tasks of unequal size.
+
+        Returns:
+            weight [T, N, D] and bias [T, N]. A linear classifier (ANIL, ridge, linear programs) gives any row the
+            logits ``x weight^T + bias``; a cosine classifier ``scale (bias + cos(x, weight))`` with the learner's own
+            scale and bias, so that the largest cosine is the answer.
+
+        Raises:
+            ValueError, TypeError: what does not fit, named; no query rows for a learner that needs them.
+        """
+        check_tensors(support=support, support_labels=support_labels)
+        if query is None:
+            if self.transductive:
+                raise ValueError(f"query: {type(self).__name__} refines its classifier on the query rows; give them")
+            if ragged is None:
+                query = support[..., :1, :]
+            else:
+                query = support
+                ragged = ragged._replace(query_offsets=ragged.support_offsets, max_query=ragged.max_support)
+        results = self(support, support_labels, query, return_weights=True, ragged=ragged)
+        return results[1]
+
     @abstractmethod
     def _adapt(
         self,

@@ -39,6 +39,36 @@ def test_learners_are_called_alike(learner: Any, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
+def test_adapt_gives_the_classifier_of_a_call(learner: Any) -> None:
+    episode = draw()
+    head = learner(3, 13).double().eval()
+    logits, want = head(episode.support, episode.labels, episode.query, return_weights=True)
+    assert_close(head.adapt(episode.support, episode.labels, episode.query), want, 0)
+    if head.transductive:
+        with pytest.raises(ValueError, match=r"query: .* refines its classifier on the query rows"):
+            head.adapt(episode.support, episode.labels)
+        return
+    alone = head.adapt(episode.support, episode.labels)
+    assert_close(alone, want, 1e-12)
+    if learner in (km.nn.ANIL, km.nn.RidgeHead):
+        assert_close([logits], [episode.query @ alone.weight.mT + alone.bias[:, None]], 1e-12)
+    else:
+        cosines = normalize(episode.query, dim=-1) @ normalize(alone.weight, dim=-1).mT
+        assert_close([logits], [head.scale * (head.bias + cosines)], 1e-12)
+    if learner is km.nn.RidgeHead:
+        offsets = torch.tensor([0, episode.support.shape[1], 2 * episode.support.shape[1]])
+        flat = head.adapt(episode.support.flatten(0, 1), episode.labels.flatten(), ragged=km.Ragged(offsets, offsets))
+        assert_close(flat, want, 1e-12)
+
+
+def test_what_is_transductive() -> None:
+    heads = {learner.__name__: learner(3, 13).transductive for learner in LEARNERS}
+    expected = ("SIB", "SoftKMeans", "combined")
+    assert heads == {name: name in expected for name in heads}
+    assert not km.nn.SIB(3, 13, steps=0).transductive and not km.nn.SoftKMeans(3, steps=0).transductive
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_features_stored_in_half_precision(learner: Any, dtype: torch.dtype) -> None:
     episode = draw(dtype=torch.float32)

@@ -1,0 +1,103 @@
+"""Few-shot learners as scikit-learn knows classifiers; imported by who asks for ``kernelmeta.FewShotClassifier``."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin
+    from sklearn.utils.multiclass import check_classification_targets
+    from sklearn.utils.validation import check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError(
+        "kernelmeta.FewShotClassifier needs scikit-learn 1.6 or later: pip install 'kernelmeta[sklearn]'"
+    ) from error
+
+from kernelmeta.training.answers import doubts, make_learner, probabilities
+
+
+class FewShotClassifier(ClassifierMixin, BaseEstimator):
+    """A few labelled rows in, labels for others out; scikit-learn's contract.
+
+    Features are used as they are: for columns of different scales put a ``StandardScaler`` before it, in a pipeline.
+
+    Args:
+        method: "soft_kmeans", "prototypes", "ridge", which need no training, or the learner that the weights are of:
+            "sib", "anil", "combined" too. None: that of the weights, or soft k-means.
+        weights: a run folder of ``kernelmeta train``, its checkpoint, or a published one.
+        transductive: the rows of one `predict` call are judged together, by a method that can (soft k-means, SIB, some
+            programs). This is worth several points where they are a fair sample of all classes, and a loss where they
+            are not: a call with one row, or with rows of one class, warns. With False each row is judged alone.
+
+    Attributes:
+        classes_: the labels, sorted.
+        n_features_in_: D.
+
+    Raises:
+        ValueError: by `fit`: no such method, one that must be trained, weights that do not fit; what scikit-learn's
+            checks find in X and y.
+    """
+
+    def __init__(
+        self,
+        method: str | None = None,
+        *,
+        weights: str | os.PathLike[str] | None = None,
+        transductive: bool = True,
+    ) -> None:
+        self.method = method
+        self.weights = weights
+        self.transductive = transductive
+
+    def fit(self, X: Any, y: Any) -> FewShotClassifier:
+        """Take the labelled rows.
+
+        Args:
+            X: [n, D], an array or tensor of any float type.
+            y: [n] labels of any type; every class that there is must be among them.
+        """
+        X, y = validate_data(self, _array(X), _array(y), dtype=_DTYPES)
+        check_classification_targets(y)
+        self.classes_, labels = np.unique(y, return_inverse=True)
+        self.method_, self.learner_ = None, None
+        if len(self.classes_) > 1:
+            self.method_, self.learner_ = make_learner(self.method, self.weights, len(self.classes_), X.shape[1])
+        self.support_ = torch.from_numpy(np.array(X))
+        self.support_labels_ = torch.from_numpy(labels.reshape(-1).astype(np.int64))
+        return self
+
+    def predict_proba(self, X: Any) -> np.ndarray[Any, Any]:
+        """Probabilities [n, C], in the order of ``classes_``. Warns where a transductive answer is doubtful."""
+        check_is_fitted(self)
+        X = validate_data(self, _array(X), dtype=_DTYPES, reset=False)
+        if self.learner_ is None:  # one class
+            return np.ones((len(X), 1))
+        query = torch.from_numpy(np.array(X)).to(self.support_.dtype)
+        if self.transductive:
+            doubt = doubts(self.learner_, self.support_, self.support_labels_, query, self.classes_.tolist())
+            if doubt is not None:
+                warnings.warn(doubt, UserWarning, stacklevel=2)
+        found = probabilities(self.learner_, self.support_, self.support_labels_, query, transductive=self.transductive)
+        return found.double().numpy()
+
+    def predict(self, X: Any) -> np.ndarray[Any, Any]:
+        """The most probable label of each row, [n]."""
+        best = self.predict_proba(X).argmax(1)
+        return self.classes_[best]
+
+
+_DTYPES = (np.float64, np.float32)
+
+
+def _array(values: Any) -> Any:
+    """Tensors as NumPy arrays, what NumPy has no type for in float32; anything else as it is."""
+    if not isinstance(values, Tensor):
+        return values
+    values = values.detach().cpu()
+    return (values.float() if values.dtype in (torch.bfloat16, torch.float16) else values).numpy()

@@ -1,0 +1,133 @@
+"""Answers for rows that nobody has labelled: one task, whose classes and labelled rows are the user's own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernelmeta import nn
+from kernelmeta.data.words import listing, one_line
+from kernelmeta.training.config import TrainConfig
+from kernelmeta.training.learners import LEARNERS, SOFT_KMEANS
+from kernelmeta.training.loading import load_learner
+
+# Without weights of a training: (ways, features) -> learner.
+UNTRAINED: dict[str, Callable[[int, int], nn.Prototypes | nn.SoftKMeans | nn.RidgeHead]] = {
+    SOFT_KMEANS: nn.SoftKMeans,
+    "prototypes": nn.Prototypes,
+    "ridge": nn.RidgeHead,
+}
+METHODS = (SOFT_KMEANS, *(name for name in LEARNERS if name != "maml"))
+_ROWS, _TASKS = 4096, 256  # that a call takes
+
+
+def make_learner(
+    method: str | None, weights: str | os.PathLike[str] | None, n_way: int, n_features: int
+) -> tuple[str, Any]:
+    """The method's name and a learner for so many classes, in evaluation mode.
+
+    Args:
+        method: one of `METHODS`; None for that of the weights, or for soft k-means without any.
+        weights: a run folder of ``kernelmeta train``, its checkpoint, or a published one; None for a method that has to
+            be trained for nothing.
+
+    Raises:
+        OSError: the weights cannot be read.
+        ValueError: no such method, one that must be trained, or weights that do not fit the method, the number of
+            classes or the features.
+    """
+    if method is not None and method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    if weights is None:
+        method = method or SOFT_KMEANS
+        if method not in UNTRAINED:
+            raise ValueError(
+                f"method: {method} must be trained; give the weights of a run of 'kernelmeta train --learner {method}',"
+                f" or one of {', '.join(UNTRAINED)}, which need none"
+            )
+        return method, UNTRAINED[method](n_way, n_features).eval()
+    head, settings = load_learner(weights)
+    trained: str = settings["learner"]
+    if method is not None and method != trained:
+        raise ValueError(f"method: {method}, but the weights in {os.fspath(weights)} are of {trained}")
+    if trained == "maml":
+        raise ValueError(f"weights: {os.fspath(weights)} is a whole network (maml), which takes no features of one row")
+    if head.n_features != n_features:
+        raise ValueError(
+            f"weights: {os.fspath(weights)} was trained on {head.n_features} features, but the rows have {n_features}"
+        )
+    if head.n_way != n_way:
+        head = _for_ways(head, settings, n_way, os.fspath(weights))
+    return trained, head.eval()
+
+
+def _for_ways(head: Any, settings: dict[str, Any], n_way: int, weights: str) -> Any:
+    try:
+        other = TrainConfig.from_dict({**settings, "way": n_way}).make_learner(head.n_features)
+        other.load_state_dict(head.state_dict())
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"weights: {weights} was trained for {head.n_way} classes at a time, and there are {n_way}; prototypes,"
+            f" ridge and {SOFT_KMEANS} take any number ({one_line(error)})"
+        ) from None
+    return other
+
+
+@torch.no_grad()
+def probabilities(learner: Any, support: Tensor, labels: Tensor, query: Tensor, *, transductive: bool = True) -> Tensor:
+    """Of each class, [Q, N], for the rows of one task.
+
+    Args:
+        learner: one for N classes.
+        support: [S, D], with ``labels`` [S] in 0..N-1.
+        query: [Q, D].
+        transductive: a learner that looks at the query rows sees all of them at once; else each alone.
+    """
+    if not len(query):
+        return query.new_zeros(0, learner.n_way)
+    if learner.transductive and transductive:
+        return torch.softmax(learner(support[None], labels[None], query[None])[0], -1)
+    found = []
+    if not learner.transductive:
+        for rows in query.split(_ROWS):
+            found.append(learner(support[None], labels[None], rows[None])[0])
+    else:
+        for rows in query.split(_TASKS):
+            T = len(rows)
+            own = (support.expand(T, *support.shape), labels.expand(T, -1), rows[:, None])
+            found.append(learner(*own)[:, 0])
+    return torch.softmax(torch.cat(found), -1)
+
+
+@torch.no_grad()
+def doubts(learner: Any, support: Tensor, labels: Tensor, query: Tensor, classes: Sequence[object]) -> str | None:
+    """Why a transductive answer for these query rows is doubtful, or None.
+
+    A transductive learner takes the query rows for a fair sample of all classes. One row alone is none, and neither are
+    rows of one class: those of which prototypes, which look at each row alone, give one class more than a share of
+    0.6 + 0.4 / N (benchmarks/query_sets.py: how often that is so). ``classes``: the names of the N classes.
+    """
+    if not learner.transductive or not len(query) or learner.n_way < 2:
+        return None
+    advice = "transductive=False judges each row alone, as do prototypes and ridge"
+    if len(query) == 1:
+        return f"a single row has no others to be judged together with; {advice}"
+    alone = probabilities(nn.Prototypes(learner.n_way), support, labels, query).argmax(-1)
+    share, largest = (torch.bincount(alone, minlength=learner.n_way) / len(query)).max(0)
+    if float(share) <= 0.6 + 0.4 / learner.n_way:
+        return None
+    return (
+        f"judged alone, {100 * float(share):.0f} % of these rows belong to one class ({classes[int(largest)]}), and a "
+        f"method that judges them together would rather spread them over all {learner.n_way} classes; {advice}"
+    )
+
+
+def check_support(labels: Tensor, class_names: tuple[str, ...]) -> None:
+    """Raises ValueError for a class without a labelled row."""
+    missing = (torch.bincount(labels, minlength=len(class_names)) == 0).nonzero().flatten().tolist()
+    if missing:
+        raise ValueError(f"support: no labelled row of {listing([class_names[c] for c in missing])}")

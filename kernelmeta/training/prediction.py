@@ -1,0 +1,236 @@
+"""Labels for rows that nobody has labelled, from files to a file: ``kernelmeta predict``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernelmeta.data import FeatureBank
+from kernelmeta.data.file_kinds import is_safetensors
+from kernelmeta.data.files import write_text
+from kernelmeta.data.folders import scan_classes
+from kernelmeta.data.images import FolderImages
+from kernelmeta.data.label_codes import LabelCodes
+from kernelmeta.data.tables import open_table, read_all
+from kernelmeta.data.tensor_files import read_metadata
+from kernelmeta.data.words import listing, printable
+from kernelmeta.training.answers import METHODS, doubts, make_learner, probabilities
+from kernelmeta.training.backbones import load_backbone
+from kernelmeta.training.extraction import extract
+from kernelmeta.training.loading import load_learner
+
+COLUMNS = ("id", "label", "probability", "runner_up")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one file or folder.
+
+    Args:
+        features: [n, D].
+        ids: what each row is called: its id, its file, or its number.
+        labels: what each row is labelled with; None where nothing says so.
+        files: the image of each row, if the rows are images.
+    """
+
+    features: Tensor
+    ids: list[str]
+    labels: list[str] | None = None
+    files: list[Path] | None = None
+
+
+class Backbone(NamedTuple):
+    """What turns images into features.
+
+    Args:
+        weights, name: as `kernelmeta.training.backbones.load_backbone` takes them.
+        device: where it runs.
+        workers: processes that decode images.
+        progress: show a bar.
+    """
+
+    weights: str | None = None
+    name: str | None = None
+    device: str = "cpu"
+    workers: int = 0
+    progress: bool = False
+
+
+def read_rows(
+    source: str,
+    *,
+    label: str | None = None,
+    labelled: bool = True,
+    backbone: Backbone | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Rows:
+    """The rows of a table or arrays (`kernelmeta.data.tables`), of a feature bank, or of a folder of images.
+
+    Args:
+        label: the column or array of the labels.
+        labelled: a table without that column is an error.
+        backbone: for images.
+        say: takes lines about what was left out.
+
+    Raises:
+        OSError: there is no such file or folder, or it cannot be read.
+        ValueError: it cannot be used; a row with features that are not finite.
+        ImportError: a .parquet without pyarrow.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _images(source, backbone or Backbone(), say)
+    with open(path, "rb"):  # the usual errors
+        pass
+    if is_safetensors(path) and "kernelmeta-bank" in read_metadata(path).get("format", ""):
+        bank = FeatureBank.load(path)
+        names = [bank.class_names[c] for c in bank.labels.tolist()]
+        return Rows(bank.features, [str(row) for row in range(len(names))], names)
+    table = open_table(path, label, labelled=labelled)
+    for note in table.notes:
+        say(note)
+    if table.features is None:
+        raise ValueError(f"{source}: no features, [n, D] or columns of numbers")
+    try:
+        features = read_all(table.features())
+    except ValueError as error:
+        raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
+    bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"{source}: {len(bad)} rows hold NaN or infinite features: {listing(bad)}")
+    labels = None if table.labels is None else _texts(part for piece in table.labels() for part in piece)
+    ids = (
+        [str(row) for row in range(len(features))]
+        if table.ids is None
+        else _texts(part for piece in table.ids() for part in piece)
+    )
+    return Rows(features, ids, labels)
+
+
+def _texts(values: Any) -> list[str]:
+    """As `LabelCodes` names classes; text as it is."""
+    return [v.decode() if isinstance(v, bytes) else "" if v is None else str(v).strip() for v in map(_plain, values)]
+
+
+def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value
+    return int(value) if isinstance(value, (bool, float)) and float(value).is_integer() else value
+
+
+def _images(source: str, backbone: Backbone, say: Callable[[str], None]) -> Rows:
+    if backbone.weights is None:
+        raise ValueError(f"{source} is a folder of images: give the --weights of a backbone")
+    images = FolderImages(source, scan=scan_classes)
+    network, name = load_backbone(backbone.weights, backbone.name, images.channels, images.size)
+    bank = extract(
+        images, network, name, device=backbone.device, workers=backbone.workers, progress=backbone.progress, say=say
+    )
+    names = [bank.class_names[c].removeprefix("test/") for c in bank.labels.tolist()]
+    ids = [printable(path.relative_to(images.root)) for path in images.paths]
+    return Rows(bank.features, ids, names if any(names) else None, list(images.paths))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answers to the query rows, in their order.
+
+    Args:
+        method: the learner's name.
+        classes: the labels of the support rows, in the order of `probabilities`.
+        probabilities: [n, C].
+        query: the rows.
+        doubt: why a transductive answer is doubtful; None if it is not.
+        accuracy: in percent, of the query rows whose labels are known; None if there are none.
+        settings: what to tell a reader.
+    """
+
+    method: str
+    classes: tuple[str, ...]
+    probabilities: Tensor
+    query: Rows
+    doubt: str | None
+    accuracy: float | None
+    settings: dict[str, Any]
+
+    def rows(self) -> list[tuple[str, str, float, str]]:
+        """id, label, probability and runner-up of each row."""
+        order = self.probabilities.argsort(dim=1, descending=True, stable=True)[:, :2].tolist()
+        return [
+            (name, self.classes[best[0]], float(p[best[0]]), self.classes[best[1]] if len(best) > 1 else "")
+            for name, best, p in zip(self.query.ids, order, self.probabilities, strict=True)
+        ]
+
+    def write_csv(self, path: str | os.PathLike[str]) -> None:
+        """`COLUMNS`, a line a row, in the order of the query. Raises OSError."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        writer.writerows((name, label, f"{p:.6f}", other) for name, label, p, other in self.rows())
+        write_text(path, text.getvalue())
+
+
+def predict(what: str, support: Rows, query: Rows, *, transductive: bool = True) -> Prediction:
+    """Answers for the query rows from the labelled support rows.
+
+    Args:
+        what: one of `METHODS` that needs no training, or a run folder, its checkpoint or a published one.
+        transductive: whether a method that can judges the query rows together.
+
+    Raises:
+        OSError: the weights cannot be read.
+        ValueError: rows without a label, of other numbers of features, or a learner that does not fit them.
+    """
+    if support.labels is None:
+        raise ValueError("support: no labels; --label names their column, or put images into a folder for each class")
+    if not len(query.features):
+        raise ValueError("query: no rows")
+    D = support.features.shape[1]
+    if query.features.shape[1] != D:
+        raise ValueError(f"query: expected {D} features as in the support, got {query.features.shape[1]}")
+    codes = LabelCodes()
+    try:
+        codes.add(support.labels)
+    except ValueError as error:
+        raise ValueError(f"support: {error}") from None
+    labels, values = codes.finish()
+    classes = tuple(map(str, values))
+    if len(classes) < 2:
+        raise ValueError(f"support: expected at least two classes, got {classes[0]!r} alone")
+    named = what in METHODS and not Path(what).exists()
+    method, learner = make_learner(what if named else None, None if named else what, len(classes), D)
+    dtype = torch.promote_types(torch.promote_types(support.features.dtype, query.features.dtype), torch.float32)
+    rows, of_query = support.features.to(dtype), query.features.to(dtype)
+    found = probabilities(learner, rows, labels, of_query, transductive=transductive)
+    accuracy = None
+    if query.labels is not None:
+        known = [i for i, name in enumerate(query.labels) if name in classes]
+        if known:
+            right = [classes[int(found[i].argmax())] == query.labels[i] for i in known]
+            accuracy = 100 * sum(right) / len(right)
+    settings = {
+        "method": method,
+        "weights": "none" if named else what,
+        "judged": "together" if learner.transductive and transductive else "each row alone",
+        "classes": len(classes),
+        "support rows": len(rows),
+        "query rows": len(of_query),
+        "features": D,
+    }
+    doubt = doubts(learner, rows, labels, of_query, classes) if transductive else None
+    return Prediction(method, classes, found, query, doubt, accuracy, settings)
+
+
+def backbone_of(what: str) -> tuple[str | None, str | None]:
+    """The backbone's weights and name that a run was trained with, as far as it says."""
+    if what in METHODS and not Path(what).exists():
+        return None, None
+    _, settings = load_learner(what)
+    return settings.get("weights"), settings.get("backbone")

@@ -1,0 +1,250 @@
+"""`kernelmeta predict`: from files to labels."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import re
+import shutil
+import subprocess
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import make_bank
+
+import kernelmeta as km
+from kernelmeta.cli import main
+from kernelmeta.data import FeatureBank
+
+rng = np.random.default_rng(1)
+CENTRES = 3 * rng.normal(size=(3, 6))
+NAMES = ["otter", "marten", "bad,ger"]
+
+
+def rows(of_class: np.ndarray) -> np.ndarray:
+    return (CENTRES[of_class] + rng.normal(size=(len(of_class), 6))).astype(np.float32)
+
+
+SUPPORT_CLASSES, QUERY_CLASSES = np.repeat(np.arange(3), 2), rng.permutation(np.repeat(np.arange(3), 7))
+SUPPORT, QUERY = rows(SUPPORT_CLASSES), rows(QUERY_CLASSES)
+
+
+def table(path, X, labels=None, ids=None):
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        head = [*(["id"] if ids else []), *(["label"] if labels else []), *(f"f{i}" for i in range(X.shape[1]))]
+        writer.writerow(head)
+        for i, row in enumerate(X.tolist()):
+            writer.writerow([*([ids[i]] if ids else []), *([labels[i]] if labels else []), *row])
+    return str(path)
+
+
+@pytest.fixture
+def support(tmp_path):
+    return table(tmp_path / "support.csv", SUPPORT, [NAMES[c] for c in SUPPORT_CLASSES])
+
+
+@pytest.fixture
+def query(tmp_path):
+    return table(tmp_path / "query.csv", QUERY, ids=[f"photo {i}" for i in range(len(QUERY))])
+
+
+def answers(tmp_path, *args):
+    out = tmp_path / "labels.csv"
+    assert main(["predict", *map(str, args), "--out", str(out), "--quiet"]) == 0
+    with open(out, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("method", ["soft_kmeans", "prototypes", "ridge"])
+def test_labels_in_the_order_of_the_query(tmp_path, support, query, method, capsys):
+    found = answers(tmp_path, method, "--support", support, "--query", query)
+    assert [row["id"] for row in found] == [f"photo {i}" for i in range(len(QUERY))]
+    assert list(found[0]) == ["id", "label", "probability", "runner_up"]
+    assert np.mean([row["label"] == NAMES[c] for row, c in zip(found, QUERY_CLASSES, strict=True)]) > 0.9
+    assert all(1 / 3 <= float(row["probability"]) <= 1 and row["runner_up"] != row["label"] for row in found)
+    assert f"21 labels by {method}" in capsys.readouterr().out
+
+
+def test_the_probabilities_are_those_of_the_learner(tmp_path, support, query):
+    found = answers(tmp_path, "soft_kmeans", "--support", support, "--query", query)
+    order = np.argsort(NAMES)  # classes are in the order of their names
+    labels = torch.from_numpy(np.argsort(order)[SUPPORT_CLASSES])
+    logits = km.nn.SoftKMeans(3)(torch.from_numpy(SUPPORT)[None], labels[None], torch.from_numpy(QUERY)[None])
+    want = logits[0].softmax(-1).max(-1).values
+    assert np.allclose([float(row["probability"]) for row in found], want, atol=2e-6)
+
+
+def test_every_kind_of_file(tmp_path, support, query):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    want = answers(tmp_path, "ridge", "--support", support, "--query", query)
+    columns = {f"f{i}": QUERY[:, i] for i in range(6)}
+    parquet.write_table(pa.table({"id": [row["id"] for row in want], **columns}), tmp_path / "query.parquet")
+    np.savez(tmp_path / "support.npz", X=SUPPORT, y=np.array(NAMES)[SUPPORT_CLASSES])
+    np.save(tmp_path / "query.npy", QUERY)
+    FeatureBank.from_arrays(SUPPORT, np.array(NAMES)[SUPPORT_CLASSES]).save(tmp_path / "support.safetensors")
+    FeatureBank.from_arrays(QUERY, QUERY_CLASSES).save(tmp_path / "query.safetensors")
+    for rows in ("support.npz", "support.safetensors"):
+        found = answers(tmp_path, "ridge", "--support", tmp_path / rows, "--query", tmp_path / "query.parquet")
+        assert found == want
+    for rows in ("query.npy", "query.safetensors"):
+        found = answers(tmp_path, "ridge", "--support", support, "--query", tmp_path / rows)
+        assert [row["id"] for row in found] == [str(i) for i in range(21)]
+        assert [row["label"] for row in found] == [row["label"] for row in want]
+
+
+def test_a_trained_run(tmp_path, support, query, capsys):
+    make_bank(D=6).save(tmp_path / "bank.safetensors")
+    data = ["--data", str(tmp_path / "bank.safetensors"), "--out", str(tmp_path / "sib"), "--quiet"]
+    assert main(["train", "--way", "3", "--query", "3", "--episodes", "40", "--eval-episodes", "0", *data]) == 0
+    found = answers(tmp_path, tmp_path / "sib", "--support", support, "--query", query)
+    assert np.mean([row["label"] == NAMES[c] for row, c in zip(found, QUERY_CLASSES, strict=True)]) > 0.8
+    assert "by sib" in capsys.readouterr().out
+
+
+def test_labels_of_the_query_are_compared(tmp_path, support, capsys):
+    known = table(tmp_path / "known.csv", QUERY, [NAMES[c] for c in QUERY_CLASSES])
+    found = answers(tmp_path, "ridge", "--support", support, "--query", known)
+    right = 100 * np.mean([row["label"] == NAMES[c] for row, c in zip(found, QUERY_CLASSES, strict=True)])
+    assert f"{right:.1f} % of those that were labelled are right" in capsys.readouterr().out
+
+
+def test_doubts_are_said(tmp_path, support, capsys):
+    one_class = table(tmp_path / "one.csv", QUERY[QUERY_CLASSES == 0])
+    answers(tmp_path, "soft_kmeans", "--support", support, "--query", one_class)
+    said = capsys.readouterr().err
+    assert "belong to one class (otter)" in said and "--alone judges each row alone" in said
+    answers(tmp_path, "soft_kmeans", "--support", support, "--query", one_class, "--alone")
+    assert "warning" not in capsys.readouterr().err
+
+
+class Page(html.parser.HTMLParser):
+    """Looks at a page as a browser does: which tags are open, what is asked for from elsewhere."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.elsewhere: list[str] = []
+        self.images = 0
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href") and not value.startswith("data:"):
+                self.elsewhere.append(value)
+        self.images += tag == "img"
+
+    def handle_endtag(self, tag) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data) -> None:
+        self.text += data
+
+
+def page(path) -> Page:
+    found = Page()
+    found.feed(path.read_text(encoding="utf-8"))
+    assert found.open == [] and found.elsewhere == []
+    return found
+
+
+def test_the_report_is_complete_in_itself(tmp_path, support):
+    ids = ["<script>alert(1)</script>", *(f"photo {i}" for i in range(1, len(QUERY)))]
+    query = table(tmp_path / "query.csv", QUERY, ids=ids)
+    report = tmp_path / "report.html"
+    found = answers(tmp_path, "soft_kmeans", "--support", support, "--query", query, "--report", report)
+    shown = page(report)
+    assert "<script" not in report.read_text() and ids[0] in shown.text
+    least = min(found, key=lambda row: float(row["probability"]))
+    rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td>", report.read_text().split("The least certain first")[1])
+    assert rows[0] == (least["id"], least["label"])
+    assert "judged" in shown.text and "together" in shown.text
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_shows_the_report(tmp_path, support, query):
+    report = tmp_path / "report.html"
+    answers(tmp_path, "soft_kmeans", "--support", support, "--query", query, "--report", report)
+    quiet = ("--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}")
+    command = [BROWSER, *quiet, "--dump-dom", report.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, stdin=subprocess.DEVNULL)
+    assert "<h1>21 answers of soft_kmeans</h1>" in done.stdout
+    assert done.stdout.count("<tr>") == 21 + 1 + 7 and done.stdout.count("<svg") == 2
+
+
+def paint(path, colour: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(zlib.crc32(path.name.encode())).integers(0, 60, (32, 32, 3))
+    noise[..., colour] += 180
+    Image.fromarray(noise.astype(np.uint8)).save(path)
+
+
+def test_photos_in_folders(tmp_path, capsys):
+    from kernelmeta.training.backbones import make_backbone
+
+    torch.manual_seed(0)
+    torch.save(make_backbone("conv4", 3, 32).state_dict(), tmp_path / "conv4.pt")
+    for colour, name in enumerate(("red", "green", "blue")):
+        for i in range(3):
+            paint(tmp_path / "known" / name / f"{i}.png", colour)
+        for i in range(4):
+            paint(tmp_path / "new" / f"{name}-{i}.png", colour)
+    report = tmp_path / "report.html"
+    folders = ["--support", tmp_path / "known", "--query", tmp_path / "new", "--report", report]
+    found = answers(tmp_path, "prototypes", *folders, "--weights", tmp_path / "conv4.pt", "--backbone", "conv4")
+    assert [row["id"] for row in found] == sorted(f"{n}-{i}.png" for n in ("red", "green", "blue") for i in range(4))
+    assert all(row["id"].startswith(row["label"]) for row in found)
+    assert page(report).images == 12
+    capsys.readouterr()
+    assert main(["predict", "ridge", *map(str, folders), "--out", str(tmp_path / "x.csv")]) == 2
+    assert "give the --weights of a backbone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"what": "sib"}, "sib must be trained"),
+        ({"what": "nothing"}, "nothing"),
+        ({"support": "query.csv"}, "support: no labels"),
+        ({"query": "wide.csv"}, "query: expected 6 features as in the support, got 7"),
+        ({"query": "nan.csv"}, "1 rows hold NaN or infinite features: 2"),
+        ({"support": "one.csv"}, "expected at least two classes, got 'otter' alone"),
+        ({"query": "empty.csv"}, "empty.csv"),
+        ({"query": "missing.csv"}, "missing.csv"),
+        ({"support": "unlabelled.csv"}, "row 1 has none"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, support, query, given, message, capsys):
+    table(tmp_path / "wide.csv", np.zeros((3, 7)))
+    table(tmp_path / "nan.csv", np.where(np.arange(4)[:, None] == 2, np.nan, np.ones((4, 6))))
+    table(tmp_path / "one.csv", SUPPORT[:2], ["otter", "otter"])
+    table(tmp_path / "unlabelled.csv", SUPPORT[:3], ["otter", "", "marten"])
+    (tmp_path / "empty.csv").write_text("f0,f1,f2,f3,f4,f5\n")
+    where = {"support": support, "query": query, **{k: str(tmp_path / v) for k, v in given.items() if k != "what"}}
+    out = tmp_path / "labels.csv"
+    rows = ["--support", where["support"], "--query", where["query"], "--out", str(out), "--quiet"]
+    assert main(["predict", given.get("what", "ridge"), *rows]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not out.exists()
+
+
+def test_a_label_column_of_another_name(tmp_path, capsys):
+    for name, X, labels in (("s.csv", SUPPORT, SUPPORT_CLASSES), ("q.csv", QUERY, QUERY_CLASSES)):
+        lines = ["kind,a,b,c,d,e,f", *(f"{c},{','.join(map(str, row))}" for c, row in zip(labels, X, strict=True))]
+        (tmp_path / name).write_text("\n".join(lines))
+    rows = ["--support", tmp_path / "s.csv", "--query", tmp_path / "q.csv", "--label", "kind"]
+    found = answers(tmp_path, "ridge", *rows)  # the query's own column is no feature
+    assert np.mean([int(row["label"]) == c for row, c in zip(found, QUERY_CLASSES, strict=True)]) > 0.9
