@@ -80,7 +80,7 @@ _HELP = {
     "weight_decay": "weight decay of the optimizer",
     "average": "evaluate a running mean of the weights over this many steps of the optimizer; 0: the last weights",
     "validate_every": "episodes between validations, by default a tenth of the run; 0: never",
-    "update_from": "a run of 'train' whose learner the new one replaces: it keeps what that one gets right (docs/graceful)",
+    "update_from": "a run of train, whose learner the new one replaces and whose right answers it keeps",
     "update_distance": f"from the old logits: {', '.join(DISTANCES)} (default, with --update-from: kl)",
     "update_weight": "of the distance against the cross entropy (default, with --update-from: 1)",
     "update_alpha": "weight of every row in it (default, with --update-from: 1)",
