@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import counts
 from benchmarks.agreement import errors
 from benchmarks.floors import Ceilings
 from kernelmeta import ops, reference
@@ -81,8 +82,7 @@ FORMS = ("kernelmeta", "eager", "compiled", "liger", "three exp", "copy")
 def test_focal_distillation(rows: int, classes: int, name: str, benchmark: Any, ceilings: Ceilings) -> None:
     new, old, labels = draw(rows, classes)
     benchmark.group = f"focal_distillation R={rows} C={classes}"
-    # Both logits are read in both passes, a gradient is written.
-    floor = 5 * new.numel() * 4 / ceilings.copy
+    floor = ceilings.floor(counts.focal_distillation(rows, classes))
     benchmark.extra_info.update({"R": rows, "C": classes, "peer": name, "floor_us": floor * 1e6})
     if name in ("three exp", "copy"):
         out = torch.empty_like(new)
