@@ -93,6 +93,13 @@ def mlp(size: Size, mode: str) -> Work:
     return Work(passes * _mlp_flops(rows, size.N, size.H), (2 if mode == "forward" else 5) * rows * size.N * 4.0)
 
 
+def focal_distillation(rows: int, classes: int) -> Work:
+    """:func:`kernelmeta.ops.focal_distillation`, forward and backward: both logits are read twice, a gradient is
+    written; exponentials, three an element in each direction, are left out.
+    """
+    return Work(0.0, 5 * rows * classes * 4.0)
+
+
 def class_means(size: Size, mode: str) -> Work:
     """:func:`kernelmeta.ops.class_means`; ``train`` with the gradient of the weights alone."""
     T, N, S, D, _, _ = size

@@ -25,6 +25,7 @@ from kernelmeta.data.files import read_json, write_json, write_text
 from kernelmeta.data.importing import import_bank
 from kernelmeta.data.words import printable, size_text
 from kernelmeta.graceful import commands as graceful
+from kernelmeta.reference.focal_distillation import DISTANCES
 from kernelmeta.training import runs
 from kernelmeta.training.answers import UNTRAINED
 from kernelmeta.training.backbones import BACKBONES, load_backbone, make_backbone
@@ -39,6 +40,7 @@ from kernelmeta.training.extraction import extract
 from kernelmeta.training.learners import LEARNERS
 from kernelmeta.training.loading import load_learner
 from kernelmeta.training.plots import comparison_plot, steps_plot, training_plot
+from kernelmeta.training.predecessor import flips_line, load_predecessor, paired_flips, percentages
 from kernelmeta.training.prediction import Backbone, backbone_of, predict, read_rows
 from kernelmeta.training.pretraining import FREE as PRETRAIN_FREE
 from kernelmeta.training.pretraining import PretrainConfig, Pretrainer
@@ -81,6 +83,12 @@ _HELP = {
     "weight_decay": "weight decay of the optimizer",
     "average": "evaluate a running mean of the weights over this many steps of the optimizer; 0: the last weights",
     "validate_every": "episodes between validations, by default a tenth of the run; 0: never",
+    "update_from": "a run of train, whose learner the new one replaces and whose right answers it keeps",
+    "update_distance": f"from the old logits: {', '.join(DISTANCES)} (default, with --update-from: kl)",
+    "update_weight": "of the distance against the cross entropy (default, with --update-from: 1)",
+    "update_alpha": "weight of every row in it (default, with --update-from: 1)",
+    "update_beta": "what rows that the old learner gets right have more (default, with --update-from: 5)",
+    "update_tau": "temperature of kl (default, with --update-from: 100)",
     "seed": "seed of everything random",
     "style": "size, normalisation and augmentation: miniimagenet (80 pixels) or cifar-fs (32); by size if not given",
     "epochs": "passes over the images",
@@ -393,7 +401,13 @@ def _train_in(out: Path, args: argparse.Namespace, given: dict[str, Any], proces
     settings, checkpoint = runs.prepare(out, "train", given, args.resume, TRAIN_FREE)
     config = TrainConfig.from_dict(settings)
     bank = _bank(args, config.data, config.weights, config.backbone, config.learner)
-    trainer = Trainer(config, bank, device=args.device, ranks=processes)
+    predecessor = None
+    if config.update_from is not None:
+        predecessor = load_predecessor(
+            config.update_from, config, bank, device=args.device,
+            open_bank=lambda old: _bank(args, old["data"], old["weights"], old["backbone"], old["learner"]),
+        )  # fmt: skip
+    trainer = Trainer(config, bank, device=args.device, ranks=processes, predecessor=predecessor)
     test = None
     if args.eval_episodes and len(bank.classes("test")):
         test = trainer.make_sampler(bank, "test")
@@ -433,9 +447,15 @@ def _finish(args: argparse.Namespace, out: Path, trainer: Trainer, test: Episode
     )
     results |= {"query_balance": trainer.config.query_balance, "seed": trainer.config.seed, "split": "test"}
     results |= {"data": trainer.config.data, "trained_episodes": trainer.seen}
+    flipped = None
+    if trainer.predecessor is not None:
+        flipped = paired_flips(trainer.learner, trainer.features, trainer.predecessor, test, args.eval_episodes)
+        results |= {"update_from": trainer.config.update_from, "flips": percentages(flipped)}
     write_json(out / runs.RESULTS, results)
     steps_plot(out / "accuracy_over_steps.png", results, title(results))
     print(table(results))
+    if flipped is not None:
+        print(flips_line(flipped, str(trainer.config.update_from)))
     print(f"{out / runs.RESULTS}")
 
 

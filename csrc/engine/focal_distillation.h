@@ -177,9 +177,10 @@ struct DistillationRows {
           each([&](auto n) { return inhibition_gradient(n, z, z_old) * along; });
         }
       };
-      const int64_t begins[3] = {0, y, y + 1}, counts[3] = {y, 1, p.N - y - 1};
+      // What is before the label, the label, what is after it.
       for (int k = 0; k < 3; ++k) {
-        part(begins[k], counts[k], k == 1 ? own_scale : scale, k == 1 ? own : C(0));
+        const int64_t from = k == 0 ? 0 : y + k - 1, to_here = k == 0 ? y : k == 1 ? y + 1 : p.N;
+        part(from, to_here - from, k == 1 ? own_scale : scale, k == 1 ? own : C(0));
       }
     });
   }

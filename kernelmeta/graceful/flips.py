@@ -82,11 +82,11 @@ def flips(new_logits: Tensor, old_logits: Tensor, labels: Tensor, *, ignore_inde
     check_labels(torch.where(counted, labels, 0).flatten(), new_logits.shape[-1])
     if not counted.any():
         raise ValueError("labels: expected a row that counts, got none")
-    return _rates(rows_right(new_logits, labels), rows_right(old_logits, labels), counted)
+    return flip_rates(rows_right(new_logits, labels), rows_right(old_logits, labels), counted)
 
 
-def _rates(new_right: Tensor, old_right: Tensor, counted: Tensor) -> Flips:
-    """From [R] or [T, Q] of booleans."""
+def flip_rates(new_right: Tensor, old_right: Tensor, counted: Tensor) -> Flips:
+    """From who is right on which row, [R] or [T, Q] of booleans, and which rows count."""
     # Sums over what is sampled: a row, or the rows of an episode.
     units = [
         (t.double().sum(-1) if t.dim() == 2 else t.double()).cpu()

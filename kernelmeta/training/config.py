@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -13,12 +14,24 @@ from torch.optim import Optimizer
 
 from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.episodes import parse_balance
+from kernelmeta.reference.focal_distillation import DISTANCES
 from kernelmeta.training.learners import LEARNERS, SETTINGS, Rows, parse_phases, with_defaults
-from kernelmeta.training.settings import MOST_EPISODES, MOST_STEPS, check_memory, check_numbers, check_types
+from kernelmeta.training.settings import (
+    MOST_EPISODES,
+    MOST_STEPS,
+    as_float,
+    check_memory,
+    check_numbers,
+    check_types,
+)
 
 # Where a setting is None and the learner has no default of its own.
 _DEFAULTS: dict[str, Any] = {"tasks_per_step": 1, "optimizer": "SGD", "lr": 1e-3}
 _FILLED_IN: Any = None
+# Where another run is updated: of `focal_distillation`.
+_UPDATE: dict[str, Any] = {
+    "update_distance": "kl", "update_weight": 1.0, "update_alpha": 1.0, "update_beta": 5.0, "update_tau": 100.0,
+}  # fmt: skip
 _LEAST = {
     "way": 2, "shot": 1, "query": 1, "steps": 0, "tasks_per_step": 1, "episodes": 1, "seed": 0, "hidden": 1,
     "channels": 1, "validate_every": 0, "average": 0,
@@ -63,6 +76,12 @@ class TrainConfig:
     weight_decay: float = 5e-4
     average: int = 0
     validate_every: int | None = None
+    update_from: str | None = None
+    update_distance: str | None = None
+    update_weight: float | None = None
+    update_alpha: float | None = None
+    update_beta: float | None = None
+    update_tau: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,8 +89,20 @@ class TrainConfig:
         for name, value in filled.items():
             # The dataclass is frozen for its users; its own defaults are not known before the learner is.
             object.__setattr__(self, name, _DEFAULTS.get(name) if value is None else value)
+        for name, value in _UPDATE.items():
+            if self.update_from is not None and getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+            elif self.update_from is None and getattr(self, name) is not None:
+                raise ValueError(f"{name}: there is no run to update; give update_from too")
         check_types(self)
-        check_numbers(self, _LEAST, ("inner_lr", "lr", "momentum", "weight_decay", "scale"))
+        check_numbers(
+            self, _LEAST,
+            ("inner_lr", "lr", "momentum", "weight_decay", "scale", "update_weight", "update_alpha", "update_beta"),
+        )  # fmt: skip
+        if self.update_distance not in (None, *DISTANCES):
+            raise ValueError(f"update_distance: expected one of {', '.join(DISTANCES)}, got {self.update_distance!r}")
+        if self.update_tau is not None and not 0 < as_float(self.update_tau) < math.inf:
+            raise ValueError(f"update_tau: expected a temperature above 0, got {self.update_tau}")
         for name, high in (("steps", MOST_STEPS), ("episodes", MOST_EPISODES)):
             value = getattr(self, name)
             if value is not None and value > high:
@@ -133,6 +164,11 @@ class TrainConfig:
                 return 2**63
         tensors = (*head.parameters(), *head.buffers())
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def distillation(self) -> dict[str, Any]:
+        """Of `focal_distillation`, where another run is updated."""
+        return {name.removeprefix("update_"): getattr(self, name) for name in _UPDATE}
 
     def make_sampler(self, bank: FeatureBank, split: str) -> EpisodeSampler:
         """The episodes of a split. Raises ValueError if the bank has not enough for them."""

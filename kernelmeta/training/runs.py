@@ -21,8 +21,8 @@ from kernelmeta.version import __version__
 
 CONFIG, RESULTS = "config.json", "results.json"
 # What names the data: files may be named otherwise, or have moved. Fingerprints tell whether they are the same.
-WHERE = ("data", "weights", "backbone")
-PATHS = ("data", "weights", "old", "gallery")
+WHERE = ("data", "weights", "backbone", "update_from")
+PATHS = ("data", "weights", "update_from", "old", "gallery")
 
 
 @contextmanager

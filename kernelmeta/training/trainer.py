@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.words import one_line
 from kernelmeta.nn.training_step import TrainsAtOnce
+from kernelmeta.ops import focal_distillation
 from kernelmeta.training.checkpoint import Checkpoint, count, optimizer_tensors, restore_optimizer, rows
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.distributed import Ranks
@@ -26,6 +28,9 @@ from kernelmeta.training.finite import NotFiniteError, not_finite
 from kernelmeta.training.interruptions import interruptions
 from kernelmeta.training.learners import LEARNERS
 from kernelmeta.training.settings import check_memory
+
+if TYPE_CHECKING:
+    from kernelmeta.training.predecessor import Predecessor
 
 CHECKPOINT = "checkpoint.safetensors"
 # The group of a checkpoint with the running mean of the weights, where there is one.
@@ -48,7 +53,7 @@ Report = Callable[[str, float, int], None]
 
 # Settings that may differ between a checkpoint and the run that goes on from it: training longer, and where the data
 # are, which have a fingerprint.
-FREE = ("episodes", "data", "weights", "backbone")
+FREE = ("episodes", "data", "weights", "backbone", "update_from")
 
 
 def fingerprint(bank: FeatureBank) -> dict[str, int]:
@@ -64,6 +69,7 @@ class Trainer:
         bank: where the episodes come from.
         device: where the features lie and the steps run.
         ranks: the processes over which every step's tasks are split.
+        predecessor: the learner that this one must not flip, where ``config.update_from`` names one.
 
     Raises:
         ValueError: the bank does not suit the configuration.
@@ -71,8 +77,17 @@ class Trainer:
     """
 
     def __init__(
-        self, config: TrainConfig, bank: FeatureBank, *, device: str = "cpu", ranks: Ranks | None = None
+        self,
+        config: TrainConfig,
+        bank: FeatureBank,
+        *,
+        device: str = "cpu",
+        ranks: Ranks | None = None,
+        predecessor: Predecessor | None = None,
     ) -> None:
+        if (config.update_from is None) != (predecessor is None):
+            raise ValueError("predecessor: expected where config.update_from names a run, and only there")
+        self.predecessor = predecessor
         self.config = config
         self.ranks = ranks or Ranks()
         self.first_task, self.tasks = self.ranks.share(config.tasks_per_step)
@@ -123,6 +138,7 @@ class Trainer:
                 "seed": self.config.seed,
                 "config": self.config.to_dict(),
                 "bank": self.fingerprint,
+                "updates": self.predecessor and self.predecessor.fingerprint,
                 "image_shape": self.image_shape,
                 "history": self.history,
                 "validations": self.validations,
@@ -139,11 +155,16 @@ class Trainer:
         try:
             if state["bank"] != self.fingerprint:
                 raise ValueError(f"data: not the bank that the run began with ({state['bank']})")
+            updates = self.predecessor and self.predecessor.fingerprint
+            if state.get("updates") != updates:
+                raise ValueError(
+                    f"update_from: not the run, on its bank, that this one began with ({state.get('updates')})"
+                )
+            trained = dict(state["config"])
             for name, value in self.config.to_dict().items():
-                if name not in FREE and state["config"][name] != value:
-                    raise ValueError(
-                        f"{name}: the checkpoint was trained with {state['config'][name]!r}, not {value!r}"
-                    )
+                # (settings that are younger than the checkpoint are None there)
+                if name not in FREE and trained.get(name) != value:
+                    raise ValueError(f"{name}: the checkpoint was trained with {trained.get(name)!r}, not {value!r}")
             step, history, validations = count(state, "step"), rows(state, "history"), rows(state, "validations")
             self.head.load_state_dict(checkpoint.tensors["model"])
             if self.config.average:
@@ -217,7 +238,8 @@ class Trainer:
         episodes = self.sampler.draw(self.step * T, n * T)
         device, mine = self.features.device, slice(self.first_task, self.first_task + self.tasks)
         support_index, support_labels, query_index, answers = (t.view(n, T, -1)[:, mine].to(device) for t in episodes)
-        step = self._step_at_once if isinstance(self.head, TrainsAtOnce) else self._step_by_autograd
+        at_once = isinstance(self.head, TrainsAtOnce) and self.predecessor is None
+        step = self._step_at_once if at_once else self._step_by_autograd
         measures = []
         for episode in zip(support_index, support_labels, query_index, answers, strict=True):
             measures.append(step(*episode))
@@ -275,7 +297,11 @@ class Trainer:
         logits = self.head.from_bank(self.features, support_index, support_labels, query_index)
         for parameter in self.parameters:
             parameter.grad = None
-        loss = F.cross_entropy(logits.flatten(0, -2), answers.flatten())
+        if self.predecessor is None:
+            loss = F.cross_entropy(logits.flatten(0, -2), answers.flatten())
+        else:
+            old_logits = self.predecessor.logits(support_index, support_labels, query_index)
+            loss = focal_distillation(logits, old_logits, answers, **self.config.distillation)
         loss.backward()
         return loss.detach(), (logits.detach().argmax(-1) == answers).float().mean()
 

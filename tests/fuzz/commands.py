@@ -32,6 +32,8 @@ USUAL = {
     "--phases": ("cross_entropy:2:0.1", "soft_assignment:1:1,hinge:2:0.1", "synthetic_gradient:1:0.1"),
     "--classifier": ("cosine", "linear"), "--start": ("class_means", "learned", "zero"), "--threads": ("1",),
     "--device": ("cpu", "cuda", "tpu"), "--workers": ("0",), "--weights": ("none.pth",), "--backbone": ("conv4", "vgg"),
+    "--update-from": ("none",), "--update-distance": ("kl", "squared", "ldi_mean"), "--update-weight": ("0", "1"),
+    "--update-alpha": ("0", "1"), "--update-beta": ("0", "5"), "--update-tau": ("1", "100"),
     "--first-order": None, "--learn-rates": None, "--skip-bad": None,
 }  # fmt: skip
 # What takes long, however right it is.

@@ -25,10 +25,12 @@ SHAPES = {
     "grad_gradients": "TQN", "grad_weights": "TND", "grad_coefficients": "TSN", "grad_support_coefficients": "TSN",
     "grad_query_coefficients": "TQN", "grad_start_coefficients": "TN", "theta0": "ND", "weight": "D", "weight1": "HN",
     "bias1": "H", "gain1": "H", "shift1": "H", "weight2": "HH", "bias2": "H", "gain2": "H", "shift2": "H",
-    "weight3": "NH", "bias3": "N", "rates": "K", "n_ways": "T", "support_offsets": "U", "query_offsets": "U",
+    "new_logits": "QN", "old_logits": "QN", "labels": "Q", "class_weight": "N", "grad_distances": "Q",
+    "grad_label_losses": "Q", "weight3": "NH", "bias3": "N", "rates": "K", "n_ways": "T", "support_offsets": "U",
+    "query_offsets": "U",
 }  # fmt: skip
-NUMBERS = {"support_labels", "query_labels", "support_index", "start_index", "query_index", "n_ways", "support_offsets",
-           "query_offsets"}  # fmt: skip
+NUMBERS = {"labels", "support_labels", "query_labels", "support_index", "start_index", "query_index", "n_ways",
+           "support_offsets", "query_offsets"}  # fmt: skip
 USUAL = {"max_support": -1, "max_query": -1, "oracle": 0, "start": 0}
 OPS = sorted(
     name.removeprefix("kernelmeta::")

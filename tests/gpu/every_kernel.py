@@ -15,6 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/gpu")]
 
+from distillation import draw_logits  # noqa: E402
 from episodes import draw  # noqa: E402
 from test_cuda import on_card  # noqa: E402
 from test_cuda_learners import HEADS, PROGRAMS, RIDGES, Case, on_device, with_gradients  # noqa: E402
@@ -44,6 +45,15 @@ def learner(case: Case, dtype: torch.dtype, stored: torch.dtype) -> None:
     assert all(result.isfinite().all() for result in with_gradients(case, "cuda", dtype, stored))
 
 
+def distillation(dtype: torch.dtype, stored: torch.dtype, distance: str) -> None:
+    """Forward and backward of focal distillation; the old logits in the precision of the computation."""
+    new, old, labels = (t.cuda() for t in draw_logits(11, 37))
+    leaf = (new.to(stored)).requires_grad_()
+    weight = torch.ones(37, device="cuda", dtype=dtype)
+    loss = km.ops.focal_distillation(leaf, old.to(dtype), labels, distance=distance, class_weight=weight)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, leaf))
+
+
 def everything() -> list[Callable[[], None]]:
     calls: list[Callable[[], None]] = []
     kinds = [(torch.float64, torch.float64), *((torch.float32, stored) for stored in STORED)]
@@ -51,6 +61,7 @@ def everything() -> list[Callable[[], None]]:
     for kind in kinds:
         calls += [lambda kind=kind, size=size: sib(*kind, *size) for size in SIB_SIZES]
         calls += [lambda kind=kind, case=case: learner(case, *kind) for case in cases]
+        calls += [lambda kind=kind, d=d: distillation(*kind, d) for d in ("kl", "ldi_mean")]
     return calls
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from distillation import draw_logits, with_gradient
 from episodes import Episode, assert_close, draw, running_stats
 from torch import Tensor
 
@@ -86,6 +87,26 @@ def test_small_ops() -> None:
             km.ops.synthetic_gradient_mlp(logits.cuda(), c.mlp),
         ]
     assert_close([r.cpu() for r in got], want, 1e-11)
+
+
+@pytest.mark.parametrize("distance", ["kl", "squared", "ldi_mean"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-11), (torch.float32, 1e-6), (torch.bfloat16, 8e-3), (torch.float16, 1e-3)],
+)
+def test_focal_distillation(distance: str, dtype: torch.dtype, tolerance: float) -> None:
+    for R, C, tau in ((1, 1, 2.0), (40, 5, 1.0), (33, 1000, 100.0), (3, 70_000, 100.0)):
+        new, old, labels = draw_logits(R, C, near=3.0)
+        new, old = new.to(dtype), old.to(dtype)
+        options: dict[str, Any] = {"distance": distance, "tau": tau, "label_smoothing": 0.1}
+        want = with_gradient(km.reference.focal_distillation, new.double(), old.double(), labels, **options)
+        with km.use_backend("cuda"):
+            got = with_gradient(km.ops.focal_distillation, new.cuda(), old.cuda(), labels.cuda(), **options)
+        assert_close([g.cpu() for g in got], want, tolerance)
+    labels[0] = C  # no error, which would wait for the device
+    with km.use_backend("cuda"):
+        each = km.ops.focal_distillation(new.cuda(), old.cuda(), labels.cuda(), reduction="none", **options)
+    assert [bool(x) for x in each.isnan().cpu()] == [True, False, False]
 
 
 def test_the_same_bits_again_and_other_tasks_untouched_by_nan() -> None:

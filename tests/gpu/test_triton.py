@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from distillation import draw_logits, with_gradient
 from episodes import assert_close, draw
 from gpu.test_cuda_learners import HEADS, PROGRAMS, RIDGES, Case, on_device, with_gradients
 
@@ -36,6 +37,17 @@ def test_sib(N: int, H: int, stored: torch.dtype) -> None:
     assert_close(got[:2], want[:2], 1e-4 if stored == torch.float32 else 1e-3)
     for mine, theirs in zip(got[2:], want[2:], strict=True):
         assert float((mine.double() - theirs).norm()) <= 2e-2 * float(theirs.norm()) + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_focal_distillation(dtype: torch.dtype) -> None:
+    for R, C, tau in ((1, 1, 2.0), (40, 5, 1.0), (33, 1000, 100.0), (3, 70_000, 100.0)):
+        new, old, labels = draw_logits(R, C, near=3.0)
+        new, old = new.to(dtype), old.to(dtype)
+        want = with_gradient(km.reference.focal_distillation, new.double(), old.double(), labels, tau=tau)
+        with km.use_backend("triton"):
+            got = with_gradient(km.ops.focal_distillation, new.cuda(), old.cuda(), labels.cuda(), tau=tau)
+        assert_close([g.cpu() for g in got], want, 2e-6 if dtype is torch.float32 else 8e-3)
 
 
 def test_small_ops() -> None:

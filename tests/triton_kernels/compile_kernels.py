@@ -18,6 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kernelmeta.triton import (
+    focal_distillation_kernels,
     loop_kernels,
     mlp_kernels,
     oracle_kernels,
@@ -32,9 +33,10 @@ from kernelmeta.triton import (
 _POINTERS = (
     "trace", "gram", "work", "p", "fixed", "logits", "stats", "grad_logits", "gp_last", "ga_last", "partial", "gc_out",
     "gn0_out", "gs", "gag_out", "grad", "gz_out", "gp", "out", "x", "y", "rows", "coefficients", "numbers", "rates",
-    "gu_at", "gr2_at", "gp_at", "ga_at", "gnumbers", "grates", "matrix", "pivots", "x_at", "errors",
+    "gu_at", "gr2_at", "gp_at", "ga_at", "gnumbers", "grates", "matrix", "pivots", "x_at", "errors", "now", "old",
+    "class_weight", "distances", "label_losses", "grad_distances", "grad_label_losses", "grad_now",
 )  # fmt: skip
-_NUMBERS = {"lr", "eps"}
+_NUMBERS = {"lr", "eps", "alpha", "beta", "tau", "margin", "power", "smoothing"}
 _DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _FLAGS = (
     "FIXED", "STATS", "WEIGHTS", "ROWS", "INDEXED", "X_INDEXED", "Y_INDEXED", "RAGGED", "COEFFICIENTS", "MEAN",
@@ -47,6 +49,8 @@ def _kind(kernel: Any, name: str) -> str:
         return "*i64"
     if name == "rows" and "labels" in kernel.arg_names:  # their number
         return "i32"
+    if name == "codes":
+        return "*u8"
     return "*fp32" if name in _POINTERS else "fp32" if name in _NUMBERS else "i32"
 
 
@@ -98,6 +102,10 @@ def main(name: str) -> None:
         size = ridge.tiles(rows_of_task, ways)
         cases.append((f"factorise{label}", ridge_kernels.factorise_kernel, size["factorise"]))
         cases.append((f"solve{label}", ridge_kernels.solve_kernel, size["solve"]))
+    flags = {"DISTANCE": 0, "POWER": 2, "WEIGHTED": True, "LABELLED": True, "SAVES": True, "num_warps": 4}
+    known = focal_distillation_kernels.tiles(1000) | flags
+    cases.append(("distillation_forward", focal_distillation_kernels.forward_kernel, known))
+    cases.append(("distillation_backward", focal_distillation_kernels.backward_kernel, known))
     for label, kernel, known in cases:
         _compile(label, kernel, target, known)
 

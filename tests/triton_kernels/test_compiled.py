@@ -48,7 +48,7 @@ _OLDER = {
     },
     "AMD": {"mlp_backward_kernel": 192, "factorise_of_100_rows": 64},
 }
-_KERNELS = 17
+_KERNELS = 19
 
 
 def stack_limits(target: str) -> dict[str, int]:
