@@ -506,7 +506,7 @@ def _predict(args: argparse.Namespace) -> None:
     weights, name = (args.weights, args.backbone) if args.weights is not None else backbone_of(args.what)
     backbone = Backbone(weights, name, args.device, args.workers, not args.quiet)
     support, query = (
-        read_rows(source, label=args.label, labelled=labelled, backbone=backbone, say=_say(args))
+        read_rows(source, label=args.label, labelled=labelled, backbone=backbone, say=say_of(args))
         for source, labelled in ((args.support, True), (args.query, False))
     )
     answers = predict(args.what, support, query, transductive=not args.alone)
@@ -514,7 +514,7 @@ def _predict(args: argparse.Namespace) -> None:
     if args.report is not None:
         write_report(args.report, answers)
     if answers.doubt is not None:
-        _say(args)(f"warning: {answers.doubt.replace('transductive=False', '--alone')}")
+        say_of(args)(f"warning: {answers.doubt.replace('transductive=False', '--alone')}")
     right = "" if answers.accuracy is None else f"; {answers.accuracy:.1f} % of those that were labelled are right"
     print(f"{args.out}: {len(query.ids)} labels by {answers.method}{right}")
 
