@@ -2,6 +2,7 @@
 
 - `km.ops`: the fused operators; `km.reference`: the same in plain PyTorch, the specification
 - `km.nn`: modules; `km.func`: inner loops over whole networks; `km.data`: episodes and feature banks
+- `km.linear`: neural tangent kernels, linearised networks, certified steps
 - `km.graceful`: successors that keep what their predecessors do right, and the galleries that those indexed
 - `km.Ragged`, `km.Classifier`: tasks of unequal size, and what learners make for a task; `km.Phase`,
   `km.MLPParameters`: what programs consist of, and the parameters of the synthetic-gradient MLP;

@@ -1,0 +1,102 @@
+"""LQF: a network, linearised at its weights, that is trained like one (Achille et al., CVPR 2021).
+
+What makes linear fine-tuning as good as the nonlinear one there is leaky ReLU in the place of ReLU (section 3.3), the
+squared error to one-hot targets (section 3.1; `TARGET_SCALE` times), normalisation frozen, and preconditioning.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp
+
+TARGET_SCALE = 15.0  # what a one-hot target is multiplied with, as published
+
+
+class Linearised(nn.Module):
+    """``f(x; w0) + df/dw(x; w0) (w - w0)``: linear in its parameters, which start at w0.
+
+    Args:
+        module: f, with its weights w0; it is copied. Its mode is frozen: dropout and normalisation do what they do in
+            evaluation.
+
+    Parameters: those of f that are trained, by name with dots as underscores: how far each is from w0, zero at start.
+
+    Raises:
+        TypeError: no module.
+        ValueError: none of its parameters is trained.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+        frozen = copy.deepcopy(module).eval()
+        self._names = {name: name.replace(".", "_") for name, p in frozen.named_parameters() if p.requires_grad}
+        if not self._names:
+            raise ValueError("module: none of its parameters is trained (requires_grad)")
+        origin = dict(frozen.named_parameters())
+        self.moved = nn.ParameterDict({own: torch.zeros_like(origin[name]) for name, own in self._names.items()})
+        self.frozen = frozen.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Linearised:
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """What f returns, linearised; the arguments of f."""
+        origin = dict(self.frozen.named_parameters())
+        tangents = {
+            name: self.moved[self._names[name]] if name in self._names else torch.zeros_like(p)
+            for name, p in origin.items()
+        }
+
+        def outputs(parameters: dict[str, Tensor]) -> Tensor:
+            found: Tensor = functional_call(self.frozen, parameters, inputs)
+            return found
+
+        value: Tensor
+        along: Tensor
+        value, along = jvp(outputs, (origin,), (tangents,))[:2]
+        return value + along
+
+    @torch.no_grad()
+    def folded(self) -> nn.Module:
+        """f itself with the weights w: near w0 it is what this module is."""
+        module = copy.deepcopy(self.frozen)
+        for name, parameter in module.named_parameters():
+            if name in self._names:
+                parameter.add_(self.moved[self._names[name]])
+                parameter.requires_grad_()
+        return module
+
+
+def lqf(module: nn.Module, *, slope: float = 0.01) -> Linearised:
+    """A network ready for linear-quadratic fine-tuning: leaky ReLU for ReLU, linearised at its weights.
+
+    Train it by the squared error to one-hot targets times `TARGET_SCALE`; it is a least-squares problem.
+
+    Args:
+        module: a pre-trained network; it is copied. Activations must be modules to be found.
+        slope: of the leaky ReLU, below zero.
+
+    Returns:
+        A `Linearised` module, called as the network is.
+
+    Raises:
+        TypeError, ValueError: as `Linearised`.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    leaky = copy.deepcopy(module)
+    if isinstance(leaky, nn.ReLU):
+        leaky = nn.LeakyReLU(slope)
+    for part in list(leaky.modules()):
+        for name, child in part.named_children():
+            if isinstance(child, nn.ReLU):
+                setattr(part, name, nn.LeakyReLU(slope))
+    return Linearised(leaky)
