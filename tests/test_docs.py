@@ -37,7 +37,7 @@ def test_the_code_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     exec(compile(f"import torch\nimport kernelmeta as km\n{block}", "documentation", "exec"), {})
 
 
-MODULES = (km, km.ops, km.nn, km.func, km.graceful, km.data, km.reference, kernelmeta.training)
+MODULES = (km, km.ops, km.nn, km.func, km.graceful, km.linear, km.data, km.reference, kernelmeta.training)
 NAMES = [
     pytest.param(getattr(module, name), id=f"{module.__name__}.{name}")
     for module in MODULES

@@ -1,11 +1,10 @@
 """Linearised learning: what gradient descent does where a network is linear in its weights, or in each layer's."""
 
 from kernelmeta.linear.convergence import Certificate, LocalRate, adaptive_step, certificate, local_rate
-from kernelmeta.linear.lqf import TARGET_SCALE, Linearised, lqf
+from kernelmeta.linear.lqf import Linearised, lqf
 from kernelmeta.linear.ntk import ntk_gram, relu_ntk
 
 __all__ = [
-    "TARGET_SCALE",
     "Certificate",
     "Linearised",
     "LocalRate",

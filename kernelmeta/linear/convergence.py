@@ -243,7 +243,15 @@ def _local(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor) -> _Local:
 
 
 def local_rate(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor, lr: float | Tensor) -> LocalRate:
-    """What one step from here with this learning rate is certain to do to the loss; arguments as `certificate`."""
+    """What one step from here with this learning rate is certain to do to the loss.
+
+    Args:
+        X, Y, W1, W2: as in `certificate`; leading dimensions are networks of their own.
+        lr: the learning rate, a number or [...].
+
+    Raises:
+        ValueError, TypeError: as `certificate`.
+    """
     at = _local(*_checked(X, Y, W1, W2))
     rate = torch.as_tensor(lr, dtype=torch.float64, device=at.slope.device)
     K = at.steepness + at.largest * (at.size + rate * at.slope / 2).square()

@@ -1,7 +1,7 @@
 """LQF: a network, linearised at its weights, that is trained like one (Achille et al., CVPR 2021).
 
 What makes linear fine-tuning as good as the nonlinear one there is leaky ReLU in the place of ReLU (section 3.3), the
-squared error to one-hot targets (section 3.1; `TARGET_SCALE` times), normalisation frozen, and preconditioning.
+squared error to one-hot targets times 15 (section 3.1), normalisation frozen, and preconditioning.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp
-
-TARGET_SCALE = 15.0  # what a one-hot target is multiplied with, as published
 
 
 class Linearised(nn.Module):
@@ -78,7 +76,7 @@ class Linearised(nn.Module):
 def lqf(module: nn.Module, *, slope: float = 0.01) -> Linearised:
     """A network ready for linear-quadratic fine-tuning: leaky ReLU for ReLU, linearised at its weights.
 
-    Train it by the squared error to one-hot targets times `TARGET_SCALE`; it is a least-squares problem.
+    Train it by the squared error to one-hot targets times 15; it is a least-squares problem.
 
     Args:
         module: a pre-trained network; it is copied. Activations must be modules to be found.
