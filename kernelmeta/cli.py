@@ -509,7 +509,7 @@ def _predict(args: argparse.Namespace) -> None:
         read_rows(source, label=args.label, labelled=labelled, backbone=backbone, say=say_of(args))
         for source, labelled in ((args.support, True), (args.query, False))
     )
-    answers = predict(args.what, support, query, transductive=not args.alone)
+    answers = predict(args.what, support, query, transductive=not args.alone, device=args.device)
     answers.write_csv(args.out)
     if args.report is not None:
         write_report(args.report, answers)
