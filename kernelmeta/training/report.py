@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kernelmeta.data.decoding import decode
 from kernelmeta.data.files import write_text
-from kernelmeta.training.prediction import Prediction
+from kernelmeta.training.prediction import COLUMNS, Prediction
 
 MOST_ROWS = 500
 _THUMBNAIL = 96  # pixels
