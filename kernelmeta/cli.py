@@ -204,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
     command.add_argument("--quiet", action="store_true", help="no progress bar")
+    command.epilog = "example: kernelmeta import X.npy y.npy --out bank.safetensors"
 
     command = add("train", _train, "Meta-train on episodes; evaluate on those of the test classes.")
     _settings(command, TrainConfig, {})
@@ -238,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the labels to write, CSV")
     command.add_argument("--report", type=Path, metavar="FILE", help="write a page about them too, HTML")
     command.add_argument("--label", metavar="NAME", help="the column or array of the labels (default: label, class, y)")
+    command.epilog = "example: kernelmeta predict soft_kmeans --support labelled.csv --query rows.csv --out labels.csv"
     command.add_argument("--alone", action="store_true", help="judge each row alone, not all of them together")
     command.add_argument("--weights", metavar="FILE", help=_HELP["weights"] + " (default: those of the run)")
     command.add_argument("--backbone", help=_HELP["backbone"])
@@ -509,7 +511,7 @@ def _predict(args: argparse.Namespace) -> None:
         read_rows(source, label=args.label, labelled=labelled, backbone=backbone, say=say_of(args))
         for source, labelled in ((args.support, True), (args.query, False))
     )
-    answers = predict(args.what, support, query, transductive=not args.alone)
+    answers = predict(args.what, support, query, transductive=not args.alone, device=args.device)
     answers.write_csv(args.out)
     if args.report is not None:
         write_report(args.report, answers)

@@ -166,6 +166,14 @@ def test_many_rows_are_judged_in_parts(monkeypatch) -> None:
         assert np.abs(classifier.predict_proba(QUERY) - whole).max() < 1e-12
 
 
+def test_rows_alone_are_alone_where_a_call_couples_its_tasks(run, monkeypatch) -> None:
+    head = km.nn.SIB(4, 16, norm_stats="batch").double().eval()
+    head.tasks_together = 4  # as a training with four tasks a step leaves it
+    monkeypatch.setattr("kernelmeta.training.answers.load_learner", lambda path: (head, {"learner": "sib"}))
+    classifier = km.FewShotClassifier(weights=run, transductive=False).fit(SUPPORT, SUPPORT_CLASSES)
+    assert np.abs(classifier.predict_proba(QUERY)[::3] - classifier.predict_proba(QUERY[::3])).max() < 1e-12
+
+
 def test_without_scikit_learn_it_says_what_is_missing() -> None:
     code = "import sys; sys.modules['sklearn'] = None; import kernelmeta as km; km.ops; km.FewShotClassifier"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

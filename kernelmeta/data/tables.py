@@ -96,9 +96,7 @@ def _arrays(file: Path, suffix: str) -> dict[str, Any]:
             return {"": np.load(file, mmap_mode="r", allow_pickle=False)}
         with np.load(file, allow_pickle=False) as content:
             return {name: content[name] for name in content.files}
-    except (ValueError, EOFError, OSError, KeyError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
+    except Exception as error:  # NumPy raises nearly anything on a damaged file
         raise ValueError(f"{file}: not a NumPy file of numbers or text ({one_line(error)})") from None
 
 
@@ -271,9 +269,9 @@ def _parquet(file: Path, label: str | None, labelled: bool) -> Table:
         raise ImportError(f"{file}: reading .parquet needs pyarrow: pip install 'kernelmeta[parquet]'") from None
     try:
         content = pq.ParquetFile(file)
-    except pa.ArrowException as error:
+        schema = content.schema_arrow
+    except Exception as error:  # some of its errors are no ArrowException
         raise ValueError(f"{file}: not a Parquet file ({one_line(error)})") from None
-    schema = content.schema_arrow
     label_column, id_column = _columns(file, schema.names, label, labelled)
     others = [field for field in schema if field.name not in (label_column, id_column)]
     lists = [f.name for f in others if _is_list(pa, f.type) and _is_plain(pa, f.type.value_type)]
@@ -287,12 +285,16 @@ def _parquet(file: Path, label: str | None, labelled: bool) -> Table:
     ignored = [field.name for field in others if field.name not in used]
 
     def pieces(names: Sequence[str], read: Callable[[Any], Any], rows: int) -> Iterator[Any]:
-        try:
-            for batch in content.iter_batches(batch_size=rows, columns=list(names)):
-                if batch.num_rows:
-                    yield read(batch)
-        except pa.ArrowException as error:
-            raise ValueError(f"{file}: damaged ({one_line(error)})") from None
+        batches = iter(content.iter_batches(batch_size=rows, columns=list(names)))
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                raise ValueError(f"{file}: damaged ({one_line(error)})") from None
+            if batch is None:
+                return
+            if batch.num_rows:
+                yield read(batch)
 
     def matrix(batch: Any) -> Tensor:
         for name in used:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from kernelmeta.graceful.retrieval import Labels, Views, cross_scores, nearest
 from kernelmeta.graceful.small import PREFIX, Architecture, SmallBackbone
 from kernelmeta.graceful.supernet import Space, SuperNet, architecture_of
 from kernelmeta.graceful.updating import OldModel, UpdateConfig, Updater, load_run
-from kernelmeta.training.settings import as_float, check_numbers, check_types
+from kernelmeta.training.settings import Settings, as_float, check_numbers, check_types
 from kernelmeta.training.trainer import CHECKPOINT
 
 Say = Callable[[str], None]
@@ -50,7 +50,7 @@ class Rewards(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Settings):
     """Settings of `kernelmeta search`.
 
     Args:
@@ -85,19 +85,6 @@ class SearchConfig:
             raise ValueError(f"reward: expected one of {', '.join(REWARDS)}, got {self.reward!r}")
         if not as_float(self.budget):
             raise ValueError("budget: expected a share of more than 0")
-
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> SearchConfig:
-        """From what `to_dict` gave; other keys are left aside. Raises ValueError."""
-        names = {field.name for field in fields(cls)}
-        try:
-            return cls(**{name: value for name, value in settings.items() if name in names})
-        except TypeError as error:
-            raise ValueError(f"config: {error}") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings, as JSON takes them."""
-        return asdict(self)
 
     def training(self, backbone: str, epochs: int, method: str, holdout: float) -> UpdateConfig:
         """Of one of its trainings.

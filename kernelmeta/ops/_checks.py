@@ -143,16 +143,6 @@ def ways(n_way: int) -> None:
         raise ValueError(f"n_way: expected at most 2^31, got {n_way}")
 
 
-def row_shapes(
-    query: Tensor, query_index: Tensor | None, support: Tensor, support_index: Tensor | None
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Leading dimensions of support and query: [T, rows], or [all rows] of ragged tasks."""
-    return (
-        tuple(support.shape[:-1] if support_index is None else support_index.shape),
-        tuple(query.shape[:-1] if query_index is None else query_index.shape),
-    )
-
-
 def task_rows(
     support: Tensor,
     labels: Tensor,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from kernelmeta import nn
-from kernelmeta.data.words import listing, one_line
+from kernelmeta.data.words import one_line
 from kernelmeta.training.config import TrainConfig
-from kernelmeta.training.learners import LEARNERS, SOFT_KMEANS
+from kernelmeta.training.learners import LEARNERS, SOFT_KMEANS, tasks_together
 from kernelmeta.training.loading import load_learner
 
 # Without weights of a training: (ways, features) -> learner.
@@ -96,7 +96,8 @@ def probabilities(learner: Any, support: Tensor, labels: Tensor, query: Tensor, 
         for rows in query.split(_ROWS):
             found.append(learner(support[None], labels[None], rows[None])[0])
     else:
-        for rows in query.split(_TASKS):
+        together = 1 if tasks_together(learner) else _TASKS  # (a learner that couples the tasks of a call gets one)
+        for rows in query.split(together):
             T = len(rows)
             own = (support.expand(T, *support.shape), labels.expand(T, -1), rows[:, None])
             found.append(learner(*own)[:, 0])
@@ -124,10 +125,3 @@ def doubts(learner: Any, support: Tensor, labels: Tensor, query: Tensor, classes
         f"judged alone, {100 * float(share):.0f} % of these rows belong to one class ({classes[int(largest)]}), and a "
         f"method that judges them together would rather spread them over all {learner.n_way} classes; {advice}"
     )
-
-
-def check_support(labels: Tensor, class_names: tuple[str, ...]) -> None:
-    """Raises ValueError for a class without a labelled row."""
-    missing = (torch.bincount(labels, minlength=len(class_names)) == 0).nonzero().flatten().tolist()
-    if missing:
-        raise ValueError(f"support: no labelled row of {listing([class_names[c] for c in missing])}")

@@ -14,7 +14,7 @@ import math
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.evaluation import Learner, episode_accuracies, interval
 from kernelmeta.training.finite import NotFiniteError
 from kernelmeta.training.learners import LEARNERS, SOFT_KMEANS, TITLES, Rows
-from kernelmeta.training.settings import MOST_STEPS, as_float, check_numbers, check_types
+from kernelmeta.training.settings import MOST_STEPS, Settings, as_float, check_numbers, check_types
 from kernelmeta.training.trainer import CHECKPOINT, FREE, Trainer, fingerprint
 
 CONFIG, RESULTS, TABLE, PLOT = "compare.json", "comparison.json", "comparison.md", "comparison.png"
@@ -44,7 +44,7 @@ Candidate = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class CompareConfig:
+class CompareConfig(Settings):
     """Settings of a comparison.
 
     Args:
@@ -101,24 +101,6 @@ class CompareConfig:
                 f"trial_episodes: expected at most the {self.episodes} episodes of the whole training,"
                 f" got {self.trial_episodes}"
             )
-
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> CompareConfig:
-        """From what `to_dict` gave; other keys are left aside. Raises ValueError."""
-        known: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in settings.items()
-            if name in cls.__dataclass_fields__
-        }
-        try:
-            return cls(**known)
-        except TypeError as error:
-            raise ValueError(f"config: {error}") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings, as JSON takes them."""
-        settings: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return settings
 
 
 class Comparison:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from kernelmeta.training.learners import LEARNERS, SETTINGS, Rows, parse_phases,
 from kernelmeta.training.settings import (
     MOST_EPISODES,
     MOST_STEPS,
+    Settings,
     as_float,
     check_memory,
     check_numbers,
@@ -39,7 +40,7 @@ _LEAST = {
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """Settings of `kernelmeta train`; the defaults are the published ones (of SIB: one task a step).
 
     Where the default is None, it is the learner's own (see `LEARNERS`), and filled in; it stays None where the learner
@@ -111,19 +112,6 @@ class TrainConfig:
         if self.phases is not None:
             parse_phases(self.phases)
         _optimizer_class(self.optimizer)
-
-    @classmethod
-    def from_dict(cls, settings: dict[str, Any]) -> TrainConfig:
-        """From what `to_dict` gave; other keys are left aside. Raises ValueError."""
-        names = {field.name for field in fields(cls)}
-        try:
-            return cls(**{name: value for name, value in settings.items() if name in names})
-        except TypeError as error:
-            raise ValueError(f"config: {error}") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings, as JSON takes them."""
-        return asdict(self)
 
     @property
     def n_steps(self) -> int:

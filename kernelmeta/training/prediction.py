@@ -162,10 +162,12 @@ class Prediction:
 
     def rows(self) -> list[tuple[str, str, float, str]]:
         """id, label, probability and runner-up of each row."""
-        order = self.probabilities.argsort(dim=1, descending=True, stable=True)[:, :2].tolist()
+        sorted_, order = self.probabilities.sort(dim=1, descending=True, stable=True)
         return [
-            (name, self.classes[best[0]], float(p[best[0]]), self.classes[best[1]] if len(best) > 1 else "")
-            for name, best, p in zip(self.query.ids, order, self.probabilities, strict=True)
+            (name, self.classes[best], p, self.classes[other])
+            for name, (best, other), p in zip(
+                self.query.ids, order[:, :2].tolist(), sorted_[:, 0].tolist(), strict=True
+            )
         ]
 
     def write_csv(self, path: str | os.PathLike[str]) -> None:
@@ -177,12 +179,13 @@ class Prediction:
         write_text(path, text.getvalue())
 
 
-def predict(what: str, support: Rows, query: Rows, *, transductive: bool = True) -> Prediction:
+def predict(what: str, support: Rows, query: Rows, *, transductive: bool = True, device: str = "cpu") -> Prediction:
     """Answers for the query rows from the labelled support rows.
 
     Args:
         what: one of `METHODS` that needs no training, or a run folder, its checkpoint or a published one.
         transductive: whether a method that can judges the query rows together.
+        device: where the learner runs.
 
     Raises:
         OSError: the weights cannot be read.
@@ -207,8 +210,9 @@ def predict(what: str, support: Rows, query: Rows, *, transductive: bool = True)
     named = what in METHODS and not Path(what).exists()
     method, learner = make_learner(what if named else None, None if named else what, len(classes), D)
     dtype = torch.promote_types(torch.promote_types(support.features.dtype, query.features.dtype), torch.float32)
-    rows, of_query = support.features.to(dtype), query.features.to(dtype)
-    found = probabilities(learner, rows, labels, of_query, transductive=transductive)
+    rows, of_query = (r.features.to(device, dtype) for r in (support, query))
+    learner, labels = learner.to(device), labels.to(device)
+    found = probabilities(learner, rows, labels, of_query, transductive=transductive).cpu()
     accuracy = None
     if query.labels is not None:
         known = [i for i, name in enumerate(query.labels) if name in classes]

@@ -7,9 +7,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from kernelmeta.training.backbones import check_backbone, make_backbone
 from kernelmeta.training.checkpoint import Checkpoint, count, optimizer_tensors, restore_optimizer, rows
 from kernelmeta.training.finite import NotFiniteError, not_finite
 from kernelmeta.training.interruptions import interruptions
-from kernelmeta.training.settings import check_numbers, check_types
+from kernelmeta.training.settings import Settings, check_numbers, check_types
 from kernelmeta.training.trainer import CHECKPOINT
 
 Report = Callable[[str, float, int], None]
@@ -35,11 +35,8 @@ FREE = ("epochs", "data")
 DEFAULTS = {"holdout": 0.0}
 
 
-Config = TypeVar("Config", bound="PretrainConfig")
-
-
 @dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(Settings):
     """Settings of `kernelmeta pretrain`; the defaults are the published ones for miniImageNet.
 
     The rate rises linearly for ``warmup_epochs``, stays, and is a tenth after ``milestone`` epochs.
@@ -68,19 +65,6 @@ class PretrainConfig:
         check_backbone(self.backbone)
         if not 0 <= self.holdout < 1:
             raise ValueError(f"holdout: expected a share of at least 0 and less than 1, got {self.holdout}")
-
-    @classmethod
-    def from_dict(cls: type[Config], settings: dict[str, Any]) -> Config:
-        """From what `to_dict` gave; other keys are left aside. Raises ValueError."""
-        names = {field.name for field in fields(cls)}
-        try:
-            return cls(**{name: value for name, value in settings.items() if name in names})
-        except TypeError as error:
-            raise ValueError(f"config: {error}") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The settings, as JSON takes them."""
-        return asdict(self)
 
     def rate(self, epoch: float) -> float:
         """The learning rate ``epoch`` epochs into the run."""

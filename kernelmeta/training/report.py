@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kernelmeta.data.decoding import decode
 from kernelmeta.data.files import write_text
-from kernelmeta.training.prediction import Prediction
+from kernelmeta.training.prediction import COLUMNS, Prediction
 
 MOST_ROWS = 500
 _THUMBNAIL = 96  # pixels
@@ -43,9 +43,8 @@ def write_report(path: str | os.PathLike[str], prediction: Prediction) -> None:
     for _, _, p, _ in rows:
         bins[min(int(p * _BINS), _BINS - 1)] += 1
     certainty = {f"{i / _BINS:.1f} to {(i + 1) / _BINS:.1f}": n for i, n in enumerate(bins)}
-    head = (
-        "<th></th>" if with_images else ""
-    ) + '<th>row</th><th>label</th><th class="number">probability</th><th>runner-up</th>'
+    columns = ("", *COLUMNS) if with_images else COLUMNS
+    head = "".join(f"<th>{name.replace('_', '-')}</th>" for name in columns)
     write_text(
         path,
         f"""<!DOCTYPE html>

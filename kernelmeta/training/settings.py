@@ -1,12 +1,12 @@
-"""Checks of settings that come from a command line or from JSON: their types, and what they would take."""
+"""Settings that come from a command line or from JSON: how they are read, their types, and what they would take."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, TypeVar
 
 from kernelmeta.data.counter import check_seed
 from kernelmeta.data.words import size_text
@@ -17,6 +17,28 @@ MOST_STEPS = 10_000
 MOST_EPISODES = 2**60
 
 _TYPES: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A dataclass of settings, as the commands keep them in JSON."""
+
+    @classmethod
+    def from_dict(cls: type[Kind], settings: Mapping[str, Any]) -> Kind:
+        """From what `to_dict` gave; other keys are left aside. Raises ValueError."""
+        names = {field.name for field in fields(cls)}
+        known = {n: tuple(v) if isinstance(v, list) else v for n, v in settings.items() if n in names}
+        try:
+            return cls(**known)
+        except TypeError as error:
+            raise ValueError(f"config: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, as JSON takes them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+Kind = TypeVar("Kind", bound=Settings)
 
 
 def check_types(config: Any) -> None:
