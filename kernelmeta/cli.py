@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from kernelmeta.backends import select
-from kernelmeta.command_line import given_settings, reading, run_folder, say_of
+from kernelmeta.command_line import PRETRAIN_HELP, given_settings, reading, run_folder, say_of
 from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.counter import check_seed
 from kernelmeta.data.files import read_json, write_json, write_text
@@ -78,9 +78,6 @@ _HELP = {
     "episodes": "episodes to train on",
     "tasks_per_step": "episodes in each step of the optimizer",
     "optimizer": "a name in torch.optim",
-    "lr": "learning rate of the optimizer",
-    "momentum": "(Nesterov) momentum of SGD",
-    "weight_decay": "weight decay of the optimizer",
     "average": "evaluate a running mean of the weights over this many steps of the optimizer; 0: the last weights",
     "validate_every": "episodes between validations, by default a tenth of the run; 0: never",
     "update_from": "a run of train, whose learner the new one replaces and whose right answers it keeps",
@@ -90,12 +87,7 @@ _HELP = {
     "update_beta": "what rows that the old learner gets right have more (default, with --update-from: 5)",
     "update_tau": "temperature of kl (default, with --update-from: 100)",
     "seed": "seed of everything random",
-    "style": "size, normalisation and augmentation: miniimagenet (80 pixels) or cifar-fs (32); by size if not given",
-    "epochs": "passes over the images",
-    "warmup_epochs": "epochs in which the learning rate rises",
-    "milestone": "epoch after which the learning rate is a tenth",
-    "batch_size": "images in each step",
-    "holdout": "share of each class's images (of the typeface families, of glyphs) that is kept to judge by",
+    **PRETRAIN_HELP,
     **graceful.HELP,
 }
 _MOST_WORKERS = 1024

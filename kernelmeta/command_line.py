@@ -11,6 +11,19 @@ from typing import Any
 
 from kernelmeta.training import runs
 
+# Settings of a training of backbones, as the commands' help tells of them.
+PRETRAIN_HELP = {
+    "style": "size, normalisation and augmentation: miniimagenet (80 pixels) or cifar-fs (32); by size if not given",
+    "epochs": "passes over the images",
+    "warmup_epochs": "epochs in which the learning rate rises",
+    "milestone": "epoch after which the learning rate is a tenth",
+    "batch_size": "images in each step",
+    "holdout": "share of each class's images (of the typeface families, of glyphs) that is kept to judge by",
+    "lr": "learning rate of the optimizer",
+    "momentum": "(Nesterov) momentum of SGD",
+    "weight_decay": "weight decay of the optimizer",
+}
+
 
 def given_settings(args: argparse.Namespace, config: type[Any]) -> dict[str, Any]:
     """The settings of a dataclass that the user gave."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from kernelmeta.command_line import given_settings, run_folder, say_of
+from kernelmeta.command_line import PRETRAIN_HELP, given_settings, run_folder, say_of
 from kernelmeta.data.files import read_json, write_json, write_text
 from kernelmeta.data.images import LabelledImages
 from kernelmeta.graceful import demo, plots
@@ -33,11 +33,11 @@ _DATA = "a folder with train/, val/ and test/, glyphs, or a file of glyphs (.npz
 HELP = {
     "old": "the run that is to be succeeded",
     "method": "; ".join(f"{name}: {text}" for name, text in METHODS.items()),
-    "weight": "of the loss that looks at the old model",
-    "alpha": "of focal and ldi: weight of every image",
-    "beta": "of focal and ldi: what images add that the old model has right",
-    "tau": "of focal: temperature",
-    "margin": "of ldi: differences of logits up to it are free",
+    "weight": "weight of the loss that looks at the old model",
+    "alpha": "for focal and ldi: the weight of every image",
+    "beta": "for focal and ldi: the weight that images have beyond that if the old model has them right",
+    "tau": "for focal: the temperature",
+    "margin": "for ldi: how much logits may differ without a penalty",
     "gallery": "run of the large model",
     "budget": "the most multiplications, as a share of the large model's",
     "judged": "architectures that each search judges",
@@ -91,15 +91,7 @@ def add_commands(add: Add, settings: Settings, machine: Callable[[argparse.Argum
 _AS_OLD = {
     "data": _DATA,
     "backbone": "conv4, conv4_128, wrn28_10, or small-<depths>-<widths>-<kernels>-<features>",
-    "style": "size, normalisation, augmentation: miniimagenet or cifar-fs",
-    "epochs": "passes over the images",
-    "warmup_epochs": "epochs in which the rate rises",
-    "milestone": "epoch after which the rate is a tenth",
-    "batch_size": "images a step",
-    "lr": "learning rate of the optimizer",
-    "momentum": "(Nesterov) momentum of SGD",
-    "weight_decay": "weight decay of the optimizer",
-    "holdout": "share of each class's images (of the typeface families, of glyphs) that is kept to judge by",
+    **PRETRAIN_HELP,
 }
 
 
