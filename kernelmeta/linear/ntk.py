@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vjp, vmap
-from torch.utils.flop_counter import FlopCounterMode
 
 _ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.Softplus, nn.Identity)
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
@@ -150,6 +149,8 @@ def _by_differentiation(module: nn.Module, x1: Tensor, x2: Tensor, full: bool, c
     def one_row(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
         outputs: Tensor = functional_call(module, parameters, (row.unsqueeze(0),))
         return outputs.squeeze(0)
+
+    from torch.utils.flop_counter import FlopCounterMode  # (takes half a second to import)
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         outputs = module(x1[:1])

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
 from kernelmeta.ops import _checks
+from kernelmeta.ops._flops import count_flops
 from kernelmeta.ops._signature import Args, Signature
 from kernelmeta.ops._trace import traced_size
 from kernelmeta.reference.task_rows import gathered
@@ -139,8 +139,8 @@ class DifferentiableOp:
         self.raw_backward = self._define(
             f"{self.name}_backward", backward, len(self._differentiable), self._fake_backward, implementations[1]
         )
-        register_flop_formula(self.raw.overloadpacket, get_raw=True)(self._flops)
-        register_flop_formula(self.raw_backward.overloadpacket, get_raw=True)(self._flops_backward)
+        count_flops(self.raw.overloadpacket, self._flops)
+        count_flops(self.raw_backward.overloadpacket, self._flops_backward)
         # What their __call__ calls.
         self._run, self._run_backward = self.raw._op, self.raw_backward._op
 
