@@ -245,15 +245,13 @@ def backfill(
     if new.gallery.shape[-1] < D:
         raise ValueError(f"new: expected at least the old model's {D} features, got {new.gallery.shape[-1]}")
     order = torch.randperm(G, generator=torch.Generator().manual_seed(seed))
-    # Of one length, items of either model compare by their directions alone.
-    before, after = F.normalize(old.gallery, dim=1), F.normalize(new.gallery[:, :D], dim=1)
     curve = []
     for share in shares:
         if not 0 <= share <= 1:
             raise ValueError(f"shares: expected numbers of 0 to 1, got {share}")
         done = order[: round(share * G)]
-        mixed = before.clone()
-        mixed[done] = after[done]
+        mixed = old.gallery.clone()
+        mixed[done] = new.gallery[done, :D]
         curve.append((float(share), cross_scores(new.query, mixed, labels)))
     return curve
 

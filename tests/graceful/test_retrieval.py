@@ -94,6 +94,15 @@ def test_of_equals_the_first_of_the_gallery_ranks_first(block):
     assert scores == pytest.approx((0.0, 100 * (1 / 2 + 2 / 3 + 3 / 4) / 3, 1))
 
 
+def test_many_equals_rank_in_the_gallerys_order():
+    gallery = torch.ones(3000, 2)
+    labels = torch.zeros(3000, dtype=torch.int64)
+    labels[::2] = 1
+    scores = retrieval_scores(torch.ones(1, 2), gallery, torch.tensor([1]), labels)
+    precisions = [(n + 1) / (2 * n + 1) for n in range(1500)]
+    assert scores == pytest.approx((100.0, 100 * sum(precisions) / 1500, 1))
+
+
 def test_a_gallery_of_one_item():
     query, gallery = torch.randn(2, 3), torch.randn(1, 3)
     assert retrieval_scores(query, gallery, torch.tensor([0, 1]), torch.tensor([1])) == (100.0, 100.0, 1)

@@ -75,6 +75,23 @@ def test_each_loss_is_its_formula(bars, old):
         assert all(p.grad is None for p in old.backbone.parameters())
 
 
+@pytest.mark.parametrize("method", ["focal", "ldi", "bct", "head"])
+def test_classes_may_stand_in_another_order(bars, old, method):
+    place = torch.tensor([3, 0, 5, 1, 4, 2, 6, 7])  # of the class that was there
+    names = tuple(bars.class_names[int((place == c).nonzero())] for c in range(8))
+    moved = replace(bars, labels=place[bars.labels], class_names=names)
+    # A successor that is the old model but for the order of its classes is at no distance from it.
+    trainer = Updater(update(method), moved, old)
+    trainer.backbone = old.backbone
+    if method != "head":
+        trainer.classifier.scale = old.classifier.scale
+        trainer.classifier.weight = torch.nn.Parameter(old.classifier.weight[place.argsort()[:6]])
+    pixels, answers = batch(bars)
+    loss = trainer._loss(pixels, place[answers])[0]
+    expected = F.cross_entropy(old.classifier(old.backbone(pixels)), answers)
+    assert loss.item() == pytest.approx(expected.item() * (2 if method == "bct" else 1), rel=1e-5)
+
+
 @pytest.mark.parametrize("method", ["bct", "head", "focal"])
 def test_interrupted_in_an_epoch_it_goes_on_bit_for_bit(bars, old, method, tmp_path, monkeypatch):
     whole = Updater(update(method), bars, old)
