@@ -22,9 +22,9 @@ EXPERIMENTS: dict[str, tuple[Any, Any]] = {
 RESULTS, TABLE = "demo.json", "demo.md"
 # On 13 training glyphs a class, not 20 and more: longer, and narrower where it costs.
 SETTINGS: dict[str, Any] = {
-    "flips": FlipSettings(seeds=3, other_seeds=1, epochs=40, weights=(0.2, 1.0)),
-    "compatible": CompatibleSettings(seeds=2, epochs=40, old_share=0.5, old_epochs=60, weights=(0.3, 1.0)),
-    "search": SearchSettings(seeds=1, gallery_epochs=40, epochs=40, final_epochs=40, widths=(24, 64)),
+    "flips": FlipSettings(seeds=3, other_seeds=1, epochs=24, weights=(0.2, 1.0)),
+    "compatible": CompatibleSettings(seeds=2, epochs=24, old_share=0.5, old_epochs=40, weights=(0.3, 1.0)),
+    "search": SearchSettings(seeds=1, gallery_epochs=24, epochs=24, final_epochs=24, widths=(24, 64)),
 }
 QUICK: dict[str, dict[str, Any]] = {
     "flips": {"seeds": 2, "epochs": 3, "most_classes": 12, "weights": (0.2,)},

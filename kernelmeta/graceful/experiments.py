@@ -423,15 +423,16 @@ class SearchSettings:
 
     data: str = "glyphs"
     seeds: int = 3
-    most_classes: int | None = 200
+    most_classes: int | None = 120
     gallery: str = "small-2.2-32.64.128-5.3.3-64"
-    gallery_epochs: int = 12
+    gallery_epochs: int = 14
     epochs: int = 12
-    final_epochs: int = 12
+    final_epochs: int = 14
+    batch_size: int = 32
     judged: int = 200
     budget: float = 0.1
-    widths: tuple[int, ...] = (24, 64, 96)  # of the last stage, for the table by width
-    lr: float = 0.2
+    widths: tuple[int, ...] = (24, 64)  # of the last stage, for the table by width
+    lr: float = 0.1
 
 
 def search_experiment(settings: SearchSettings, out: Path, say: Say) -> dict[str, Any]:
@@ -451,7 +452,7 @@ def search_experiment(settings: SearchSettings, out: Path, say: Say) -> dict[str
     split = parts(settings.data, most_classes=settings.most_classes)
     train = Trained(out / "models", say)
     images = split.subset(split.train)
-    base = replace(_config(settings.gallery, settings.gallery_epochs, settings.lr), batch_size=64)
+    base = replace(_config(settings.gallery, settings.gallery_epochs, settings.lr), batch_size=settings.batch_size)
     validation, test = sides(split.images, split.val), sides(split.images, split.test)
     say(f"{len(images.class_names)} classes, {len(split.train)} training glyphs, {len(split.test)} test glyphs")
     found, by_width = [], []
@@ -464,6 +465,7 @@ def search_experiment(settings: SearchSettings, out: Path, say: Say) -> dict[str
             judged=settings.judged,
             epochs=settings.epochs,
             final_epochs=settings.final_epochs,
+            batch_size=settings.batch_size,
             lr=settings.lr,
             seed=500 + seed,
         )
