@@ -1,7 +1,7 @@
 """What updates keep and cost: ``python -m benchmarks.graceful flips|compatible|search --data glyphs-large.npz``.
 
-Trains everything into --out, going on from what is there, and writes docs/comparisons/graceful-<experiment>.json and
-.png. ``tools/build_glyphs.py --large`` renders the data.
+Trains everything into --out, going on from what is there, and writes docs/comparisons/graceful-<experiment>.json, .md
+and .png. ``tools/build_glyphs.py --large`` renders the data.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from benchmarks.metadata import collect
-from kernelmeta.data.files import write_json
-from kernelmeta.graceful.demo import EXPERIMENTS, plot
+from kernelmeta.data.files import write_json, write_text
+from kernelmeta.graceful.demo import EXPERIMENTS, plot, table
 
 RESULTS = Path(__file__).parents[1] / "docs/comparisons"
 
@@ -42,7 +42,9 @@ def main() -> None:
     name = f"graceful-{arguments.experiment}"
     write_json(arguments.results / f"{name}.json", results)
     plot(arguments.experiment, arguments.results / f"{name}.png", results, arguments.out)
-    print(json.dumps({key: value for key, value in results.items() if key != "rows"}, indent=1))
+    text = table(arguments.experiment, results)
+    write_text(arguments.results / f"{name}.md", text)
+    print(text, end="")
 
 
 if __name__ == "__main__":
