@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernelmeta.data.files import write_json
 from kernelmeta.data.images import BACKBONE_SPLIT, ArrayImages
-from kernelmeta.graceful.judging import answers, flips_of, judge_retrieval, sides
+from kernelmeta.graceful.judging import Sides, answers, flips_of, judge_retrieval, sides
 from kernelmeta.graceful.search import Rewards, Search, SearchConfig
 from kernelmeta.graceful.small import Architecture
 from kernelmeta.graceful.updating import OldModel, UpdateConfig, Updater, load_run
@@ -317,20 +317,25 @@ class CompatibleSettings:
 
     data: str = "glyphs"
     seeds: int = 5
-    most_classes: int | None = None
+    most_classes: int | None = 200
     backbone: str = "small-1.1-16.32.64-5.3.3-64"
-    epochs: int = 8
-    lr: float = 0.2
-    old_share: float = 0.4  # of the training families
-    old_epochs: int = 16  # of 64 images a step: about as many steps as the successor takes
-    weights: tuple[float, ...] = (0.3, 1.0, 3.0)
+    epochs: int = 12
+    batch_size: int = 32
+    lr: float = 0.1
+    old_share: float = 0.2  # of the training families
+    old_epochs: int = 30
+    weights: tuple[float, ...] = (1.0, 4.0)
 
 
 def compatible_experiment(settings: CompatibleSettings, out: Path, say: Say) -> dict[str, Any]:
     """A successor trained on more typefaces searches the gallery that the old model indexed.
 
+    Three galleries: of the typefaces that the old model was trained on; of typefaces that no model has seen; of such
+    typefaces and classes that no model has seen. Queries are of typefaces that no model has seen.
+
     The weight of the influence loss is that of the largest sum of update gains (top-1, mean average precision) on the
-    validation families among those with a tax of at most one point in both; without such, of the smallest tax.
+    validation families (in the first gallery) among those with a tax of at most one point in both; without such, of the
+    smallest tax.
 
     Args:
         settings: what is trained.
@@ -343,7 +348,7 @@ def compatible_experiment(settings: CompatibleSettings, out: Path, say: Say) -> 
     began = time.monotonic()
     split = parts(settings.data, most_classes=settings.most_classes)
     train = Trained(out / "models", say)
-    base = _config(settings.backbone, settings.epochs, settings.lr)
+    base = replace(_config(settings.backbone, settings.epochs, settings.lr), batch_size=settings.batch_size)
     assert split.images.groups is not None
     families = split.images.groups[split.train].unique()
     shuffled = families[torch.randperm(len(families), generator=torch.Generator().manual_seed(2))]
@@ -354,8 +359,7 @@ def compatible_experiment(settings: CompatibleSettings, out: Path, say: Say) -> 
     say(f"new: {len(after.class_names)} classes, {len(split.train)} glyphs")
 
     def old_and_free(seed: int) -> tuple[OldModel, OldModel]:
-        few_images = replace(_config(settings.backbone, settings.old_epochs, settings.lr), batch_size=64)
-        old = train(f"old-{seed}", replace(few_images, seed=seed), before)
+        old = train(f"old-{seed}", replace(base, **_schedule(settings.old_epochs), seed=seed), before)
         return old, train(f"free-{seed}", replace(base, seed=500 + seed), after)
 
     def successor(seed: int, old: OldModel, weight: float) -> OldModel:
@@ -366,7 +370,8 @@ def compatible_experiment(settings: CompatibleSettings, out: Path, say: Say) -> 
     for seed in CHOOSING:
         old, free = old_and_free(seed)
         for weight in settings.weights:
-            found = judge_retrieval(split.images, split.val, old, successor(seed, old, weight), free)
+            halves = Sides(split.val.tolist(), fewer.tolist())
+            found = judge_retrieval(split.images, halves, old, successor(seed, old, weight), free)
             choice.setdefault(f"{weight:g}", []).append({key: found[key] for key in ("update_gain", "tax")})
     metrics = ("top1", "mean_average_precision")
     tax = {w: max(statistics.fmean(row["tax"][m] for row in found) for m in metrics) for w, found in choice.items()}
@@ -377,13 +382,17 @@ def compatible_experiment(settings: CompatibleSettings, out: Path, say: Say) -> 
     cheap = [w for w in choice if tax[w] <= 1]
     chosen = float(max(cheap, key=gain.__getitem__) if cheap else min(choice, key=tax.__getitem__))
 
-    known, unseen = [], []
+    groups = {
+        "known": Sides(split.test.tolist(), fewer.tolist()),
+        "unseen_typefaces": sides(split.images, split.test),
+        "unseen_classes": sides(split.images, split.unseen),
+    }
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name, halves in groups.items() if all(halves)}
     for seed in range(settings.seeds):
         old, free = old_and_free(seed)
         new = successor(seed, old, chosen)
-        known.append(judge_retrieval(split.images, split.test, old, new, free))
-        if len(split.unseen):
-            unseen.append(judge_retrieval(split.images, split.unseen, old, new, free))
+        for name, found in rows.items():
+            found.append(judge_retrieval(split.images, groups[name], old, new, free))
     return {
         "experiment": "compatible",
         "settings": asdict(settings),
@@ -392,9 +401,8 @@ def compatible_experiment(settings: CompatibleSettings, out: Path, say: Say) -> 
         "glyphs": {"old": len(fewer), "new": len(split.train), "test": len(split.test), "unseen": len(split.unseen)},
         "chosen_weight": chosen,
         "validation": {w: {"worst_tax": tax[w], "sum_of_gains": gain[w]} for w in choice},
-        "known": _compatibility_summary(known),
-        "unseen": _compatibility_summary(unseen) if unseen else None,
-        "rows": {"known": known, "unseen": unseen},
+        "galleries": {name: _compatibility_summary(found) for name, found in rows.items()},
+        "rows": rows,
         "seconds": time.monotonic() - began,
     }
 

@@ -62,7 +62,7 @@ def views(model: OldModel, images: LabelledImages, halves: Sides, *, workers: in
 
 def judge_retrieval(
     images: LabelledImages,
-    rows: Tensor,
+    halves: Sides,
     old: OldModel,
     new: OldModel,
     free: OldModel | None = None,
@@ -73,7 +73,7 @@ def judge_retrieval(
 
     Args:
         images: a set.
-        rows: [n] int64, of the images to judge by; half of them become the gallery.
+        halves: rows of the queries and of the gallery.
         old: the old model.
         new: its successor.
         free: trained as the successor was, without regard to the old one.
@@ -82,7 +82,6 @@ def judge_retrieval(
     Raises:
         ValueError: no class has images on both sides.
     """
-    halves = sides(images, rows)
     labels = Labels(images.labels[halves.query], images.labels[halves.gallery])
     seen = [None if model is None else views(model, images, halves, workers=workers) for model in (old, new, free)]
     before, after = seen[:2]
@@ -197,13 +196,13 @@ def judge_update(
         "classes": len(old.classes),
         "new_classes": len(set(new.classes) - set(old.classes)),
         "flips": flips_of(seen),
-        "known": judge_retrieval(images, rows, old, new, free, workers=workers),
+        "known": judge_retrieval(images, sides(images, rows), old, new, free, workers=workers),
         "unseen": None,
     }
     trained_on = {name for model in models for name in model.classes}
     unseen = torch.tensor([name not in trained_on for name in images.class_names])[images.labels].nonzero().flatten()
     if len(images.labels[unseen].unique()) > 1:
-        results["unseen"] = judge_retrieval(images, unseen, old, new, free, workers=workers)
+        results["unseen"] = judge_retrieval(images, sides(images, unseen), old, new, free, workers=workers)
     return results, seen
 
 
