@@ -185,7 +185,7 @@ class FlipSettings:
     most_classes: int | None = None
     backbone: str = "small-1.1-16.32.64-5.3.3-64"
     larger: str = "small-1.1-24.48.96-5.3.3-64"
-    other_seeds: int = 3  # of all arms but the plain and the distilled successor
+    other_seeds: int = 2  # of all arms but the plain and the distilled successor
     epochs: int = 8
     lr: float = 0.2
     weights: tuple[float, ...] = (0.05, 0.2, 1.0)
@@ -391,8 +391,8 @@ def compatible_experiment(settings: CompatibleSettings, out: Path, say: Say) -> 
     for seed in range(settings.seeds):
         old, free = old_and_free(seed)
         new = successor(seed, old, chosen)
-        for name, found in rows.items():
-            found.append(judge_retrieval(split.images, groups[name], old, new, free))
+        for name, judged in rows.items():
+            judged.append(judge_retrieval(split.images, groups[name], old, new, free))
     return {
         "experiment": "compatible",
         "settings": asdict(settings),
@@ -431,7 +431,7 @@ class SearchSettings:
 
     data: str = "glyphs"
     seeds: int = 3
-    most_classes: int | None = 120
+    most_classes: int | None = 80
     gallery: str = "small-2.2-32.64.128-5.3.3-64"
     gallery_epochs: int = 14
     epochs: int = 12
