@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kernelmeta.training.plots import legend, new_panels, save
+from kernelmeta.training.plots import new_panels, save
 
 REWARD_TITLES = {
     "self": "M(q,q) as reward",
@@ -39,8 +39,14 @@ def backfill_plot(path: str | os.PathLike[str], curves: Mapping[str, dict[str, A
             if first.get(pair):
                 axes.axhline(_mean(first[pair][metric]), linestyle=style, color="grey", label=f"{text}, {name}")
         axes.set(xlabel="gallery indexed anew, %", ylabel=label)
-    legend(figure, both[0])
+    _legend(figure, both[0])
     save(figure, path)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Below the plots, in two columns: these titles are long."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
 
 
 def _mean(value: Any) -> float:
@@ -86,8 +92,7 @@ def operations_plot(path: str | os.PathLike[str], results: Sequence[dict[str, An
             label="M(g,g)",
         )
         axes.set(xlabel="MFLOPs an image", ylabel=label, xscale="log")
-    handles, labels = both[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    _legend(figure, both[0])
     save(figure, path)
 
 
@@ -112,8 +117,7 @@ def flips_plot(path: str | os.PathLike[str], arms: Mapping[str, dict[str, Any]])
             label=name,
         )
     axes.set(xlabel="error of the successor, %", ylabel="negative flips, %")
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    _legend(figure, axes)
     save(figure, path)
 
 

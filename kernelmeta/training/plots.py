@@ -26,7 +26,7 @@ def save(figure: Any, path: str | os.PathLike[str]) -> None:
         figure.savefig(temporary, format="png", dpi=110)
 
 
-def legend(figure: Any, axes: Any) -> None:
+def _legend(figure: Any, axes: Any) -> None:
     """Below the plot, where it hides nothing of it."""
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
@@ -48,7 +48,7 @@ def training_plot(
     if validation:
         right.plot(*zip(*validation, strict=True), marker="o", markersize=3, label="validation")
     right.set(xlabel=unit, ylabel="accuracy, %")
-    legend(figure, right)
+    _legend(figure, right)
     save(figure, path)
 
 
@@ -75,7 +75,7 @@ def steps_plot(path: str | os.PathLike[str], results: dict[str, Any], label: str
         axes.axhline(row["accuracy"], linestyle=style, color="grey", label=TITLES[name])
     axes.set(xlabel="inner steps K", ylabel="accuracy, %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    legend(figure, axes)
+    _legend(figure, axes)
     save(figure, path)
 
 
