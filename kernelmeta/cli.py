@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from kernelmeta.backends import select
-from kernelmeta.command_line import PRETRAIN_HELP, given_settings, reading, run_folder, say_of
+from kernelmeta.command_line import PRETRAIN_HELP, check_outputs, given_settings, reading, run_folder, say_of
 from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.counter import check_seed
 from kernelmeta.data.files import read_json, write_json, write_text
@@ -362,6 +362,7 @@ def _extract(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
+    check_outputs({"--out": args.out}, args.files)
     bank = import_bank(
         args.files, args.out, label=args.label, split=args.split, seed=args.seed, progress=not args.quiet,
         say=say_of(args),
@@ -499,9 +500,10 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
     weights, name = (args.weights, args.backbone) if args.weights is not None else backbone_of(args.what)
     backbone = Backbone(weights, name, args.device, args.workers, not args.quiet)
-    support, query = (
-        read_rows(source, label=args.label, labelled=labelled, backbone=backbone, say=say_of(args))
-        for source, labelled in ((args.support, True), (args.query, False))
+    check_outputs({"--out": args.out, "--report": args.report}, [args.support, args.query])
+    support = read_rows(args.support, label=args.label, backbone=backbone, say=say_of(args))
+    query = read_rows(
+        args.query, label=args.label, labelled=False, backbone=backbone, columns=support.columns, say=say_of(args)
     )
     answers = predict(args.what, support, query, transductive=not args.alone, device=args.device)
     answers.write_csv(args.out)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,18 @@ def given_settings(args: argparse.Namespace, config: type[Any]) -> dict[str, Any
 def reading(args: argparse.Namespace) -> dict[str, Any]:
     """How images and banks are read."""
     return {"workers": args.workers, "progress": not args.quiet, "skip_bad": args.skip_bad, "say": say_of(args)}
+
+
+def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[str]) -> None:
+    """Raise a ValueError where an output would take the place of an input, or of another output."""
+    taken = {os.path.realpath(name): name for name in inputs if os.path.isfile(name)}
+    for option, path in outputs.items():
+        if path is None or (path.exists() and not path.is_file()):  # a device or a pipe takes many
+            continue
+        real = os.path.realpath(path)
+        if real in taken:
+            raise ValueError(f"{option}: {path} would take the place of {taken[real]}")
+        taken[real] = f"what {option} writes"
 
 
 def say_of(args: argparse.Namespace) -> Callable[[str], None]:

@@ -161,7 +161,8 @@ class FeatureBank:
         """A bank from arrays as other libraries have them.
 
         Args:
-            X: [n, D], an array or tensor; float32, float16 and bfloat16 are kept, other numbers become float32.
+            X: [n, D], an array or tensor; float32, float16 and bfloat16 are kept, and not copied; other numbers become
+                float32.
             y: [n] labels: whole numbers or text, of any values. Classes are numbered in the order of their values.
             split: which classes are for training, validation and test: None, all for training; shares such as
                 "60/20/20", drawn with ``seed``, alike among large classes and small ones; or "train", "val", "test"
@@ -171,8 +172,8 @@ class FeatureBank:
             source: where the features come from, free text.
 
         Raises:
-            ValueError, TypeError: arrays that do not fit each other, named; too few classes for the shares; rows of one
-                class in two splits.
+            ValueError, TypeError: arrays that do not fit each other, named; rows that are not finite; too few classes
+                for the shares; rows of one class in two splits; two classes of one name.
         """
         features = as_features(X)
         codes = LabelCodes()
@@ -184,6 +185,11 @@ class FeatureBank:
             if values != list(range(len(class_names))):
                 raise ValueError(f"class_names: expected a name for each of the labels {listing(values)} in y")
             values = [str(name) for name in class_names]
+            if len(set(values)) < len(values):
+                raise ValueError(f"class_names: expected a name of its own for each class, got {listing(values)}")
+        bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"X: {len(bad)} rows hold NaN or numbers that are infinite in float32: {listing(bad)}")
         class_split = _class_split(split, labels, len(values), seed)
         return cls(features, labels, class_split, tuple(map(str, values)), source)
 

@@ -52,7 +52,9 @@ def import_bank(
         ImportError: a .parquet without pyarrow.
     """
     shares = parse_shares(split)
-    tables = [open_table(file, label) for file in files]
+    tables: list[Table] = []
+    for file in files:
+        tables.append(open_table(file, label, columns=next((t.columns for t in tables if t.columns), ())))
     for note in (note for table in tables for note in table.notes):
         say(note)
     with_features = [table for table in tables if table.features is not None]

@@ -44,6 +44,7 @@ class Table:
         labels: () -> pieces of labels of any kind; None if there are none.
         ids: () -> pieces of names; None if the rows have none.
         notes: what was left out, to tell the user.
+        columns: what the features are called, in order; empty where they have no names.
     """
 
     path: Path
@@ -53,18 +54,27 @@ class Table:
     labels: Callable[[], Iterator[Sequence[Any]]] | None = None
     ids: Callable[[], Iterator[Sequence[Any]]] | None = None
     notes: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
 
-def open_table(path: str | os.PathLike[str], label: str | None = None, *, labelled: bool = True) -> Table:
+def open_table(
+    path: str | os.PathLike[str],
+    label: str | None = None,
+    *,
+    labelled: bool = True,
+    columns: Sequence[str] = (),
+) -> Table:
     """Look into a file; rows are read when they are asked for.
 
     Args:
         label: the name of the column or array with the labels; the usual names (`LABEL_NAMES`) if None.
         labelled: a file without that column or array is an error.
+        columns: what the features are called in another file. If they have names here too, those must be the same ones,
+            and the features come in that order.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        ValueError: of another kind, damaged, or it holds no features and no labels.
+        ValueError: of another kind, damaged, it holds no features and no labels, or other features than ``columns``.
         ImportError: a .parquet without pyarrow.
     """
     file = Path(path)
@@ -74,9 +84,9 @@ def open_table(path: str | os.PathLike[str], label: str | None = None, *, labell
     with open(file, "rb"):  # the usual errors
         pass
     if suffix in (".csv", ".tsv"):
-        return _csv(file, label, labelled)
+        return _csv(file, label, labelled, columns)
     if suffix == ".parquet":
-        return _parquet(file, label, labelled)
+        return _parquet(file, label, labelled, columns)
     return _of_arrays(file, _arrays(file, suffix), label, labelled)
 
 
@@ -194,6 +204,20 @@ def _columns(file: Path, columns: Sequence[str], label: str | None, labelled: bo
     return label, next((name for name in ID_NAMES if name in columns and name != label), None)
 
 
+def _ordered(file: Path, found: list[str], wanted: Sequence[str]) -> list[str]:
+    """The columns of features as another file has them."""
+    if not wanted or not found:
+        return found
+    missing = [name for name in wanted if name not in found]
+    unknown = [name for name in found if name not in wanted]
+    if missing or unknown:
+        parts = [f"{what} {listing(names)}" for what, names in (("without", missing), ("with", unknown)) if names]
+        raise ValueError(
+            f"{file}: expected the same columns of features as in the file before, got them {', '.join(parts)}"
+        )
+    return list(wanted)
+
+
 def _notes(file: Path, ignored: Sequence[str]) -> tuple[str, ...]:
     return (f"{file}: columns that are no numbers are left out: {listing(ignored)}",) if ignored else ()
 
@@ -218,7 +242,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _csv(file: Path, label: str | None, labelled: bool) -> Table:
+def _csv(file: Path, label: str | None, labelled: bool, wanted: Sequence[str]) -> Table:
     rows = list(itertools.islice(_rows_of(file), 2))
     if not rows:
         raise ValueError(f"{file}: empty")
@@ -230,6 +254,7 @@ def _csv(file: Path, label: str | None, labelled: bool) -> Table:
     others = [i for i, name in enumerate(columns) if name not in (label_column, id_column)]
     numbers = [i for i in others if i < len(example) and _number(example[i]) is not None]
     ignored = [columns[i] for i in others if i not in numbers]
+    numbers = [columns.index(name) for name in _ordered(file, [columns[i] for i in numbers], wanted)]
 
     def pieces(read: Callable[[list[tuple[int, list[str]]]], Any]) -> Iterator[Any]:
         with contextlib.closing(_rows_of(file)) as lines:
@@ -257,11 +282,11 @@ def _csv(file: Path, label: str | None, labelled: bool) -> Table:
     return Table(
         file, len(numbers), torch.float32, (lambda: pieces(matrix)) if numbers else None,
         None if label_column is None else column(label_column), None if id_column is None else column(id_column),
-        _notes(file, ignored),
+        _notes(file, ignored), tuple(columns[i] for i in numbers),
     )  # fmt: skip
 
 
-def _parquet(file: Path, label: str | None, labelled: bool) -> Table:
+def _parquet(file: Path, label: str | None, labelled: bool, wanted: Sequence[str]) -> Table:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -281,7 +306,7 @@ def _parquet(file: Path, label: str | None, labelled: bool) -> Table:
             raise ValueError(f"{file}: which column holds the features, {listing(lists)}? call it 'features'")
         lists = preferred[:1]
     scalars = [field.name for field in others if _is_plain(pa, field.type)]
-    used = lists or scalars
+    used = lists or _ordered(file, scalars, wanted)
     ignored = [field.name for field in others if field.name not in used]
 
     def pieces(names: Sequence[str], read: Callable[[Any], Any], rows: int) -> Iterator[Any]:
@@ -324,7 +349,7 @@ def _parquet(file: Path, label: str | None, labelled: bool) -> Table:
     return Table(
         file, D, torch.float32, (lambda: pieces(used, matrix, rows)) if D else None,
         None if label_column is None else column(label_column), None if id_column is None else column(id_column),
-        _notes(file, ignored),
+        _notes(file, ignored), () if lists else tuple(used),
     )  # fmt: skip
 
 

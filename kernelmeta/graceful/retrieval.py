@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from kernelmeta.reference.norms import unit
 
 # Similarities held at once.
 _HELD = 2**24
@@ -98,7 +99,7 @@ def nearest(
     search = _block_search(backend)
     best = torch.full((len(query),), -torch.inf, dtype=query.dtype)
     row = torch.full((len(query),), -1)
-    query = F.normalize(query, dim=1)
+    query = unit(query)
     for start in range(0, len(gallery), block):
         items = _normalised(gallery[start : start + block], query)
         own = None if gallery_ids is None else gallery_ids[start : start + block]
@@ -145,7 +146,7 @@ def retrieval_scores(
     first, precision, counted = 0.0, 0.0, 0
     for start in range(0, len(query), n_rows):
         part = slice(start, start + n_rows)
-        similarity = _similarities(F.normalize(query[part], dim=1), gallery, block)
+        similarity = _similarities(unit(query[part]), gallery, block)
         relevant = query_labels[part, None] == gallery_labels
         if query_ids is not None and gallery_ids is not None:
             own = query_ids[part, None] == gallery_ids
@@ -277,7 +278,7 @@ def _check(query: Tensor, gallery: Tensor, query_ids: Tensor | None, gallery_ids
 def _normalised(items: Tensor, like: Tensor) -> Tensor:
     if not bool(items.isfinite().all()):
         raise ValueError("gallery: holds NaN or infinite features")
-    return F.normalize(items.to(like), dim=1)
+    return unit(items.to(like))
 
 
 def _similarities(query: Tensor, gallery: Tensor, block: int) -> Tensor:

@@ -269,7 +269,7 @@ def adaptive_step(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor) -> Tensor:
         X, Y, W1, W2: as in `certificate`; leading dimensions are networks of their own.
 
     Returns:
-        [...] float64; infinite where the gradient is zero and the network too.
+        [...] float64; infinite where X is zero, and there is nothing to learn.
 
     Raises:
         ValueError, TypeError: as `certificate`.

@@ -47,8 +47,8 @@ def ntk_gram(
 
     Raises:
         TypeError: something that is no module or no floating-point tensor.
-        ValueError: shapes that do not fit; a module without trained parameters, with normalisation over the batch, or
-            whose outputs are not [n, C]; ``chunk_size`` below 1.
+        ValueError: shapes or types that do not fit; a module without trained parameters, with PReLU, dropout or
+            normalisation over the batch, or whose outputs are not [n, C]; ``chunk_size`` below 1.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
@@ -60,12 +60,21 @@ def ntk_gram(
             raise ValueError(f"{name}: expected [T, rows, ...], got shape {list(x.shape)}")
     if x1.shape[0] != x2.shape[0] or x1.shape[2:] != x2.shape[2:]:
         raise ValueError(f"x2: expected {x1.shape[0]} tasks with rows of {list(x1.shape[2:])}, got {list(x2.shape)}")
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}")
+    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        raise ValueError(f"chunk_size: expected an int of at least 1, got {chunk_size!r}")
+    if any(isinstance(part, nn.PReLU) for part in module.modules()):
+        raise ValueError("module: torch.func differentiates PReLU wrongly (seen with PyTorch 2.13); use LeakyReLU")
     if not any(p.requires_grad for p in module.parameters()):
         raise ValueError("module: none of its parameters is trained (requires_grad)")
     if any(isinstance(part, _NORMS) and (part.training or not part.track_running_stats) for part in module.modules()):
         raise ValueError("module: normalises over the rows of a batch, where no row stands for itself; call eval()")
+    if any(isinstance(part, nn.modules.dropout._DropoutNd) and part.training for part in module.modules()):
+        raise ValueError("module: drops units at random, so that it has no kernel; call eval()")
+    kinds = {p.dtype for p in module.parameters()} | {x1.dtype, x2.dtype}
+    if len(kinds) > 1:
+        raise ValueError(f"x1, x2 and the module: expected one type, got {', '.join(sorted(map(str, kinds)))}")
+    if 0 in x1.shape[:2] or 0 in x2.shape[:2]:
+        raise ValueError(f"x1 and x2: expected at least one task and one row, got {list(x1.shape)}, {list(x2.shape)}")
     layers = _perceptron(module)
     if layers is not None and x1.dim() == 3:
         first = _layers(layers, x1)
@@ -75,22 +84,22 @@ def ntk_gram(
 
 
 def _perceptron(module: nn.Module) -> Sequence[nn.Module] | None:
-    parts = [part for part in module.modules() if not isinstance(part, nn.Sequential)]
-    plain = all(type(part) in (nn.Linear, *_ELEMENTWISE) for part in parts)
-    once = len({id(p) for p in parts}) == len(parts) == sum(isinstance(p, nn.Module) for p in parts)
-    is_chain = isinstance(module, (nn.Sequential, nn.Linear)) and any(isinstance(p, nn.Linear) for p in parts)
-    return parts if plain and once and is_chain and _in_order(module, parts) else None
-
-
-def _in_order(module: nn.Module, parts: Sequence[nn.Module]) -> bool:
-    """Whether running the parts one after the other is the module: no part is met twice."""
+    """The layers of a plain perceptron, in order; None for anything else, or where layers share a parameter."""
 
     def flat(part: nn.Module) -> list[nn.Module]:
-        return [p for child in part for p in flat(child)] if isinstance(part, nn.Sequential) else [part]
+        # (a subclass may do something else in its forward)
+        return [p for child in part for p in flat(child)] if type(part) is nn.Sequential else [part]
 
-    return [id(p) for p in flat(module)] == [id(p) for p in parts] and not any(
-        p._forward_hooks or p._forward_pre_hooks for p in module.modules()
+    parts = flat(module)
+    linear = [part for part in parts if type(part) is nn.Linear]
+    shared = [p for part in linear for p in part.parameters()]
+    plain = (
+        all(type(part) in (nn.Linear, *_ELEMENTWISE) for part in parts)
+        and not any(getattr(part, "inplace", False) for part in parts)
+        and not any(p._forward_hooks or p._forward_pre_hooks for p in module.modules())
+        and len({id(p) for p in shared}) == len(shared)
     )
+    return parts if plain and linear else None
 
 
 def _layers(parts: Sequence[nn.Module], x: Tensor) -> list[_Layer]:
@@ -251,7 +260,9 @@ def relu_ntk(x1: Tensor, x2: Tensor | None = None, *, depth: int = 1, bias: floa
     for _ in range(depth):
         lengths = (own1.unsqueeze(-1) * own2.unsqueeze(-2)).sqrt()
         cosine = (covariance / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).clamp(-1, 1)
-        angle = torch.arccos(cosine)
+        # At an angle of 0 or pi the derivative of arccos is infinite, and those of what is made of it are not.
+        inside = cosine.abs() < 1
+        angle = torch.where(inside, torch.arccos(torch.where(inside, cosine, 0)), torch.where(cosine > 0, 0, math.pi))
         slopes = (math.pi - angle) / math.pi
         covariance = lengths * (torch.sin(angle) + (math.pi - angle) * cosine) / math.pi + bias**2
         kernel = covariance + kernel * slopes

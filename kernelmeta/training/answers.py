@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernelmeta import nn
-from kernelmeta.data.words import one_line
+from kernelmeta.data.words import listing, one_line
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.learners import LEARNERS, SOFT_KMEANS, tasks_together
 from kernelmeta.training.loading import load_learner
@@ -22,6 +22,7 @@ UNTRAINED: dict[str, Callable[[int, int], nn.Prototypes | nn.SoftKMeans | nn.Rid
     "ridge": nn.RidgeHead,
 }
 METHODS = (SOFT_KMEANS, *(name for name in LEARNERS if name != "maml"))
+SMALLEST, LARGEST = 1e-10, 1e18  # of a row's largest feature
 _ROWS, _TASKS = 4096, 256  # that a call takes
 
 
@@ -86,11 +87,16 @@ def probabilities(learner: Any, support: Tensor, labels: Tensor, query: Tensor, 
         support: [S, D], with ``labels`` [S] in 0..N-1.
         query: [Q, D].
         transductive: a learner that looks at the query rows sees all of them at once; else each alone.
+
+    Raises:
+        ValueError: rows too large or too small to be compared, or without a finite answer.
     """
+    for name, rows in (("support", support), ("query", query)):
+        check_range(name, rows)
     if not len(query):
         return query.new_zeros(0, learner.n_way)
     if learner.transductive and transductive:
-        return torch.softmax(learner(support[None], labels[None], query[None])[0], -1)
+        return _finite(torch.softmax(learner(support[None], labels[None], query[None])[0], -1))
     found = []
     if not learner.transductive:
         for rows in query.split(_ROWS):
@@ -101,7 +107,27 @@ def probabilities(learner: Any, support: Tensor, labels: Tensor, query: Tensor, 
             T = len(rows)
             own = (support.expand(T, *support.shape), labels.expand(T, -1), rows[:, None])
             found.append(learner(*own)[:, 0])
-    return torch.softmax(torch.cat(found), -1)
+    return _finite(torch.softmax(torch.cat(found), -1))
+
+
+def check_range(name: str, rows: Tensor) -> None:
+    """Raise a ValueError for rows whose length the learners cannot compute with; zeros are such that they can."""
+    if not rows.numel():
+        return
+    largest = rows.abs().amax(1)
+    bad = ((largest > LARGEST) | ((largest < SMALLEST) & (largest > 0))).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"{name}: {len(bad)} rows are too large or too small to be compared: the largest feature of row {bad[0]} "
+            f"is {float(largest[bad[0]]):.3g}, and it must lie in {SMALLEST:.0e}..{LARGEST:.0e}; rescale the features"
+        )
+
+
+def _finite(found: Tensor) -> Tensor:
+    bad = (~found.isfinite().all(1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(f"query: {len(bad)} rows have no finite answer: {listing(bad)}; rescale the features")
+    return found
 
 
 @torch.no_grad()

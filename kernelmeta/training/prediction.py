@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,12 +39,14 @@ class Rows:
         ids: what each row is called: its id, its file, or its number.
         labels: what each row is labelled with; None where nothing says so.
         files: the image of each row, if the rows are images.
+        columns: what the features are called; empty where they have no names.
     """
 
     features: Tensor
     ids: list[str]
     labels: list[str] | None = None
     files: list[Path] | None = None
+    columns: tuple[str, ...] = ()
 
 
 class Backbone(NamedTuple):
@@ -70,6 +72,7 @@ def read_rows(
     label: str | None = None,
     labelled: bool = True,
     backbone: Backbone | None = None,
+    columns: Sequence[str] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> Rows:
     """The rows of a table or arrays (`kernelmeta.data.tables`), of a feature bank, or of a folder of images.
@@ -78,6 +81,7 @@ def read_rows(
         label: the column or array of the labels.
         labelled: a table without that column is an error.
         backbone: for images.
+        columns: what the features are called in another table; they come in that order.
         say: takes lines about what was left out.
 
     Raises:
@@ -94,7 +98,7 @@ def read_rows(
         bank = FeatureBank.load(path)
         names = [bank.class_names[c] for c in bank.labels.tolist()]
         return Rows(bank.features, [str(row) for row in range(len(names))], names)
-    table = open_table(path, label, labelled=labelled)
+    table = open_table(path, label, labelled=labelled, columns=columns)
     for note in table.notes:
         say(note)
     if table.features is None:
@@ -112,7 +116,7 @@ def read_rows(
         if table.ids is None
         else _texts(part for piece in table.ids() for part in piece)
     )
-    return Rows(features, ids, labels)
+    return Rows(features, ids, labels, columns=table.columns)
 
 
 def _texts(values: Any) -> list[str]:

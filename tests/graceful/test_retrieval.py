@@ -177,3 +177,12 @@ def test_what_does_not_fit_is_refused(task, change, message):
     arguments = dict(zip(("query", "gallery", "query_labels", "gallery_labels"), task, strict=True))
     with pytest.raises(ValueError, match=message):
         retrieval_scores(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("size", [1e20, 1e25])
+def test_the_size_of_items_does_not_matter(size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, gallery = torch.randn(5, 6, generator=generator), torch.randn(20, 6, generator=generator)
+    want = retrieval.nearest(query, gallery)
+    assert torch.equal(retrieval.nearest(query * size, gallery), want)
+    assert torch.equal(retrieval.nearest(query, gallery * size), want)

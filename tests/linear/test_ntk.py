@@ -80,6 +80,34 @@ def test_parameters_that_are_not_trained_have_no_part() -> None:
         assert (km.linear.ntk_gram(module, x1, x2) - want).abs().max() < 1e-10
 
 
+class Doubled(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def tied() -> nn.Module:
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    net[2].weight = net[0].weight
+    return net
+
+
+@pytest.mark.parametrize("make", [lambda: Doubled(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), tied])
+@pytest.mark.parametrize("full", [False, True])
+def test_what_only_looks_like_a_perceptron(make: Callable[[], nn.Module], full: bool) -> None:
+    module, x1, x2 = make().double(), torch.randn(2, 5, 6).double(), torch.randn(2, 4, 6).double()
+    want = formed(module, x1, x2)
+    want = want if full else torch.einsum("ticjc->tij", want)
+    assert (km.linear.ntk_gram(module, x1, x2, full=full) - want).abs().max() < 1e-10
+
+
+def test_the_infinite_kernel_has_gradients() -> None:
+    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(3, 8, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: km.linear.relu_ntk(x, y, depth=3), x)
+    (gradient,) = torch.autograd.grad(km.linear.relu_ntk(x).sum(), x)
+    assert gradient.isfinite().all()
+
+
 def test_gradients_flow() -> None:
     module, x1, x2 = draw("perceptron")
     parameters = tuple(module.parameters())[:-1]  # (the last bias has no part in it)
@@ -141,5 +169,13 @@ def test_wrong_input_is_named() -> None:
         km.linear.ntk_gram(nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)).double(), x1)
     with pytest.raises(ValueError, match="none of its parameters"):
         km.linear.ntk_gram(module.requires_grad_(False), x1)
+    with pytest.raises(ValueError, match="PReLU"):
+        km.linear.ntk_gram(nn.Sequential(nn.Linear(6, 3), nn.PReLU()).double(), x1)
+    with pytest.raises(ValueError, match="at random"):
+        km.linear.ntk_gram(nn.Sequential(nn.Linear(6, 3), nn.Dropout()).double(), x1)
+    with pytest.raises(ValueError, match=r"expected one type, got torch\.float32, torch\.float64"):
+        km.linear.ntk_gram(nn.Linear(6, 3), x1)
+    with pytest.raises(ValueError, match="at least one task"):
+        km.linear.ntk_gram(nn.Linear(6, 3).double(), x1[:0])
     with pytest.raises(ValueError, match="chunk_size"):
         km.linear.ntk_gram(draw("perceptron")[0], x1, chunk_size=0)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,7 +219,7 @@ def test_photos_in_folders(tmp_path, capsys):
         ({"what": "sib"}, "sib must be trained"),
         ({"what": "nothing"}, "nothing"),
         ({"support": "query.csv"}, "support: no labels"),
-        ({"query": "wide.csv"}, "query: expected 6 features as in the support, got 7"),
+        ({"query": "wide.csv"}, "expected the same columns of features as in the file before, got them with f6"),
         ({"query": "nan.csv"}, "1 rows hold NaN or infinite features: 2"),
         ({"support": "one.csv"}, "expected at least two classes, got 'otter' alone"),
         ({"query": "empty.csv"}, "empty.csv"),
@@ -248,3 +249,50 @@ def test_a_label_column_of_another_name(tmp_path, capsys):
     rows = ["--support", tmp_path / "s.csv", "--query", tmp_path / "q.csv", "--label", "kind"]
     found = answers(tmp_path, "ridge", *rows)  # the query's own column is no feature
     assert np.mean([int(row["label"]) == c for row, c in zip(found, QUERY_CLASSES, strict=True)]) > 0.9
+
+
+def shuffled(path, columns, X):
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([f"f{i}" for i in columns])
+        writer.writerows(X[:, columns].tolist())
+    return str(path)
+
+
+def test_columns_are_matched_by_their_names(tmp_path, support, query, capsys):
+    want = [row["label"] for row in answers(tmp_path, "prototypes", "--support", support, "--query", query)]
+    other = shuffled(tmp_path / "shuffled.csv", [4, 2, 0, 5, 1, 3], QUERY)
+    assert [row["label"] for row in answers(tmp_path, "prototypes", "--support", support, "--query", other)] == want
+    fewer = shuffled(tmp_path / "fewer.csv", [4, 2, 0, 5, 1], QUERY)
+    rows = ["--support", support, "--query", fewer, "--out", str(tmp_path / "out.csv"), "--quiet"]
+    assert main(["predict", "prototypes", *rows]) == 2
+    assert "got them without f3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e30])
+@pytest.mark.parametrize("method", ["prototypes", "soft_kmeans", "ridge"])
+def test_rows_that_cannot_be_compared_are_named(tmp_path, support, method, size, capsys):
+    X = QUERY.copy()
+    X[3] *= size
+    bad = table(tmp_path / "bad.csv", X)
+    out = tmp_path / "out.csv"
+    assert main(["predict", method, "--support", support, "--query", bad, "--out", str(out), "--quiet"]) == 2
+    assert "query: 1 rows are too large or too small to be compared: the largest feature of row 3" in (
+        capsys.readouterr().err
+    )
+    assert not out.exists()
+    classifier = km.FewShotClassifier(method=method).fit(SUPPORT, SUPPORT_CLASSES)
+    with pytest.raises(ValueError, match="rescale the features"):
+        classifier.predict(X)
+
+
+def test_no_output_takes_the_place_of_an_input(tmp_path, support, query, capsys):
+    before = Path(support).read_text()
+    for out, report in ((support, None), (query, None), (str(tmp_path / "a.csv"), str(tmp_path / "a.csv"))):
+        more = [] if report is None else ["--report", report]
+        rows = ["--support", support, "--query", query, "--out", out, "--quiet"]
+        assert main(["predict", "ridge", *rows, *more]) == 2
+        assert "would take the place of" in capsys.readouterr().err
+    assert Path(support).read_text() == before
+    assert main(["import", support, "--out", support, "--quiet"]) == 2
+    assert Path(support).read_text() == before
