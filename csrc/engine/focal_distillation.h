@@ -22,6 +22,7 @@ struct DistillationRow {
     kOthers,      // the part of that sum that is not the label's
     kOldMax,      // of the old logits
     kOldInverse,  // 1 / the sum of e^((old - kOldMax) / tau)
+    kPivot,       // new - old of a class whose old logit is kOldMax
     kCentre,      // E_p[v]
     kDivergence,  // log E_p[e^u]
     kNewInverse,  // 1 / the sum of e^((new - kMax) / tau); 0 where all u, and E_p[v], are near 0
@@ -257,6 +258,8 @@ struct DistillationRows {
     return sum * p.share();
   }
 
+  static KERNELMETA_INLINE C inf() { return C(__builtin_inf()); }
+
   // new - old; 0 where they are equal, infinite ones too
   template <class At, class F>
   static KERNELMETA_INLINE auto apart(At n, const F* now, const F* old) {
@@ -299,7 +302,13 @@ struct DistillationRows {
       return value;
     });
     const C inverse = C(1) / sum;
-    const auto v = [&](auto n) { return (n.load(now) - n.load(old)) * cold; };
+    // Taken relative to the likeliest class: where p is nearly 1 for it, its v - E_p[v] is much smaller than
+    // v.
+    C pivot =
+        row.most([&](auto n) { return n.load(old) == old_max ? n.load(now) - old_max : n.zero() - inf(); });
+    if (pivot == -inf()) pivot = C(0);
+    found[Row::kPivot] = pivot;
+    const auto v = [&](auto n) { return ((n.load(now) - n.load(old)) - pivot) * cold; };
     const C centre = inverse * row.sum([&](auto n) {
       const auto of_n = n.load(e);
       return where_present(of_n, n.load(now), of_n * v(n));
@@ -320,14 +329,14 @@ struct DistillationRows {
     found[Row::kNewInverse] =
         C(1) / row.sum([&](auto n) { return exp_or_zero((n.load(now) - now_max) * cold); });
     if (above <= C(kFarthest)) return sum_of([](auto u) { return exp_excess(u); });
-    if (centre == -C(__builtin_inf())) return -centre;  // a class that the new logits alone rule out
+    if (centre == -inf()) return -centre;  // a class that the new logits alone rule out
 
     const C log_sum = B::log(sum);
     // log(p e^u) of classes that are far
     const auto far = [&](auto n, auto near_value, auto far_value) {
       const auto u = v(n) - centre;
       return u <= C(kFarthest) ? near_value(u)
-                               : far_value((n.load(now) - old_max) * cold - (centre + log_sum));
+                               : far_value(((n.load(now) - old_max) - pivot) * cold - (centre + log_sum));
     };
     const C largest = row.most(
         [&](auto n) { return far(n, [&](auto) { return n.zero(); }, [](auto log_q) { return log_q; }); });
@@ -356,7 +365,8 @@ struct DistillationRows {
     const C cold = C(1) / p.tau;
     const auto z = n.load(now), z_old = n.load(old);
     const auto probability = exp_or_zero((z_old - kept[Row::kOldMax]) * cold) * kept[Row::kOldInverse];
-    const auto shifted = (z - z_old) * cold - kept[Row::kCentre] - kept[Row::kDivergence];
+    const auto v = ((z - z_old) - kept[Row::kPivot]) * cold;
+    const auto shifted = v - kept[Row::kCentre] - kept[Row::kDivergence];
     return where_present(probability, z, probability * (shifted + near_excess(shifted)));
   }
   // ... in any: where the exponent is not near 0, q and p differ enough to be subtracted; where the centre is
@@ -366,7 +376,8 @@ struct DistillationRows {
     const C cold = C(1) / p.tau;
     const auto z = n.load(now), z_old = n.load(old);
     const auto probability = exp_or_zero((z_old - kept[Row::kOldMax]) * cold) * kept[Row::kOldInverse];
-    const auto shifted = (z - z_old) * cold - kept[Row::kCentre] - kept[Row::kDivergence];
+    const auto v = ((z - z_old) - kept[Row::kPivot]) * cold;
+    const auto shifted = v - kept[Row::kCentre] - kept[Row::kDivergence];
     const auto apart = exp_or_zero((z - kept[Row::kMax]) * cold) * kept[Row::kNewInverse] - probability;
     const C centre = kept[Row::kCentre];
     return shifted * shifted + centre * centre <= C(1) ? probability * (shifted + near_excess(shifted))

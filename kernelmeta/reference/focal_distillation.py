@@ -141,7 +141,8 @@ def divergence(new: Tensor, old: Tensor, tau: float) -> Tensor:
     """KL(softmax(old / tau) || softmax(new / tau)) of each row, [R].
 
     With p = softmax(old / tau), v = (new - old) / tau and u = v - E_p[v] it is log E_p[e^u], and since E_p[u] = 0,
-    log1p(E_p[e^u - 1 - u]): no digit is lost where new and old are nearly the same, as they are at a large tau.
+    log1p(E_p[e^u - 1 - u]): no digit is lost where new and old are nearly the same, as they are at a large tau. All v
+    are taken relative to that of the likeliest class, whose u is much smaller than its v where p is nearly 1.
     """
     p = (old / tau).softmax(-1)
     old_sum = (old / tau).logsumexp(-1, keepdim=True)
@@ -149,7 +150,8 @@ def divergence(new: Tensor, old: Tensor, tau: float) -> Tensor:
     lost = ((p > 0) & (new == -float("inf"))).any(-1, keepdim=True)
     any_lost = is_traced() or bool(lost.any())
     kept = torch.where(lost, old, new) if any_lost else new
-    v = (kept - old) / tau
+    pivot = (kept - old).detach().gather(-1, old.argmax(-1, keepdim=True))
+    v = ((kept - old) - pivot) / tau
     # Where p is 0 a class takes part by e^u alone.
     present = (p != 0) | new.isnan()
     centre = torch.where(present, p * v, 0.0).sum(-1, keepdim=True)
@@ -158,7 +160,7 @@ def divergence(new: Tensor, old: Tensor, tau: float) -> Tensor:
     terms = torch.where(present & ~far, p * exp_excess(torch.where(far, 0.0, u)), 0.0)
     if is_traced() or bool(far.any()):
         # There e^u may be too large for a number, and p too small: log(p e^u) is taken instead.
-        log_q = torch.where(far, kept / tau - old_sum - centre, 0.0)
+        log_q = torch.where(far, (kept - pivot) / tau - old_sum - centre, 0.0)
         largest = log_q.detach().amax(-1, keepdim=True).clamp_min(0)
         rest = torch.where(far & present, p * (1 + torch.where(far & present, u, 0.0)), 0.0)
         terms = torch.where(far, (log_q - largest).exp(), 0.0) + (terms - rest) * torch.exp(-largest)

@@ -111,12 +111,15 @@ def forward_kernel(
         p = tl.exp((z_old - most_old[:, None]) / tau)
         total_old = tl.sum(p, 1)
         p = p / total_old[:, None]
-        v = (z - z_old) / tau
+        pivot = tl.max(tl.where(z_old == most_old[:, None], z - z_old, -float("inf")), 1)
+        pivot = tl.where(pivot == -float("inf"), 0.0, pivot)
+        v = ((z - z_old) - pivot[:, None]) / tau
         present = (p != 0) | (z != z)
         centre = tl.sum(tl.where(present, p * v, 0.0), 1)
         u = v - centre[:, None]
         far = ~(u <= _FARTHEST)
-        log_q = tl.where(far, (z - most_old[:, None]) / tau - (centre + tl.log(total_old))[:, None], 0.0)
+        of_far = ((z - most_old[:, None]) - pivot[:, None]) / tau - (centre + tl.log(total_old))[:, None]
+        log_q = tl.where(far, of_far, 0.0)
         largest = tl.max(log_q, 1)
         largest = tl.where(largest > 0, largest, 0.0)
         terms = tl.where(present, p * tl.where(far, -(1 + u), _excess(u)), 0.0) * tl.exp(-largest)[:, None]
@@ -128,9 +131,10 @@ def forward_kernel(
         if SAVES:
             tl.store(at + 4, most_old, mask=r < R)
             tl.store(at + 5, 1 / total_old, mask=r < R)
-            tl.store(at + 6, centre, mask=r < R)
-            tl.store(at + 7, found, mask=r < R)
-            tl.store(at + 8, 1 / tl.sum(tl.exp((z - most[:, None]) / tau), 1), mask=r < R)
+            tl.store(at + 6, pivot, mask=r < R)
+            tl.store(at + 7, centre, mask=r < R)
+            tl.store(at + 8, found, mask=r < R)
+            tl.store(at + 9, 1 / tl.sum(tl.exp((z - most[:, None]) / tau), 1), mask=r < R)
             tl.store(at + 1, most, mask=r < R)
     else:
         d = _apart(z, z_old)
@@ -165,10 +169,11 @@ def backward_kernel(
     along = tl.load(grad_distances + r, mask=r < R, other=0.0) * focus
     if DISTANCE == _KL:
         most_old, inverse = tl.load(at + 4, mask=r < R, other=0.0), tl.load(at + 5, mask=r < R, other=0.0)
-        centre, divergence = tl.load(at + 6, mask=r < R, other=0.0), tl.load(at + 7, mask=r < R, other=0.0)
-        most, new_inverse = tl.load(at + 1, mask=r < R, other=0.0), tl.load(at + 8, mask=r < R, other=0.0)
+        pivot, centre = tl.load(at + 6, mask=r < R, other=0.0), tl.load(at + 7, mask=r < R, other=0.0)
+        divergence, new_inverse = tl.load(at + 8, mask=r < R, other=0.0), tl.load(at + 9, mask=r < R, other=0.0)
+        most = tl.load(at + 1, mask=r < R, other=0.0)
         p = tl.exp((z_old - most_old[:, None]) / tau) * inverse[:, None]
-        shifted = (z - z_old) / tau - (centre + divergence)[:, None]
+        shifted = ((z - z_old) - pivot[:, None]) / tau - (centre + divergence)[:, None]
         apart = tl.exp((z - most[:, None]) / tau) * new_inverse[:, None] - p
         near = shifted * shifted + (centre * centre)[:, None] <= 1
         g = tl.where(near, p * (shifted + _excess(tl.where(near, shifted, 0.0))), apart) * (along * tau)[:, None]

@@ -60,8 +60,21 @@ def test_float32_keeps_its_digits(tau: float, near: float, backend: str) -> None
     assert relative_to_largest(got[1], want[1]) <= 1e-6
 
 
+@pytest.mark.parametrize("tau", [1.0, 3.0, 10.0, 100.0, 1000.0])
+def test_float32_keeps_its_digits_where_the_old_model_is_sure(tau: float, backend: str) -> None:
+    """One class has nearly all of p, and moves by nearly E_p[v]: their difference is a thousandth of either."""
+    options: dict[str, Any] = {"tau": tau, "label_loss": False}
+    for old, new in (([12.0, 0.0], [10.0, 0.5]), ([9.0, 0.0, 1.0], [12.0, 1.0, -2.0]), ([7.0, 0.0], [7.5, 0.25])):
+        new_logits, old_logits = (tau * torch.tensor([row]) for row in (new, old))
+        got = with_gradient(distill, new_logits, old_logits, torch.tensor([0]), **options)
+        want = with_gradient(
+            km.reference.focal_distillation, new_logits.double(), old_logits.double(), torch.tensor([0]), **options
+        )
+        assert relative_to_largest(got[1], want[1]) <= 1e-6
+
+
 def relative_to_largest(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).abs().max() / want.abs().max())
+    return float((got.detach().double() - want.detach()).abs().max() / want.detach().abs().max())
 
 
 def test_the_stable_reference_is_right_where_the_naive_form_still_is() -> None:
