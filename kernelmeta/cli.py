@@ -30,7 +30,7 @@ from kernelmeta.training import runs
 from kernelmeta.training.answers import UNTRAINED
 from kernelmeta.training.backbones import BACKBONES, load_backbone, make_backbone
 from kernelmeta.training.candidates import read_candidates
-from kernelmeta.training.checkpoint import check_same
+from kernelmeta.training.checkpoint import CHECKPOINT, check_same, fingerprint
 from kernelmeta.training.comparison import CONFIG, CONTESTANTS, PLOT, RESULTS, TABLE, CompareConfig, Comparison
 from kernelmeta.training.comparison_table import cell_title, markdown
 from kernelmeta.training.config import TrainConfig
@@ -46,8 +46,8 @@ from kernelmeta.training.pretraining import FREE as PRETRAIN_FREE
 from kernelmeta.training.pretraining import PretrainConfig, Pretrainer
 from kernelmeta.training.report import write_report
 from kernelmeta.training.sources import open_bank, open_images
-from kernelmeta.training.trainer import CHECKPOINT, Trainer, fingerprint
 from kernelmeta.training.trainer import FREE as TRAIN_FREE
+from kernelmeta.training.trainer import Trainer
 from kernelmeta.version import __version__
 
 _BACKBONE = ", ".join(BACKBONES)

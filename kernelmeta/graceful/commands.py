@@ -20,9 +20,8 @@ from kernelmeta.graceful.search import Search, SearchConfig
 from kernelmeta.graceful.tables import search_table, update_table
 from kernelmeta.graceful.updating import FREE, METHODS, OldModel, UpdateConfig, Updater, load_run
 from kernelmeta.training import runs
-from kernelmeta.training.checkpoint import check_same
+from kernelmeta.training.checkpoint import CHECKPOINT, check_same
 from kernelmeta.training.sources import open_images
-from kernelmeta.training.trainer import CHECKPOINT
 
 RESULTS, TABLE, FLIPS, BACKFILL = "results.json", "results.md", "flips.png", "backfill.png"
 FLIP_ROWS, SHOWN = "flipped.json", 32

@@ -23,10 +23,9 @@ from kernelmeta.graceful.judging import Sides, answers, flips_of, judge_retrieva
 from kernelmeta.graceful.search import Rewards, Search, SearchConfig
 from kernelmeta.graceful.small import Architecture
 from kernelmeta.graceful.updating import OldModel, UpdateConfig, Updater, load_run
-from kernelmeta.training.checkpoint import check_same
+from kernelmeta.training.checkpoint import CHECKPOINT, check_same
 from kernelmeta.training.pretraining import PretrainConfig, Pretrainer
 from kernelmeta.training.sources import open_images
-from kernelmeta.training.trainer import CHECKPOINT
 
 Say = Callable[[str], None]
 # Seeds on which settings are chosen; those that are reported count from 0.

@@ -19,8 +19,8 @@ from kernelmeta.graceful.retrieval import Labels, Views, cross_scores, nearest
 from kernelmeta.graceful.small import PREFIX, Architecture, SmallBackbone
 from kernelmeta.graceful.supernet import Space, SuperNet, architecture_of
 from kernelmeta.graceful.updating import OldModel, UpdateConfig, Updater, load_run
+from kernelmeta.training.checkpoint import CHECKPOINT
 from kernelmeta.training.settings import Settings, as_float, check_numbers, check_types
-from kernelmeta.training.trainer import CHECKPOINT
 
 Say = Callable[[str], None]
 Judge = Callable[[Architecture], "Rewards"]

@@ -17,12 +17,11 @@ from kernelmeta.data.words import one_line
 from kernelmeta.graceful.compatible import frozen_classifier, influence_loss, match_classes
 from kernelmeta.ops import focal_distillation
 from kernelmeta.training.backbones import make_backbone
-from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.checkpoint import CHECKPOINT, Checkpoint
 from kernelmeta.training.finite import check_weights
 from kernelmeta.training.pretraining import FREE as PRETRAIN_FREE
 from kernelmeta.training.pretraining import PretrainConfig, Pretrainer
 from kernelmeta.training.settings import as_float
-from kernelmeta.training.trainer import CHECKPOINT
 
 METHODS = {
     "bct": "the old classifier's cross-entropy on the new features is added: no indexing anew",

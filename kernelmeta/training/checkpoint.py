@@ -16,11 +16,19 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kernelmeta.data import FeatureBank
 from kernelmeta.data.files import parse_json
 from kernelmeta.data.tensor_files import read_tensors, write_tensors
 
 FORMAT = "kernelmeta-checkpoint-1"
 _KEY = "kernelmeta"
+CHECKPOINT = "checkpoint.safetensors"  # what it is called in a run's folder
+AVERAGED = "average"  # the group with the running mean of the weights, where there is one
+
+
+def fingerprint(bank: FeatureBank) -> dict[str, int]:
+    """Tells whether a bank is the one that a run began with."""
+    return {"samples": len(bank.labels), "features": bank.n_features, "crc32": bank.crc32}
 
 
 @dataclass

@@ -28,13 +28,13 @@ from kernelmeta.data.episodes import parse_balance
 from kernelmeta.data.files import parse_json, read_json, write_json
 from kernelmeta.data.tensor_files import read_tensors, write_tensors
 from kernelmeta.training.candidates import CANDIDATES
-from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.checkpoint import CHECKPOINT, Checkpoint, fingerprint
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.evaluation import Learner, episode_accuracies, interval
 from kernelmeta.training.finite import NotFiniteError
 from kernelmeta.training.learners import LEARNERS, SOFT_KMEANS, TITLES, Rows
 from kernelmeta.training.settings import MOST_STEPS, Settings, as_float, check_numbers, check_types
-from kernelmeta.training.trainer import CHECKPOINT, FREE, Trainer, fingerprint
+from kernelmeta.training.trainer import FREE, Trainer
 
 CONFIG, RESULTS, TABLE, PLOT = "compare.json", "comparison.json", "comparison.md", "comparison.png"
 CONTESTANTS = ("prototypes", SOFT_KMEANS, *(name for name in LEARNERS if name != "prototypes"))

@@ -10,10 +10,9 @@ from kernelmeta import nn
 from kernelmeta.data.file_kinds import is_safetensors
 from kernelmeta.data.files import read_weights
 from kernelmeta.data.words import one_line
-from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.checkpoint import AVERAGED, CHECKPOINT, Checkpoint
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.finite import check_weights
-from kernelmeta.training.trainer import AVERAGED, CHECKPOINT
 
 
 def load_learner(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:

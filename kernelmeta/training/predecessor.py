@@ -15,12 +15,12 @@ from torch import Tensor
 from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.files import read_json
 from kernelmeta.graceful.flips import Flips, flip_rates
+from kernelmeta.training.checkpoint import CHECKPOINT, fingerprint
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.evaluation import TASKS_PER_CALL
 from kernelmeta.training.learners import tasks_together
 from kernelmeta.training.loading import load_learner
 from kernelmeta.training.runs import CONFIG, found
-from kernelmeta.training.trainer import CHECKPOINT, fingerprint
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,10 @@ from kernelmeta import nn
 from kernelmeta.data.images import BACKBONE_SPLIT, LabelledImages, batches
 from kernelmeta.data.words import listing, one_line
 from kernelmeta.training.backbones import check_backbone, make_backbone
-from kernelmeta.training.checkpoint import Checkpoint, count, optimizer_tensors, restore_optimizer, rows
+from kernelmeta.training.checkpoint import CHECKPOINT, Checkpoint, count, optimizer_tensors, restore_optimizer, rows
 from kernelmeta.training.finite import NotFiniteError, not_finite
 from kernelmeta.training.interruptions import interruptions
 from kernelmeta.training.settings import Settings, check_numbers, check_types
-from kernelmeta.training.trainer import CHECKPOINT
 
 Report = Callable[[str, float, int], None]
 CHECKPOINT_SECONDS = 60.0

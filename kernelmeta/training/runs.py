@@ -15,8 +15,7 @@ import torch
 from kernelmeta.data.files import read_json, write_json
 from kernelmeta.data.locks import FolderLock
 from kernelmeta.data.replacing import sweep
-from kernelmeta.training.checkpoint import Checkpoint, check_same
-from kernelmeta.training.trainer import CHECKPOINT
+from kernelmeta.training.checkpoint import CHECKPOINT, Checkpoint, check_same
 from kernelmeta.version import __version__
 
 CONFIG, RESULTS = "config.json", "results.json"

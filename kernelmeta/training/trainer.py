@@ -20,7 +20,16 @@ from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.words import one_line
 from kernelmeta.nn.training_step import TrainsAtOnce
 from kernelmeta.ops import focal_distillation
-from kernelmeta.training.checkpoint import Checkpoint, count, optimizer_tensors, restore_optimizer, rows
+from kernelmeta.training.checkpoint import (
+    AVERAGED,
+    CHECKPOINT,
+    Checkpoint,
+    count,
+    fingerprint,
+    optimizer_tensors,
+    restore_optimizer,
+    rows,
+)
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.distributed import Ranks
 from kernelmeta.training.evaluation import episode_accuracies, interval
@@ -32,9 +41,6 @@ from kernelmeta.training.settings import check_memory
 if TYPE_CHECKING:
     from kernelmeta.training.predecessor import Predecessor
 
-CHECKPOINT = "checkpoint.safetensors"
-# The group of a checkpoint with the running mean of the weights, where there is one.
-AVERAGED = "average"
 # Steps are run in blocks: drawn at once, looked at once. A function of the configuration alone, so that a
 # resumed run cuts its blocks where an uninterrupted one does.
 BLOCK_STEPS, BLOCK_EPISODES = 128, 1024
@@ -54,11 +60,6 @@ Report = Callable[[str, float, int], None]
 # Settings that may differ between a checkpoint and the run that goes on from it: training longer, and where the data
 # are, which have a fingerprint.
 FREE = ("episodes", "data", "weights", "backbone", "update_from")
-
-
-def fingerprint(bank: FeatureBank) -> dict[str, int]:
-    """Tells whether a bank is the one that a run began with."""
-    return {"samples": len(bank.labels), "features": bank.n_features, "crc32": bank.crc32}
 
 
 class Trainer:

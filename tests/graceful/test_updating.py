@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from kernelmeta.data.images import ArrayImages
 from kernelmeta.graceful.judging import judge_update, rows_to_judge_by, sides, worst_flips
 from kernelmeta.graceful.updating import METHODS, OldModel, UpdateConfig, Updater
-from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.checkpoint import CHECKPOINT, Checkpoint
 from kernelmeta.training.finite import NotFiniteError
 from kernelmeta.training.pretraining import PretrainConfig, Pretrainer, held_out
-from kernelmeta.training.trainer import CHECKPOINT
 
 CONFIG = PretrainConfig(
     "bars",

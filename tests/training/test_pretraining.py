@@ -14,10 +14,9 @@ from safetensors.torch import save_file
 from kernelmeta import nn
 from kernelmeta.data.images import ArrayImages
 from kernelmeta.training.backbones import load_backbone, make_backbone
-from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.checkpoint import CHECKPOINT, Checkpoint
 from kernelmeta.training.extraction import extract
 from kernelmeta.training.pretraining import PretrainConfig, Pretrainer
-from kernelmeta.training.trainer import CHECKPOINT
 
 CONFIG = PretrainConfig("a test", epochs=3, warmup_epochs=1, milestone=2, batch_size=8, lr=0.05, seed=1)
 

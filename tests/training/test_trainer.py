@@ -18,10 +18,9 @@ import torch.nn.functional as F
 from runs import make_bank, start
 
 from kernelmeta.training import TrainConfig, Trainer
-from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.checkpoint import CHECKPOINT, Checkpoint
 from kernelmeta.training.finite import NotFiniteError
 from kernelmeta.training.loading import load_learner
-from kernelmeta.training.trainer import CHECKPOINT
 
 SMALL = TrainConfig(way=3, shot=1, query=4, episodes=600, inner_lr=1e-2, seed=3, data="a test")
 
