@@ -25,7 +25,7 @@ def test_sib(shape: str, rows: str) -> None:
 def test_program(shape: str, oracle: str) -> None:
     for seed, rate in enumerate((1e-3, 0.1, 0.5, 10.0)):
         phase = km.nn.Phase(oracle, 4, rate)
-        episode = draw_tasks(shape, ("random", "duplicate")[seed % 2], seed)
+        episode = draw_tasks(shape, ("random", "duplicate")[seed % 2], seed, tasks=24)
         assert not judge(lambda e, phase=phase: program(e, phase), episode, "cpu"), rate
 
 
