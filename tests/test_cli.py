@@ -541,7 +541,7 @@ def test_memory_that_is_not_there_is_one_line(capsys, run, monkeypatch, error, s
     def fail(*args, **more):
         raise error
 
-    monkeypatch.setattr("kernelmeta.cli.evaluate", fail)
+    monkeypatch.setattr("kernelmeta.commands.evaluate.evaluate", fail)
     assert said in refused(capsys, "evaluate", run)
 
 
@@ -549,7 +549,7 @@ def test_a_backend_that_cannot_run_is_refused(capsys, bank_file, monkeypatch):
     def unavailable(device_type):
         raise RuntimeError("backend 'cpu' cannot run: no native build")
 
-    monkeypatch.setattr("kernelmeta.cli.select", unavailable)
+    monkeypatch.setattr("kernelmeta.command_line.select", unavailable)
     assert "backend 'cpu' cannot run: no native build" in refused(capsys, *TRAIN, "--data", bank_file)
 
 
