@@ -11,11 +11,10 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import torch
 
-from kernelmeta.command_line import check_machine
+from kernelmeta.command_line import Command, Parser, check_machine
 from kernelmeta.commands import compare, evaluate, extract, importing, info, predict, pretrain, train
 from kernelmeta.data.words import size_text
 from kernelmeta.graceful import commands as graceful
@@ -24,18 +23,13 @@ from kernelmeta.version import __version__
 _COMMANDS = (pretrain, extract, importing, train, evaluate, predict, compare, graceful, info)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())} (see {self.prog} --help)\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="kernelmeta", description="Few-shot learning with fused inner loops.", allow_abbrev=False)
+    parser = Parser(prog="kernelmeta", description="Few-shot learning with fused inner loops.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"kernelmeta {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Command)
 
-    def add(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str, example: str) -> Command:
+        command = commands.add_parser(name, help=text, description=text, example=example)
         command.set_defaults(run=run)
         return command
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -18,10 +18,20 @@ from kernelmeta.training import runs
 from kernelmeta.training.backbones import BACKBONES
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.learners import LEARNERS
+from kernelmeta.training.loading import AT
 from kernelmeta.training.sources import open_bank
 
-# Makes a command of a name, a function and a description.
-Add = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
+# The parts of a command's help, in order, and the settings that stand there; others stand in the command's own part.
+GROUPS = ("data", "episodes", "learner", "optimizer", "update", "search", "output", "run")
+_GROUP_OF = {
+    **dict.fromkeys(("data", "backbone", "weights", "style", "holdout"), "data"),
+    **dict.fromkeys(("way", "shot", "query", "query_balance", "episodes"), "episodes"),
+    **dict.fromkeys(
+        ("epochs", "warmup_epochs", "milestone", "batch_size", "final_epochs", "tasks_per_step", "optimizer", "lr",
+         "momentum", "weight_decay", "average"), "optimizer",
+    ),
+    **dict.fromkeys(("validate_every", "seed"), "run"),
+}  # fmt: skip
 _MOST_WORKERS = 1024
 DATA_HELP = (
     "glyphs (their pixels, or features if --weights are given), a bank, or a folder of images with --weights (maml:"
@@ -52,17 +62,68 @@ PRETRAIN_HELP = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())} (see {self.prog} --help)\n")
+
+
+class Command(Parser):
+    """The parser of one command, its options in the parts of `GROUPS`.
+
+    Args:
+        example: a line to copy, without the ``kernelmeta`` at its beginning.
+    """
+
+    def __init__(self, *, example: str, **options: Any) -> None:
+        super().__init__(
+            epilog=f"example:\n  kernelmeta {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **options,
+        )
+        self.example = example
+        self._parts = {title: self.add_argument_group(title) for title in GROUPS}
+
+    def option(self, part: str, *names: str, **options: Any) -> None:
+        """Like `add_argument`, in a part of the help."""
+        if "action" not in options:
+            options.setdefault("metavar", "X")
+        self._parts[part].add_argument(*names, **options)
+
+    def format_usage(self) -> str:
+        """One line: forty options are told below it."""
+        self.usage = self._usage()
+        return super().format_usage()
+
+    def format_help(self) -> str:
+        self.usage = self._usage()
+        return super().format_help()
+
+    def _usage(self) -> str:
+        needed = [f"{a.option_strings[0]} {a.metavar}" for a in self._actions if a.option_strings and a.required]
+        given = [str(a.metavar or a.dest) for a in self._actions if not a.option_strings]
+        return " ".join(("%(prog)s", *given, *needed, "[OPTION ...]"))
+
+
+# Makes a command of a name, a function, a description and an example.
+Add = Callable[[str, Callable[[argparse.Namespace], None], str, str], Command]
+
+
 def settings_options(
-    command: argparse.ArgumentParser,
+    command: Command,
     config: type[Any],
     texts: Mapping[str, str],
     instead: Mapping[str, str | None] | None = None,
+    part: str = "learner",
 ) -> None:
     """An option for every setting; only those given end up in the namespace.
 
     Args:
         texts: help of the settings that are not in `HELP`; the default is added.
         instead: help of some as it is; None: no option, the setting is positional.
+        part: of the help, where a setting has no usual one.
     """
     texts, instead = {**HELP, **texts}, instead or {}
     for field in fields(config):
@@ -74,13 +135,14 @@ def settings_options(
             text = texts[field.name] + default
         if text is None:
             continue
+        where = "update" if field.name.startswith("update_") else _GROUP_OF.get(field.name, part)
         if type_name == "bool":
-            command.add_argument(option, action="store_true", default=argparse.SUPPRESS, help=text)
+            command.option(where, option, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
         kind = {"int": int, "float": float}.get(type_name, str)
-        command.add_argument(option, type=kind, default=argparse.SUPPRESS, metavar="X", help=text)
-    command.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: a new one below runs/)")
-    command.add_argument("--resume", action="store_true", help="go on with the run in --out, bit for bit")
+        command.option(where, option, type=kind, default=argparse.SUPPRESS, metavar="X", help=text)
+    command.option("run", "--out", type=Path, metavar="DIR", help="run folder (default: a new one below runs/)")
+    command.option("run", "--resume", action="store_true", help="go on with the run in --out, bit for bit")
 
 
 def _defaults(setting: str) -> str:
@@ -97,18 +159,29 @@ def _defaults(setting: str) -> str:
     return f" (default: {next(iter(found)) if same_for_all else '; '.join(values)})"
 
 
-def machine_options(command: argparse.ArgumentParser, skips: bool = True) -> None:
+def at_option(command: Command) -> None:
+    """The option that says which weights of a run count."""
+    command.option(
+        "learner",
+        "--at",
+        choices=AT,
+        help="the weights that were best on the validation classes, or the last (default: the best, if there are any)",
+    )
+
+
+def machine_options(command: Command, skips: bool = True) -> None:
     """The options of where and how to compute."""
-    command.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    command.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
-    command.add_argument("--workers", type=int, default=0, help="processes that decode images (default: 0)")
+    command.option("run", "--device", default="cpu", help="cpu or cuda (default: cpu)")
+    command.option("run", "--threads", type=int, help="threads of PyTorch (default: its own choice)")
+    command.option("run", "--workers", type=int, default=0, help="processes that decode images (default: 0)")
     if skips:
-        command.add_argument(
+        command.option(
+            "data",
             "--skip-bad",
             action="store_true",
             help="skip images that cannot be read and rows that are not finite (default: stop with an error)",
         )
-    command.add_argument("--quiet", action="store_true", help="no progress bars")
+    command.option("run", "--quiet", action="store_true", help="no progress bars")
 
 
 def check_machine(args: argparse.Namespace) -> None:

@@ -31,6 +31,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         method: "soft_kmeans", "prototypes", "ridge", which need no training, or the learner that the weights are of:
             "sib", "anil", "combined" too. None: that of the weights, or soft k-means.
         weights: a run folder of ``kernelmeta train``, its checkpoint, or a published one.
+        at: which weights of that run: "best", those that were best on its validation classes, or "last". None: the best
+            where it has any.
         transductive: the rows of one `predict` call are judged together, by a method that can (soft k-means, SIB, some
             programs). This is worth several points where they are a fair sample of all classes, and a loss where they
             are not: a call with one row, or with rows of one class, warns. With False each row is judged alone.
@@ -49,10 +51,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         method: str | None = None,
         *,
         weights: str | os.PathLike[str] | None = None,
+        at: str | None = None,
         transductive: bool = True,
     ) -> None:
         self.method = method
         self.weights = weights
+        self.at = at
         self.transductive = transductive
 
     def fit(self, X: Any, y: Any) -> FewShotClassifier:
@@ -67,7 +71,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, labels = np.unique(y, return_inverse=True)
         self.method_, self.learner_ = None, None
         if len(self.classes_) > 1:
-            self.method_, self.learner_ = make_learner(self.method, self.weights, len(self.classes_), X.shape[1])
+            self.method_, self.learner_, _ = make_learner(
+                self.method, self.weights, len(self.classes_), X.shape[1], self.at
+            )
         self.support_ = torch.from_numpy(np.array(X))
         self.support_labels_ = torch.from_numpy(labels.reshape(-1).astype(np.int64))
         return self

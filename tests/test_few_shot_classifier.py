@@ -113,7 +113,7 @@ def test_trained_weights(run) -> None:
         ({"method": "knn"}, "method: expected one of soft_kmeans, prototypes"),
         ({"method": "sib"}, "sib must be trained; give the weights"),
         ({"method": "ridge", "weights": "run"}, "are of sib"),
-        ({"weights": "run", "classes": 3}, "was trained for 4 classes at a time, and there are 3"),
+        ({"weights": "run", "classes": 3}, "was trained for 4 classes at a time, not 3"),
         ({"weights": "run", "features": 9}, "was trained on 16 features, but the rows have 9"),
     ],
 )
@@ -169,7 +169,7 @@ def test_many_rows_are_judged_in_parts(monkeypatch) -> None:
 def test_rows_alone_are_alone_where_a_call_couples_its_tasks(run, monkeypatch) -> None:
     head = km.nn.SIB(4, 16, norm_stats="batch").double().eval()
     head.tasks_together = 4  # as a training with four tasks a step leaves it
-    monkeypatch.setattr("kernelmeta.training.answers.load_learner", lambda path: (head, {"learner": "sib"}))
+    monkeypatch.setattr("kernelmeta.training.answers.load_learner", lambda path, at: (head, {"learner": "sib"}))
     classifier = km.FewShotClassifier(weights=run, transductive=False).fit(SUPPORT, SUPPORT_CLASSES)
     assert np.abs(classifier.predict_proba(QUERY)[::3] - classifier.predict_proba(QUERY[::3])).max() < 1e-12
 

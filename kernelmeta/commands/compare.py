@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kernelmeta.command_line import DATA_HELP, HELP, Add, bank_of, given_settings, machine_options, run_folder
+from kernelmeta.command_line import DATA_HELP, HELP, Add, Command, bank_of, given_settings, machine_options, run_folder
 from kernelmeta.data.files import read_json, write_json, write_text
 from kernelmeta.training import runs
 from kernelmeta.training.candidates import read_candidates
@@ -30,46 +30,73 @@ _QUICK: dict[str, Any] = {
 
 def add_commands(add: Add) -> None:
     """Adds this command to the parser."""
-    command = add("compare", _compare, "Train and evaluate learners on the same bank and the same test episodes.")
+    command = add(
+        "compare",
+        _compare,
+        "Train and evaluate learners on the same bank and the same test episodes.",
+        "compare --data bank.safetensors --learners prototypes,ridge,sib --out runs/compare",
+    )
     _compare_settings(command)
     machine_options(command)
 
 
-def _compare_settings(command: argparse.ArgumentParser) -> None:
+def _compare_settings(command: Command) -> None:
     """The options of ``compare``; only those given end up in the namespace."""
     default = CompareConfig()
     everybody = ", ".join(CONTESTANTS)
 
-    def add(name: str, kind: Callable[[str], Any], text: str, shown: object) -> None:
-        command.add_argument(
+    def add(part: str, name: str, kind: Callable[[str], Any], text: str, shown: object) -> None:
+        command.option(
+            part,
             f"--{name.replace('_', '-')}",
             type=kind,
             default=argparse.SUPPRESS,
-            metavar="X",
             help=f"{text} (default: {shown})",
         )
 
-    add("data", str, DATA_HELP, default.data)
-    command.add_argument("--weights", metavar="FILE", default=argparse.SUPPRESS, help=HELP["weights"])
-    command.add_argument("--backbone", default=argparse.SUPPRESS, help=HELP["backbone"])
-    add("learners", _learners, f"all, or some of {everybody}", ",".join(default.learners))
-    add("way", int, HELP["way"], default.way)
-    add("query", int, HELP["query"], default.query)
-    add("shots", _numbers, "support rows of each class, one number or several with commas", "1,5")
-    add("balances", _words, HELP["query_balance"] + ", or several with commas", "even,dirichlet:2")
-    add("episodes", int, "episodes that the best settings of a learner are trained on", default.episodes)
-    add("trial_episodes", int, "episodes that all settings are trained on before", default.trial_episodes)
-    add("finalists", int, "how many settings of a learner go on from there", default.finalists)
-    add("validation_episodes", int, "episodes of the validation classes to choose on", default.validation_episodes)
-    add("eval_episodes", int, "episodes of the test classes to evaluate on", default.eval_episodes)
-    add("most_candidates", int, "at most this many settings of a learner to choose from", "all")
-    add("seed", int, HELP["seed"], default.seed)
-    command.add_argument(
-        "--candidates", type=Path, metavar="FILE", help="JSON: learner -> list of settings of 'train' to choose from"
+    add("data", "data", str, DATA_HELP, default.data)
+    command.option("data", "--weights", metavar="FILE", default=argparse.SUPPRESS, help=HELP["weights"])
+    command.option("data", "--backbone", default=argparse.SUPPRESS, help=HELP["backbone"])
+    add("learner", "learners", _learners, f"all, or some of {everybody}", ",".join(default.learners))
+    add("episodes", "way", int, HELP["way"], default.way)
+    add("episodes", "query", int, HELP["query"], default.query)
+    add(
+        "episodes",
+        "shots",
+        _numbers,
+        "support rows of each class, one number or several with commas",
+        "1,5",
     )
-    command.add_argument("--quick", action="store_true", help="seconds instead of minutes: shorter, fewer candidates")
-    command.add_argument("--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")
-    command.add_argument("--resume", action="store_true", help="go on with the comparison in --out")
+    add(
+        "episodes",
+        "balances",
+        _words,
+        HELP["query_balance"] + ", or several with commas",
+        "even,dirichlet:2",
+    )
+    add("episodes", "episodes", int, "episodes that the best settings of a learner are trained on", default.episodes)
+    add("episodes", "trial_episodes", int, "episodes that all settings are trained on before", default.trial_episodes)
+    add("learner", "finalists", int, "how many settings of a learner go on from there", default.finalists)
+    add(
+        "episodes",
+        "validation_episodes",
+        int,
+        "episodes of the validation classes to choose on",
+        default.validation_episodes,
+    )
+    add("episodes", "eval_episodes", int, "episodes of the test classes to evaluate on", default.eval_episodes)
+    add("learner", "most_candidates", int, "at most this many settings of a learner to choose from", "all")
+    add("run", "seed", int, HELP["seed"], default.seed)
+    command.option(
+        "learner",
+        "--candidates",
+        type=Path,
+        metavar="FILE",
+        help="JSON: learner -> list of settings of 'train' to choose from",
+    )
+    command.option("run", "--quick", action="store_true", help="seconds instead of minutes: shorter, fewer candidates")
+    command.option("run", "--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")
+    command.option("run", "--resume", action="store_true", help="go on with the comparison in --out")
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -17,13 +17,18 @@ from kernelmeta.training.sources import open_images
 
 def add_commands(add: Add) -> None:
     """Adds this command to the parser."""
-    command = add("extract", _extract, "Turn images into a feature bank.")
+    command = add(
+        "extract",
+        _extract,
+        "Turn images into a feature bank.",
+        "extract photos/ --weights runs/backbone/checkpoint.safetensors --out bank.safetensors",
+    )
     command.add_argument("data", metavar="FOLDER|glyphs", help="a folder with train/, val/ and test/, or glyphs")
-    command.add_argument("--backbone", help=f"{', '.join(BACKBONES)}; a checkpoint of pretrain says it itself")
-    command.add_argument("--weights", metavar="FILE", help=HELP["weights"] + " (default: untrained)")
-    command.add_argument("--style", help=PRETRAIN_HELP["style"])
-    command.add_argument("--seed", type=int, default=0, help="seed of untrained weights (default: 0)")
-    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the bank to write")
+    command.option("data", "--backbone", help=f"{', '.join(BACKBONES)}; a checkpoint of pretrain says it itself")
+    command.option("data", "--weights", metavar="FILE", help=HELP["weights"] + " (default: untrained)")
+    command.option("data", "--style", help=PRETRAIN_HELP["style"])
+    command.option("run", "--seed", type=int, default=0, help="seed of untrained weights (default: 0)")
+    command.option("output", "--out", type=Path, required=True, metavar="FILE", help="the bank to write")
     machine_options(command)
 
 

@@ -11,16 +11,22 @@ from kernelmeta.data.importing import import_bank
 
 def add_commands(add: Add) -> None:
     """Adds this command to the parser."""
-    command = add("import", _import, "Turn features and labels from other programs into a feature bank.")
-    command.add_argument("files", nargs="+", metavar="FILE", help=".npy, .npz, .pt, .safetensors, .csv, .tsv, .parquet")
-    command.add_argument("--out", type=Path, required=True, metavar="BANK", help="the bank to write")
-    command.add_argument("--label", metavar="NAME", help="the column or array of the labels (default: label, class, y)")
-    command.add_argument(
-        "--split", default="60/20/20", help="shares of the classes for train/val/test (default: 60/20/20)"
+    command = add(
+        "import",
+        _import,
+        "Turn features and labels from other programs into a feature bank.",
+        "import X.npy y.npy --out bank.safetensors",
     )
-    command.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
-    command.add_argument("--quiet", action="store_true", help="no progress bar")
-    command.epilog = "example: kernelmeta import X.npy y.npy --out bank.safetensors"
+    command.add_argument("files", nargs="+", metavar="FILE", help=".npy, .npz, .pt, .safetensors, .csv, .tsv, .parquet")
+    command.option("output", "--out", type=Path, required=True, metavar="BANK", help="the bank to write")
+    command.option(
+        "data", "--label", metavar="NAME", help="the column or array of the labels (default: label, class, y)"
+    )
+    command.option(
+        "data", "--split", default="60/20/20", help="shares of the classes for train/val/test (default: 60/20/20)"
+    )
+    command.option("data", "--seed", type=int, default=0, help="seed of the split (default: 0)")
+    command.option("run", "--quiet", action="store_true", help="no progress bar")
 
 
 def _import(args: argparse.Namespace) -> None:

@@ -9,7 +9,12 @@ from kernelmeta.command_line import Add
 
 def add_commands(add: Add) -> None:
     """Adds this command to the parser."""
-    add("info", _info, "What is built, what runs, versions.")
+    add(
+        "info",
+        _info,
+        "What is built, what runs, versions.",
+        "info",
+    )
 
 
 def _info(args: argparse.Namespace) -> None:

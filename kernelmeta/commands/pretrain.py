@@ -29,7 +29,12 @@ _GLYPHS = {"epochs": 6, "warmup_epochs": 1, "milestone": 4}
 
 def add_commands(add: Add) -> None:
     """Adds this command to the parser."""
-    command = add("pretrain", _pretrain, "Train a backbone as a classifier of its classes.")
+    command = add(
+        "pretrain",
+        _pretrain,
+        "Train a backbone as a classifier of its classes.",
+        "pretrain photos/ --backbone wrn28_10 --out runs/backbone",
+    )
     command.add_argument(
         "data", metavar="FOLDER|glyphs", help="a folder with train/, val/ and test/, glyphs, or a file of glyphs (.npz)"
     )

@@ -12,6 +12,7 @@ from typing import Any
 from kernelmeta.command_line import (
     PRETRAIN_HELP,
     Add,
+    at_option,
     bank_of,
     given_settings,
     machine_options,
@@ -61,14 +62,21 @@ _HELP = {
 
 def add_commands(add: Add) -> None:
     """Adds this command to the parser."""
-    command = add("train", _train, "Meta-train on episodes; evaluate on those of the test classes.")
+    command = add(
+        "train",
+        _train,
+        "Meta-train on episodes; evaluate on those of the test classes.",
+        "train --data bank.safetensors --learner sib --way 5 --shot 1 --out runs/one",
+    )
     settings_options(command, TrainConfig, _HELP)
-    command.add_argument(
+    command.option(
+        "episodes",
         "--eval-episodes",
         type=int,
         default=2000,
         help="episodes of the evaluation at the end; 0: no evaluation (default: 2000)",
     )
+    at_option(command)
     machine_options(command)
 
 
@@ -138,8 +146,9 @@ def _finish(args: argparse.Namespace, out: Path, trainer: Trainer, test: Episode
     if test is None:
         print(f"{out}: not evaluated" + ("" if args.eval_episodes == 0 else "; the bank has no test classes"))
         return
+    learner, of_run = trainer.learner_at(args.at or "best")
     results = evaluate(
-        trainer.learner.eval(),
+        learner,
         trainer.features,
         test,
         args.eval_episodes,
@@ -147,10 +156,10 @@ def _finish(args: argparse.Namespace, out: Path, trainer: Trainer, test: Episode
         progress=not args.quiet,
     )
     results |= {"query_balance": trainer.config.query_balance, "seed": trainer.config.seed, "split": "test"}
-    results |= {"data": trainer.config.data, "trained_episodes": trainer.seen}
+    results |= {"data": trainer.config.data, **of_run}
     flipped = None
     if trainer.predecessor is not None:
-        flipped = paired_flips(trainer.learner, trainer.features, trainer.predecessor, test, args.eval_episodes)
+        flipped = paired_flips(learner, trainer.features, trainer.predecessor, test, args.eval_episodes)
         results |= {"update_from": trainer.config.update_from, "flips": percentages(flipped)}
     write_json(out / runs.RESULTS, results)
     steps_plot(out / "accuracy_over_steps.png", results, title(results))

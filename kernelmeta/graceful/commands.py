@@ -55,35 +55,50 @@ _HELP = {
 
 def add_commands(add: Add) -> None:
     """Adds these commands to the parser."""
-    command = add("update", _update, "Train a successor of a pretrained backbone, and judge it beside the old one.")
+    command = add(
+        "update",
+        _update,
+        "Train a successor of a pretrained backbone, and judge it beside the old one.",
+        "update runs/backbone --method bct --out runs/new",
+    )
     command.add_argument("old", metavar="OLD", help="run folder of 'kernelmeta pretrain' or 'kernelmeta update'")
     as_old = {name: f"{text} (default: as OLD)" for name, text in _AS_OLD.items()}
-    settings_options(command, UpdateConfig, _HELP, {"old": None, **as_old})
+    settings_options(command, UpdateConfig, _HELP, {"old": None, **as_old}, "update")
     machine_options(command)
 
-    command = add("compare-models", _compare_models, "Who flipped, and does the new model search the old gallery?")
+    command = add(
+        "compare-models",
+        _compare_models,
+        "Who flipped, and does the new model search the old gallery?",
+        "compare-models runs/backbone runs/new",
+    )
     command.add_argument("old", metavar="OLD", help="run folder of the old model")
     command.add_argument("new", metavar="NEW", help="run folder of its successor")
-    command.add_argument("--free", metavar="RUN", help="a successor trained without regard to OLD, for gain and tax")
-    command.add_argument("--data", help=f"{_DATA} (default: as NEW)")
-    command.add_argument("--style", help="as of pretrain (default: as NEW)")
-    command.add_argument("--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")
+    command.option(
+        "update", "--free", metavar="RUN", help="a successor trained without regard to OLD, for gain and tax"
+    )
+    command.option("data", "--data", help=f"{_DATA} (default: as NEW)")
+    command.option("data", "--style", help="as of pretrain (default: as NEW)")
+    command.option("run", "--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")
     command.set_defaults(resume=False)
     machine_options(command)
 
     command = add(
-        "search", _search, "Search for a small network whose queries find their like in a large one's gallery."
+        "search",
+        _search,
+        "Search for a small network whose queries find their like in a large one's gallery.",
+        "search --gallery runs/backbone --budget 0.1 --out runs/small",
     )
-    command.add_argument("--gallery", required=True, metavar="RUN", help=_HELP["gallery"])
-    settings_options(command, SearchConfig, _HELP, {"gallery": None, "data": f"{_DATA} (default: as RUN)"})
+    command.option("search", "--gallery", required=True, metavar="RUN", help=_HELP["gallery"])
+    settings_options(command, SearchConfig, _HELP, {"gallery": None, "data": f"{_DATA} (default: as RUN)"}, "search")
     machine_options(command)
 
-    command = add("demo", _demo, "Experiments on the built-in glyphs.")
+    command = add("demo", _demo, "Experiments on the built-in glyphs.", "demo graceful --quick")
     command.add_argument("name", choices=list(DEMOS), help="which")
-    command.add_argument("--quick", action="store_true", help="seconds: too short to show more than that it runs")
-    command.add_argument("--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")
-    command.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
-    command.add_argument("--quiet", action="store_true", help="no lines about the progress")
+    command.option("run", "--quick", action="store_true", help="seconds: too short to show more than that it runs")
+    command.option("run", "--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")
+    command.option("run", "--threads", type=int, help="threads of PyTorch (default: its own choice)")
+    command.option("run", "--quiet", action="store_true", help="no lines about the progress")
     command.set_defaults(resume=False, device="cpu", workers=0)
 
 
