@@ -15,6 +15,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import kernelmeta.starting  # noqa: F401 (before what takes seconds)
+
+# isort: split
 from kernelmeta import data, func, graceful, linear, nn, ops, reference, triton
 from kernelmeta.backends import backends, use_backend
 from kernelmeta.flip_counts import FlipCounts

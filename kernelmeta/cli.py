@@ -18,6 +18,7 @@ from kernelmeta.command_line import Command, Parser, check_machine
 from kernelmeta.commands import compare, evaluate, extract, importing, info, predict, pretrain, train
 from kernelmeta.data.words import size_text
 from kernelmeta.graceful import commands as graceful
+from kernelmeta.starting import started
 from kernelmeta.version import __version__
 
 _COMMANDS = (pretrain, extract, importing, train, evaluate, predict, compare, graceful, info)
@@ -62,7 +63,11 @@ def _out_of_memory(error: RuntimeError) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    args = _parser().parse_args(argv)
+    try:
+        started()
+        args = _parser().parse_args(argv)
+    except KeyboardInterrupt:
+        return 130
     # A name that is not UTF-8, or a terminal that takes no ±, are no reason to lose what was computed.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

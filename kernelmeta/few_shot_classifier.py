@@ -19,6 +19,7 @@ except ImportError as error:
         "kernelmeta.FewShotClassifier needs scikit-learn 1.6 or later: pip install 'kernelmeta[sklearn]'"
     ) from error
 
+from kernelmeta.data.label_codes import as_array
 from kernelmeta.training.answers import doubts, make_learner, probabilities
 
 
@@ -66,7 +67,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             X: [n, D], an array or tensor of any float type.
             y: [n] labels of any type; every class that there is must be among them.
         """
-        X, y = validate_data(self, _array(X), _array(y), dtype=_DTYPES)
+        X, y = validate_data(self, _array(X), _labels(y), dtype=_DTYPES)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         self.method_, self.learner_ = None, None
@@ -99,6 +100,17 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
 
 _DTYPES = (np.float64, np.float32)
+
+
+def _labels(y: Any) -> Any:
+    """Labels as they are: a list that holds numbers and text is refused, of which NumPy makes text."""
+    if isinstance(y, (list, tuple)) and all(np.ndim(value) == 0 for value in y):
+        y = as_array(y)
+        texts = sum(isinstance(value, str) for value in y.tolist())
+        if y.dtype == object and 0 < texts < len(y):
+            raise ValueError("y: some labels are numbers and some are text; give all of them as one or the other")
+        return np.asarray(y.tolist()) if y.dtype == object else y
+    return _array(y)
 
 
 def _array(values: Any) -> Any:

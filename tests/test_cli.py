@@ -12,13 +12,14 @@ import signal
 import stat
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import make_bank
+from runs import make_bank, start
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -213,6 +214,17 @@ def test_resume_goes_on_and_refuses_another_run(bank_file, tmp_path, capsys):
     assert "not of 'pretrain'" in refused(capsys, "pretrain", "glyphs", "--out", out, "--resume")
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
+def test_ctrl_c_while_the_command_is_imported_is_no_traceback():
+    for library in ("_multiarray_umath", "libtorch_cpu"):
+        process = start("info")
+        while process.poll() is None and library not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate()
+        assert (process.returncode, out, errors) == (130, "", "")
+
+
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(bank_file, tmp_path, capsys):
     out = str(tmp_path / "run")
     args = [
@@ -229,7 +241,13 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(bank_file, tmp_path, capsys):
         "--out",
         out,
     ]
-    threading.Timer(1.0, signal.raise_signal, (signal.SIGINT,)).start()
+
+    def interrupt():
+        while not (tmp_path / "run" / "checkpoint.safetensors").exists():
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     assert main([*args, "--episodes", "10000000"]) == 130
     assert "--resume" in capsys.readouterr().err
     step = json.loads(metadata(tmp_path / "run" / "checkpoint.safetensors"))["state"]["step"]

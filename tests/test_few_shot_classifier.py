@@ -127,6 +127,13 @@ def test_what_does_not_fit_is_named(run, given, message) -> None:
         km.FewShotClassifier(**given).fit(X, SUPPORT_CLASSES[few])
 
 
+def test_numbers_and_text_among_the_labels_are_not_merged() -> None:
+    with pytest.raises(ValueError, match="y: some labels are numbers and some are text"):
+        km.FewShotClassifier().fit(SUPPORT, [1, "1", 2, 3] * (len(SUPPORT) // 4))
+    mixed = [2.0, 1, 2, 3] * (len(SUPPORT) // 4)
+    assert km.FewShotClassifier().fit(SUPPORT, mixed).classes_.tolist() == [1, 2, 3]
+
+
 def test_a_learner_of_any_number_of_classes(tmp_path) -> None:
     make_bank(D=16).save(tmp_path / "bank.safetensors")
     data = ["--data", str(tmp_path / "bank.safetensors"), "--out", str(tmp_path / "run"), "--quiet"]
