@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelmeta import ops
+from kernelmeta.adapted_classifier import CosineTerms
 from kernelmeta.nn import xfer
 from kernelmeta.nn.kept import KeptNumbers
 from kernelmeta.nn.learner import check_even
@@ -164,6 +165,10 @@ class SIB(TrainsAtOnce):
             **{f"mlp.{ours}": found[theirs] for ours, theirs in _XFER_MLP.items()},
             "mlp.running_stats": stats.view(2, 2, -1),
         }
+
+    @property
+    def cosine_terms(self) -> CosineTerms | None:
+        return (self.scale, self.bias)
 
     def extra_repr(self) -> str:
         return (
