@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from kernelmeta.data import FeatureBank
 from kernelmeta.training import runs
 from kernelmeta.training.backbones import BACKBONES
 from kernelmeta.training.config import TrainConfig
+from kernelmeta.training.distributed import Ranks
 from kernelmeta.training.learners import LEARNERS
 from kernelmeta.training.loading import AT
 from kernelmeta.training.sources import open_bank
@@ -263,3 +265,19 @@ def tell_bank(path: Path, bank: FeatureBank) -> None:
     """Says what a bank that was written holds."""
     splits = ", ".join(f"{len(bank.classes(split))} {split}" for split in ("train", "val", "test"))
     print(f"{path}: {len(bank.labels)} x {bank.n_features} features; classes: {splits}")
+
+
+@contextlib.contextmanager
+def claimed_by_first(out: Path, processes: Ranks) -> Iterator[None]:
+    """The run folder for the first process of this run, see `runs.claimed`; an error there is everybody's."""
+    processes.barrier()  # all have chosen its name before it is made
+    with contextlib.ExitStack() as stack:
+        error: Exception | None = None
+        if processes.first:
+            try:
+                stack.enter_context(runs.claimed(out))
+            except (OSError, ValueError) as caught:
+                error = caught
+        if processes.any(error is not None):
+            raise error or ValueError(f"out: {out} cannot be used")
+        yield

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from kernelmeta.command_line import (
     Add,
     at_option,
     bank_of,
+    claimed_by_first,
     given_settings,
     machine_options,
     nothing_to_do,
@@ -86,24 +86,8 @@ def _train(args: argparse.Namespace) -> None:
         raise ValueError(f"--eval-episodes: expected 0 or at least 2, got {args.eval_episodes}")
     with ranks(args.device) as processes:
         out = run_folder(args, f"{given.get('learner', 'sib')}-{given.get('way', 5)}way-{given.get('shot', 1)}shot")
-        with _claimed(out, processes):
+        with claimed_by_first(out, processes):
             _train_in(out, args, given, processes)
-
-
-@contextlib.contextmanager
-def _claimed(out: Path, processes: Ranks) -> Iterator[None]:
-    """The run folder for the first process of this run, see `runs.claimed`; an error there is everybody's."""
-    processes.barrier()  # all have chosen its name before it is made
-    with contextlib.ExitStack() as stack:
-        error: Exception | None = None
-        if processes.first:
-            try:
-                stack.enter_context(runs.claimed(out))
-            except (OSError, ValueError) as caught:
-                error = caught
-        if processes.any(error is not None):
-            raise error or ValueError(f"out: {out} cannot be used")
-        yield
 
 
 def _train_in(out: Path, args: argparse.Namespace, given: dict[str, Any], processes: Ranks) -> None:

@@ -79,6 +79,9 @@ class Learner(nn.Module, ABC):
         assert isinstance(logits, Tensor)
         return logits
 
+    takes_ragged = True
+    """Whether tasks of unequal size may be given in one call."""
+
     @property
     def transductive(self) -> bool:
         """Whether the query rows have a part in the classifier: then a row's answer depends on the rows beside it."""

@@ -85,6 +85,8 @@ class SIB(TrainsAtOnce):
         self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats)
         self._shares = KeptNumbers()
 
+    takes_ragged = False
+
     def _trained(self) -> Sequence[Tensor]:
         return (self.weight, self.scale, self.bias, *self.mlp.tensors())
 
