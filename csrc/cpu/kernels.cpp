@@ -313,7 +313,9 @@ constexpr Kernels<C> kKernels = {sib_forward<C>,
                                  focal_distillation_forward<C>,
                                  focal_distillation_backward<C>,
                                  linearised_descent_forward<C>,
-                                 linearised_descent_backward<C>};
+                                 linearised_descent_backward<C>,
+                                 ntk_gram_forward<C>,
+                                 ntk_gram_backward<C>};
 
 }  // namespace
 

@@ -2,9 +2,20 @@
 #pragma once
 
 #include "engine/linearised_descent.h"
+#include "engine/ntk_gram.h"
 
 namespace kernelmeta {
 namespace {
+
+// in_scratch, of zeros.
+template <class Workspace, class C, class... Args>
+Workspace in_zeros(const Args&... args) {
+  const int64_t bytes = size_of<Workspace, C>(args...) * int64_t(sizeof(C));
+  C* memory = static_cast<C*>(scratch(bytes));
+  memset(memory, 0, size_t(bytes));
+  Arena<C> arena(memory);
+  return Workspace(arena, args...);
+}
 
 template <class C, class Own>
 struct DescentWorkspace {
@@ -42,6 +53,45 @@ void linearised_descent_backward(const DescentBackward<C>& f, const DescentGrad<
     w.task.bind(t, const_cast<C*>(f.trace) + t * stride);
     w.task.prepare(t);
     w.task.backward(f, t, w.own, grad);
+  }
+}
+
+template <class C>
+struct NtkForwardWorkspace {
+  CpuBlock<C> block;
+  NtkGram<CpuBlock<C>> task;
+  C* trace;
+
+  NtkForwardWorkspace(Arena<C>& arena, const NtkProblem<C>& p, bool own_trace)
+      : task(arena, block, p), trace(own_trace ? arena.take(ntk_trace_size<C>(p)) : nullptr) {}
+};
+
+template <class C>
+void ntk_gram_forward(const NtkForward<C>& f, int64_t begin, int64_t end) {
+  const int64_t stride = ntk_trace_size<C>(f.problem);
+  auto w = in_zeros<NtkForwardWorkspace<C>, C>(f.problem, f.trace == nullptr);
+  for (int64_t t = begin; t < end; ++t) {
+    w.task.bind(t, f.trace ? f.trace + t * stride : w.trace);
+    w.task.forward(f, t);
+  }
+}
+
+template <class C>
+struct NtkBackwardWorkspace {
+  CpuBlock<C> block;
+  NtkGram<CpuBlock<C>> task;
+  typename NtkGram<CpuBlock<C>>::Backward backward;
+
+  NtkBackwardWorkspace(Arena<C>& arena, const NtkProblem<C>& p) : task(arena, block, p), backward(arena, p) {}
+};
+
+template <class C>
+void ntk_gram_backward(const NtkBackward<C>& f, const NtkGrad<C>& grad, int64_t begin, int64_t end) {
+  const int64_t stride = ntk_trace_size<C>(f.problem);
+  auto w = in_zeros<NtkBackwardWorkspace<C>, C>(f.problem);
+  for (int64_t t = begin; t < end; ++t) {
+    w.task.bind(t, const_cast<C*>(f.trace) + t * stride);
+    w.task.backward(f, t, w.backward, grad);
   }
 }
 

@@ -116,10 +116,20 @@ struct Ntk {
     }
   }
 
+  // f(h, row) for every unit that layer l reads, row being that of one output: where outputs are a multiple of
+  // kAlign apart, what it stores is followed by zeros.
+  template <class Fn>
+  KERNELMETA_INLINE void of_outputs(const Rows& r, int l, Fn f) const {
+    if (r.apart % kAlign == 0)
+      block.rows(net.widths[l], r.count, f);
+    else
+      block.features(net.widths[l], r.count, f);
+  }
+
   // g *= the slopes of the units that layer l reads.
   KERNELMETA_INLINE void times_slopes(const Rows& r, int l, C* g) const {
     const int64_t N = net.outputs(), ldg = r.ldg(N);
-    block.features(net.widths[l], r.count, [&](int64_t h, auto row) {
+    of_outputs(r, l, [&](int64_t h, auto row) {
       const C* a = r.a[l] + h * r.ld;
       for (int64_t c = 0; c < N; ++c) {
         C* to = g + h * ldg + c * r.apart;
@@ -133,7 +143,7 @@ struct Ntk {
     const int64_t N = net.outputs(), ldg = r.ldg(N);
     for (int l = net.layers - 1; l > 0; --l) {
       if (l == net.layers - 1) {
-        block.features(net.widths[l], r.count, [&](int64_t h, auto row) {
+        of_outputs(r, l, [&](int64_t h, auto row) {
           const C* a = r.a[l] + h * r.ld;
           for (int64_t c = 0; c < N; ++c) {
             const C own = weight(l)[c * net.ld(l) + h];

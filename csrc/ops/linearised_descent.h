@@ -3,37 +3,11 @@
 #pragma once
 
 #include "engine/linearised_descent.h"
+#include "ops/network.h"
 #include "ops/sums.h"
 #include "ops/tasks.h"
 
 namespace kernelmeta {
-
-struct NetworkTensors {
-  Reader& in;
-  Tensor parameters = in.take<Tensor>("parameters");
-};
-
-struct NetworkOptions {
-  Reader& in;
-  std::vector<int64_t> widths = in.take<std::vector<int64_t>>("widths");
-  bool biased = in.take<bool>("biased");
-  double slope = in.take<double>("slope");
-};
-
-// A perceptron's sizes, checked.
-inline Perceptron perceptron(const NetworkOptions& options) {
-  const int64_t layers = int64_t(options.widths.size()) - 1;
-  require(layers >= 1 && layers <= kMostLayers, "widths: those of 1 to 8 layers");
-  Perceptron net{};
-  net.layers = int(layers);
-  net.has_bias = options.biased;
-  for (int64_t l = 0; l <= layers; ++l) {
-    net.widths[l] = options.widths[size_t(l)];
-    require(net.widths[l] >= 1, "widths: at least one each");
-  }
-  for (int64_t l = 0; l < layers; ++l) Elements().add({net.widths[l] + 16, net.widths[l + 1] + 16});
-  return net;
-}
 
 struct DescentCall {
   Reader& in;
@@ -42,7 +16,7 @@ struct DescentCall {
   Tensor query = in.take<Tensor>("query");
   OptionalTensor query_index = in.take<OptionalTensor>("query_index");
   Tensor targets = in.take<Tensor>("targets"), row_weights = in.take<Tensor>("row_weights");
-  NetworkTensors network{in};
+  Tensor parameters = in.take<Tensor>("parameters");
   Tensor lr = in.take<Tensor>("lr"), weight_decay = in.take<Tensor>("weight_decay");
   NetworkOptions options{in};
   int64_t steps = in.take<int64_t>("steps");
@@ -80,7 +54,7 @@ struct DescentArguments {
         net(perceptron(call.options)),
         targets(on, call.targets, {support.T(), support.rows(), net.outputs()}, "targets"),
         row_weights(on, call.row_weights, {support.T(), support.rows()}, "row_weights"),
-        parameters(on, call.network.parameters, {net.parameters()}, "parameters") {
+        parameters(on, call.parameters, {net.parameters()}, "parameters") {
     const int64_t T = support.T(), S = support.rows(), Q = query.rows(), N = net.outputs();
     require(T == query.T(), "support and query must have the same T");
     require(support.D() == net.features() && query.D() == net.features(),
@@ -121,7 +95,7 @@ struct DescentOp {
 
   template <class Device>
   static Tensors<results> run(const Call& call) {
-    return with_type(call.of.network.parameters, [&](auto zero) {
+    return with_type(call.of.parameters, [&](auto zero) {
       using C = decltype(zero);
       const Device device(call.of.query);
       const DescentArguments<C> a(device.template readable<C>(call.of));
@@ -144,7 +118,7 @@ struct DescentBackwardOp {
 
   template <class Device>
   static Tensors<results> run(const Call& call) {
-    return with_type(call.of.network.parameters, [&](auto zero) {
+    return with_type(call.of.parameters, [&](auto zero) {
       using C = decltype(zero);
       const Device device(call.of.query);
       const DescentArguments<C> a(device.template readable<C>(call.of));

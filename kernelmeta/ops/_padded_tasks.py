@@ -54,7 +54,8 @@ class PaddedTasks:
     def row_weights(self, values: Tensor | None, dtype: torch.dtype) -> Tensor:
         """[T, most]: those of every row, or equal parts of 1; zero where a row is no task's own."""
         own = self.support.own
-        weights = (
-            (1 / self.support.counts.clamp_min(1).unsqueeze(-1)).to(dtype) if values is None else self.of_support(values)
-        )
+        if values is None:
+            weights = (1 / self.support.counts.clamp_min(1).unsqueeze(-1)).to(dtype)
+        else:
+            weights = self.of_support(values)
         return torch.where(own, weights, torch.zeros((), dtype=weights.dtype, device=weights.device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ def unpack(parameters: Tensor, widths: Sequence[int], biased: bool) -> list[tupl
     """Weight [units, inputs] and bias [units] of every layer."""
     layers = []
     at = 0
-    for i, (inputs, units) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (inputs, units) in enumerate(pairwise(widths)):
         across = padded(inputs) if i > 0 else inputs
         weight = parameters[at : at + units * across].view(units, across)[:, :inputs]
         at += padded(units * across)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal, overload
 
 import torch
@@ -39,8 +40,8 @@ def _fake(call: Any) -> tuple[Tensor, ...]:
 
 def _rows(call: Any) -> tuple[Tensor, Tensor]:
     dtype = call.parameters.dtype
-    support, query = gathered(call.support, call.support_index, "support"), gathered(call.query, call.query_index, "query")
-    return support.to(dtype), query.to(dtype)
+    support = gathered(call.support, call.support_index, "support")
+    return support.to(dtype), gathered(call.query, call.query_index, "query").to(dtype)
 
 
 def _plain(call: Any) -> tuple[Tensor | None, ...]:
@@ -84,7 +85,7 @@ def _work(call: Any) -> int:
     T, S, Q, N = _sizes(call)
     R, total = N * S, call.steps * N * S * (N * S + 20)
     last = len(call.widths) - 2
-    for i, (inputs, units) in enumerate(zip(call.widths, call.widths[1:], strict=False)):
+    for i, (inputs, units) in enumerate(pairwise(call.widths)):
         total += (S + Q) * inputs * units + S * (S + Q) * (inputs + units)
         total += R * R * units if i < last else 0
         total += (Q + R * (i < last)) * inputs * units if i > 0 else 0

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import leaky_relu, one_hot
+from torch.nn.functional import one_hot
 
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.task_rows import check_label_range, each_task, gathered
@@ -45,7 +45,8 @@ class LayerRows(NamedTuple):
 
 
 def layer_rows(x: Tensor, layers: Layers, slope: float) -> LayerRows:
-    inputs, slopes = [x], []
+    inputs: list[Tensor] = [x]
+    slopes: list[Tensor] = []
     for i, (weight, bias) in enumerate(layers):
         z = inputs[-1] @ weight.T
         z = z if bias is None else z + bias
@@ -98,7 +99,9 @@ def tangent_kernel(support: Tensor, query: Tensor, layers: Layers, slope: float,
     )
 
 
-def together(weights: Sequence[Tensor], biases: Sequence[Tensor] | None, *others: Tensor) -> tuple[Layers, list[Tensor]]:
+def together(
+    weights: Sequence[Tensor], biases: Sequence[Tensor] | None, *others: Tensor
+) -> tuple[Layers, list[Tensor]]:
     """The layers, and other tensors, in the dtype that all of them promote to."""
     n = len(weights)
     all_of_them = promoted(*weights, *(biases or ()), *others)
