@@ -12,9 +12,8 @@ class Kernel<DescentArguments<C>> {
   Kernel(const Device&, const DescentArguments<C>& a) : net_(a.net), chunks_(a.problem.T, work(a.problem)) {}
 
   void forward(const DescentForward<C>& run) const {
-    chunks_.each(1, [&](int64_t begin, int64_t end) {
-      kernels<C>().linearised_descent_forward(run, begin, end);
-    });
+    chunks_.each(
+        1, [&](int64_t begin, int64_t end) { kernels<C>().linearised_descent_forward(run, begin, end); });
   }
 
   void backward(const DescentBackward<C>& run, const Sums<C, DescentGrad<C>>& sums) const {

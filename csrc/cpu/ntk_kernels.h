@@ -37,7 +37,9 @@ void linearised_descent_forward(const DescentForward<C>& f, int64_t begin, int64
   const bool own_trace = f.trace == nullptr;
   auto w = in_scratch<DescentWorkspace<C, typename Task::Forward>, C>(f.problem, own_trace);
   for (int64_t t = begin; t < end; ++t) {
-    w.task.bind(t, own_trace ? w.trace : f.trace + t * stride);
+    C* trace = own_trace ? w.trace : f.trace + t * stride;
+    memset(trace, 0, sizeof(C) * size_t(stride));
+    w.task.bind(t, trace);
     w.task.prepare(t);
     w.task.forward(f, t, w.own);
   }
@@ -71,7 +73,9 @@ void ntk_gram_forward(const NtkForward<C>& f, int64_t begin, int64_t end) {
   const int64_t stride = ntk_trace_size<C>(f.problem);
   auto w = in_zeros<NtkForwardWorkspace<C>, C>(f.problem, f.trace == nullptr);
   for (int64_t t = begin; t < end; ++t) {
-    w.task.bind(t, f.trace ? f.trace + t * stride : w.trace);
+    C* trace = f.trace ? f.trace + t * stride : w.trace;
+    memset(trace, 0, sizeof(C) * size_t(stride));
+    w.task.bind(t, trace);
     w.task.forward(f, t);
   }
 }

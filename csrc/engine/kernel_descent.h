@@ -43,16 +43,14 @@ struct KernelDescent {
   struct Scratch {
     C *f, *g, *share;  // [ldk]; [N][padded(S)] each; share: probabilities, of the cross-entropy alone
     KERNELMETA_INLINE Scratch(Arena<C>& arena, int64_t S, int64_t N)
-        : f(arena.take(descent_ld(S, N))),
-          g(arena.take(N * padded(S))),
-          share(arena.take(N * padded(S))) {}
+        : f(arena.take(descent_ld(S, N))), g(arena.take(N * padded(S))), share(arena.take(N * padded(S))) {}
   };
 
   struct Adjoint {
     Scratch scratch;
-    C* checkpoints;  // [levels][kBranch][ldk]
-    C* gf;           // [kBranch][ldk]  gradients of f of the steps of a segment
-    C* v;            // [N][padded(S)]
+    C* checkpoints;              // [levels][kBranch][ldk]
+    C* gf;                       // [kBranch][ldk]  gradients of f of the steps of a segment
+    C* v;                        // [N][padded(S)]
     C *glr, *gdecay, *gweights;  // [padded(S)] each
     KERNELMETA_INLINE Adjoint(Arena<C>& arena, int64_t S, int64_t N, int64_t steps)
         : scratch(arena, S, N),
@@ -84,7 +82,8 @@ struct KernelDescent {
         level = levels - 1;
         reach = span * kBranch;
       }
-      for (; level >= 0; --level, reach /= kBranch) refill(t, level, levels, reach, first / reach * reach, end);
+      for (; level >= 0; --level, reach /= kBranch)
+        refill(t, level, levels, reach, first / reach * reach, end);
       for (int64_t k = end - 1; k >= first; --k) {
         const C* p = t.checkpoints + (k - first) * ld_;
         step_backward(t, p, gp, t.gf + (k - first) * ld_, gstart, gtargets);
@@ -157,7 +156,8 @@ struct KernelDescent {
   }
 
   // gp: gradient of the state after the step -> before it. gf [R] is the gradient of f.
-  KERNELMETA_INLINE void step_backward(const Adjoint& t, const C* p, C* gp, C* gf, C* gstart, C* gtargets) const {
+  KERNELMETA_INLINE void step_backward(const Adjoint& t, const C* p, C* gp, C* gf, C* gstart,
+                                       C* gtargets) const {
     const int64_t R = N * S;
     outputs(t.scratch, p);
     loss_gradient(t.scratch);

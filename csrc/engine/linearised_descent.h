@@ -23,6 +23,8 @@ struct DescentProblem {
   C slope;
   int64_t steps;
   bool cross_entropy;
+
+  KERNELMETA_INLINE Sizes sizes() const { return {T, S, Q, net.outputs(), net.features(), 0, steps}; }
 };
 
 template <class C>
@@ -38,8 +40,8 @@ struct DescentBackward {
   DescentProblem<C> problem;
   const C* trace;
   const C* grad_outputs;
-  const C* grad_coefficients;              // or null
-  C *grad_support, *grad_query;            // [T][rows][D] or null
+  const C* grad_coefficients;          // or null
+  C *grad_support, *grad_query;        // [T][rows][D] or null
   C *grad_targets, *grad_row_weights;  // [T][S][N], [T][S]
 };
 
@@ -105,10 +107,10 @@ struct LinearisedDescent {
   const int64_t S, Q, N, lds, ldq;
   Ntk<B> ntk;
   C *support_buffer, *query_buffer;
-  C *targets, *row_weights;       // [N][lds], [lds]
+  C *targets, *row_weights;            // [N][lds], [lds]
   C *support_outputs, *query_outputs;  // [N][lds], [N][ldq]
-  C* pulls;                       // [padded(N)][lds]  p, one row an output
-  C* layer;                       // [widest][lds]  B_l
+  C* pulls;                            // [padded(N)][lds]  p, one row an output
+  C* layer;                            // [widest][lds]  B_l
   typename KernelDescent<B>::Scratch scratch;
   Rows support, query;
   DescentTrace<C> trace;
@@ -142,16 +144,16 @@ struct LinearisedDescent {
   };
 
   struct Backward {
-    C *z, *along;              // [widest][ldq] each: gradients of what a layer gives, and of what it moves by
-    C *a, *moved;              // the same for what it reads
-    C* glayer;                 // [widest][lds]
-    C* gcross;                 // [padded(S)][ldq]
-    C* gproduct;               // [padded(S)][lds]
+    C *z, *along;  // [widest][ldq] each: gradients of what a layer gives, and of what it moves by
+    C *a, *moved;  // the same for what it reads
+    C* glayer;     // [widest][lds]
+    C* gcross;     // [padded(S)][ldq]
+    C* gproduct;   // [padded(S)][lds]
     PerHiddenLayer<C> support;      // gradients of the support rows' activations
     PerHiddenLayer<C> derivatives;  // and of the derivatives
-    C *gkernel, *product;      // [N S][descent_ld] each
-    C *gpulls, *gstart;        // [descent_ld] each
-    C *gtargets, *goutputs;    // [N][lds] each
+    C *gkernel, *product;           // [N S][descent_ld] each
+    C *gpulls, *gstart;             // [descent_ld] each
+    C *gtargets, *goutputs;         // [N][lds] each
     typename KernelDescent<B>::Adjoint descent;
 
     KERNELMETA_INLINE Backward(Arena<C>& arena, const DescentProblem<C>& p)
@@ -182,9 +184,15 @@ struct LinearisedDescent {
   KERNELMETA_INLINE void bind(int64_t t, C* base) {
     Arena<C> arena(base);
     trace = DescentTrace<C>(arena, S, Q, p.net);
-    support = {B::task_rows(p.support, t, p.net.features(), support_buffer), S, lds, S, trace.support,
-               support_outputs, trace.derivatives};
-    query = {B::task_rows(p.query, t, p.net.features(), query_buffer), Q, ldq, 0, trace.query, query_outputs, {}};
+    support = {B::task_rows(p.support, t, p.net.features(), support_buffer),
+               S,
+               lds,
+               S,
+               trace.support,
+               support_outputs,
+               trace.derivatives};
+    query = {
+        B::task_rows(p.query, t, p.net.features(), query_buffer), Q, ldq, 0, trace.query, query_outputs, {}};
   }
 
   // What the steps look at; before forward and backward.
@@ -215,7 +223,8 @@ struct LinearisedDescent {
       const int64_t at = i % N * ldq + i / N;
       f.outputs[t * Q * N + i] = query_outputs[at] + w.along[at];
     });
-    block.each_item(S * N, [&](int64_t i) { f.coefficients[t * S * N + i] = trace.pulls[i % N * S + i / N]; });
+    block.each_item(S * N,
+                    [&](int64_t i) { f.coefficients[t * S * N + i] = trace.pulls[i % N * S + i / N]; });
   }
 
   // Adds to `grad`.
@@ -231,6 +240,7 @@ struct LinearisedDescent {
     }
     zero(N * S, descent_ld(S, N), w.gkernel);
     zero(N, lds, w.gtargets);
+    zero(lds, ldq, w.gcross);
     zero(1, lds, w.descent.glr);
     zero(1, lds, w.descent.gdecay);
     zero(1, lds, w.descent.gweights);
@@ -244,7 +254,7 @@ struct LinearisedDescent {
     descent().backward(w.descent, w.gpulls, w.gkernel, w.gstart, w.gtargets);
     kernel_backward(w, gsupport);
     ntk.derivatives_backward(support, w.derivatives, grad.parameters);
-    block.features(N, S, [&](int64_t c, auto row) {
+    block.rows(N, S, [&](int64_t c, auto row) {
       row.each([&](auto i) { i.store(w.goutputs + c * lds, i.load(w.gstart + c * S)); });
     });
     ntk.layers_backward(support, w.goutputs, w.support, grad.parameters, gsupport);
@@ -261,13 +271,13 @@ struct LinearisedDescent {
 
  private:
   KERNELMETA_INLINE void zero(int64_t rows, int64_t ld, C* to) const {
-    block.rows(rows, ld, [&](int64_t i, auto row) {
-      row.each([&](auto at) { at.store(to + i * ld, at.zero()); });
-    });
+    block.rows(rows, ld,
+               [&](int64_t i, auto row) { row.each([&](auto at) { at.store(to + i * ld, at.zero()); }); });
   }
 
   KERNELMETA_INLINE KernelDescent<B> descent() const {
-    return {block, S, N, p.steps, p.cross_entropy, targets, row_weights, *p.lr, *p.decay, trace.start, trace.kernel};
+    return {block,       S,     N,        p.steps,     p.cross_entropy, targets,
+            row_weights, *p.lr, *p.decay, trace.start, trace.kernel};
   }
 
   // to = P of layer l, which is not the last one.
@@ -364,14 +374,15 @@ struct LinearisedDescent {
       const int64_t units = p.net.widths[l + 1];
       C* z = last ? to : trace.moved[l + 1];
       block.mm(units, S, Q, {layer_moves(l), lds, 1}, trace.cross[l], ldq, z, ldq, nullptr);
-      if (l > 0) block.mm_add(units, p.net.widths[l], Q, {ntk.weight(l), p.net.ld(l), 1}, trace.moved[l], ldq, z, ldq);
+      if (l > 0)
+        block.mm_add(units, p.net.widths[l], Q, {ntk.weight(l), p.net.ld(l), 1}, trace.moved[l], ldq, z, ldq);
       if (!last) ntk.through_slopes(query, l + 1, z);
     }
   }
 
   // Gradients of the query rows' outputs -> of everything that they depend on.
-  KERNELMETA_INLINE void query_moves_backward(const C* goutputs, const Backward& w, C* gparameters, C* gsupport,
-                                              C* gquery) const {
+  KERNELMETA_INLINE void query_moves_backward(const C* goutputs, const Backward& w, C* gparameters,
+                                              C* gsupport, C* gquery) const {
     const int64_t D = p.net.features();
     zero(p.net.widest(), ldq, w.z);
     block.each_item(N * Q, [&](int64_t i) { w.z[i / Q * ldq + i % Q] = goutputs[i % Q * N + i / Q]; });
@@ -379,12 +390,12 @@ struct LinearisedDescent {
     for (int l = p.net.layers - 1; l >= 0; --l) {
       const int64_t units = p.net.widths[l + 1];
       ntk.to_parameters(query, l, w.z, gparameters);
-        if (l > 0) {
+      if (l > 0) {
         block.outer(units, p.net.widths[l], Q, along, ldq, trace.moved[l], ldq,
-                               gparameters + p.net.weight_at(l), p.net.ld(l));
+                    gparameters + p.net.weight_at(l), p.net.ld(l));
       }
       zero(units, lds, w.glayer);
-        const C* moves = layer_moves(l);
+      const C* moves = layer_moves(l);
       block.outer(units, S, Q, along, ldq, trace.cross[l], ldq, w.glayer, lds);
       block.mm(S, units, Q, {moves, 1, lds}, along, ldq, w.gcross, ldq, nullptr);
       pulls_backward(l, w);
@@ -404,7 +415,8 @@ struct LinearisedDescent {
         along = w.along;
       } else {
         if (gquery) {
-          block.features_mm_add(Q, units, D, {w.z, 1, ldq}, FeatureRows<C>{ntk.weight(0), D, nullptr}, gquery);
+          block.features_mm_add(Q, units, D, {w.z, 1, ldq}, FeatureRows<C>{ntk.weight(0), D, nullptr},
+                                gquery);
           block.features_mm_add(Q, S, D, {w.gcross, 1, ldq}, support.x, gquery);
         }
         if (gsupport) block.features_mm_add(S, Q, D, {w.gcross, ldq, 1}, query.x, gsupport);

@@ -4,7 +4,8 @@
 // Layer l, from 0 on, takes A_l to W_l A_l + b_l. With G_l the derivatives of the outputs in what layer l
 // gives, the kernel of rows i and j, outputs c and e, is
 //
-//   K[c, i; e, j] = sum over layers of M_l[i, j] P_l[c, i; e, j],   M_l = A_l^T A_l + 1_bias,  P_l = G_l^T G_l
+//   K[c, i; e, j] = sum over layers of M_l[i, j] P_l[c, i; e, j],   M_l = A_l^T A_l + 1_bias,  P_l = G_l^T
+//   G_l
 //
 // and of the last layer, whose G is the identity, M alone where c = e. Slopes are constant between the kinks
 // of a (leaky) ReLU, so that derivatives go through A, G and W, and never through the slopes.
@@ -65,10 +66,10 @@ template <class C, class F>
 struct NetworkRows {
   FeatureRows<F> x;
   int64_t count, ld;
-  int64_t apart;          // between the derivatives of two outputs
-  PerHiddenLayer<C> a;    // [units][ld]  inputs of layer l
-  C* outputs;             // [N][ld]
-  PerHiddenLayer<C> g;    // [units][ldg()]  derivatives of the outputs in what layer l - 1 gives
+  int64_t apart;        // between the derivatives of two outputs
+  PerHiddenLayer<C> a;  // [units][ld]  inputs of layer l
+  C* outputs;           // [N][ld]
+  PerHiddenLayer<C> g;  // [units][ldg()]  derivatives of the outputs in what layer l - 1 gives
 
   KERNELMETA_INLINE int64_t ldg(int64_t outputs) const { return padded(outputs * apart); }
 };
@@ -85,7 +86,9 @@ struct Ntk {
   C slope;  // of the leaky ReLU below zero
 
   KERNELMETA_INLINE const C* weight(int l) const { return parameters + net.weight_at(l); }
-  KERNELMETA_INLINE const C* bias(int l) const { return net.has_bias ? parameters + net.bias_at(l) : nullptr; }
+  KERNELMETA_INLINE const C* bias(int l) const {
+    return net.has_bias ? parameters + net.bias_at(l) : nullptr;
+  }
 
   // v where a is positive, slope v elsewhere.
   template <class V>
@@ -102,7 +105,8 @@ struct Ntk {
       const int64_t units = net.widths[l + 1];
       const C* b = bias(l);
       if (l == 0)
-        block.dots(units, FeatureRows<C>{weight(0), net.ld(0), nullptr}, r.count, r.x, net.features(), z, r.ld);
+        block.dots(units, FeatureRows<C>{weight(0), net.ld(0), nullptr}, r.count, r.x, net.features(), z,
+                   r.ld);
       else
         block.mm(units, net.widths[l], r.count, {weight(l), net.ld(l), 1}, r.a[l], r.ld, z, r.ld, nullptr);
       block.rows(units, r.count, [&](int64_t h, auto row) {
@@ -116,8 +120,8 @@ struct Ntk {
     }
   }
 
-  // f(h, row) for every unit that layer l reads, row being that of one output: where outputs are a multiple of
-  // kAlign apart, what it stores is followed by zeros.
+  // f(h, row) for every unit that layer l reads, row being that of one output: where outputs are a multiple
+  // of kAlign apart, what it stores is followed by zeros.
   template <class Fn>
   KERNELMETA_INLINE void of_outputs(const Rows& r, int l, Fn f) const {
     if (r.apart % kAlign == 0)
@@ -147,13 +151,13 @@ struct Ntk {
           const C* a = r.a[l] + h * r.ld;
           for (int64_t c = 0; c < N; ++c) {
             const C own = weight(l)[c * net.ld(l) + h];
-            row.each([&](auto i) {
-              i.store(r.g[l] + h * ldg + c * r.apart, sloped(i.load(a), i.zero() + own));
-            });
+            row.each(
+                [&](auto i) { i.store(r.g[l] + h * ldg + c * r.apart, sloped(i.load(a), i.zero() + own)); });
           }
         });
       } else {
-        block.mm(net.widths[l], net.widths[l + 1], N * r.apart, {weight(l), 1, net.ld(l)}, r.g[l + 1], ldg, r.g[l], ldg, nullptr);
+        block.mm(net.widths[l], net.widths[l + 1], N * r.apart, {weight(l), 1, net.ld(l)}, r.g[l + 1], ldg,
+                 r.g[l], ldg, nullptr);
         times_slopes(r, l, r.g[l]);
       }
     }
@@ -201,8 +205,8 @@ struct Ntk {
 
   // z: gradient of the outputs; ga: of the activations, from elsewhere, used up; gx [count][D] or null: added
   // to.
-  KERNELMETA_INLINE void layers_backward(const Rows& r, const C* z, const PerHiddenLayer<C>& ga, C* gparameters,
-                                         C* gx) const {
+  KERNELMETA_INLINE void layers_backward(const Rows& r, const C* z, const PerHiddenLayer<C>& ga,
+                                         C* gparameters, C* gx) const {
     for (int l = net.layers - 1; l >= 0; --l) {
       to_parameters(r, l, z, gparameters);
       const int64_t units = net.widths[l + 1];
@@ -218,7 +222,8 @@ struct Ntk {
   }
 
   // gg: gradient of r.g, used up.
-  KERNELMETA_INLINE void derivatives_backward(const Rows& r, const PerHiddenLayer<C>& gg, C* gparameters) const {
+  KERNELMETA_INLINE void derivatives_backward(const Rows& r, const PerHiddenLayer<C>& gg,
+                                              C* gparameters) const {
     const int64_t N = net.outputs(), ldg = r.ldg(N);
     for (int l = 1; l < net.layers; ++l) {
       C* gw = gparameters + net.weight_at(l);
@@ -232,8 +237,9 @@ struct Ntk {
         });
       } else {
         block.outer(net.widths[l + 1], net.widths[l], N * r.apart, r.g[l + 1], ldg, gg[l], ldg, gw,
-                               net.ld(l));
-        block.mm_add(net.widths[l + 1], net.widths[l], N * r.apart, {weight(l), net.ld(l), 1}, gg[l], ldg, gg[l + 1], ldg);
+                    net.ld(l));
+        block.mm_add(net.widths[l + 1], net.widths[l], N * r.apart, {weight(l), net.ld(l), 1}, gg[l], ldg,
+                     gg[l + 1], ldg);
       }
     }
   }

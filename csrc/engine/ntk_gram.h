@@ -18,23 +18,24 @@ struct NtkProblem {
 
   // Entries of the kernel for each pair of rows.
   KERNELMETA_INLINE int64_t pair() const { return full ? net.outputs() * net.outputs() : 1; }
+  KERNELMETA_INLINE Sizes sizes() const { return {T, S, Q, net.outputs(), net.features(), 0, 0}; }
 };
 
 template <class C>
 struct NtkForward {
   NtkProblem<C> problem;
-  C *gram, *cross;                    // [T][rows][S], or with full [T][rows][N][S][N]
+  C *gram, *cross;                     // [T][rows][S], or with full [T][rows][N][S][N]
   C *support_outputs, *query_outputs;  // [T][rows][N]
-  C* trace;                           // [T][ntk_trace_size] or null
+  C* trace;                            // [T][ntk_trace_size] or null
 };
 
 template <class C>
 struct NtkBackward {
   NtkProblem<C> problem;
   const C* trace;
-  const C *grad_gram, *grad_cross;                      // the second one or null
+  const C *grad_gram, *grad_cross;                     // the second one or null
   const C *grad_support_outputs, *grad_query_outputs;  // or null
-  C *grad_support, *grad_query;                         // or null
+  C *grad_support, *grad_query;                        // or null
 };
 
 // Sums over tasks.
@@ -42,10 +43,12 @@ template <class C>
 struct NtkGrad {
   C* parameters;
 
-  KERNELMETA_INLINE NtkGrad(Arena<C>& arena, const Perceptron& net) : parameters(arena.take(net.parameters())) {}
+  KERNELMETA_INLINE NtkGrad(Arena<C>& arena, const Perceptron& net)
+      : parameters(arena.take(net.parameters())) {}
 };
 
-// Activations, which the backward pass reads again; kernelmeta/ops/ntk_gram_op.py counts them.
+// Activations, which the backward pass reads again; kernelmeta/ops/ntk_gram_op.py counts them. It starts as
+// zeros.
 template <class C>
 struct NtkTrace {
   PerHiddenLayer<C> support, query;
@@ -62,7 +65,8 @@ KERNELMETA_INLINE int64_t ntk_trace_size(const NtkProblem<C>& p) {
   return count.used();
 }
 
-// Its memory, and that of its Backward, starts as zeros: between outputs, derivatives are padded with them.
+// Its memory, and that of its Backward, starts as zeros: what lies between outputs is summed up with them,
+// and no row stores more of it than a vector's width.
 template <class B>
 struct NtkGram {
   using C = typename B::Scalar;
@@ -73,7 +77,7 @@ struct NtkGram {
   const int64_t S, N, lds;
   Ntk<B> ntk;
   C *support_buffer, *query_buffer;
-  C *support_outputs, *query_outputs;                         // [N][ld] of each
+  C *support_outputs, *query_outputs;                        // [N][ld] of each
   PerHiddenLayer<C> support_derivatives, query_derivatives;  // [units][N ld] of each
   C *m, *product, *sum;  // of the larger of both: [padded(S)][ld], twice [pair_rows()][pair_ld()]
   Rows support, query;
@@ -97,10 +101,10 @@ struct NtkGram {
   NtkGram(const NtkGram&) = delete;
 
   struct Backward {
-    PerHiddenLayer<C> support, query;                           // gradients of activations
+    PerHiddenLayer<C> support, query;                          // gradients of activations
     PerHiddenLayer<C> support_derivatives, query_derivatives;  // and of derivatives
-    C* gm;                                                      // [padded(S)][ld]
-    C* outputs;                                                 // [N][ld]
+    C* gm;                                                     // [padded(S)][ld]
+    C* outputs;                                                // [N][ld]
 
     KERNELMETA_INLINE Backward(Arena<C>& arena, const NtkProblem<C>& p)
         : support(arena, p.net, padded(p.S)),
@@ -116,9 +120,19 @@ struct NtkGram {
     Arena<C> arena(base);
     const NtkTrace<C> trace(arena, p);
     const int64_t D = p.net.features(), ldq = padded(p.Q);
-    support = {B::task_rows(p.support, t, D, support_buffer), S, lds, lds, trace.support, support_outputs,
+    support = {B::task_rows(p.support, t, D, support_buffer),
+               S,
+               lds,
+               lds,
+               trace.support,
+               support_outputs,
                support_derivatives};
-    query = {B::task_rows(p.query, t, D, query_buffer), p.Q, ldq, ldq, trace.query, query_outputs,
+    query = {B::task_rows(p.query, t, D, query_buffer),
+             p.Q,
+             ldq,
+             ldq,
+             trace.query,
+             query_outputs,
              query_derivatives};
   }
 
@@ -162,7 +176,8 @@ struct NtkGram {
       ntk.layers_backward(query, w.outputs, w.query, grad.parameters, gquery);
     }
     ntk.derivatives_backward(support, w.support_derivatives, grad.parameters);
-    outputs_backward(support, f.grad_support_outputs ? f.grad_support_outputs + t * S * N : nullptr, w.outputs);
+    outputs_backward(support, f.grad_support_outputs ? f.grad_support_outputs + t * S * N : nullptr,
+                     w.outputs);
     ntk.layers_backward(support, w.outputs, w.support, grad.parameters, gsupport);
   }
 
@@ -174,9 +189,8 @@ struct NtkGram {
   KERNELMETA_INLINE int64_t parts() const { return p.full ? N : 1; }
 
   KERNELMETA_INLINE void zero(int64_t rows, int64_t ld, C* to) const {
-    block.rows(rows, ld, [&](int64_t i, auto row) {
-      row.each([&](auto at) { at.store(to + i * ld, at.zero()); });
-    });
+    block.rows(rows, ld,
+               [&](int64_t i, auto row) { row.each([&](auto at) { at.store(to + i * ld, at.zero()); }); });
   }
 
   KERNELMETA_INLINE void outputs(const Rows& r, C* to) const {
@@ -277,8 +291,8 @@ struct NtkGram {
           const C *gs = support.g[l + 1] + c * lds, *own = p.full ? product + c * S * row : product;
           const int64_t shift = p.full ? 0 : c * r.ld, columns = p.full ? ldr : r.count;
           block.mm_add(units, S, columns, {gs, ldg, 1}, own, row, gg[l + 1] + shift, ldr);
-          block.outer(units, S, columns, r.g[l + 1] + shift, ldr, own, row, w.support_derivatives[l + 1] + c * lds,
-                      ldg);
+          block.outer(units, S, columns, r.g[l + 1] + shift, ldr, own, row,
+                      w.support_derivatives[l + 1] + c * lds, ldg);
         }
       }
       if (l > 0) {

@@ -65,7 +65,8 @@ struct DescentArguments {
     Elements count;
     count.add({T + 1, N, S + 16, N, S + 16}).add({T + 1, N, Q + 16}).add({kBranch, kBranch, N, S + 32});
     for (int l = 0; l < net.layers; ++l) {
-      count.add({T + 1, net.widths[l + 1] + 16, N + 2, S + 16}).add({T + 1, net.widths[l + 1] + 16, 6, Q + 16});
+      count.add({T + 1, net.widths[l + 1] + 16, N + 2, S + 16})
+          .add({T + 1, net.widths[l + 1] + 16, 6, Q + 16});
       count.add({T + 1, S + 16, S + Q + 32});
     }
     problem = {T,

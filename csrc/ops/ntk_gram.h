@@ -61,14 +61,7 @@ struct NtkArguments {
     Elements count;
     count.add({T + 1, call.full ? N * N : 1, S + 16, S + Q + 32, 2}).add({T + 1, N, S + Q + 32});
     for (int l = 0; l < net.layers; ++l) count.add({T + 1, net.widths[l + 1] + 16, N + 1, S + Q + 32});
-    problem = {T,
-               S,
-               Q,
-               net,
-               support.features(),
-               query.features(),
-               parameters,
-               C(call.options.slope),
+    problem = {T,        S, Q, net, support.features(), query.features(), parameters, C(call.options.slope),
                call.full};
   }
   NtkArguments(const NtkArguments&) = delete;

@@ -55,7 +55,7 @@ class PaddedTasks:
         """[T, most]: those of every row, or equal parts of 1; zero where a row is no task's own."""
         own = self.support.own
         if values is None:
-            weights = (1 / self.support.counts.clamp_min(1).unsqueeze(-1)).to(dtype)
+            weights = 1 / self.support.counts.clamp_min(1).unsqueeze(-1).to(dtype)
         else:
             weights = self.of_support(values)
         return torch.where(own, weights, torch.zeros((), dtype=weights.dtype, device=weights.device))

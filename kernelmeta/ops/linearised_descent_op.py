@@ -233,6 +233,8 @@ def _check(
     rows = support.shape[:-1] if support_index is None else support_index.shape
     if not isinstance(targets, Tensor) or targets.dim() != len(rows) + targets.is_floating_point():
         raise ValueError("support_targets: expected a tensor, [T, S, N] or labels [T, S] (without T for ragged tasks)")
+    if not targets.is_floating_point() and targets.dtype is not torch.int64:
+        raise TypeError(f"support_targets: expected labels of int64, got {str(targets.dtype).removeprefix('torch.')}")
     labels = targets if targets.dtype is torch.int64 else targets[..., 0].detach().long()
     _checks.task_rows(support, labels, query, support_index, query_index, ragged)
     _perceptron.check(weights, biases, query.shape[-1], slope)
@@ -241,8 +243,6 @@ def _check(
     if targets.is_floating_point():
         _checks.tensors(query=query, support_targets=targets)
         _checks.shape("support_targets", targets, (*rows, N), "[T, S, N]")
-    elif targets.dtype is not torch.int64:
-        raise TypeError(f"support_targets: expected labels of int64, got {str(targets.dtype).removeprefix('torch.')}")
     if ragged is not None and ragged.n_ways is not None:
         raise ValueError("ragged.n_ways: expected None; the network has as many outputs in every task")
     if math.prod(rows) == 0 and (rows[0] if ragged is None else ragged.support_offsets.shape[0] - 1):
