@@ -39,7 +39,11 @@ def main() -> None:
     bank = km.data.FeatureBank.load(args.bank)
     methods = [make_learner(name, None, WAY, bank.n_features) for name in ("prototypes", "soft_kmeans")]
     methods += [make_learner(None, run, WAY, bank.n_features) for run in args.runs]
-    print("| query set |", " | ".join(name for name, _ in methods), "| warned |\n|---|" + "---|" * (len(methods) + 1))
+    print(
+        "| query set |",
+        " | ".join(chosen.method for chosen in methods),
+        "| warned |\n|---|" + "---|" * (len(methods) + 1),
+    )
     for title, (balance, taken) in QUERY_SETS.items():
         sampler = km.data.EpisodeSampler(bank, "test", way=WAY, shot=args.shot, query=QUERY, balance=balance, seed=0)
         right: list[list[float]] = [[] for _ in methods]
@@ -48,10 +52,10 @@ def main() -> None:
             support_index, labels, query_index, answers = (drawn[0] for drawn in sampler.draw(task, 1))
             rows = taken(answers)
             support, query = bank.features[support_index].float(), bank.features[query_index[rows]].float()
-            for found, (_, learner) in zip(right, methods, strict=True):
-                given = probabilities(learner, support, labels, query).argmax(-1)
+            for found, chosen in zip(right, methods, strict=True):
+                given = probabilities(chosen.learner, support, labels, query).argmax(-1)
                 found.append(float((given == answers[rows]).double().mean()))
-            warned += doubts(methods[1][1], support, labels, query, range(WAY)) is not None
+            warned += doubts(methods[1].learner, support, labels, query, range(WAY)) is not None
         cells = []
         for found in right:
             values = 100 * torch.tensor(found)

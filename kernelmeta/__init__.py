@@ -4,8 +4,8 @@
 - `km.nn`: modules; `km.func`: inner loops over whole networks; `km.data`: episodes and feature banks
 - `km.linear`: neural tangent kernels, linearised networks, certified steps
 - `km.graceful`: successors that keep what their predecessors do right, and the galleries that those indexed
-- `km.Ragged`, `km.Classifier`: tasks of unequal size, and what learners make for a task; `km.Phase`,
-  `km.MLPParameters`: what programs consist of, and the parameters of the synthetic-gradient MLP;
+- `km.Ragged`, `km.Classifier`, `km.AdaptedClassifier`: tasks of unequal size, what learners make for a task, and that
+  as a file; `km.Phase`, `km.MLPParameters`: what programs consist of, and the parameters of the synthetic-gradient MLP;
   `km.FlipCounts`: rows that flip between two models
 - `km.FewShotClassifier`: learners for scikit-learn, which it needs
 - `km.backends()`, `km.use_backend()`: what this installation can run, and what to run
@@ -15,7 +15,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import kernelmeta.starting  # noqa: F401 (before what takes seconds)
+
+# isort: split
 from kernelmeta import data, func, graceful, linear, nn, ops, reference, triton
+from kernelmeta.adapted_classifier import AdaptedClassifier
 from kernelmeta.backends import backends, use_backend
 from kernelmeta.flip_counts import FlipCounts
 from kernelmeta.mlp_parameters import MLPParameters
@@ -24,6 +28,7 @@ from kernelmeta.tasks import Classifier, Ragged
 from kernelmeta.version import __version__
 
 __all__ = [
+    "AdaptedClassifier",
     "Classifier",
     "FlipCounts",
     "MLPParameters",

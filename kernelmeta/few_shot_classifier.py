@@ -19,6 +19,7 @@ except ImportError as error:
         "kernelmeta.FewShotClassifier needs scikit-learn 1.6 or later: pip install 'kernelmeta[sklearn]'"
     ) from error
 
+from kernelmeta.data.label_codes import as_array
 from kernelmeta.training.answers import doubts, make_learner, probabilities
 
 
@@ -31,6 +32,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         method: "soft_kmeans", "prototypes", "ridge", which need no training, or the learner that the weights are of:
             "sib", "anil", "combined" too. None: that of the weights, or soft k-means.
         weights: a run folder of ``kernelmeta train``, its checkpoint, or a published one.
+        at: which weights of that run: "best", those that were best on its validation classes, or "last". None: the best
+            where it has any.
         transductive: the rows of one `predict` call are judged together, by a method that can (soft k-means, SIB, some
             programs). This is worth several points where they are a fair sample of all classes, and a loss where they
             are not: a call with one row, or with rows of one class, warns. With False each row is judged alone.
@@ -49,10 +52,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         method: str | None = None,
         *,
         weights: str | os.PathLike[str] | None = None,
+        at: str | None = None,
         transductive: bool = True,
     ) -> None:
         self.method = method
         self.weights = weights
+        self.at = at
         self.transductive = transductive
 
     def fit(self, X: Any, y: Any) -> FewShotClassifier:
@@ -62,12 +67,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             X: [n, D], an array or tensor of any float type.
             y: [n] labels of any type; every class that there is must be among them.
         """
-        X, y = validate_data(self, _array(X), _array(y), dtype=_DTYPES)
+        X, y = validate_data(self, _array(X), _labels(y), dtype=_DTYPES)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         self.method_, self.learner_ = None, None
         if len(self.classes_) > 1:
-            self.method_, self.learner_ = make_learner(self.method, self.weights, len(self.classes_), X.shape[1])
+            self.method_, self.learner_, _ = make_learner(
+                self.method, self.weights, len(self.classes_), X.shape[1], self.at
+            )
         self.support_ = torch.from_numpy(np.array(X))
         self.support_labels_ = torch.from_numpy(labels.reshape(-1).astype(np.int64))
         return self
@@ -93,6 +100,17 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
 
 _DTYPES = (np.float64, np.float32)
+
+
+def _labels(y: Any) -> Any:
+    """Labels as they are: a list that holds numbers and text is refused, of which NumPy makes text."""
+    if isinstance(y, (list, tuple)) and all(np.ndim(value) == 0 for value in y):
+        y = as_array(y)
+        texts = sum(isinstance(value, str) for value in y.tolist())
+        if y.dtype == object and 0 < texts < len(y):
+            raise ValueError("y: some labels are numbers and some are text; give all of them as one or the other")
+        return np.asarray(y.tolist()) if y.dtype == object else y
+    return _array(y)
 
 
 def _array(values: Any) -> Any:

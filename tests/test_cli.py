@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
 import pickle
+import re
 import signal
 import stat
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import make_bank
+from runs import make_bank, start
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kernelmeta.cli import main
+from kernelmeta.cli import _parser, main
+from kernelmeta.command_line import GROUPS
 from kernelmeta.data import FeatureBank
 from kernelmeta.training.learners import LEARNERS
 from kernelmeta.training.loading import load_learner
@@ -125,6 +129,47 @@ def test_evaluate_takes_other_episodes_and_the_checkpoint_itself(run, tmp_path):
     assert (results["shot"], results["query"], results["query_balance"]) == (2, 5, "dirichlet:2")
 
 
+def test_results_say_which_weights_they_are_of(run, bank_file, tmp_path, capsys):
+    """With a rate that destroys what was learned, the best weights are not the last."""
+    few, json_file = ("--episodes", "50", "--seed", "3", "--quiet"), tmp_path / "r.json"
+    args = [*TRAIN, "--data", bank_file, "--seed", "3", "--eval-episodes", "50", "--validate-every", "60"]
+    found = {}
+    for at in ("best", "last"):
+        out = tmp_path / at
+        assert main([*args, "--optimizer", "Adam", "--lr", "0.3", "--at", at, "--out", str(out)]) == 0
+        results = json.loads((out / "results.json").read_text())
+        assert results["at"] == at
+        assert (results["at_episodes"] < 300) == (at == "best")
+        said = "the best on the validation classes, after " if at == "best" else "the last, after 300 episodes"
+        assert f"SIB's weights: {said}" in capsys.readouterr().out
+        for more in ((), ("--at", "best")) if at == "best" else (("--at", "last"),):
+            assert main(["evaluate", str(out), *few, *more, "--json", str(json_file)]) == 0
+            again = json.loads(json_file.read_text())
+            assert {k: again[k] for k in ("accuracy", "at", "at_episodes")} == {
+                k: results[k] for k in ("accuracy", "at", "at_episodes")
+            }
+            assert said in capsys.readouterr().out
+        found[at] = results["accuracy"]
+    assert found["best"] > found["last"]
+
+
+def test_evaluate_says_what_a_checkpoint_is_and_takes_other_ways_where_it_can(run, bank_file, tmp_path, capsys):
+    few = ("--episodes", "10", "--quiet")
+    assert main(["evaluate", str(run), *few]) == 0
+    printed = capsys.readouterr().out
+    assert f"{run}: SIB, trained on 300 3-way 1-shot episodes of {bank_file}" in printed
+    line = refused(capsys, "evaluate", run, "--way", 4, *few)
+    assert "--way: " in line and "was trained for 3 classes at a time, not 4" in line
+    assert "--way: expected at least 2, got 1" in refused(capsys, "evaluate", run, "--way", 1, *few)
+    ridge, json_file = tmp_path / "ridge", tmp_path / "r.json"
+    args = (*TRAIN[:-3], "--learner", "ridge", "--quiet", "--data", bank_file, "--eval-episodes", "0")
+    assert main([*args, "--out", str(ridge)]) == 0
+    assert main(["evaluate", str(ridge), "--way", "6", *few, "--json", str(json_file)]) == 0
+    assert json.loads(json_file.read_text())["way"] == 6
+    assert "way: 7 classes asked for" in refused(capsys, "evaluate", ridge, "--way", 7, *few)
+    assert "but a feature bank" in refused(capsys, "evaluate", bank_file, *few)
+
+
 def published(bank: FeatureBank) -> dict:
     D, N, H = bank.n_features, 3, 24
     state = {"wnLayerFavg.weight": torch.ones(D), "scale_cls": torch.full((1,), 10.0), "bias": torch.zeros(1)}
@@ -169,6 +214,17 @@ def test_resume_goes_on_and_refuses_another_run(bank_file, tmp_path, capsys):
     assert "not of 'pretrain'" in refused(capsys, "pretrain", "glyphs", "--out", out, "--resume")
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
+def test_ctrl_c_while_the_command_is_imported_is_no_traceback():
+    for library in ("_multiarray_umath", "libtorch_cpu"):
+        process = start("info")
+        while process.poll() is None and library not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate()
+        assert (process.returncode, out, errors) == (130, "", "")
+
+
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(bank_file, tmp_path, capsys):
     out = str(tmp_path / "run")
     args = [
@@ -185,7 +241,13 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(bank_file, tmp_path, capsys):
         "--out",
         out,
     ]
-    threading.Timer(1.0, signal.raise_signal, (signal.SIGINT,)).start()
+
+    def interrupt():
+        while not (tmp_path / "run" / "checkpoint.safetensors").exists():
+            time.sleep(0.01)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
     assert main([*args, "--episodes", "10000000"]) == 130
     assert "--resume" in capsys.readouterr().err
     step = json.loads(metadata(tmp_path / "run" / "checkpoint.safetensors"))["state"]["step"]
@@ -353,7 +415,7 @@ def test_info_says_what_runs(capsys):
         (("--device", "tpu"), "--device: expected cpu"),
         (("--threads", 0), "--threads: expected at least 1"),
         (("--data", "/nowhere.safetensors"), "/nowhere.safetensors: No such file or directory"),
-        (("--hidden", 100_000), "hidden 100000: that takes 160.0 GB of memory; this machine has"),
+        (("--hidden", 100_000), "hidden 100000: that takes 200.0 GB of memory; this machine has"),
         (("--hidden", 10**30), "of memory; this machine has"),
         (("--learner", "combined", "--hidden", 100_000), "of memory; this machine has"),
         (("--learner", "maml", "--hidden", 10**13), "of memory; this machine has"),
@@ -541,7 +603,7 @@ def test_memory_that_is_not_there_is_one_line(capsys, run, monkeypatch, error, s
     def fail(*args, **more):
         raise error
 
-    monkeypatch.setattr("kernelmeta.cli.evaluate", fail)
+    monkeypatch.setattr("kernelmeta.commands.evaluate.evaluate", fail)
     assert said in refused(capsys, "evaluate", run)
 
 
@@ -549,7 +611,7 @@ def test_a_backend_that_cannot_run_is_refused(capsys, bank_file, monkeypatch):
     def unavailable(device_type):
         raise RuntimeError("backend 'cpu' cannot run: no native build")
 
-    monkeypatch.setattr("kernelmeta.cli.select", unavailable)
+    monkeypatch.setattr("kernelmeta.command_line.select", unavailable)
     assert "backend 'cpu' cannot run: no native build" in refused(capsys, *TRAIN, "--data", bank_file)
 
 
@@ -559,3 +621,32 @@ def test_no_command_and_help(capsys):
         main(["train", "--help"])
     assert stopped.value.code == 0
     assert "--tasks-per-step" in capsys.readouterr().out
+
+
+COMMANDS = next(a.choices for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_in_parts_and_ends_with_a_command_to_copy(capsys, name):
+    with pytest.raises(SystemExit) as stopped:
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    parts = [line[:-1] for line in text.splitlines() if re.fullmatch(r"[a-z]+:", line)]
+    assert [part for part in parts if part in GROUPS] == [part for part in GROUPS if part in parts]
+    assert text.splitlines()[0].startswith(f"usage: kernelmeta {name}")
+    example = text.splitlines()[-1].split()
+    assert example[:2] == ["kernelmeta", name]
+    assert _parser().parse_args(example[1:]).command == name
+    for action in COMMANDS[name]._actions:
+        assert action.help, action.dest
+
+
+def test_the_settings_of_a_training_stand_where_one_looks_for_them(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    places = {"--weights": "data", "--shot": "episodes", "--inner-lr": "learner", "--momentum": "optimizer",
+              "--update-tau": "update", "--resume": "run"}  # fmt: skip
+    for option, part in places.items():
+        assert re.findall(r"^([a-z]+):$", text[: text.index(f"  {option} ")], re.MULTILINE)[-1] == part

@@ -113,7 +113,7 @@ def test_trained_weights(run) -> None:
         ({"method": "knn"}, "method: expected one of soft_kmeans, prototypes"),
         ({"method": "sib"}, "sib must be trained; give the weights"),
         ({"method": "ridge", "weights": "run"}, "are of sib"),
-        ({"weights": "run", "classes": 3}, "was trained for 4 classes at a time, and there are 3"),
+        ({"weights": "run", "classes": 3}, "was trained for 4 classes at a time, not 3"),
         ({"weights": "run", "features": 9}, "was trained on 16 features, but the rows have 9"),
     ],
 )
@@ -125,6 +125,13 @@ def test_what_does_not_fit_is_named(run, given, message) -> None:
         given["weights"] = run
     with pytest.raises(ValueError, match=message):
         km.FewShotClassifier(**given).fit(X, SUPPORT_CLASSES[few])
+
+
+def test_numbers_and_text_among_the_labels_are_not_merged() -> None:
+    with pytest.raises(ValueError, match="y: some labels are numbers and some are text"):
+        km.FewShotClassifier().fit(SUPPORT, [1, "1", 2, 3] * (len(SUPPORT) // 4))
+    mixed = [2.0, 1, 2, 3] * (len(SUPPORT) // 4)
+    assert km.FewShotClassifier().fit(SUPPORT, mixed).classes_.tolist() == [1, 2, 3]
 
 
 def test_a_learner_of_any_number_of_classes(tmp_path) -> None:
@@ -169,7 +176,7 @@ def test_many_rows_are_judged_in_parts(monkeypatch) -> None:
 def test_rows_alone_are_alone_where_a_call_couples_its_tasks(run, monkeypatch) -> None:
     head = km.nn.SIB(4, 16, norm_stats="batch").double().eval()
     head.tasks_together = 4  # as a training with four tasks a step leaves it
-    monkeypatch.setattr("kernelmeta.training.answers.load_learner", lambda path: (head, {"learner": "sib"}))
+    monkeypatch.setattr("kernelmeta.training.answers.load_learner", lambda path, at: (head, {"learner": "sib"}))
     classifier = km.FewShotClassifier(weights=run, transductive=False).fit(SUPPORT, SUPPORT_CLASSES)
     assert np.abs(classifier.predict_proba(QUERY)[::3] - classifier.predict_proba(QUERY[::3])).max() < 1e-12
 

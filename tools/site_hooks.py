@@ -98,10 +98,12 @@ def _help(command: str) -> str:
     (commands,) = (action.choices for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
     parser: Any = commands[command]
     rows = ["| | |", "|---|---|"]
-    for action in parser._actions:
-        if isinstance(action, argparse._HelpAction):
-            continue
-        shown = f"{', '.join(action.option_strings)} {action.metavar or ''}".strip() or action.dest
-        text = (action.help or "").replace("|", "\\|")
-        rows.append(f"| `{shown}` | {text} |")
-    return f"{parser.description}\n\n" + "\n".join(rows)
+    for part in parser._action_groups:
+        actions = [a for a in part._group_actions if not isinstance(a, argparse._HelpAction)]
+        if actions and all(a.option_strings for a in actions):
+            rows.append(f"| **{part.title}** | |")
+        for action in actions:
+            shown = f"{', '.join(action.option_strings)} {action.metavar or ''}".strip() or action.dest
+            text = (action.help or "").replace("|", "\\|")
+            rows.append(f"| `{shown}` | {text} |")
+    return f"{parser.description}\n\n    kernelmeta {parser.example}\n\n" + "\n".join(rows)

@@ -26,6 +26,7 @@ from kernelmeta.data.files import parse_json
 from kernelmeta.data.label_codes import LabelCodes
 from kernelmeta.data.mapped_file import MappedFile
 from kernelmeta.data.tensor_files import CHECKSUM, Pieces, bytes_of, read_tensors, write_tensors
+from kernelmeta.data.whole_numbers import check_whole
 from kernelmeta.data.words import listing
 
 FORMAT = "kernelmeta-bank-1"
@@ -177,7 +178,7 @@ class FeatureBank:
         """
         features = as_features(X)
         codes = LabelCodes()
-        codes.add(y.detach().cpu().numpy() if isinstance(y, Tensor) else y)
+        codes.add(y)
         labels, values = codes.finish()
         if len(labels) != len(features):
             raise ValueError(f"y: expected one label for each of the {len(features)} rows of X, got {len(labels)}")
@@ -267,6 +268,11 @@ def as_features(X: Any) -> Tensor:
     if features.dtype not in FEATURE_DTYPES:
         if features.is_complex():
             raise TypeError(f"X: expected real numbers, got {features.dtype}")
+        if not features.is_floating_point():
+            try:
+                check_whole(features.cpu())
+            except ValueError as error:
+                raise ValueError(f"X: {error}") from None
         features = features.float()
     if features.dim() != 2:
         raise ValueError(f"X: expected a matrix [n, D], got shape {list(features.shape)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,13 +15,15 @@ _STRATUM = 10  # classes of about the same size, among which the splits are draw
 
 
 def parse_shares(text: str) -> tuple[float, float, float]:
-    """ "60/20/20" -> (0.6, 0.2, 0.2), of train, val and test. Raises ValueError."""
+    """ "60/20/20", in percent, or "0.6/0.2/0.2" -> (0.6, 0.2, 0.2), of train, val and test. Raises ValueError."""
     try:
         parts = [float(part) for part in text.split("/")]
     except ValueError:
         parts = []
     if len(parts) != 3 or not all(0 <= part < float("inf") for part in parts) or not sum(parts):
         raise ValueError(f"split: expected shares of train, val and test such as 60/20/20, got {text!r}")
+    if not any(math.isclose(sum(parts), whole, rel_tol=1e-3) for whole in (1, 100)):
+        raise ValueError(f"split: expected shares that sum to 100 (or to 1), got {text}, which sum to {sum(parts):g}")
     train, val, test = (part / sum(parts) for part in parts)
     return train, val, test
 

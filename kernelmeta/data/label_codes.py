@@ -10,6 +10,23 @@ import torch
 from torch import Tensor
 
 
+def as_array(labels: Any) -> np.ndarray[Any, Any]:
+    """Labels as an array in which each is what it was: NumPy makes text of all if some are, and rounds whole numbers
+    beside floats.
+    """
+    if isinstance(labels, Tensor):
+        labels = labels.detach().cpu()
+        return (labels.float() if labels.dtype is torch.bfloat16 else labels).numpy()
+    if hasattr(labels, "dtype"):  # an array, a column of a table
+        return np.asarray(labels)
+    values = list(labels)
+    if len({type(value) for value in values}) > 1 and all(np.ndim(value) == 0 for value in values):
+        array = np.empty(len(values), object)
+        array[:] = values
+        return array
+    return np.asarray(values)
+
+
 class LabelCodes:
     """Takes labels, some at a time, and numbers the classes: by value if all are whole numbers, else by name."""
 
@@ -20,7 +37,7 @@ class LabelCodes:
 
     def add(self, labels: Iterable[Any]) -> None:
         """Raises ValueError for what is no label: NaN, 0.5, an empty text."""
-        values = np.asarray(labels)
+        values = as_array(labels)
         if values.dtype.kind in "OSU":
             keys: Sequence[int | str] = [_key(value, self.n + i) for i, value in enumerate(values.tolist())]
             codes = np.fromiter((self._code(key) for key in keys), np.int64, len(keys))
@@ -39,6 +56,11 @@ class LabelCodes:
         if not self.n:
             raise ValueError("labels: expected at least one")
         values = list(self._codes)
+        twice = [value for value in values if isinstance(value, int) and str(value) in self._codes]
+        if twice:
+            raise ValueError(
+                f"labels: both the number {twice[0]} and the text {str(twice[0])!r} are there; give numbers or text"
+            )
         if any(isinstance(value, str) for value in values):
             values.sort(key=str)
         else:

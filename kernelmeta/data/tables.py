@@ -10,6 +10,7 @@ import contextlib
 import csv
 import itertools
 import os
+import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from kernelmeta.data.bank import FEATURE_DTYPES
 from kernelmeta.data.files import read_weights
+from kernelmeta.data.label_codes import as_array
 from kernelmeta.data.tensor_files import read_tensors
+from kernelmeta.data.whole_numbers import check_whole
 from kernelmeta.data.words import listing, one_line
 
 LABEL_NAMES = ("label", "labels", "class", "target", "targets", "y")
@@ -30,6 +33,7 @@ ID_NAMES = ("id", "ids", "name", "file", "path", "filename")
 SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors", ".csv", ".tsv", ".parquet")
 PIECE = 1 << 22  # elements in a piece
 _CSV_ROWS = 4096
+_WHOLE = re.compile(r"[+-]?\d+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ def _torch(file: Path) -> dict[str, Any]:
     if isinstance(content, (tuple, list)):
         content = dict(zip(("X", "y"), content, strict=False))
     arrays = {str(name): value for name, value in content.items() if isinstance(value, (Tensor, list, tuple))}
-    return {name: value if isinstance(value, Tensor) else np.asarray(value) for name, value in arrays.items()}
+    return {name: value if isinstance(value, Tensor) else as_array(value) for name, value in arrays.items()}
 
 
 def _of_arrays(file: Path, arrays: dict[str, Any], label: str | None, labelled: bool) -> Table:
@@ -145,7 +149,7 @@ def _of_arrays(file: Path, arrays: dict[str, Any], label: str | None, labelled: 
         dtype = kept if kept in FEATURE_DTYPES else torch.float32
     return Table(
         file, D, dtype,
-        None if features is None else lambda: _matrix_pieces(features, dtype),
+        None if features is None else lambda: _matrix_pieces(file, features, dtype),
         None if labels is None else lambda: _vector_pieces(labels),
         None if ids is None else lambda: _vector_pieces(ids),
     )  # fmt: skip
@@ -172,10 +176,15 @@ def _pick(file: Path, what: str, arrays: dict[str, Any], names: Sequence[str], w
     return next(iter(arrays.values()), None)
 
 
-def _matrix_pieces(matrix: Any, dtype: torch.dtype) -> Iterator[Tensor]:
+def _matrix_pieces(file: Path, matrix: Any, dtype: torch.dtype) -> Iterator[Tensor]:
     rows = max(1, PIECE // max(1, matrix.shape[1]))
     for first in range(0, len(matrix), rows):
         piece = matrix[first : first + rows]
+        if not (isinstance(piece, Tensor) and piece.is_floating_point()):
+            try:
+                check_whole(piece)
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}") from None
         if not isinstance(piece, Tensor):
             kind = piece.dtype
             small = kind.kind == "f" and kind.itemsize in (2, 4) and kind.isnative
@@ -184,7 +193,7 @@ def _matrix_pieces(matrix: Any, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def _vector_pieces(vector: Any) -> Iterator[Sequence[Any]]:
-    array: Any = vector.numpy() if isinstance(vector, Tensor) else vector
+    array: Any = as_array(vector)
     for first in range(0, len(array), PIECE):
         yield array[first : first + PIECE]
 
@@ -235,6 +244,18 @@ def _rows_of(file: Path) -> Generator[tuple[int, list[str]], None, None]:
             raise ValueError(f"{file}: not a text file of columns ({one_line(error)})") from None
 
 
+def _check_column(file: Path, name: str, values: Any) -> None:
+    try:
+        check_whole(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: column {name!r}: {error}") from None
+
+
+def _whole(texts: Sequence[str]) -> np.ndarray[Any, Any]:
+    """Whole numbers, those beyond int64 as the nearest that is not."""
+    return np.array([max(-(2**63), min(2**63 - 1, int(text))) for text in texts], np.int64)
+
+
 def _number(text: str) -> float | None:
     try:
         return float(text)
@@ -243,16 +264,17 @@ def _number(text: str) -> float | None:
 
 
 def _csv(file: Path, label: str | None, labelled: bool, wanted: Sequence[str]) -> Table:
-    rows = list(itertools.islice(_rows_of(file), 2))
+    rows = list(itertools.islice(_rows_of(file), 1 + _CSV_ROWS))
     if not rows:
         raise ValueError(f"{file}: empty")
     columns = [name.strip() for name in rows[0][1]]
     if all(_number(name) is not None for name in columns):
         raise ValueError(f"{file}: expected a first line that names the columns, got numbers")
     label_column, id_column = _columns(file, columns, label, labelled)
-    example = rows[1][1] if len(rows) > 1 else columns
     others = [i for i, name in enumerate(columns) if name not in (label_column, id_column)]
-    numbers = [i for i in others if i < len(example) and _number(example[i]) is not None]
+    # The first cell that is not blank says what a column holds: a blank one is an error where there should be a number.
+    examples = {i: next((row[i] for _, row in rows[1:] if i < len(row) and row[i].strip()), "") for i in others}
+    numbers = [i for i in others if _number(examples[i]) is not None]
     ignored = [columns[i] for i in others if i not in numbers]
     numbers = [columns.index(name) for name in _ordered(file, [columns[i] for i in numbers], wanted)]
 
@@ -266,8 +288,14 @@ def _csv(file: Path, label: str | None, labelled: bool, wanted: Sequence[str]) -
                 yield read(piece)
 
     def matrix(piece: list[tuple[int, list[str]]]) -> Tensor:
+        texts = np.array([[row[i] for i in numbers] for _, row in piece])
+        for at, i in enumerate(numbers):
+            # Whole numbers of so many digits that float32 may round them.
+            long = [text for text in texts[:, at].tolist() if len(text) > 7 and _WHOLE.fullmatch(text.strip())]
+            if long:
+                _check_column(file, columns[i], _whole(long))
         try:
-            values = np.array([[row[i] for i in numbers] for _, row in piece]).astype(np.float32)
+            values = texts.astype(np.float32)
         except ValueError:
             line, i, text = next((line, i, row[i]) for line, row in piece for i in numbers if _number(row[i]) is None)
             raise ValueError(f"{file}: line {line}, column {columns[i]!r}: expected a number, got {text!r}") from None
@@ -326,15 +354,19 @@ def _parquet(file: Path, label: str | None, labelled: bool, wanted: Sequence[str
             if batch.column(name).null_count:
                 raise ValueError(f"{file}: column {name!r} has rows without a value")
         if not lists:
-            columns = [np.asarray(batch.column(name).cast(pa.float32(), safe=False)) for name in used]
-            return torch.from_numpy(np.stack(columns, 1))
+            return torch.from_numpy(np.stack([numbers(name, batch.column(name)) for name in used], 1))
         values = batch.column(lists[0])
-        flat = np.asarray(values.flatten().cast(pa.float32(), safe=False))
+        flat = numbers(lists[0], values.flatten())
         if len(flat) != len(values) * D or not (
             pa.types.is_fixed_size_list(values.type) or np.all(np.diff(np.asarray(values.offsets)) == D)
         ):
             raise ValueError(f"{file}: column {lists[0]!r}: expected {D} numbers in each row")
         return torch.from_numpy(flat.reshape(len(values), D).copy())
+
+    def numbers(name: str, values: Any) -> np.ndarray[Any, Any]:
+        if pa.types.is_integer(values.type) and not values.null_count:
+            _check_column(file, name, values)
+        return np.asarray(values.cast(pa.float32(), safe=False))
 
     def column(name: str) -> Callable[[], Iterator[list[Any]]]:
         return lambda: pieces([name], lambda batch: batch.column(name).to_pylist(), 1 << 16)

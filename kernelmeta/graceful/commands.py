@@ -5,13 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kernelmeta.command_line import PRETRAIN_HELP, given_settings, run_folder, say_of
+from kernelmeta.command_line import (
+    PRETRAIN_HELP,
+    Add,
+    given_settings,
+    machine_options,
+    run_folder,
+    say_of,
+    settings_options,
+)  # fmt: skip
 from kernelmeta.data.files import read_json, write_json, write_text
 from kernelmeta.data.images import LabelledImages
 from kernelmeta.graceful import demo, plots
@@ -29,7 +36,8 @@ SEARCH, SEARCH_TABLE, SEARCH_PLOT = "search.json", "search.md", "search.png"
 DEMOS = {"graceful": demo.run}
 _DATA = "a folder with train/, val/ and test/, glyphs, or a file of glyphs (.npz)"
 # Options of `update` and `search`.
-HELP = {
+_HELP = {
+    **PRETRAIN_HELP,
     "old": "the run that is to be succeeded",
     "method": "; ".join(f"{name}: {text}" for name, text in METHODS.items()),
     "weight": "weight of the loss that looks at the old model",
@@ -43,47 +51,54 @@ HELP = {
     "reward": "self: M(q,q), cross: M(q,g), or their product: what the network that is kept was chosen by",
     "final_epochs": "passes over the images in training the chosen networks anew",
 }
-Add = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
-Settings = Callable[[argparse.ArgumentParser, type[Any], dict[str, str | None]], None]
 
 
-def add_commands(add: Add, settings: Settings, machine: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Adds these commands to the parser of all.
-
-    Args:
-        add: makes a command of a name, a function and a description.
-        settings: adds an option for every setting of a dataclass.
-        machine: adds the options of where and how to compute.
-    """
-    command = add("update", _update, "Train a successor of a pretrained backbone, and judge it beside the old one.")
+def add_commands(add: Add) -> None:
+    """Adds these commands to the parser."""
+    command = add(
+        "update",
+        _update,
+        "Train a successor of a pretrained backbone, and judge it beside the old one.",
+        "update runs/backbone --method bct --out runs/new",
+    )
     command.add_argument("old", metavar="OLD", help="run folder of 'kernelmeta pretrain' or 'kernelmeta update'")
     as_old = {name: f"{text} (default: as OLD)" for name, text in _AS_OLD.items()}
-    settings(command, UpdateConfig, {"old": None, **as_old})
-    machine(command)
-
-    command = add("compare-models", _compare_models, "Who flipped, and does the new model search the old gallery?")
-    command.add_argument("old", metavar="OLD", help="run folder of the old model")
-    command.add_argument("new", metavar="NEW", help="run folder of its successor")
-    command.add_argument("--free", metavar="RUN", help="a successor trained without regard to OLD, for gain and tax")
-    command.add_argument("--data", help=f"{_DATA} (default: as NEW)")
-    command.add_argument("--style", help="as of pretrain (default: as NEW)")
-    command.add_argument("--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")
-    command.set_defaults(resume=False)
-    machine(command)
+    settings_options(command, UpdateConfig, _HELP, {"old": None, **as_old}, "update")
+    machine_options(command)
 
     command = add(
-        "search", _search, "Search for a small network whose queries find their like in a large one's gallery."
+        "compare-models",
+        _compare_models,
+        "Who flipped, and does the new model search the old gallery?",
+        "compare-models runs/backbone runs/new",
     )
-    command.add_argument("--gallery", required=True, metavar="RUN", help=HELP["gallery"])
-    settings(command, SearchConfig, {"gallery": None, "data": f"{_DATA} (default: as RUN)"})
-    machine(command)
+    command.add_argument("old", metavar="OLD", help="run folder of the old model")
+    command.add_argument("new", metavar="NEW", help="run folder of its successor")
+    command.option(
+        "update", "--free", metavar="RUN", help="a successor trained without regard to OLD, for gain and tax"
+    )
+    command.option("data", "--data", help=f"{_DATA} (default: as NEW)")
+    command.option("data", "--style", help="as of pretrain (default: as NEW)")
+    command.option("run", "--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")
+    command.set_defaults(resume=False)
+    machine_options(command)
 
-    command = add("demo", _demo, "Experiments on the built-in glyphs.")
+    command = add(
+        "search",
+        _search,
+        "Search for a small network whose queries find their like in a large one's gallery.",
+        "search --gallery runs/backbone --budget 0.1 --out runs/small",
+    )
+    command.option("search", "--gallery", required=True, metavar="RUN", help=_HELP["gallery"])
+    settings_options(command, SearchConfig, _HELP, {"gallery": None, "data": f"{_DATA} (default: as RUN)"}, "search")
+    machine_options(command)
+
+    command = add("demo", _demo, "Experiments on the built-in glyphs.", "demo graceful --quick")
     command.add_argument("name", choices=list(DEMOS), help="which")
-    command.add_argument("--quick", action="store_true", help="seconds: too short to show more than that it runs")
-    command.add_argument("--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")
-    command.add_argument("--threads", type=int, help="threads of PyTorch (default: its own choice)")
-    command.add_argument("--quiet", action="store_true", help="no lines about the progress")
+    command.option("run", "--quick", action="store_true", help="seconds: too short to show more than that it runs")
+    command.option("run", "--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")
+    command.option("run", "--threads", type=int, help="threads of PyTorch (default: its own choice)")
+    command.option("run", "--quiet", action="store_true", help="no lines about the progress")
     command.set_defaults(resume=False, device="cpu", workers=0)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
 
+from kernelmeta.adapted_classifier import AdaptedClassifier, CosineTerms
 from kernelmeta.tasks import Classifier, Ragged
 
 
@@ -78,6 +79,9 @@ class Learner(nn.Module, ABC):
         assert isinstance(logits, Tensor)
         return logits
 
+    takes_ragged = True
+    """Whether tasks of unequal size may be given in one call."""
+
     @property
     def transductive(self) -> bool:
         """Whether the query rows have a part in the classifier: then a row's answer depends on the rows beside it."""
@@ -86,9 +90,14 @@ class Learner(nn.Module, ABC):
             return getattr(self, "steps", 0) > 0
         return any(phase.rows == "query" and phase.steps > 0 for phase in phases)
 
+    @property
+    def cosine_terms(self) -> CosineTerms | None:
+        """Scale and bias of a cosine classifier; None for a linear one."""
+        return None
+
     def adapt(
         self, support: Tensor, support_labels: Tensor, query: Tensor | None = None, *, ragged: Ragged | None = None
-    ) -> Classifier:
+    ) -> AdaptedClassifier:
         """The classifiers of T tasks as plain tensors, to be used without this package.
 
         Args:
@@ -97,9 +106,10 @@ class Learner(nn.Module, ABC):
             ragged: tasks of unequal size.
 
         Returns:
-            weight [T, N, D] and bias [T, N]. A linear classifier (ANIL, ridge, linear programs) gives any row the
-            logits ``x weight^T + bias``; a cosine classifier ``scale (bias + cos(x, weight))`` with the learner's own
-            scale and bias, so that the largest cosine is the answer.
+            weight [T, N, D] and bias [T, N]; ``export(path)`` writes one task's as ONNX. A linear classifier (ANIL,
+            ridge, linear programs) gives any row the logits ``x weight^T + bias``; a cosine classifier
+            ``scale (bias + cos(x, weight))`` with the learner's own scale and bias, so that the largest cosine is the
+            answer.
 
         Raises:
             ValueError, TypeError: what does not fit, named; no query rows for a learner that needs them.
@@ -114,7 +124,7 @@ class Learner(nn.Module, ABC):
                 query = support
                 ragged = ragged._replace(query_offsets=ragged.support_offsets, max_query=ragged.max_support)
         results = self(support, support_labels, query, return_weights=True, ragged=ragged)
-        return results[1]
+        return AdaptedClassifier.of(results[1], self, None if ragged is None else ragged.n_ways)
 
     @abstractmethod
     def _adapt(

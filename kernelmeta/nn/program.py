@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelmeta import ops
+from kernelmeta.adapted_classifier import CosineTerms
 from kernelmeta.nn.learner import Learner
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
 from kernelmeta.ops.program_op import check_combination
@@ -113,6 +114,10 @@ class Program(Learner):
             running_stats=mlp.running_stats if mlp is not None and self.norm_stats == "running" else None,
             reduction=self.reduction, first_order=self.first_order, return_weights=return_weights, **options,
         )  # fmt: skip
+
+    @property
+    def cosine_terms(self) -> CosineTerms | None:
+        return (self.scale, self.bias) if self.scale is not None else None
 
     def extra_repr(self) -> str:
         return (

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelmeta import ops
+from kernelmeta.adapted_classifier import CosineTerms
 from kernelmeta.nn.learner import Learner
 from kernelmeta.tasks import Classifier, Ragged
 
@@ -51,6 +52,10 @@ class Prototypes(Learner):
             bias=self.bias, return_weights=return_weights, support_index=support_index, query_index=query_index,
             ragged=ragged,
         )  # fmt: skip
+
+    @property
+    def cosine_terms(self) -> CosineTerms | None:
+        return (self.scale, self.bias)
 
     def extra_repr(self) -> str:
         return f"n_way={self.n_way}, n_features={self.n_features}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelmeta import ops
+from kernelmeta.adapted_classifier import CosineTerms
 from kernelmeta.nn import xfer
 from kernelmeta.nn.kept import KeptNumbers
 from kernelmeta.nn.learner import check_even
@@ -83,6 +84,8 @@ class SIB(TrainsAtOnce):
         self.bias = nn.Parameter(torch.zeros(1))
         self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats)
         self._shares = KeptNumbers()
+
+    takes_ragged = False
 
     def _trained(self) -> Sequence[Tensor]:
         return (self.weight, self.scale, self.bias, *self.mlp.tensors())
@@ -164,6 +167,10 @@ class SIB(TrainsAtOnce):
             **{f"mlp.{ours}": found[theirs] for ours, theirs in _XFER_MLP.items()},
             "mlp.running_stats": stats.view(2, 2, -1),
         }
+
+    @property
+    def cosine_terms(self) -> CosineTerms | None:
+        return (self.scale, self.bias)
 
     def extra_repr(self) -> str:
         return (

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernelmeta import ops
+from kernelmeta.adapted_classifier import CosineTerms
 from kernelmeta.nn.kept import KeptNumbers
 from kernelmeta.nn.learner import Learner
 from kernelmeta.phases import Phase
@@ -53,6 +54,10 @@ class SoftKMeans(Learner):
             support, support_labels, query, self.phases, n_way=self.n_way, scale=scale, return_weights=return_weights,
             support_index=support_index, query_index=query_index, ragged=ragged,
         )  # fmt: skip
+
+    @property
+    def cosine_terms(self) -> CosineTerms | None:
+        return (self.scale, 0.0)
 
     def extra_repr(self) -> str:
         return f"n_way={self.n_way}, n_features={self.n_features}, steps={self.steps}, scale={self.scale}"

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernelmeta import nn
-from kernelmeta.data.words import listing, one_line
-from kernelmeta.training.config import TrainConfig
+from kernelmeta.data.words import listing
 from kernelmeta.training.learners import LEARNERS, SOFT_KMEANS, tasks_together
-from kernelmeta.training.loading import load_learner
+from kernelmeta.training.loading import at_text, for_ways, load_learner
 
 # Without weights of a training: (ways, features) -> learner.
 UNTRAINED: dict[str, Callable[[int, int], nn.Prototypes | nn.SoftKMeans | nn.RidgeHead]] = {
@@ -26,15 +25,29 @@ SMALLEST, LARGEST = 1e-10, 1e18  # of a row's largest feature
 _ROWS, _TASKS = 4096, 256  # that a call takes
 
 
+class Chosen(NamedTuple):
+    """A learner for a number of classes, in evaluation mode."""
+
+    method: str
+    learner: Any
+    weights: str
+    """Which weights of a training it has; empty where it has none."""
+
+
 def make_learner(
-    method: str | None, weights: str | os.PathLike[str] | None, n_way: int, n_features: int
-) -> tuple[str, Any]:
-    """The method's name and a learner for so many classes, in evaluation mode.
+    method: str | None,
+    weights: str | os.PathLike[str] | None,
+    n_way: int,
+    n_features: int,
+    at: str | None = None,
+) -> Chosen:
+    """A learner for so many classes, in evaluation mode.
 
     Args:
         method: one of `METHODS`; None for that of the weights, or for soft k-means without any.
         weights: a run folder of ``kernelmeta train``, its checkpoint, or a published one; None for a method that has to
             be trained for nothing.
+        at: which weights of the training: "best", "last", or None, see `load_learner`.
 
     Raises:
         OSError: the weights cannot be read.
@@ -44,14 +57,16 @@ def make_learner(
     if method is not None and method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if weights is None:
+        if at is not None:
+            raise ValueError(f"at: {at!r} says which weights of a training, and none are given")
         method = method or SOFT_KMEANS
         if method not in UNTRAINED:
             raise ValueError(
                 f"method: {method} must be trained; give the weights of a run of 'kernelmeta train --learner {method}',"
                 f" or one of {', '.join(UNTRAINED)}, which need none"
             )
-        return method, UNTRAINED[method](n_way, n_features).eval()
-    head, settings = load_learner(weights)
+        return Chosen(method, UNTRAINED[method](n_way, n_features).eval(), "")
+    head, settings = load_learner(weights, at)
     trained: str = settings["learner"]
     if method is not None and method != trained:
         raise ValueError(f"method: {method}, but the weights in {os.fspath(weights)} are of {trained}")
@@ -61,21 +76,10 @@ def make_learner(
         raise ValueError(
             f"weights: {os.fspath(weights)} was trained on {head.n_features} features, but the rows have {n_features}"
         )
-    if head.n_way != n_way:
-        head = _for_ways(head, settings, n_way, os.fspath(weights))
-    return trained, head.eval()
-
-
-def _for_ways(head: Any, settings: dict[str, Any], n_way: int, weights: str) -> Any:
     try:
-        other = TrainConfig.from_dict({**settings, "way": n_way}).make_learner(head.n_features)
-        other.load_state_dict(head.state_dict())
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"weights: {weights} was trained for {head.n_way} classes at a time, and there are {n_way}; prototypes,"
-            f" ridge and {SOFT_KMEANS} take any number ({one_line(error)})"
-        ) from None
-    return other
+        return Chosen(trained, for_ways(head, settings, n_way).eval(), at_text(settings))
+    except ValueError as error:
+        raise ValueError(f"weights: {os.fspath(weights)} {error}") from None
 
 
 @torch.no_grad()

@@ -21,9 +21,15 @@ from kernelmeta.data.files import parse_json
 from kernelmeta.data.tensor_files import read_tensors, write_tensors
 
 FORMAT = "kernelmeta-checkpoint-1"
+# What else a checkpoint may be.
+_KINDS = {
+    "pretrain": ", which is a backbone ('kernelmeta extract --weights' makes a bank with it)",
+    "train": ", which is a learner ('kernelmeta evaluate' tells its accuracy)",
+}
 _KEY = "kernelmeta"
 CHECKPOINT = "checkpoint.safetensors"  # what it is called in a run's folder
 AVERAGED = "average"  # the group with the running mean of the weights, where there is one
+BEST = "best"  # the group with the weights that were best on the validation classes, where there are any
 
 
 def fingerprint(bank: FeatureBank) -> dict[str, int]:
@@ -60,6 +66,8 @@ class Checkpoint:
             ValueError: truncated, foreign, or of another kind.
         """
         flat, metadata = read_tensors(path)
+        if _KEY not in metadata and metadata.get("format", "").startswith("kernelmeta-bank"):
+            raise ValueError(f"{path}: no checkpoint of kernelmeta, but a feature bank")
         try:
             content = parse_json(metadata[_KEY])
             if content["format"] != FORMAT:
@@ -72,7 +80,9 @@ class Checkpoint:
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"{path}: no checkpoint of kernelmeta") from None
         if found != kind:
-            raise ValueError(f"{path}: expected a checkpoint of 'kernelmeta {kind}', got one of {found!r}")
+            raise ValueError(
+                f"{path}: expected a checkpoint of 'kernelmeta {kind}', got one of {found!r}" + _KINDS.get(found, "")
+            )
         return cls(kind, tensors, state)
 
 

@@ -15,6 +15,7 @@ from kernelmeta import nn
 from kernelmeta.backends import select
 from kernelmeta.data.episodes import EpisodeSampler
 from kernelmeta.training.learners import LEARNERS, TITLES, inner_steps, tasks_together
+from kernelmeta.training.loading import at_text
 
 Learner = Callable[[Tensor, Tensor, Tensor], Tensor]
 TASKS_PER_CALL = 64
@@ -218,6 +219,8 @@ def table(results: dict[str, Any]) -> str:
             f"   {own.partition(',')[0]} is {ahead(row['difference'], row['difference_ci95'])}"
         )
     lines.append(f"{own:<{width}}{results['accuracy']:7.2f} ± {results['ci95']:.2f} %")
+    if "at" in results:
+        lines.append(f"{own.partition(',')[0]}'s weights: {at_text(results)}")
     counted = Accuracies()
     counted.rows, counted.not_finite = results["query_rows"], results["not_finite"]
     warning = counted.warning({**TITLES, "own": own})

@@ -10,22 +10,33 @@ from kernelmeta import nn
 from kernelmeta.data.file_kinds import is_safetensors
 from kernelmeta.data.files import read_weights
 from kernelmeta.data.words import one_line
-from kernelmeta.training.checkpoint import AVERAGED, CHECKPOINT, Checkpoint
+from kernelmeta.training.checkpoint import AVERAGED, BEST, CHECKPOINT, Checkpoint, count
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.finite import check_weights
+from kernelmeta.training.learners import SOFT_KMEANS, TITLES
+
+AT = ("best", "last")
 
 
-def load_learner(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
+def load_learner(path: str | os.PathLike[str], at: str | None = None) -> tuple[Any, dict[str, Any]]:
     """A trained learner, and the settings of its training as far as the file tells them.
 
     Args:
         path: a run folder, its checkpoint, or a published checkpoint (a dict with keys netFeat, SIB, lr,
             nbStep).
+        at: which weights of the training: "best" on the validation classes, or the "last"; None for the best where the
+            training looked at validation classes, else the last.
+
+    Returns:
+        The learner, in evaluation mode, and the settings; among them, of a run, ``at`` ("best" or "last"),
+        ``at_episodes`` (those trained on until then) and ``trained_episodes``.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
         ValueError: truncated, foreign, a pickle that would run code, or its weights are not finite.
     """
+    if at not in (None, *AT):
+        raise ValueError(f"at: expected {' or '.join(AT)}, got {at!r}")
     file = Path(path)
     if file.is_dir():
         file = file / CHECKPOINT
@@ -34,15 +45,66 @@ def load_learner(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
     if file.suffix == ".safetensors" or is_safetensors(file):
         checkpoint = Checkpoint.load(file, "train")
         config = TrainConfig.from_dict(checkpoint.state.get("config", {}))
+        best = checkpoint.state.get("best")
+        if at == "best" and best is None:
+            raise ValueError(f"at: {file} has no best weights: its training looked at no validation classes")
+        at = at or ("last" if best is None else "best")
         try:
             head = config.make_learner(int(checkpoint.state["bank"]["features"]), _image_shape(checkpoint))
-            weights = checkpoint.tensors[AVERAGED if config.average else "model"]
+            weights = checkpoint.tensors[BEST if at == "best" else AVERAGED if config.average else "model"]
             head.load_state_dict(weights)
+            seen = count(checkpoint.state, "step") * config.tasks_per_step
+            of_run = {
+                "at": at,
+                "at_episodes": seen if best is None or at == "last" else int(best[0]),
+                "trained_episodes": seen,
+            }
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: the weights do not fit the configuration ({one_line(error)})") from None
         check_weights(file, weights)
-        return head.eval(), config.to_dict()
+        return head.eval(), {**config.to_dict(), **of_run}
     return _published(file)
+
+
+def for_ways(learner: Any, settings: dict[str, Any], n_way: int) -> Any:
+    """A trained learner for another number of classes than it was trained on.
+
+    Args:
+        learner, settings: what `load_learner` returned.
+
+    Raises:
+        ValueError: its parameters are those of a fixed number of classes.
+    """
+    if learner.n_way == n_way:
+        return learner
+    try:
+        other = TrainConfig.from_dict({**settings, "way": n_way}).make_learner(learner.n_features)
+        other.load_state_dict(learner.state_dict())
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"was trained for {learner.n_way} classes at a time, not {n_way}; prototypes, ridge and {SOFT_KMEANS} take"
+            f" any number ({one_line(error)})"
+        ) from None
+    return other.eval()
+
+
+def learner_text(settings: dict[str, Any]) -> str:
+    """What a checkpoint is, in a few words, from the settings of `load_learner`."""
+    title = TITLES[settings["learner"]]
+    if "data" not in settings:
+        return f"a published checkpoint of {title}, {settings['way']}-way"
+    tasks = f"{settings['way']}-way {settings['shot']}-shot episodes"
+    return f"{title}, trained on {settings['trained_episodes']:,} {tasks} of {settings['data']}"
+
+
+def at_text(settings: dict[str, Any]) -> str:
+    """Which weights of a run they are, from the settings of `load_learner` or from results; empty if nobody knows."""
+    if "at" not in settings:
+        return ""
+    episodes, of = settings["at_episodes"], settings["trained_episodes"]
+    if settings["at"] == "last":
+        return f"the last, after {episodes:,} episodes"
+    return f"the best on the validation classes, after {episodes:,} of {of:,} episodes"
 
 
 def _image_shape(checkpoint: Checkpoint) -> tuple[int, ...] | None:

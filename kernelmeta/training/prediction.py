@@ -154,6 +154,7 @@ class Prediction:
         doubt: why a transductive answer is doubtful; None if it is not.
         accuracy: in percent, of the query rows whose labels are known; None if there are none.
         settings: what to tell a reader.
+        which: the weights of the run that were taken; empty where there is none.
     """
 
     method: str
@@ -163,6 +164,7 @@ class Prediction:
     doubt: str | None
     accuracy: float | None
     settings: dict[str, Any]
+    which: str = ""
 
     def rows(self) -> list[tuple[str, str, float, str]]:
         """id, label, probability and runner-up of each row."""
@@ -183,11 +185,20 @@ class Prediction:
         write_text(path, text.getvalue())
 
 
-def predict(what: str, support: Rows, query: Rows, *, transductive: bool = True, device: str = "cpu") -> Prediction:
+def predict(
+    what: str,
+    support: Rows,
+    query: Rows,
+    *,
+    at: str | None = None,
+    transductive: bool = True,
+    device: str = "cpu",
+) -> Prediction:
     """Answers for the query rows from the labelled support rows.
 
     Args:
         what: one of `METHODS` that needs no training, or a run folder, its checkpoint or a published one.
+        at: which weights of a run: "best" on its validation classes, "last", or None for the best if there are any.
         transductive: whether a method that can judges the query rows together.
         device: where the learner runs.
 
@@ -212,7 +223,7 @@ def predict(what: str, support: Rows, query: Rows, *, transductive: bool = True,
     if len(classes) < 2:
         raise ValueError(f"support: expected at least two classes, got {classes[0]!r} alone")
     named = what in METHODS and not Path(what).exists()
-    method, learner = make_learner(what if named else None, None if named else what, len(classes), D)
+    method, learner, which = make_learner(what if named else None, None if named else what, len(classes), D, at)
     dtype = torch.promote_types(torch.promote_types(support.features.dtype, query.features.dtype), torch.float32)
     rows, of_query = (r.features.to(device, dtype) for r in (support, query))
     learner, labels = learner.to(device), labels.to(device)
@@ -225,7 +236,7 @@ def predict(what: str, support: Rows, query: Rows, *, transductive: bool = True,
             accuracy = 100 * sum(right) / len(right)
     settings = {
         "method": method,
-        "weights": "none" if named else what,
+        "weights": "none" if named else f"{what}: {which}" if which else what,
         "judged": "together" if learner.transductive and transductive else "each row alone",
         "classes": len(classes),
         "support rows": len(rows),
@@ -233,7 +244,7 @@ def predict(what: str, support: Rows, query: Rows, *, transductive: bool = True,
         "features": D,
     }
     doubt = doubts(learner, rows, labels, of_query, classes) if transductive else None
-    return Prediction(method, classes, found, query, doubt, accuracy, settings)
+    return Prediction(method, classes, found, query, doubt, accuracy, settings, which)
 
 
 def backbone_of(what: str) -> tuple[str | None, str | None]:

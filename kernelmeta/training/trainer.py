@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from kernelmeta.nn.training_step import TrainsAtOnce
 from kernelmeta.ops import focal_distillation
 from kernelmeta.training.checkpoint import (
     AVERAGED,
+    BEST,
     CHECKPOINT,
     Checkpoint,
     count,
@@ -106,8 +107,9 @@ class Trainer:
         check_memory(f"tasks_per_step: {config.tasks_per_step}", self.block_steps * config.tasks_per_step * index_bytes)
         self.features = bank.features.to(device)
         self.image_shape = bank.image_shape
-        # Parameters, their gradients, an optimizer's two numbers each.
-        self.head = config.make_learner(bank.n_features, bank.image_shape, copies=4).to(device)
+        # Parameters, their gradients, an optimizer's two numbers each; the best so far.
+        copies = 4 if self.validation is None else 5
+        self.head = config.make_learner(bank.n_features, bank.image_shape, copies=copies).to(device)
         self.head.train()
         # What counts: the running mean of the weights, or the weights as they are.
         self.learner = copy.deepcopy(self.head) if config.average else self.head
@@ -116,6 +118,9 @@ class Trainer:
         self.step = 0
         self.history: list[tuple[int, float, float]] = []  # episodes, loss, accuracy in percent
         self.validations: list[tuple[int, float, float]] = []  # episodes, accuracy in percent, ci95
+        # The validation that was the best so far, the later one of equals, and the weights of then.
+        self.best: tuple[int, float, float] | None = None
+        self.best_weights: dict[str, Tensor] = {}
 
     @property
     def seen(self) -> int:
@@ -131,6 +136,8 @@ class Trainer:
         tensors = {"model": self.head.state_dict(), "optimizer": optimizer_tensors(self.optimizer)}
         if self.config.average:
             tensors[AVERAGED] = self.learner.state_dict()
+        if self.best is not None:
+            tensors[BEST] = self.best_weights
         return Checkpoint(
             "train",
             tensors,
@@ -143,6 +150,7 @@ class Trainer:
                 "image_shape": self.image_shape,
                 "history": self.history,
                 "validations": self.validations,
+                "best": self.best,
             },
         )
 
@@ -170,8 +178,15 @@ class Trainer:
             self.head.load_state_dict(checkpoint.tensors["model"])
             if self.config.average:
                 self.learner.load_state_dict(checkpoint.tensors[AVERAGED])
+            best = state.get("best")
+            best_weights = {} if best is None else checkpoint.tensors[BEST]
+            for name, tensor in (self.learner.state_dict() if best_weights else {}).items():
+                if best_weights[name].shape != tensor.shape:
+                    raise KeyError(f"{BEST}.{name}")
             restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
             self.step, self.history, self.validations = step, history, validations
+            self.best = None if best is None else rows({"best": [best]}, "best")[0]
+            self.best_weights = {name: t.to(self.features.device) for name, t in best_weights.items()}
         except (KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"the checkpoint does not fit the run ({one_line(error)})") from None
         bad = not_finite(self._tensors())
@@ -218,6 +233,7 @@ class Trainer:
                 if self._validate_now(n):
                     value = self._validate()
                     self.validations.append((seen, *value))
+                    self._keep_if_best()
                     if report:
                         report("validation accuracy", value[0], seen)
                 stop = self.ranks.any(interrupted())
@@ -319,10 +335,12 @@ class Trainer:
 
     def _validate_now(self, n: int) -> bool:
         """Whether the ``n`` steps done last passed a multiple of ``validate_every`` (default: a tenth of
-        the run).
+        the run), or were the last.
         """
         if self.validation is None:
             return False
+        if self.step == self.config.n_steps:
+            return True
         every = self.config.validate_every or max(1, self.config.episodes // 10)
         T = self.config.tasks_per_step
         return self.step * T // every > (self.step - n) * T // every
@@ -340,6 +358,27 @@ class Trainer:
         if values.not_finite["own"]:
             tqdm.write(f"validation after {self.seen} episodes: {values.warning()}", file=sys.stderr)
         return interval(values["own"])
+
+    def _keep_if_best(self) -> None:
+        if self.ranks.first and (self.best is None or self.validations[-1][1] >= self.best[1]):
+            self.best = self.validations[-1]
+            self.best_weights = {name: t.detach().clone() for name, t in self.learner.state_dict().items()}
+
+    def learner_at(self, at: str) -> tuple[Any, dict[str, Any]]:
+        """The learner to evaluate, in evaluation mode, and which one that is.
+
+        Args:
+            at: "best", with the weights that were best on the validation classes (the last ones, where none were looked
+                at), or "last".
+
+        Returns:
+            The learner, and ``{at, at_episodes, trained_episodes}``.
+        """
+        if at == "last" or self.best is None:
+            return self.learner.eval(), {"at": "last", "at_episodes": self.seen, "trained_episodes": self.seen}
+        learner = copy.deepcopy(self.learner)
+        learner.load_state_dict(self.best_weights)
+        return learner.eval(), {"at": "best", "at_episodes": self.best[0], "trained_episodes": self.seen}
 
 
 @contextmanager

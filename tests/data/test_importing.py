@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tracemalloc
 
@@ -16,6 +17,7 @@ import kernelmeta as km
 from kernelmeta.cli import main
 from kernelmeta.data import FeatureBank
 from kernelmeta.data.class_split import parse_shares, split_classes
+from kernelmeta.data.whole_numbers import check_whole
 
 X = np.random.default_rng(0).normal(size=(12, 3)).astype(np.float32)
 Y = np.array(["fox", "ant", "bee", "cow"] * 3)
@@ -69,6 +71,10 @@ def test_numbers_are_classes_in_their_order():
         ({"y": [*Y[:11], None]}, "got none in row 11"),
         ({"class_names": NAMES}, "class_names: expected a name for each"),
         ({"split": "60/40"}, "split: expected shares"),
+        ({"split": "60/20/30"}, r"expected shares that sum to 100 \(or to 1\), got 60/20/30, which sum to 110"),
+        ({"y": [1, "1", 2, 3] * 3}, "both the number 1 and the text '1' are there"),
+        ({"X": np.full((12, 3), 2**24 + 1)}, "X: 36 whole numbers, 16777217 the first, have more digits than float32"),
+        ({"X": torch.full((12, 3), -(2**63) + 1)}, "X: 36 whole numbers, -9223372036854775807 the first"),
         ({"split": [0, 1]}, "split: expected one for each of 4 classes or 12 rows, got 2"),
         ({"split": ["train", "val", "test", "other"]}, "got 'other'"),
         ({"split": [0] * 11 + [1]}, "is in another split than the rest of its class"),
@@ -78,6 +84,59 @@ def test_numbers_are_classes_in_their_order():
 def test_what_does_not_fit_is_named(given, message):
     with pytest.raises((ValueError, TypeError), match=message):
         FeatureBank.from_arrays(**{"X": X, "y": Y, **given})
+
+
+def test_labels_are_what_they_are_in_mixed_lists():
+    """NumPy would make "2.0" of the 2.0 here, and round the large number there."""
+    assert FeatureBank.from_arrays(X, [2.0, "a", 3, "b"] * 3).class_names == ("2", "3", "a", "b")
+    large = FeatureBank.from_arrays(X, [2**53 + 1, 2**53, 1.0, 0] * 3)
+    assert large.class_names == ("0", "1", str(2**53), str(2**53 + 1))
+    assert FeatureBank.from_arrays(X, torch.tensor([2.0, 1, 3, 4] * 3).bfloat16()).class_names == ("1", "2", "3", "4")
+
+
+@given(st.integers(-(2**63), 2**64 - 1))
+def test_whole_numbers_pass_where_float32_holds_them(value):
+    held = int(np.float32(value)) == value
+    array = np.array([0, value], np.uint64 if value >= 0 else np.int64)
+    with contextlib.nullcontext() if held else pytest.raises(ValueError, match="more digits than float32"):
+        check_whole(array)
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.pt", "x.safetensors", "x.csv", "x.parquet", "lists.parquet"])
+def test_whole_numbers_that_would_be_rounded_are_refused_in_every_kind_of_file(tmp_path, name):
+    ids = np.array([[2**24, 5], [2**24 + 1, 6], [3, 7]])
+    path, y = tmp_path / name, np.array(["a", "b", "c"])
+    np.save(tmp_path / "y.npy", y)
+    files = [name, "y.npy"]
+    if name == "x.npy":
+        np.save(path, ids)
+    elif name == "x.npz":
+        np.savez(path, X=ids)
+    elif name == "x.pt":
+        torch.save(torch.from_numpy(ids), path)
+    elif name == "x.safetensors":
+        save_file({"X": torch.from_numpy(ids)}, path)
+    elif name == "x.csv":
+        path.write_text("p,q,y\n" + "\n".join(f"{a},{b},{c}" for (a, b), c in zip(ids, y, strict=True)))
+        files = [name]
+    else:
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns = {"X": ids.tolist()} if name == "lists.parquet" else {"p": ids[:, 0], "q": ids[:, 1]}
+        pq.write_table(pa.table({**columns, "y": y}), path)
+        files = [name]
+    with pytest.raises(ValueError, match=f"{name}: .*1 whole numbers, 16777217 the first, have more digits"):
+        import_files(tmp_path, *files)
+
+
+def test_a_blank_in_the_first_row_hides_no_column(tmp_path):
+    (tmp_path / "x.csv").write_text("p,q,empty,y\n,1,,a\n2,3,,b\n5,6,,c\n")
+    with pytest.raises(ValueError, match=r"x.csv: line 2, column 'p': expected a number, got ''"):
+        import_files(tmp_path, "x.csv")
+    said = []
+    (tmp_path / "y.csv").write_text("p,q,empty,y\n7,1,,a\n2,3,,b\n5,6,,c\n")
+    bank = import_files(tmp_path, "y.csv", say=said.append)
+    assert bank.features.tolist() == [[7, 1], [2, 3], [5, 6]]
+    assert said == [f"{tmp_path / 'y.csv'}: columns that are no numbers are left out: empty"]
 
 
 def test_a_split_for_classes_or_rows():

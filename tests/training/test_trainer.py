@@ -112,6 +112,47 @@ def test_the_average_is_that_of_the_weights_of_the_last_steps(bank, tmp_path):
     assert torch.equal(short.learner.weight, short.head.weight)
 
 
+def test_the_weights_that_count_are_the_best_on_the_validation_classes(bank, tmp_path, monkeypatch):
+    """Of the values below, the 70 that came later: an equal one is trained longer."""
+    values, weights = iter([50.0, 70.0, 70.0, 60.0]), []
+
+    def validate(self):
+        weights.append({name: t.clone() for name, t in self.learner.state_dict().items()})
+        return next(values), 1.0
+
+    monkeypatch.setattr(Trainer, "_validate", validate)
+    monkeypatch.setattr("kernelmeta.training.trainer.BLOCK_STEPS", 32)
+    trainer = Trainer(replace(SMALL, episodes=500, tasks_per_step=4, lr=0.1, validate_every=128), bank)
+    trainer.run(tmp_path)
+    assert [seen for seen, *_ in trainer.validations] == [128, 256, 384, 500]
+    learner, of_run = trainer.learner_at("best")
+    assert of_run == {"at": "best", "at_episodes": 384, "trained_episodes": 500}
+    loaded, settings = load_learner(tmp_path)
+    assert {name: settings[name] for name in of_run} == of_run
+    last, of_last = trainer.learner_at("last")
+    assert of_last == {"at": "last", "at_episodes": 500, "trained_episodes": 500}
+    for found, want in (
+        (learner, weights[2]), (loaded, weights[2]), (load_learner(tmp_path, "best")[0], weights[2]),
+        (last, weights[3]), (load_learner(tmp_path, "last")[0], weights[3]),
+    ):  # fmt: skip
+        assert all(torch.equal(t, want[name]) for name, t in found.state_dict().items())
+    assert not torch.equal(weights[2]["weight"], weights[3]["weight"])
+    again = Trainer(trainer.config, bank)
+    again.restore(Checkpoint.load(tmp_path / CHECKPOINT, "train"))
+    assert torch.equal(again.learner_at("best")[0].weight, weights[2]["weight"])
+
+
+def test_without_a_look_at_validation_classes_the_last_weights_count(bank, tmp_path):
+    trainer = Trainer(replace(SMALL, episodes=100, validate_every=0), bank)
+    trainer.run(tmp_path)
+    assert trainer.learner_at("best")[1]["at"] == "last"
+    assert load_learner(tmp_path)[1]["at"] == "last"
+    with pytest.raises(ValueError, match="has no best weights: its training looked at no validation classes"):
+        load_learner(tmp_path, "best")
+    with pytest.raises(ValueError, match="at: expected best or last, got 'first'"):
+        load_learner(tmp_path, "first")
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_interrupted_leaves_a_checkpoint_and_the_usual_handler(bank, tmp_path, name):
     trainer = Trainer(replace(SMALL, episodes=10**7), bank)

@@ -1,0 +1,224 @@
+"""A classifier for each of many tasks, from files to files: ``kernelmeta adapt``.
+
+A piece of tasks is read, answered and written at a time. Its file has a name that says which tasks it holds, and comes
+into being whole: what is there after a kill is done, and what is not is done again, by whichever process.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kernelmeta.data import FeatureBank
+from kernelmeta.data.task_tables import Piece, TaskFiles, Tasks, write_answers
+from kernelmeta.tasks import Ragged
+from kernelmeta.training.answers import METHODS, make_learner
+from kernelmeta.training.checkpoint import CHECKPOINT
+from kernelmeta.training.learners import tasks_together
+
+# What a call takes: elements of the rows of its tasks, and logits.
+ELEMENTS = 1 << 23
+_Ints = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Learners:
+    """The learner of a run or method, for any number of ways that it can take.
+
+    Args:
+        what: one of `METHODS` that needs no training, or a run folder, its checkpoint or a published one.
+        n_features: D of the bank.
+        at: which weights of a run.
+        device: where it runs.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or does not fit; it couples the tasks of a call.
+    """
+
+    def __init__(self, what: str, n_features: int, at: str | None = None, device: str = "cpu") -> None:
+        named = what in METHODS and not Path(what).exists()
+        self._given = (what if named else None, None if named else what)
+        self._n_features, self._at, self._device = n_features, at, device
+        self._made: dict[int, Any] = {}
+
+    def for_ways(self, n_way: int) -> Any:
+        """The learner for so many classes, or for as many at most. Raises ValueError."""
+        if n_way not in self._made:
+            chosen = make_learner(*self._given, n_way, self._n_features, self._at)
+            if tasks_together(chosen.learner):
+                raise ValueError("norm_stats: with 'batch' tasks are coupled, and their answers depend on each other")
+            self._made[n_way] = chosen.learner.to(self._device)
+        return self._made[n_way]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that the answers to some tasks depend on, to be carried to another process.
+
+    Args:
+        tasks, bank: the files.
+        what, at: see `Learners`.
+        out: the folder of the answers.
+        per_piece: tasks a file of answers.
+        device: where learners run.
+    """
+
+    tasks: str
+    bank: str
+    what: str
+    out: str
+    per_piece: int
+    at: str | None = None
+    device: str = "cpu"
+
+
+class Adapter:
+    """Answers pieces of tasks. Raises what `TaskFiles`, `FeatureBank.load` and `Learners` raise."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.files = TaskFiles(job.tasks, job.per_piece)
+        # Rows are looked at when they are used: the bank may be larger than memory.
+        self.bank = FeatureBank.load(job.bank, non_finite="keep")
+        self._features = self.bank.features.to(job.device)
+        self._learners = Learners(job.what, self.bank.n_features, job.at, job.device)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Tells whether files, method and sizes are those that a run began with."""
+        what = Path(self.job.what)
+        weights = what / CHECKPOINT if what.is_dir() else what
+        file = self.bank.file
+        return {
+            "tasks": self.files.fingerprint,
+            "bank": [len(self.bank.labels), self.bank.n_features, file and file.size, file and file.checksum],
+            "method": zlib.crc32(weights.read_bytes()) if weights.is_file() else self.job.what,
+            "at": self.job.at,
+            "tasks_per_file": self.job.per_piece,
+        }
+
+    def missing(self) -> list[Piece]:
+        """The pieces that nobody has answered yet."""
+        done = set(os.listdir(self.job.out)) if os.path.isdir(self.job.out) else set()
+        return [piece for piece in self.files.pieces() if piece.name not in done]
+
+    def run(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+        """Answers some pieces, and yields each when its file is there.
+
+        Raises:
+            OSError: a file cannot be read or written.
+            ValueError: a task, named, that cannot be answered.
+        """
+        for piece, tasks in self.files.read(list(pieces)):
+            self.bank.check_file()
+            best, probabilities = self.answer(tasks)
+            write_answers(Path(self.job.out) / piece.name, tasks, best, probabilities)
+            yield piece
+
+    @torch.no_grad()
+    def answer(self, tasks: Tasks) -> tuple[_Ints, np.ndarray[Any, Any]]:
+        """The class of each query row, 0..n_ways[t]-1, and its probability.
+
+        Raises:
+            ValueError: a task, named, with rows that the bank has not, a number of classes that the learner does not
+                take, or without a finite answer.
+        """
+        n = len(self.bank.labels)
+        for name, rows, offsets in (
+            ("support_rows", tasks.support_rows, tasks.support_offsets),
+            ("query_rows", tasks.query_rows, tasks.query_offsets),
+        ):
+            bad = np.flatnonzero((rows < 0) | (rows >= n))
+            if len(bad):
+                task = int(np.searchsorted(offsets, bad[0], "right")) - 1
+                raise ValueError(f"task {tasks.ids[task]}: {name}: expected 0..{n - 1}, got {rows[bad[0]]}")
+        best = np.zeros(len(tasks.query_rows), np.int64)
+        probability = np.ones(len(tasks.query_rows), np.float32)  # of a task with one class alone
+        for pack in _packs(tasks, self.bank.n_features, self._takes_ragged(tasks)):
+            query = _rows_of(tasks.query_offsets, pack)
+            logits = self._logits(tasks, pack, query)
+            top = torch.softmax(logits.float(), -1).max(-1)
+            # With tasks of fewer ways than others, what lies beyond is -inf.
+            values = top.values.cpu().numpy()
+            bad = np.flatnonzero(~np.isfinite(values))
+            if len(bad):
+                task = int(np.searchsorted(tasks.query_offsets, query[bad[0]], "right")) - 1
+                raise ValueError(f"task {tasks.ids[task]}: no finite answer; are its rows finite, and not too large?")
+            best[query], probability[query] = top.indices.cpu().numpy(), values
+        return best, probability
+
+    def _takes_ragged(self, tasks: Tasks) -> bool:
+        ways = np.diff(tasks.class_offsets)
+        most = int(ways.max(initial=1))
+        return most < 2 or bool(getattr(self._learner(tasks, int(ways.argmax()), most), "takes_ragged", False))
+
+    def _learner(self, tasks: Tasks, task: int, n_way: int) -> Any:
+        try:
+            return self._learners.for_ways(n_way)
+        except ValueError as error:
+            raise ValueError(f"task {tasks.ids[task]}: {error}") from None
+
+    def _logits(self, tasks: Tasks, pack: _Ints, query: _Ints) -> Tensor:
+        """[all query rows of the pack, N]"""
+        ways = np.diff(tasks.class_offsets)[pack]
+        learner = self._learner(tasks, int(pack[ways.argmax()]), int(ways.max()))
+        support = _rows_of(tasks.support_offsets, pack)
+        index = [tasks.support_rows[support], tasks.labels[support], tasks.query_rows[query]]
+        device = self._features.device
+        support_index, labels, query_index = (torch.from_numpy(values).to(device) for values in index)
+        if not learner.takes_ragged:
+            T = len(pack)
+            even = (support_index.view(T, -1), labels.view(T, -1), query_index.view(T, -1))
+            found: Tensor = learner.from_bank(self._features, *even)
+            return found.flatten(0, 1)
+        offsets = [
+            torch.from_numpy(np.concatenate([[0], np.cumsum(np.diff(of)[pack])])).to(device)
+            for of in (tasks.support_offsets, tasks.query_offsets)
+        ]
+        n_ways = torch.from_numpy(ways).to(device)
+        found = learner.from_bank(
+            self._features, support_index, labels, query_index, ragged=Ragged(offsets[0], offsets[1], n_ways)
+        )
+        return found
+
+
+class _Sizes(NamedTuple):
+    ways: int
+    support: int
+    query: int
+
+
+def _packs(tasks: Tasks, n_features: int, ragged: bool) -> Iterator[_Ints]:
+    """Numbers of the tasks that share a call: of about the same size, or of the same size where they must be; those
+    with one class alone, or without query rows, are left out.
+    """
+    sizes = np.stack([np.diff(tasks.class_offsets), np.diff(tasks.support_offsets), np.diff(tasks.query_offsets)])
+    order = np.lexsort(sizes[::-1])
+    order = order[(sizes[0, order] > 1) & (sizes[2, order] > 0)]
+    first, elements, logits = 0, 0, 0
+    for i, task in enumerate(order):
+        now = _Sizes(*sizes[:, task].tolist())
+        before = _Sizes(*sizes[:, order[i - 1]].tolist()) if i else now
+        elements += (now.support + now.query) * n_features
+        logits += now.query * now.ways
+        full = elements > ELEMENTS or logits > ELEMENTS
+        if i > first and (full or (now != before and not ragged) or now.ways > 2 * before.ways):
+            yield order[first:i]
+            first, elements, logits = i, (now.support + now.query) * n_features, now.query * now.ways
+    if first < len(order):
+        yield order[first:]
+
+
+def _rows_of(offsets: _Ints, pack: _Ints) -> _Ints:
+    """The places of the rows of some tasks, one task after the other."""
+    counts = np.diff(offsets)[pack]
+    ends = np.cumsum(counts)
+    places: _Ints = np.arange(ends[-1] if len(ends) else 0) + np.repeat(offsets[:-1][pack] - (ends - counts), counts)
+    return places

@@ -1,0 +1,270 @@
+"""Many tasks from a file to files: each gets what it would get alone, whoever is killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from runs import make_bank, start
+
+from kernelmeta.cli import main
+from kernelmeta.data.task_tables import COLUMNS
+from kernelmeta.training.answers import make_learner
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+BANK = make_bank(samples=40)
+Task = tuple[Any, list[int], list[Any], list[int]]
+
+
+def draw_tasks(n: int, seed: int = 0, ways: tuple[int, int] = (1, 6), text: bool = True) -> list[Task]:
+    """Of all sizes, one class and no query rows among them."""
+    random = np.random.default_rng(seed)
+    tasks: list[Task] = []
+    for i in range(n):
+        classes = random.choice(24, random.integers(ways[0], ways[1] + 1), replace=False)
+        support, labels, query = [], [], []
+        for c in classes.tolist():
+            rows = (40 * c + random.permutation(40)).tolist()
+            k = int(random.integers(1, 4))
+            support += rows[:k]
+            labels += [f"class {c}" if text else c] * k
+            query += rows[k : k + int(random.integers(0, 4))]
+        order = random.permutation(len(support))
+        tasks.append((f"user {i}", [support[j] for j in order], [labels[j] for j in order], query))
+    return tasks
+
+
+def write(path: Path, tasks: list[Task], **options: Any) -> None:
+    columns = dict(zip(("task", "support_rows", "support_labels", "query_rows"), zip(*tasks, strict=True), strict=True))
+    types = {"support_rows": pa.list_(pa.int64()), "query_rows": pa.list_(pa.int64())}
+    arrays = {name: pa.array(list(values), types.get(name)) for name, values in columns.items()}
+    pq.write_table(pa.table(arrays), path, **options)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("adapt")
+    BANK.save(path / "bank.safetensors")
+    for learner, more in (("sib", ("--inner-lr", "0.01")), ("anil", ())):
+        args = ["train", "--data", str(path / "bank.safetensors"), "--learner", learner, *more, "--way", "3"]
+        small = ["--query", "4", "--episodes", "64", "--eval-episodes", "0", "--quiet"]
+        assert main([*args, *small, "--out", str(path / learner)]) == 0
+    return path
+
+
+def command(
+    folder: Path, out: Path, *more: object, what: str = "prototypes", tasks: str = "tasks.parquet"
+) -> list[str]:
+    files = ("--tasks", folder / tasks, "--bank", folder / "bank.safetensors", "--out", out, "--quiet")
+    return [str(word) for word in ("adapt", what, *files, *more)]
+
+
+def answers(out: Path) -> dict[str, list[Any]]:
+    files = sorted(out.glob("part-*.parquet"))
+    return pa.concat_tables([pq.read_table(file) for file in files]).to_pydict()
+
+
+@pytest.mark.parametrize("what", ["prototypes", "soft_kmeans", "ridge", "sib", "anil"])
+@pytest.mark.parametrize("text", [True, False])
+def test_every_task_gets_what_it_would_get_alone(folder, tmp_path, monkeypatch, what, text):
+    monkeypatch.setattr("kernelmeta.training.adapting.ELEMENTS", 3000)  # several calls a piece
+    trained = what in ("sib", "anil")
+    tasks = draw_tasks(60, ways=(3, 3) if trained else (1, 6), text=text)
+    write(folder / "tasks.parquet", tasks, row_group_size=25)
+    method = str(folder / what) if trained else what
+    assert main(command(folder, tmp_path / "out", "--tasks-per-file", 10, what=method)) == 0
+    assert len(list((tmp_path / "out").glob("part-*.parquet"))) == 7  # 10, 10, 5; 10, 10, 5; 10
+    found = answers(tmp_path / "out")
+    assert found["task"] == [task[0] for task in tasks]
+    assert found["query_rows"] == [task[3] for task in tasks]
+    for (_, support, labels, query), own, probability in zip(
+        tasks, found["labels"], found["probabilities"], strict=True
+    ):
+        classes = sorted(set(labels))
+        if len(classes) == 1 or not query:
+            assert own == classes * len(query) and probability == [1.0] * len(query)
+            continue
+        head = make_learner(None if trained else what, method if trained else None, len(classes), 24).learner
+        codes = torch.tensor([[classes.index(label) for label in labels]])
+        with torch.no_grad():
+            logits = head(BANK.features[None, support], codes, BANK.features[None, query])[0]
+        values, best = logits.softmax(-1).max(-1)
+        assert own == [classes[c] for c in best.tolist()]
+        torch.testing.assert_close(torch.tensor(probability), values, rtol=1e-4, atol=1e-5)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["tasks"], results["files"]) == (60, 7)
+
+
+def test_killed_again_and_again_nothing_is_lost_or_doubled(folder, tmp_path):
+    write(folder / "many.parquet", draw_tasks(700, 1), row_group_size=190)
+    assert main(command(folder, tmp_path / "whole", "--tasks-per-file", 20, tasks="many.parquet")) == 0
+    want = {path.name: path.read_bytes() for path in (tmp_path / "whole").glob("part-*.parquet")}
+    out, kills = tmp_path / "cut", 0
+    for last in (0, 8, 20, 10**9):
+        process = start(*command(folder, out, "--tasks-per-file", 20, "--resume", tasks="many.parquet"))
+        while process.poll() is None and len(list(out.glob("part-*.parquet"))) <= last:
+            time.sleep(0.001)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        output, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors
+    assert kills >= 2
+    assert process.returncode == 0
+    assert "700 tasks in 37 files" in output
+    assert {path.name: path.read_bytes() for path in out.glob("part-*.parquet")} == want
+    assert sorted(path.name for path in out.iterdir() if path.name not in want) == ["config.json", "results.json"]
+
+
+def test_ranks_share_the_pieces(folder, tmp_path):
+    write(folder / "shared.parquet", draw_tasks(100, 2))
+    args = command(folder, tmp_path / "one", "--tasks-per-file", 20, tasks="shared.parquet")
+    assert main(args) == 0
+    launcher = ("torch.distributed.run", "--nproc-per-node=2", "--standalone")
+    args = command(folder, tmp_path / "two", "--tasks-per-file", 20, tasks="shared.parquet")
+    process = start(*args, launcher=launcher)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert "100 tasks in 5 files" in output
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["processes"] == 2
+    for path in (tmp_path / "one").glob("part-*.parquet"):
+        assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
+
+
+def refused(capsys, args: list[str]) -> str:
+    capsys.readouterr()
+    assert main(args) == 2
+    return capsys.readouterr().err
+
+
+GOOD: Task = ("a user", [0, 40], ["x", "y"], [1, 41])
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (("bad", [0, 960], ["x", "y"], [1]), "task bad: support_rows: expected 0..959, got 960"),
+        (("bad", [0, 40], ["x", "y"], [-1]), "task bad: query_rows: expected 0..959, got -1"),
+        (("bad", [0, 40], ["x"], [1]), "task bad: 2 support_rows, but 1 support_labels"),
+        (("bad", [], [], [1]), "task bad: no support_rows"),
+        (("bad", None, ["x"], [1]), "task bad: column 'support_rows' has rows without a value"),
+        (("bad", [0, 40], ["x", None], [1]), "column 'support_labels' has rows without a value"),
+    ],
+)
+def test_a_task_that_cannot_be_is_named(folder, tmp_path, capsys, task, message):
+    write(tmp_path / "tasks.parquet", [GOOD, task, GOOD])
+    args = command(folder, tmp_path / "out")
+    args[args.index("--tasks") + 1] = str(tmp_path / "tasks.parquet")
+    assert message in refused(capsys, args)
+    assert not list(tmp_path.glob("out/part*"))
+
+
+def test_what_does_not_fit_is_named(folder, tmp_path, capsys):
+    write(folder / "few.parquet", [GOOD])
+    out = tmp_path / "out"
+    few = {"tasks": "few.parquet"}
+    line = refused(capsys, command(folder, out, what=str(folder / "sib"), **few))
+    assert "task a user: weights: " in line and "was trained for 3 classes at a time, not 2" in line
+    assert "must be trained" in refused(capsys, command(folder, out, what="sib", **few))
+    assert "No such file" in refused(capsys, command(folder, out, tasks="none.parquet"))
+    assert "tasks-per-file: expected at least 1" in refused(capsys, command(folder, out, "--tasks-per-file", 0, **few))
+    pq.write_table(pa.table({"task": [1], "support_rows": [[1]], "query_rows": [[1]]}), folder / "less.parquet")
+    assert "no column 'support_labels'" in refused(capsys, command(folder, out, tasks="less.parquet"))
+    pq.write_table(pa.table({name: [1] for name in COLUMNS}), folder / "flat.parquet")
+    assert "column 'support_rows': expected lists, got int64" in refused(
+        capsys, command(folder, out, tasks="flat.parquet")
+    )
+    assert not list(out.glob("part*"))
+
+
+def test_answers_of_other_tasks_are_not_gone_on_with(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    write(folder / "few.parquet", [GOOD])
+    few = {"tasks": "few.parquet"}
+    assert main(command(folder, out, **few)) == 0
+    assert "already holds answers; give --resume" in refused(capsys, command(folder, out, **few))
+    assert "method: not what the answers" in refused(capsys, command(folder, out, "--resume", what="ridge", **few))
+    line = refused(capsys, command(folder, out, "--resume", "--tasks-per-file", 5, **few))
+    assert "tasks per file: not what the answers" in line
+    write(folder / "few.parquet", [GOOD, GOOD])
+    assert "tasks: not what the answers" in refused(capsys, command(folder, out, "--resume", **few))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.parquet").write_bytes(b"")
+    assert "holds other .parquet files" in refused(capsys, command(folder, tmp_path / "other", **few))
+
+
+def test_tasks_may_lie_in_a_folder_of_files(folder, tmp_path):
+    tasks = draw_tasks(30, 4, text=False)
+    (tmp_path / "tasks").mkdir()
+    write(tmp_path / "tasks" / "b.parquet", tasks[20:])
+    write(tmp_path / "tasks" / "a.parquet", tasks[:20])
+    args = command(folder, tmp_path / "out")
+    args[args.index("--tasks") + 1] = str(tmp_path / "tasks")
+    assert main(args) == 0
+    assert answers(tmp_path / "out")["task"] == [task[0] for task in tasks]
+
+
+def test_without_pyarrow_it_says_what_is_missing(folder, tmp_path, capsys, monkeypatch):
+    write(folder / "few.parquet", [GOOD])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install 'kernelmeta[parquet]'" in refused(
+        capsys, command(folder, tmp_path / "out", tasks="few.parquet")
+    )
+
+
+def test_without_ray_it_says_what_is_missing(folder, tmp_path, capsys, monkeypatch):
+    write(folder / "few.parquet", [GOOD])
+    monkeypatch.setitem(sys.modules, "ray", None)
+    args = command(folder, tmp_path / "out", "--engine", "ray", tasks="few.parquet")
+    assert "pip install 'kernelmeta[ray]'" in refused(capsys, args)
+
+
+@pytest.mark.rare
+def test_a_worker_of_a_cluster_is_killed(folder, tmp_path):
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    pytest.importorskip("ray.data", reason="ray data is not installed")
+    from kernelmeta.training.adapting import Adapter, Job
+    from kernelmeta.training.adapting_on_ray import on_ray
+
+    write(folder / "cluster.parquet", draw_tasks(3000, 5))
+    assert main(command(folder, tmp_path / "one", "--tasks-per-file", 50, tasks="cluster.parquet")) == 0
+    job = Job(
+        str(folder / "cluster.parquet"), str(folder / "bank.safetensors"), "prototypes", str(tmp_path / "two"), 50
+    )
+    (tmp_path / "two").mkdir()
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False)
+    try:
+        done, killed = [], []
+        for piece in on_ray(job, Adapter(job).missing()):
+            done.append(piece)
+            if len(done) == 5:
+                killed = workers()
+                assert len(killed) == 2
+                os.kill(killed[0], signal.SIGKILL)
+    finally:
+        ray.shutdown()
+    assert killed and len(done) == 60 == len(set(done))
+    for path in (tmp_path / "one").glob("part-*.parquet"):
+        assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
+
+
+def workers() -> list[int]:
+    """Processes of Ray that answer tasks."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            name = path.read_bytes()
+        except OSError:
+            continue
+        if name.startswith(b"ray::") and b"MapWorker" in name:
+            found.append(int(path.parent.name))
+    return found
