@@ -12,6 +12,7 @@ from kernelmeta.linear.dynamics import (
     posterior,
     ridge_path,
 )
+from kernelmeta.linear.kernels import cosine_gram, linear_gram, rbf_gram
 from kernelmeta.linear.lqf import Linearised, lqf
 from kernelmeta.linear.ntk import ntk_gram, relu_ntk
 
@@ -25,13 +26,16 @@ __all__ = [
     "RidgeFit",
     "adaptive_step",
     "certificate",
+    "cosine_gram",
     "descent",
     "descent_path",
     "kernel_ridge",
+    "linear_gram",
     "local_rate",
     "lqf",
     "ntk_gram",
     "posterior",
+    "rbf_gram",
     "relu_ntk",
     "ridge_path",
 ]
