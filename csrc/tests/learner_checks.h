@@ -332,13 +332,20 @@ struct ProgramEpisode {
     keep("bias", grad.bias, 1, 1, 0);
     keep("target", grad.target, 1, 1, 0);
     keep("rates", grad.rates, 1, K, 0);
+    // A bias' gradient sums up the same terms as its weight's, there times activations of about size one.
+    // Where rows are nearly parallel the bias' cancel: it is held against the size of both.
+    const auto keep_bias = [&](const char* name, const C* from, int64_t n) {
+      if (c.along == 0) return keep(name, from, 1, n, 0);
+      all.back().first += std::string(" and ") + name;
+      all.back().second.insert(all.back().second.end(), from, from + n);
+    };
     if (H) {
       keep("weight1", grad.mlp.w1t, N, H, padded(H));
-      keep("bias1", grad.mlp.b1, 1, H, 0);
+      keep_bias("bias1", grad.mlp.b1, H);
       keep("weight2", grad.mlp.w2, H, H, padded(H));
-      keep("bias2", grad.mlp.b2, 1, H, 0);
+      keep_bias("bias2", grad.mlp.b2, H);
       keep("weight3", grad.mlp.w3, N, H, padded(H));
-      keep("bias3", grad.mlp.b3, 1, N, 0);
+      keep_bias("bias3", grad.mlp.b3, N);
     }
     return all;
   }
