@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -171,10 +171,7 @@ def solved(
         ridges: in units of the mean eigenvalue of K.
     """
     network = model.frozen
-    names = set(model._names)
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(name in names)
-    K = ntk_gram(network, train.images[None], full=True, chunk_size=100)[0].flatten(2).flatten(0, 1).double()
+    K = _kernel(network, model._names, train)
     network.requires_grad_(False)
     with torch.no_grad():
         gap = (targets - network(train.images)).double().flatten()
@@ -396,10 +393,11 @@ def steps_to_optimum(
     }
 
 
-def _kernel(network: nn.Module, names: list[str], train: Digits) -> Tensor:
+def _kernel(network: nn.Module, names: Container[str], train: Digits) -> Tensor:
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name in names)
-    return ntk_gram(network, train.images[None], full=True, chunk_size=100)[0].flatten(2).flatten(0, 1).double()
+    K = ntk_gram(network, train.images[None], full=True, chunk_size=100)
+    return K[0].detach().flatten(2).flatten(0, 1).double()
 
 
 def kronecker_inverse(network: nn.Module, names: list[str], train: Digits, targets: Tensor, damping: float) -> Any:
@@ -508,7 +506,7 @@ def experiment(settings: FineTuningSettings, out: Path, say: Say = lambda line: 
             head = ridge_head(backbone(train.images), wanted, 1e-2)
         model = lqf(nn.Sequential(backbone, head).eval(), slope=settings.slope)
         try:
-            ridge = 1e-3 * float(_kernel(copy.deepcopy(model.frozen), list(model._names), train).diagonal().mean())
+            ridge = 1e-3 * float(_kernel(copy.deepcopy(model.frozen), model._names, train).diagonal().mean())
             steps.append({"backbone": name, **steps_to_optimum(model, train, wanted, ridge, settings.most_steps)})
             say(f"lqf: {name}: {steps[-1]}")
         except ImportError as error:
