@@ -24,6 +24,7 @@ from kernelmeta.reference.task_rows import as_labels, check_label_range, gathere
 from kernelmeta.tasks import Ragged
 
 ORACLES = ("squared_error", "cross_entropy")
+MOST_STEPS = 2**20
 
 
 def _sizes(call: Any) -> tuple[Any, Any, Any, int]:
@@ -163,7 +164,7 @@ def linearised_descent(
         weights: of the linear layers, in order, [units, inputs] each, 1 to 8 of them; the last has N units. A (leaky)
             ReLU follows every layer but the last.
         biases: [units] each; no biases if None.
-        steps: K.
+        steps: K, at most 2^20.
         lr, weight_decay: numbers or tensors of one value, which get gradients. The decay is towards w0.
         oracle: "squared_error" or "cross_entropy".
         slope: of the leaky ReLU below zero, at least 0.
@@ -252,5 +253,9 @@ def _check(
     for name, tensor in rates.items():
         _checks.one_value(name, tensor)
     _checks.step_size(steps, 0.0, "sum", 1)
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"steps: expected at most {MOST_STEPS}, got {steps}; km.linear.kernel_ridge is where they lead"
+        )
     if oracle not in ORACLES:
         raise ValueError(f"oracle: expected one of {', '.join(ORACLES)}, got {oracle!r}")
