@@ -10,6 +10,7 @@ from kernelmeta import nn
 from kernelmeta.data.file_kinds import is_safetensors
 from kernelmeta.data.files import read_weights
 from kernelmeta.data.words import one_line
+from kernelmeta.training.calibration import LEAST, MOST
 from kernelmeta.training.checkpoint import AVERAGED, BEST, CHECKPOINT, Checkpoint, count
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.finite import check_weights
@@ -29,7 +30,8 @@ def load_learner(path: str | os.PathLike[str], at: str | None = None) -> tuple[A
 
     Returns:
         The learner, in evaluation mode, and the settings; among them, of a run, ``at`` ("best" or "last"),
-        ``at_episodes`` (those trained on until then) and ``trained_episodes``.
+        ``at_episodes`` (those trained on until then), ``trained_episodes`` and ``temperature``, by which its logits are
+        to be divided for probabilities.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -58,12 +60,21 @@ def load_learner(path: str | os.PathLike[str], at: str | None = None) -> tuple[A
                 "at": at,
                 "at_episodes": seen if best is None or at == "last" else int(best[0]),
                 "trained_episodes": seen,
+                "temperature": _temperature(checkpoint.state, at),
             }
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: the weights do not fit the configuration ({one_line(error)})") from None
         check_weights(file, weights)
         return head.eval(), {**config.to_dict(), **of_run}
     return _published(file)
+
+
+def _temperature(state: dict[str, Any], at: str) -> float:
+    """1 where the validation classes were not looked at."""
+    found = float(state.get("temperatures", {}).get(at, 1.0))
+    if not LEAST <= found <= MOST:
+        raise ValueError(f"temperature: expected {LEAST}..{MOST}, got {found}")
+    return found
 
 
 def for_ways(learner: Any, settings: dict[str, Any], n_way: int) -> Any:
