@@ -79,9 +79,7 @@ def make_learner(
             f"weights: {os.fspath(weights)} was trained on {head.n_features} features, but the rows have {n_features}"
         )
     try:
-        return Chosen(
-            trained, for_ways(head, settings, n_way).eval(), at_text(settings), settings.get("temperature", 1.0)
-        )
+        learner = for_ways(head, settings, n_way).eval()
     except ValueError as error:
         raise ValueError(f"weights: {os.fspath(weights)} {error}") from None
     return Chosen(trained, learner, at_text(settings), settings.get("temperature", 1.0))
