@@ -6,6 +6,8 @@ factor of H or D (normalising, softmax, activations) are left out: a floor may b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from benchmarks.problem import DTYPES, Size
@@ -98,6 +100,25 @@ def focal_distillation(rows: int, classes: int) -> Work:
     written; exponentials, three an element in each direction, are left out.
     """
     return Work(0.0, 5 * rows * classes * 4.0)
+
+
+def linearised_descent(T: int, S: int, Q: int, widths: Sequence[int], steps: int) -> Work:
+    """:func:`kernelmeta.ops.linearised_descent`, forward and backward to rows and weights: the backward pass takes
+    two products for each of the forward pass, the steps once more.
+
+    Query rows enter by what they move by along the weights' own move, which is a sum over support rows: a matrix
+    product a layer besides those of the network. Support rows need the derivatives of N outputs, and half of the
+    products of those.
+    """
+    N, flops = widths[-1], 0.0
+    for i, (inputs, units) in enumerate(pairwise(widths)):
+        flops += 2.0 * (S + Q) * inputs * units + S * (S + 1) * inputs + 2.0 * S * Q * (inputs + units)
+        if i > 0:
+            flops += 2.0 * Q * inputs * units
+        if i < len(widths) - 2:
+            flops += N * S * (N * S + 1) * units + (2.0 * N * S * inputs * units if i > 0 else 0.0)
+    rows = (S + Q) * widths[0] * 4.0
+    return Work(T * (3 * flops + 3 * steps * 2.0 * (N * S) ** 2), T * 3 * rows)
 
 
 def class_means(size: Size, mode: str) -> Work:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from episodes import Episode, draw
+from episodes import Episode, draw, draw_mlp
 
 import kernelmeta as km
 
@@ -113,3 +113,22 @@ def judge(f: Callable[[Episode], torch.Tensor], episode: Episode, backend: str) 
     if (single.median(0).values > most * usual).any():
         complaints["float32"] = (single.median(0).values, plain.median(0).values)
     return complaints
+
+
+def bias_gradients(backend: str, dtype: torch.dtype) -> torch.Tensor:
+    """Gradients of bias1, bias2 and shift1 of MLPs whose units are never switched off: normalisation makes them zero,
+    of large terms. What is left is their error.
+    """
+    errors = torch.zeros(3)
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        mlp = draw_mlp(5, 8, torch.float64, g)
+        mlp = mlp._replace(bias1=mlp.bias1.abs() + 20, bias2=mlp.bias2.abs() + 20)
+        for spread in (1e-1, 1e-2, 1e-3, 1e-4):  # of the activations, to whose variance 1e-5 is added
+            logits, weights = (torch.randn(3, 20, 5, dtype=torch.float64, generator=g) for _ in range(2))
+            leaves = [p.to(dtype).requires_grad_() for p in mlp]
+            with km.use_backend(backend):
+                out = km.ops.synthetic_gradient_mlp(spread * logits.to(dtype), type(mlp)(*leaves))
+            of = type(mlp)(*torch.autograd.grad((out * weights.to(dtype)).sum(), leaves))
+            errors += spread * torch.stack([p.abs().max().float() for p in (of.bias1, of.bias2, of.shift1)])
+    return errors

@@ -3,10 +3,11 @@
 // The engine (csrc/engine) says what to compute in these words:
 //   each_item(n, f)        f(i) for every i
 //   rows(n, Q, f)          f(i, row) for every row of a padded array; row.each, row.sum, row.most (the
-//   largest,
-//                          if it is not NaN; minus infinity of none), row.one, row.value; row.part(first, n):
-//                          the same for n entries of the row, from one on; it sees what the row stored
-//                          before, and the row what it stored
+//                          largest, if it is not NaN; minus infinity of none), row.sums and row.mosts (of
+//                          several functions at once), row.one, row.value, row.entry; row.part(first, n): the
+//                          same for n entries of the row, from one on; it sees what the row stored before,
+//                          and the row what it stored. An entry knows its place: n.is(y, a, b) is a for the
+//                          entry y, b for others; n.before(y, a, b) alike
 //   row_steps(n, Q, K, f)  f(i, k, row) for every row and, one after the other, for every k; rows look at
 //                          nothing that other rows' steps store
 //   columns(Q, f)          f(at) for every entry of a row: at walks over the rows of padded arrays by itself
@@ -27,6 +28,7 @@
 
 #include "cpu/simd.h"
 #include "cpu/widen.h"
+#include "engine/several.h"
 
 namespace kernelmeta {
 namespace {
@@ -69,6 +71,11 @@ struct CpuBlock {
   static __forceinline__ C max(C a, C b) { return a < b ? b : a; }
   static __forceinline__ V max(V a, V b) { return a < b ? b : a; }
   static __forceinline__ V exp(V v) { return exp_lanes<C>(v); }
+  // 0 where e^x would not have all its digits; of x up to 88, or 709.
+  static __forceinline__ V exp_or_zero(V v) { return v < kLowestExponent<C> ? V{} : exp_in_range<C>(v); }
+  static __forceinline__ C exp_or_zero(C x) { return x < kLowestExponent<C> ? C(0) : exp(x); }
+  static constexpr double kSmall = kSmallExponent;
+  static __forceinline__ V exp_small(V v) { return kernelmeta::exp_small<C>(v); }
   static __forceinline__ V log(V v) {
     for (int64_t i = 0; i < W; ++i)
       v[i] = sizeof(C) == 4 ? C(__builtin_logf(float(v[i]))) : C(__builtin_log(v[i]));
@@ -97,11 +104,22 @@ struct CpuBlock {
     int64_t at, count;
 
     __forceinline__ V zero() const { return V{}; }
+    __forceinline__ V before(int64_t y, V a, V b) const { return lanes_before<C>(y - at) ? a : b; }
+    __forceinline__ V is(int64_t y, V a, V b) const {
+      const bool here = y >= at && y < at + W;
+      return here ? before(y, b, before(y + 1, a, b)) : b;
+    }
     __forceinline__ V first(V v) const {
       if constexpr (kind == kFull)
         return v;
       else
         return keep_first<C>(v, count);
+    }
+    __forceinline__ V first_or(V v, C other) const {
+      if constexpr (kind == kFull)
+        return v;
+      else
+        return lanes_before<C>(count) ? v : V{} + other;
     }
     __forceinline__ V load(const C* p) const {
       if constexpr (kind == kPartial)
@@ -125,36 +143,44 @@ struct CpuBlock {
 
     __forceinline__ Row part(int64_t, int64_t count) const { return {count}; }
     __forceinline__ C value(const C* p) const { return *p; }
+    __forceinline__ C entry(const C* p, int64_t i) const { return p[i]; }
     template <class F>
     __forceinline__ void each(F f) const {
       int64_t at = 0;
       for (; at + W <= length; at += W) f(At<kFull>{at, W});
       if (at < length) f(At<tail>{at, length - at});
     }
+    template <class... F>
+    __forceinline__ Several<C, sizeof...(F)> sums(F... f) const {
+      V totals[sizeof...(F)] = {};
+      each([&](auto at) {
+        V* total = totals;
+        ((*total++ += at.first(f(at))), ...);
+      });
+      Several<C, sizeof...(F)> found;
+      for (size_t k = 0; k < sizeof...(F); ++k) found.of[k] = sum_lanes<C>(totals[k]);
+      return found;
+    }
+    template <class... F>
+    __forceinline__ Several<C, sizeof...(F)> mosts(F... f) const {
+      constexpr C kNone = -C(__builtin_inf());
+      V largest[sizeof...(F)];
+      for (V& none : largest) none = V{} + kNone;
+      each([&](auto at) {
+        V* found = largest;
+        ((*found = max(*found, at.first_or(f(at), kNone)), ++found), ...);
+      });
+      Several<C, sizeof...(F)> found;
+      for (size_t k = 0; k < sizeof...(F); ++k) found.of[k] = most_lane<C>(largest[k]);
+      return found;
+    }
     template <class F>
     __forceinline__ C sum(F f) const {
-      V total = {};
-      int64_t at = 0;
-      for (; at + W <= length; at += W) total += f(At<kFull>{at, W});
-      if (at < length) {
-        const At<tail> last{at, length - at};
-        total += last.first(f(last));
-      }
-      return sum_lanes<C>(total);
+      return sums(f).of[0];
     }
     template <class F>
     __forceinline__ C most(F f) const {
-      constexpr C kNone = -C(__builtin_inf());
-      V largest = V{} + kNone;
-      int64_t at = 0;
-      for (; at + W <= length; at += W) largest = max(largest, f(At<kFull>{at, W}));
-      C found = kNone;
-      for (int64_t i = 0; i < W; ++i) found = max(found, largest[i]);
-      if (at < length) {
-        const V last = f(At<tail>{at, length - at});
-        for (int64_t i = 0; i < length - at; ++i) found = max(found, last[i]);
-      }
-      return found;
+      return mosts(f).of[0];
     }
     template <class F>
     __forceinline__ void one(F f) const {

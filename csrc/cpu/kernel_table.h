@@ -2,6 +2,8 @@
 #pragma once
 
 #include "engine/focal_distillation.h"
+#include "engine/linearised_descent.h"
+#include "engine/ntk_gram.h"
 #include "engine/program_task.h"
 #include "engine/ridge_task.h"
 #include "engine/training.h"
@@ -47,6 +49,11 @@ struct Kernels {
   // A range of rows.
   void (*focal_distillation_forward)(const DistillationForward<C>&, int64_t begin, int64_t end);
   void (*focal_distillation_backward)(const DistillationBackward<C>&, int64_t begin, int64_t end);
+  void (*linearised_descent_forward)(const DescentForward<C>&, int64_t begin, int64_t end);
+  void (*linearised_descent_backward)(const DescentBackward<C>&, const DescentGrad<C>& grad, int64_t begin,
+                                      int64_t end);
+  void (*ntk_gram_forward)(const NtkForward<C>&, int64_t begin, int64_t end);
+  void (*ntk_gram_backward)(const NtkBackward<C>&, const NtkGrad<C>& grad, int64_t begin, int64_t end);
 };
 
 struct KernelTable {

@@ -289,6 +289,7 @@ void focal_distillation_backward(const DistillationBackward<C>& f, int64_t begin
 
 }  // namespace
 
+#include "cpu/ntk_kernels.h"
 #include "cpu/ridge_kernels.h"
 
 namespace kernelmeta {
@@ -310,7 +311,11 @@ constexpr Kernels<C> kKernels = {sib_forward<C>,
                                  ridge_forward<C>,
                                  ridge_backward<C>,
                                  focal_distillation_forward<C>,
-                                 focal_distillation_backward<C>};
+                                 focal_distillation_backward<C>,
+                                 linearised_descent_forward<C>,
+                                 linearised_descent_backward<C>,
+                                 ntk_gram_forward<C>,
+                                 ntk_gram_backward<C>};
 
 }  // namespace
 

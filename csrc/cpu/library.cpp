@@ -6,6 +6,8 @@
 #include "cpu/class_means.h"
 #include "cpu/focal_distillation.h"
 #include "cpu/linear_head.h"
+#include "cpu/linearised_descent.h"
+#include "cpu/ntk_gram.h"
 #include "cpu/program.h"
 #include "cpu/ridge.h"
 #include "cpu/sib.h"

@@ -5,13 +5,13 @@ namespace kernelmeta::cuda {
 namespace {
 
 template <class B, class C = typename B::Scalar>
-__global__ void __launch_bounds__(B::kThreads)
+__global__ void __launch_bounds__(B::kThreads, 2)
     focal_distillation_fwd_kernel(const __grid_constant__ DistillationForward<C> f, Memory<C> memory) {
   distillation_forward_body<B>(f, memory.template arena<B>(), block_tasks());
 }
 
 template <class B, class C = typename B::Scalar>
-__global__ void __launch_bounds__(B::kThreads)
+__global__ void __launch_bounds__(B::kThreads, 2)
     focal_distillation_bwd_kernel(const __grid_constant__ DistillationBackward<C> f, Memory<C> memory) {
   distillation_backward_body<B>(f, memory.template arena<B>(), block_tasks());
 }

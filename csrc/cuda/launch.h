@@ -8,7 +8,9 @@
 #include "cuda/program_call.h"
 #include "engine/focal_distillation.h"
 #include "engine/linear_head_task.h"
+#include "engine/linearised_descent.h"
 #include "engine/mlp_task.h"
+#include "engine/ntk_gram.h"
 #include "engine/problem.h"
 #include "engine/ridge_task.h"
 #include "engine/sum_parts.h"
@@ -114,6 +116,31 @@ void launch_focal_distillation_forward(const DistillationForward<C>& f, const Pl
 template <class C>
 void launch_focal_distillation_backward(const DistillationBackward<C>& f, const Plan& plan, C* workspace,
                                         const Stream& stream);
+
+template <class C>
+Plan plan_linearised_descent_forward(const DescentForward<C>& f, int device);
+template <class C>
+void launch_linearised_descent_forward(const DescentForward<C>& f, const Plan& plan, C* workspace,
+                                       const Stream& stream);
+
+template <class C>
+Plan plan_linearised_descent_backward(const DescentBackward<C>& f, int device);
+// partials [blocks][DescentGrad]
+template <class C>
+void launch_linearised_descent_backward(const DescentBackward<C>& f, const Plan& plan, C* workspace,
+                                        C* partials, const Stream& stream);
+
+template <class C>
+Plan plan_ntk_gram_forward(const NtkForward<C>& f, int device);
+template <class C>
+void launch_ntk_gram_forward(const NtkForward<C>& f, const Plan& plan, C* workspace, const Stream& stream);
+
+template <class C>
+Plan plan_ntk_gram_backward(const NtkBackward<C>& f, int device);
+// partials [blocks][NtkGrad]
+template <class C>
+void launch_ntk_gram_backward(const NtkBackward<C>& f, const Plan& plan, C* workspace, C* partials,
+                              const Stream& stream);
 
 // to = factor * the sum of partials[b][..size] over b < count, in order.
 template <class C>

@@ -3,6 +3,8 @@
 #include "cuda/class_means.h"
 #include "cuda/focal_distillation.h"
 #include "cuda/linear_head.h"
+#include "cuda/linearised_descent.h"
+#include "cuda/ntk_gram.h"
 #include "cuda/program.h"
 #include "cuda/ridge.h"
 #include "cuda/sib.h"

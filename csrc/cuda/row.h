@@ -3,6 +3,7 @@
 
 #include "cuda/packs.h"
 #include "engine/arena.h"
+#include "engine/several.h"
 
 namespace kernelmeta {
 
@@ -11,6 +12,8 @@ template <class C>
 struct At {
   int64_t at;
   KERNELMETA_INLINE C zero() const { return C(0); }
+  KERNELMETA_INLINE C is(int64_t y, C a, C b) const { return at == y ? a : b; }
+  KERNELMETA_INLINE C before(int64_t y, C a, C b) const { return at < y ? a : b; }
   template <class X>
   KERNELMETA_INLINE C load(const X* p) const {
     return widened<X, C>(p[at]);
@@ -64,6 +67,20 @@ struct Row {
     }
     return Team::max_lanes(largest);
   }
+  template <class... Fn>
+  KERNELMETA_INLINE Several<C, sizeof...(Fn)> sums(Fn... f) const {
+    Several<C, sizeof...(Fn)> total = {};
+    for (int64_t i = lane; i < length; i += kLanes) {
+      C* sum = total.of;
+      ((*sum++ += f(at(i))), ...);
+    }
+    for (C& sum : total.of) sum = Team::add_lanes(sum);
+    return total;
+  }
+  template <class... Fn>
+  KERNELMETA_INLINE Several<C, sizeof...(Fn)> mosts(Fn... f) const {
+    return {most(f)...};
+  }
   // to[j] = sum over i < n of f(i, j)
   template <class Fn>
   KERNELMETA_INLINE void column_sums(int64_t n, Fn f, C* to) const {
@@ -72,6 +89,10 @@ struct Row {
       for (int64_t i = 0; i < n; ++i) sum += f(i, j);
       j.store(to, sum);
     });
+  }
+  template <class X>
+  KERNELMETA_INLINE C entry(const X* p, int64_t i) const {
+    return widened<X, C>(p[i]);
   }
   // What some lane stored before; it may be stored anew after it.
   KERNELMETA_INLINE C value(const C* p) const {

@@ -26,6 +26,8 @@ struct DistillationRow {
     kCentre,      // E_p[v]
     kDivergence,  // log E_p[e^u]
     kNewInverse,  // 1 / the sum of e^((new - kMax) / tau); 0 where all u, and E_p[v], are near 0
+    kOldSpread,   // (kOldMax - the smallest of the old logits) / tau
+    kReach,       // where all u are near 0, no |u| is larger
     kSize
   };
 };
@@ -77,13 +79,14 @@ struct DistillationRows {
   using Row = DistillationRow;
 
   static constexpr bool kSingle = sizeof(C) == 4;
-  // e^x is taken for 0 below, before it is a number without all its digits.
-  static constexpr double kLowest = kSingle ? -87 : -708;
   // u beyond which classes are far, and log(p e^u) beyond which its sum is shifted.
   static constexpr double kFarthest = 20, kLargest = kSingle ? 60 : 600;
+  // |u| up to which few terms of its series are enough.
+  static constexpr double kTiny = 0.125;
 
   B& block;
   const DistillationProblem<C>& p;
+  const C cold = C(1) / p.tau;
   C *wide_now, *wide_old;
   C* exponentials;  // [rows][padded(N)], of the forward pass
 
@@ -107,14 +110,27 @@ struct DistillationRows {
         } else {
           const auto* now = B::task_rows(p.now, r, p.N, wide_now)(0);
           const auto* old = B::task_rows(p.old, r, p.N, wide_old)(0);
-          found[Row::kMax] = row.most([&](auto n) { return n.load(now); });
-          found[Row::kOldMax] = row.most([&](auto n) { return n.load(old); });
-          const bool old_right = right(row, old, y, found[Row::kOldMax]);
+          const Extent extent(row, now, old);
+          found[Row::kMax] = extent.now;
+          found[Row::kOldMax] = extent.old;
+          const C own = row.entry(now, y);
+          const bool old_right = right(row, old, y, row.entry(old, y), extent.old);
           code =
-              kCounted + (old_right ? kOldRight : 0) + (right(row, now, y, found[Row::kMax]) ? kNewRight : 0);
+              kCounted + (old_right ? kOldRight : 0) + (right(row, now, y, own, extent.now) ? kNewRight : 0);
           found[Row::kFocus] = old_right ? p.alpha + p.beta : p.alpha;
-          if (p.label_loss) label_loss = loss_of_label(row, now, y, found);
-          distance = found[Row::kFocus] * distance_of(row, now, old, exponentials + i * padded(p.N), found);
+          if (p.divergence()) {
+            distance =
+                p.tau * p.tau * divergence(row, now, old, y, extent, exponentials + i * padded(p.N), found);
+          } else {
+            if (p.label_loss) found[Row::kOthers] = row.sum(of_others(now, y, extent.now));
+            distance = p.share() * (p.squared() ? row.sum([&](auto n) {
+                         const auto d = apart(n, now, old);
+                         return d * d * C(0.5);
+                       })
+                                                : row.sum([&](auto n) { return inhibition(n, now, old); }));
+          }
+          distance *= found[Row::kFocus];
+          if (p.label_loss) label_loss = loss_of_label(row, now, y, own, found);
         }
       }
       row.one([&] {
@@ -139,69 +155,92 @@ struct DistillationRows {
       const auto* now = B::task_rows(p.now, r, p.N, wide_now)(0);
       const auto* old = B::task_rows(p.old, r, p.N, wide_old)(0);
       const C* kept = f.trace + r * Row::kSize;
-      const C along = f.grad_distances[r] * kept[Row::kFocus] * p.share();
-      // g_n = own e_n + other - smooth w_n of the label's loss: apart for the label itself, whose 1 - q is
-      // the sum of the others.
-      C scale = 0, own_scale = 0, own = 0, smooth = 0;
-      const bool labelled = p.label_loss && f.grad_label_losses != nullptr;
-      if (labelled) {
-        const C g = f.grad_label_losses[r], of_label = g * (C(1) - p.label_smoothing) * class_weight(y);
-        smooth = g * p.label_smoothing / C(p.N);
-        own_scale = smooth == C(0) ? C(0) : smooth * sum_of_weights(row) * kept[Row::kInverse];
-        scale = of_label * kept[Row::kInverse] + own_scale;
-        own = -of_label * (kept[Row::kOthers] * kept[Row::kInverse]);
-      }
-      const C largest = kept[Row::kMax];
-      const auto part = [&](int64_t from, int64_t n_classes, C e_scale, C constant) {
-        const auto* z = now + from;
-        const auto* z_old = old + from;
-        const auto of_label = [&](auto n) {
-          auto value = n.zero() + constant;
-          if (!labelled) return value;
-          value = value + exp_or_zero(n.load(z) - largest) * e_scale;
-          if (smooth != C(0)) {
-            value = p.class_weight ? value - n.load(p.class_weight + from) * smooth : value - smooth;
-          }
-          return value;
+      const C along = f.grad_distances[r] * kept[Row::kFocus];
+      const auto write = [&](auto of_distance) { add_label(f, row, r, y, now, to, kept, of_distance); };
+      if (p.squared()) {
+        write([&](auto n) { return apart(n, now, old) * (along * p.share()); });
+      } else if (!p.divergence()) {
+        write([&](auto n) { return inhibition_gradient(n, now, old) * (along * p.share()); });
+      } else if (kept[Row::kNewInverse] != C(0)) {
+        write([&](auto n) { return divergence_gradient(n, now, old, kept) * (along * p.tau); });
+      } else {
+        const C scale = along * p.tau * kept[Row::kOldInverse];
+        const C mean = kept[Row::kCentre] + kept[Row::kDivergence];
+        // p (e^(u - divergence) - 1) = q - p
+        const auto near = [&](auto calm, auto few) {
+          write([&](auto n) {
+            const auto z = n.load(now), z_old = n.load(old);
+            const auto e = cooled<calm()>(z_old - kept[Row::kOldMax]);
+            const auto shifted = ((z - z_old) - kept[Row::kPivot]) * cold - mean;
+            return where_present<calm()>(e, z, e * (shifted + near_excess<few()>(shifted)) * scale);
+          });
         };
-        const auto each = [&](auto of_distance) {
-          row.part(from, n_classes).each([&](auto n) { n.store(to + from, of_label(n) + of_distance(n)); });
-        };
-        if (p.divergence()) {
-          if (kept[Row::kNewInverse] == C(0))
-            each([&](auto n) { return near_gradient(n, z, z_old, kept) * (along * p.tau); });
+        const bool few = kept[Row::kReach] + kept[Row::kDivergence] <= C(kTiny);
+        if (is_calm(kept[Row::kOldSpread])) {
+          if (few)
+            near(Yes(), Yes());
           else
-            each([&](auto n) { return divergence_gradient(n, z, z_old, kept) * (along * p.tau); });
-        } else if (p.squared()) {
-          each([&](auto n) { return apart(n, z, z_old) * along; });
+            near(Yes(), No());
         } else {
-          each([&](auto n) { return inhibition_gradient(n, z, z_old) * along; });
+          near(No(), No());
         }
-      };
-      // What is before the label, the label, what is after it.
-      for (int k = 0; k < 3; ++k) {
-        const int64_t from = k == 0 ? 0 : y + k - 1, to_here = k == 0 ? y : k == 1 ? y + 1 : p.N;
-        part(from, to_here - from, k == 1 ? own_scale : scale, k == 1 ? own : C(0));
       }
     });
   }
 
  private:
-  template <class X>
-  static KERNELMETA_INLINE X exp_or_zero(X x) {
-    return x < C(kLowest) ? X{} : B::exp(x);
+  struct Yes {
+    KERNELMETA_INLINE constexpr bool operator()() const { return true; }
+  };
+  struct No {
+    KERNELMETA_INLINE constexpr bool operator()() const { return false; }
+  };
+
+  // The largest logits of a row, the smallest old one, and the largest difference both ways; NaN aside.
+  struct Extent {
+    C now, old, old_least, above, below;
+
+    template <class R_, class F>
+    KERNELMETA_INLINE Extent(R_ row, const F* z, const F* z_old) {
+      const auto most = row.mosts([&](auto n) { return n.load(z); }, [&](auto n) { return n.load(z_old); },
+                                  [&](auto n) { return n.zero() - n.load(z_old); },
+                                  [&](auto n) { return n.load(z) - n.load(z_old); },
+                                  [&](auto n) { return n.load(z_old) - n.load(z); });
+      now = most.of[0], old = most.of[1], old_least = -most.of[2], above = most.of[3], below = most.of[4];
+    }
+  };
+
+  // Whether the old logits, over tau, are so near to each other that e^x needs no range.
+  static KERNELMETA_INLINE bool is_calm(C spread) { return spread <= C(B::kSmall); }
+
+  // e^(x / tau) of an old logit x relative to the largest one
+  template <bool calm, class X>
+  KERNELMETA_INLINE X cooled(X x) const {
+    if constexpr (calm)
+      return B::exp_small(x * cold);
+    else
+      return B::exp_or_zero(x * cold);
   }
 
-  // e^u - 1 - u by its series, for |u| up to 1.5
-  template <class X>
+  // 2 / n!
+  static constexpr double share_of_factorial(int n) { return n == 2 ? 1 : share_of_factorial(n - 1) / n; }
+  // e^u - 1 - u by its series, for |u| up to 1.5, or with few terms up to kTiny.
+  template <bool few, class X>
   static KERNELMETA_INLINE X near_excess(X u) {
-    X sum = X{} + C(1);
-    for (int k = kSingle ? 11 : 18; k > 2; --k) sum = sum * u * C(1.0 / k) + C(1);
-    return u * u * C(0.5) * sum;
+    constexpr int kTerms = few ? (kSingle ? 6 : 11) : (kSingle ? 11 : 18);
+    return u * u * C(0.5) * horner<2, kTerms>(u);
+  }
+  template <int k, int last, class X>
+  static KERNELMETA_INLINE X horner(X u) {
+    constexpr C kCoefficient = C(share_of_factorial(k));
+    if constexpr (k == last)
+      return X{} + kCoefficient;
+    else
+      return horner<k + 1, last>(u) * u + kCoefficient;
   }
   template <class X>
   static KERNELMETA_INLINE X exp_excess(X u) {
-    return u * u <= C(1) ? near_excess(u) : B::exp(u) - C(1) - u;
+    return u * u <= C(1) ? near_excess<false>(u) : B::exp(u) - C(1) - u;
   }
 
   KERNELMETA_INLINE C class_weight(int64_t n) const { return p.class_weight ? p.class_weight[n] : C(1); }
@@ -212,25 +251,26 @@ struct DistillationRows {
 
   // Whether the label's logit is the largest, the first of equal ones; not where one is NaN.
   template <class R_, class F>
-  KERNELMETA_INLINE bool right(R_ row, const F* z, int64_t y, C largest) const {
-    const C own = row.part(y, 1).sum([&](auto n) { return n.load(z + y); });
+  static KERNELMETA_INLINE bool right(R_ row, const F* z, int64_t y, C own, C largest) {
     if (!(own == largest)) return false;
-    const C before = row.part(0, y).sum([&](auto n) { return n.load(z) < own ? n.zero() : n.zero() + C(1); });
-    const C after = row.part(y + 1, p.N - y - 1).sum([&](auto n) {
-      return n.load(z + y + 1) <= own ? n.zero() : n.zero() + C(1);
-    });
-    return before + after == C(0);
+    const C no_less = row.sum([&](auto n) { return n.load(z) < own ? n.zero() : n.zero() + C(1); });
+    if (no_less == C(1)) return true;
+    return row.sum([&](auto n) {
+      const auto z_n = n.load(z);
+      return z_n < own ? n.zero() : z_n == own ? n.before(y, n.zero() + C(1), n.zero()) : n.zero() + C(1);
+    }) == C(0);
+  }
+
+  // e^(z - max) of all classes but the label
+  template <class F>
+  static KERNELMETA_INLINE auto of_others(const F* now, int64_t y, C largest) {
+    return [=](auto n) { return n.is(y, n.zero(), B::exp_or_zero(n.load(now) - largest)); };
   }
 
   template <class R_, class F>
-  KERNELMETA_INLINE C loss_of_label(R_ row, const F* z, int64_t y, C* found) const {
-    const C largest = found[Row::kMax];
-    const auto sum = [&](int64_t from, int64_t count) {
-      return row.part(from, count).sum([&](auto n) { return exp_or_zero(n.load(z + from) - largest); });
-    };
-    const C own = row.part(y, 1).sum([&](auto n) { return n.load(z + y); });
-    const C others = sum(0, y) + sum(y + 1, p.N - y - 1), total = others + sum(y, 1);
-    found[Row::kOthers] = others;
+  KERNELMETA_INLINE C loss_of_label(R_ row, const F* z, int64_t y, C own, C* found) const {
+    const C largest = found[Row::kMax], others = found[Row::kOthers];
+    const C total = others + (own == largest ? C(1) : B::exp_or_zero(own - largest));
     found[Row::kInverse] = C(1) / total;
     const C log_sum = own == largest ? B::log1p(others) : B::log(total);
     C loss = (C(1) - p.label_smoothing) * class_weight(y) * ((largest - own) + log_sum);
@@ -244,18 +284,30 @@ struct DistillationRows {
     return loss;
   }
 
-  template <class R_, class F>
-  KERNELMETA_INLINE C distance_of(R_ row, const F* now, const F* old, C* e, C* found) const {
-    if (p.divergence()) {
-      found[Row::kDivergence] = divergence(row, now, old, e, found);
-      return p.tau * p.tau * found[Row::kDivergence];
+  // Writes the gradient of the distance, which of_distance says, and of the label's loss, where it has one:
+  // e_n scale - smooth w_n, but apart for the label itself, whose 1 - q is the sum of the others.
+  template <class R_, class F, class Fn>
+  KERNELMETA_INLINE void add_label(const DistillationBackward<C>& f, R_ row, int64_t r, int64_t y,
+                                   const F* now, C* to, const C* kept, Fn of_distance) const {
+    if (!p.label_loss || f.grad_label_losses == nullptr) {
+      row.each([&](auto n) { n.store(to, of_distance(n)); });
+      return;
     }
-    const C sum = p.squared() ? row.sum([&](auto n) {
-      const auto d = apart(n, now, old);
-      return d * d * C(0.5);
-    })
-                              : row.sum([&](auto n) { return inhibition(n, now, old); });
-    return sum * p.share();
+    const C g = f.grad_label_losses[r], of_label = g * (C(1) - p.label_smoothing) * class_weight(y);
+    const C smooth = g * p.label_smoothing / C(p.N);
+    const C own_scale = smooth == C(0) ? C(0) : smooth * sum_of_weights(row) * kept[Row::kInverse];
+    const C scale = of_label * kept[Row::kInverse] + own_scale;
+    const C own = -of_label * (kept[Row::kOthers] * kept[Row::kInverse]), largest = kept[Row::kMax];
+    row.each([&](auto n) {
+      const auto e = B::exp_or_zero(n.load(now) - largest);
+      n.store(to, n.is(y, e * own_scale + own, e * scale) + of_distance(n));
+    });
+    if (smooth != C(0)) {
+      row.each([&](auto n) {
+        const auto value = n.load(to);
+        n.store(to, p.class_weight ? value - n.load(p.class_weight) * smooth : value - smooth);
+      });
+    }
   }
 
   static KERNELMETA_INLINE C inf() { return C(__builtin_inf()); }
@@ -286,55 +338,97 @@ struct DistillationRows {
     return over <= C(0) ? n.zero() : sign * B::pow(over, p.power - C(1)) * p.power;
   }
 
-  // Classes without probability in the old logits count through e^u alone; NaN does.
-  template <class X>
+  // Classes without probability in the old logits count through e^u alone; NaN does. Calm rows have none.
+  template <bool calm = false, class X>
   static KERNELMETA_INLINE X where_present(X probability, X z, X value) {
-    return probability == C(0) ? (z == z ? X{} : z) : value;
+    if constexpr (calm)
+      return value;
+    else
+      return probability == C(0) ? (z == z ? X{} : z) : value;
   }
 
   // log E_p[e^u]; e: scratch
   template <class R_, class F>
-  KERNELMETA_INLINE C divergence(R_ row, const F* now, const F* old, C* e, C* found) const {
-    const C cold = C(1) / p.tau, old_max = found[Row::kOldMax];
-    const C sum = row.sum([&](auto n) {
-      const auto value = exp_or_zero((n.load(old) - old_max) * cold);
-      n.store(e, value);
-      return value;
-    });
-    const C inverse = C(1) / sum;
+  KERNELMETA_INLINE C divergence(R_ row, const F* now, const F* old, int64_t y, const Extent& extent, C* e,
+                                 C* found) const {
+    const C old_max = extent.old;
     // Taken relative to the likeliest class: where p is nearly 1 for it, its v - E_p[v] is much smaller than
     // v.
     C pivot =
         row.most([&](auto n) { return n.load(old) == old_max ? n.load(now) - old_max : n.zero() - inf(); });
     if (pivot == -inf()) pivot = C(0);
+    const C spread = (old_max - extent.old_least) * cold;
     found[Row::kPivot] = pivot;
+    found[Row::kOldSpread] = spread;
     const auto v = [&](auto n) { return ((n.load(now) - n.load(old)) - pivot) * cold; };
-    const C centre = inverse * row.sum([&](auto n) {
-      const auto of_n = n.load(e);
-      return where_present(of_n, n.load(now), of_n * v(n));
-    });
-    const C above = row.most(v) - centre, below = row.most([&](auto n) { return v(n) * C(-1); }) + centre;
+    // The sum of e^(old / tau), that times v, and what the label's loss asks for.
+    C sum, centre;
+    const auto exponents = [&](auto calm) {
+      const auto of_old = [&](auto n) {
+        const auto value = cooled<calm()>(n.load(old) - old_max);
+        n.store(e, value);
+        return value;
+      };
+      const auto of_v = [&](auto n) {
+        const auto of_n = n.load(e);
+        return where_present<calm()>(of_n, n.load(now), of_n * v(n));
+      };
+      if (p.label_loss) {
+        const auto sums = row.sums(of_old, of_v, of_others(now, y, extent.now));
+        sum = sums.of[0], centre = sums.of[1], found[Row::kOthers] = sums.of[2];
+      } else {
+        const auto sums = row.sums(of_old, of_v);
+        sum = sums.of[0], centre = sums.of[1];
+      }
+    };
+    const bool calm = is_calm(spread);
+    if (calm)
+      exponents(Yes());
+    else
+      exponents(No());
+    const C inverse = C(1) / sum;
+    centre *= inverse;
+    const C above = (extent.above - pivot) * cold - centre, below = (extent.below + pivot) * cold + centre;
     found[Row::kOldInverse] = inverse;
     found[Row::kCentre] = centre;
-    const auto sum_of = [&](auto excess) {
+    if (above <= C(1) && below <= C(1) && centre * centre <= C(1)) {
+      found[Row::kReach] = B::max(above, below);
+      const auto of_near = [&](auto calm, auto few) {
+        return B::log1p(inverse * row.sum([&](auto n) {
+          const auto of_n = n.load(e);
+          return where_present<calm()>(of_n, n.load(now), of_n * near_excess<few()>(v(n) - centre));
+        }));
+      };
+      const C near = !calm                            ? of_near(No(), No())
+                     : found[Row::kReach] <= C(kTiny) ? of_near(Yes(), Yes())
+                                                      : of_near(Yes(), No());
+      return found[Row::kDivergence] = near;
+    }
+    const C now_max = extent.now;
+    found[Row::kNewInverse] =
+        C(1) / row.sum([&](auto n) { return B::exp_or_zero((n.load(now) - now_max) * cold); });
+    return found[Row::kDivergence] = far_divergence(row, now, old, sum, above, e, found);
+  }
+
+  // ... in a row whose u are not all near 0
+  template <class R_, class F>
+  KERNELMETA_INLINE C far_divergence(R_ row, const F* now, const F* old, C sum, C above, const C* e,
+                                     const C* found) const {
+    const C old_max = found[Row::kOldMax], pivot = found[Row::kPivot], centre = found[Row::kCentre];
+    const C inverse = found[Row::kOldInverse];
+    const auto u_of = [&](auto n) { return ((n.load(now) - n.load(old)) - pivot) * cold - centre; };
+    if (above <= C(kFarthest)) {
       return B::log1p(inverse * row.sum([&](auto n) {
         const auto of_n = n.load(e);
-        return where_present(of_n, n.load(now), of_n * excess(v(n) - centre));
+        return where_present(of_n, n.load(now), of_n * exp_excess(u_of(n)));
       }));
-    };
-    if (above <= C(1) && below <= C(1) && centre * centre <= C(1))
-      return sum_of([](auto u) { return near_excess(u); });
-
-    const C now_max = found[Row::kMax];
-    found[Row::kNewInverse] =
-        C(1) / row.sum([&](auto n) { return exp_or_zero((n.load(now) - now_max) * cold); });
-    if (above <= C(kFarthest)) return sum_of([](auto u) { return exp_excess(u); });
+    }
     if (centre == -inf()) return -centre;  // a class that the new logits alone rule out
 
     const C log_sum = B::log(sum);
     // log(p e^u) of classes that are far
     const auto far = [&](auto n, auto near_value, auto far_value) {
-      const auto u = v(n) - centre;
+      const auto u = u_of(n);
       return u <= C(kFarthest) ? near_value(u)
                                : far_value(((n.load(now) - old_max) - pivot) * cold - (centre + log_sum));
     };
@@ -344,43 +438,32 @@ struct DistillationRows {
       return largest + B::log(row.sum([&](auto n) {
                return far(
                    n, [&](auto) { return n.zero(); },
-                   [&](auto log_q) { return exp_or_zero(log_q - largest); });
+                   [&](auto log_q) { return B::exp_or_zero(log_q - largest); });
              }));
     }
     return B::log1p(row.sum([&](auto n) {
       const auto probability = n.load(e) * inverse;
       const auto z = n.load(now);
-      const auto u = v(n) - centre;
+      const auto u = u_of(n);
       return far(
           n, [&](auto) { return where_present(probability, z, probability * exp_excess(u)); },
           [&](auto log_q) {
-            return exp_or_zero(log_q) - where_present(probability, z, probability * (u + C(1)));
+            return B::exp_or_zero(log_q) - where_present(probability, z, probability * (u + C(1)));
           });
     }));
   }
 
-  // p (e^(u - divergence) - 1) = q - p, in a row whose u are all near 0
-  template <class At, class F>
-  KERNELMETA_INLINE auto near_gradient(At n, const F* now, const F* old, const C* kept) const {
-    const C cold = C(1) / p.tau;
-    const auto z = n.load(now), z_old = n.load(old);
-    const auto probability = exp_or_zero((z_old - kept[Row::kOldMax]) * cold) * kept[Row::kOldInverse];
-    const auto v = ((z - z_old) - kept[Row::kPivot]) * cold;
-    const auto shifted = v - kept[Row::kCentre] - kept[Row::kDivergence];
-    return where_present(probability, z, probability * (shifted + near_excess(shifted)));
-  }
-  // ... in any: where the exponent is not near 0, q and p differ enough to be subtracted; where the centre is
+  // q - p: where the exponent is not near 0, q and p differ enough to be subtracted; where the centre is
   // not, v - centre has lost more digits than that would.
   template <class At, class F>
   KERNELMETA_INLINE auto divergence_gradient(At n, const F* now, const F* old, const C* kept) const {
-    const C cold = C(1) / p.tau;
     const auto z = n.load(now), z_old = n.load(old);
-    const auto probability = exp_or_zero((z_old - kept[Row::kOldMax]) * cold) * kept[Row::kOldInverse];
+    const auto probability = B::exp_or_zero((z_old - kept[Row::kOldMax]) * cold) * kept[Row::kOldInverse];
     const auto v = ((z - z_old) - kept[Row::kPivot]) * cold;
     const auto shifted = v - kept[Row::kCentre] - kept[Row::kDivergence];
-    const auto apart = exp_or_zero((z - kept[Row::kMax]) * cold) * kept[Row::kNewInverse] - probability;
+    const auto apart = B::exp_or_zero((z - kept[Row::kMax]) * cold) * kept[Row::kNewInverse] - probability;
     const C centre = kept[Row::kCentre];
-    return shifted * shifted + centre * centre <= C(1) ? probability * (shifted + near_excess(shifted))
+    return shifted * shifted + centre * centre <= C(1) ? probability * (shifted + near_excess<false>(shifted))
                                                        : apart;
   }
 };

@@ -156,20 +156,23 @@ struct Mlp {
   KERNELMETA_INLINE void through_norm(const C* a, const C* n, const C* istd, const C* fixed_istd, C* g,
                                       C* gb) {
     const int64_t H = s.H, Q = s.Q, ld = s.ld();
-    C *mean = act.mean, *along = act.along, *kept = act.kept;  // per unit: mean of g, of g n; what passes
+    // Per unit, over the rows: sum of g n; of what is left of g without its part along n; what passes. The mean
+    // of n is rounding, but 1 / std twice, up to 1e5, magnifies it: what is subtracted must be the mean of what
+    // there is, or a bias' gradient, whose terms cancel, keeps it.
+    C *along = act.along, *across = act.mean, *kept = act.kept;
+    const C share = fixed_istd ? C(0) : C(1) / C(Q);
+    const auto without_along = [=](int64_t h, auto q) {
+      return q.load(g + h * ld) - q.load(n + h * ld) * (along[h] * share);
+    };
     if (fixed_istd) {
-      block.each_item(H, [=](int64_t h) { mean[h] = along[h] = 0; });
+      block.each_item(H, [=](int64_t h) { along[h] = across[h] = 0; });
     } else {
-      block.unfenced().row_sums(H, Q, mean, [&](int64_t h, auto q) { return q.load(g + h * ld); });
       block.row_sums(H, Q, along, [&](int64_t h, auto q) { return q.load(g + h * ld) * q.load(n + h * ld); });
-      block.each_item(H, [=](int64_t h) {
-        mean[h] /= C(Q);
-        along[h] /= C(Q);
-      });
+      block.row_sums(H, Q, across, without_along);
     }
     const C* scale = fixed_istd ? fixed_istd : istd;
     block.row_sums(H, Q, kept, [&](int64_t h, auto q) {
-      const auto value = (q.load(g + h * ld) - mean[h] - q.load(n + h * ld) * along[h]) * scale[h];
+      const auto value = (without_along(h, q) - across[h] * share) * scale[h];
       const auto passed = B::where_positive(q.load(a + h * ld), value);
       q.store(g + h * ld, passed);
       return passed;

@@ -4,6 +4,8 @@
 #include "ops/class_means.h"
 #include "ops/focal_distillation.h"
 #include "ops/linear_head.h"
+#include "ops/linearised_descent.h"
+#include "ops/ntk_gram.h"
 #include "ops/program.h"
 #include "ops/ridge.h"
 #include "ops/sib.h"
@@ -23,7 +25,7 @@ struct OpList {
 
 using AllOps = OpList<SibOp, SibBackwardOp, MlpOp, MlpBackwardOp, ClassMeansOp, ClassMeansBackwardOp, HeadOp,
                       HeadBackwardOp, ProgramOp, ProgramBackwardOp, RidgeOp, RidgeBackwardOp, DistillationOp,
-                      DistillationBackwardOp>;
+                      DistillationBackwardOp, DescentOp, DescentBackwardOp, NtkOp, NtkBackwardOp>;
 
 // A loss and its gradients in one pass over the tasks: on a CPU alone, so far.
 using TrainingOps = OpList<SibGradientsOp, HeadGradientsOp>;

@@ -4,38 +4,10 @@
 
 #include <memory>
 
-#include "tests/engine_checks.h"
+#include "tests/ntk_checks.h"
 
 namespace kernelmeta {
 namespace {
-
-// Everything that a call gave, by name.
-using Named = std::vector<std::pair<std::string, Vec>>;
-
-// An array of exactly this size, in the precision of the kernels; what is written into it is kept as doubles.
-template <class C>
-struct Output {
-  std::vector<C> values;
-
-  explicit Output(int64_t n) : values(size_t(n), C(NAN)) {}
-  C* get() { return values.data(); }
-  void keep(Named& all, const char* name) const { all.emplace_back(name, Vec(values.begin(), values.end())); }
-};
-
-// [count] of 0..n-1
-std::vector<int64_t> draw_numbers(int64_t count, int64_t n) {
-  std::uniform_int_distribution<int64_t> uniform(0, n - 1);
-  std::vector<int64_t> v(static_cast<size_t>(count));
-  for (int64_t& x : v) x = uniform(generator);
-  return v;
-}
-
-// Rounded to float: both precisions are given the same numbers.
-Vec draw_floats(int64_t n, double low = -1, double high = 1) {
-  Vec v = draw(n, low, high);
-  for (double& x : v) x = double(float(x));
-  return v;
-}
 
 struct HeadCase {
   Sizes s;  // T, S, Q, N, D, K
@@ -617,6 +589,7 @@ int check_narrow_learners(const std::string& name, const KernelTable& right, con
   for (const RidgeCase& c : ridge_cases()) compare_narrow<F>(name, RidgeEpisode(c), right, got);
   for (const DistillationCase& c : distillation_cases())
     compare_narrow<F>(name, DistillationEpisode(c), right, got);
+  for_each_network([&](const auto& episode) { compare_narrow<F>(name, episode, right, got); });
   compare_narrow<F>(name, HeadEpisode(many_head_rows()), right, got);
   compare_narrow<F>(name, RidgeEpisode(many_ridge_rows()), right, got);
   generator = of_others;
@@ -633,6 +606,7 @@ int check_narrow_learners(const std::string& name, const KernelTable& right, con
   for (const RidgeCase& c : ridge_cases()) compare_episode(name, RidgeEpisode(c), right, got);
   for (const DistillationCase& c : distillation_cases())
     compare_episode(name, DistillationEpisode(c), right, got);
+  for_each_network([&](const auto& episode) { compare_episode(name, episode, right, got); });
   generator = of_others;
   std::printf(failures ? "%d failed\n" : "learners: all passed\n", failures);
   return failures != 0;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/kernel_table.h"
+#include "cuda/ntk_bodies.h"
 #include "cuda/program_bodies.h"
 #include "tests/host_team.h"
 #include "tests/learner_checks.h"
@@ -241,6 +242,57 @@ void team_focal_distillation_backward(const DistillationBackward<C>& f, int64_t,
   });
 }
 
+template <class C, class F>
+void team_descent_forward(const DescentForward<C>& f, int64_t, int64_t) {
+  run_blocks<DescentForwardLayout<HostBlock<C, F>>, C, F>(
+      f.problem.sizes(),
+      [&](void* place, const Arena<C>& arena, BlockTasks tasks, int64_t) {
+        descent_forward_body<HostBlock<C, F>>(place, f, descent_trace_size<C>(f.problem), arena, tasks);
+      },
+      f);
+}
+
+template <class C, class F>
+void team_descent_backward(const DescentBackward<C>& f, const DescentGrad<C>& grad, int64_t, int64_t) {
+  const int64_t size = size_of<DescentGrad<C>, C>(f.problem.net);
+  // (aligned as the memory of a GPU)
+  std::vector<Pack<C>> partials(size_t(size / Pack<C>::kSize * team_options.blocks));
+  C* const first = reinterpret_cast<C*>(partials.data());
+  run_blocks<DescentBackwardLayout<HostBlock<C, F>>, C, F>(
+      f.problem.sizes(),
+      [&](void* place, const Arena<C>& arena, BlockTasks tasks, int64_t b) {
+        descent_backward_body<HostBlock<C, F>>(place, f, descent_trace_size<C>(f.problem), first + b * size,
+                                               size, arena, tasks);
+      },
+      f);
+  add_partials(std::vector<C>(first, first + size * team_options.blocks), size, grad.parameters);
+}
+
+template <class C, class F>
+void team_ntk_forward(const NtkForward<C>& f, int64_t, int64_t) {
+  run_blocks<NtkForwardLayout<HostBlock<C, F>>, C, F>(
+      f.problem.sizes(),
+      [&](void* place, const Arena<C>& arena, BlockTasks tasks, int64_t) {
+        ntk_forward_body<HostBlock<C, F>>(place, f, ntk_trace_size<C>(f.problem), arena, tasks);
+      },
+      f);
+}
+
+template <class C, class F>
+void team_ntk_backward(const NtkBackward<C>& f, const NtkGrad<C>& grad, int64_t, int64_t) {
+  const int64_t size = size_of<NtkGrad<C>, C>(f.problem.net);
+  std::vector<Pack<C>> partials(size_t(size / Pack<C>::kSize * team_options.blocks));
+  C* const first = reinterpret_cast<C*>(partials.data());
+  run_blocks<NtkBackwardLayout<HostBlock<C, F>>, C, F>(
+      f.problem.sizes(),
+      [&](void* place, const Arena<C>& arena, BlockTasks tasks, int64_t b) {
+        ntk_backward_body<HostBlock<C, F>>(place, f, ntk_trace_size<C>(f.problem), first + b * size, size,
+                                           arena, tasks);
+      },
+      f);
+  add_partials(std::vector<C>(first, first + size * team_options.blocks), size, grad.parameters);
+}
+
 template <class C, class F = C>
 constexpr Kernels<C> kTeamKernels = {.sib_forward = team_sib_forward<C, F>,
                                      .sib_backward = team_sib_backward<C, F>,
@@ -251,7 +303,11 @@ constexpr Kernels<C> kTeamKernels = {.sib_forward = team_sib_forward<C, F>,
                                      .ridge_forward = team_ridge_forward<C, F>,
                                      .ridge_backward = team_ridge_backward<C, F>,
                                      .focal_distillation_forward = team_focal_distillation_forward<C, F>,
-                                     .focal_distillation_backward = team_focal_distillation_backward<C, F>};
+                                     .focal_distillation_backward = team_focal_distillation_backward<C, F>,
+                                     .linearised_descent_forward = team_descent_forward<C, F>,
+                                     .linearised_descent_backward = team_descent_backward<C, F>,
+                                     .ntk_gram_forward = team_ntk_forward<C, F>,
+                                     .ntk_gram_backward = team_ntk_backward<C, F>};
 
 // F: how features are stored that float kernels read.
 template <class F>

@@ -1,4 +1,4 @@
-"""The commands ``update``, ``compare-models``, ``search`` and ``demo``."""
+"""The commands ``update``, ``compare-models`` and ``search``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kernelmeta.command_line import (
 )  # fmt: skip
 from kernelmeta.data.files import read_json, write_json, write_text
 from kernelmeta.data.images import LabelledImages
-from kernelmeta.graceful import demo, plots
+from kernelmeta.graceful import plots
 from kernelmeta.graceful.judging import Flipped, judge_update, rows_to_judge_by, sides, worst_flips
 from kernelmeta.graceful.search import Search, SearchConfig
 from kernelmeta.graceful.tables import search_table, update_table
@@ -33,7 +33,6 @@ from kernelmeta.training.sources import open_images
 RESULTS, TABLE, FLIPS, BACKFILL = "results.json", "results.md", "flips.png", "backfill.png"
 FLIP_ROWS, SHOWN = "flipped.json", 32
 SEARCH, SEARCH_TABLE, SEARCH_PLOT = "search.json", "search.md", "search.png"
-DEMOS = {"graceful": demo.run}
 _DATA = "a folder with train/, val/ and test/, glyphs, or a file of glyphs (.npz)"
 # Options of `update` and `search`.
 _HELP = {
@@ -92,14 +91,6 @@ def add_commands(add: Add) -> None:
     command.option("search", "--gallery", required=True, metavar="RUN", help=_HELP["gallery"])
     settings_options(command, SearchConfig, _HELP, {"gallery": None, "data": f"{_DATA} (default: as RUN)"}, "search")
     machine_options(command)
-
-    command = add("demo", _demo, "Experiments on the built-in glyphs.", "demo graceful --quick")
-    command.add_argument("name", choices=list(DEMOS), help="which")
-    command.option("run", "--quick", action="store_true", help="seconds: too short to show more than that it runs")
-    command.option("run", "--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")
-    command.option("run", "--threads", type=int, help="threads of PyTorch (default: its own choice)")
-    command.option("run", "--quiet", action="store_true", help="no lines about the progress")
-    command.set_defaults(resume=False, device="cpu", workers=0)
 
 
 _AS_OLD = {
@@ -271,11 +262,3 @@ def _search(args: argparse.Namespace) -> None:
         plots.operations_plot(out / SEARCH_PLOT, [results])
     print(text, end="")
     print(f"{out / 'models' / results['chosen'][config.reward]['architecture']}-head{os.sep}{CHECKPOINT}")
-
-
-def _demo(args: argparse.Namespace) -> None:
-    out = run_folder(args, f"demo-{args.name}")
-    with runs.claimed(out):
-        text = DEMOS[args.name](out, quick=args.quick, say=(lambda line: None) if args.quiet else say_of(args))
-    print(text, end="")
-    print(f"{out}")

@@ -12,7 +12,6 @@ from kernelmeta.data.files import read_json, write_json, write_text
 from kernelmeta.graceful import experiments, plots
 from kernelmeta.graceful.experiments import CompatibleSettings, FlipSettings, SearchSettings
 from kernelmeta.graceful.tables import PAIRS
-from kernelmeta.training.runs import CONFIG
 
 Say = Callable[[str], None]
 EXPERIMENTS: dict[str, tuple[Any, Any]] = {
@@ -61,12 +60,7 @@ def run(out: Path, *, quick: bool, say: Say) -> str:
 
     Raises:
         OSError: files cannot be written.
-        ValueError: ``out`` holds a demo with other settings.
     """
-    mark = {"command": "demo graceful", "quick": quick}
-    if (out / CONFIG).exists() and read_json(out / CONFIG) != mark:
-        raise ValueError(f"out: {out} already holds a demo with other settings, or a run; give another folder")
-    write_json(out / CONFIG, mark)
     found, written = {}, []
     for name, (_, experiment) in EXPERIMENTS.items():
         settings = replace(SETTINGS[name], **(QUICK[name] if quick else {}))

@@ -5,8 +5,9 @@ minus its gradient. Let X = U S V^T have rank r, A = V^T W1 [r, h], B = W2 [h, m
 largest squared singular value, G = S (S A B - U^T Y), and g^2 = |G B^T|_F^2 + |A^T G|_F^2, the squared length of the
 gradient.
 
-* One step from here (`local_rate`). With lam = s_1(A)^2 + s_1(B)^2 and K = |G|_2 + Kx (sqrt(lam) + lr g / 2)^2, the
-  curvature along the step: if lr K < 2, then L' <= (1 - 2 lr mu (s_r(A)^2 + s_m(B)^2) (1 - lr K / 2)) L.
+* One step from here (`local_rate`; `adaptive_step` is the best one). With lam = s_1(A)^2 + s_1(B)^2 and
+  K = |G|_2 + Kx (sqrt(lam) + lr g / 2)^2, the curvature along the step: if lr K < 2, then
+  L' <= (1 - 2 lr mu (s_r(A)^2 + s_m(B)^2) (1 - lr K / 2)) L.
 * All steps from the initialisation (`certificate`). The imbalance D = A^T A - B B^T moves by at most
   delta >= lr L0 / (1 - lr K / 2) over the whole of training, so that s_r(A)^2 + s_m(B)^2 never falls below
   alpha = [lambda_r(D0) - delta]_+ + [lambda_m(-D0) - delta]_+; and, since the loss falls, A and B stay small:
@@ -260,25 +261,46 @@ def local_rate(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor, lr: float | Tensor)
 
 
 def adaptive_step(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor) -> Tensor:
-    """The learning rate of the next step whose certain decrease is the largest.
+    """The learning rate of the next step that lowers the loss the most.
 
-    ``lr (1 - lr K(lr) / 2)`` has one maximum, where ``lr (|G|_2 + Kx (s + lr g / 2) (s + lr g)) = 1`` with
-    s = sqrt(lam): the left side only grows.
+    Along a step the loss is a polynomial of the learning rate, ``|R - lr P + lr^2 Q|^2 / 2`` with R = X W1 W2 - Y, the
+    gradients G1 and G2, P = X (G1 W2 + W1 G2) and Q = X G1 G2: its least value is known before the step is taken, and
+    is no more than what `local_rate` makes certain for any learning rate.
 
     Args:
         X, Y, W1, W2: as in `certificate`; leading dimensions are networks of their own.
 
     Returns:
-        [...] float64; infinite where X is zero, and there is nothing to learn.
+        [...] float64; 0 where the gradient is zero.
 
     Raises:
         ValueError, TypeError: as `certificate`.
     """
-    at = _local(*_checked(X, Y, W1, W2))
-    high = 1 / (at.steepness + at.largest * at.size.square())  # the root without the step's own part, which is positive
-    low = torch.zeros_like(high)
-    for _ in range(80):
-        middle = (low + high) / 2
-        value = middle * (at.steepness + at.largest * (at.size + middle * at.slope / 2) * (at.size + middle * at.slope))
-        low, high = torch.where(value < 1, middle, low), torch.where(value < 1, high, middle)
-    return high
+    x, y, w1, w2 = _checked(X, Y, W1, W2)
+
+    def dot(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum((-2, -1))
+
+    R = x @ w1 @ w2 - y
+    back = x.mT @ R
+    G1, G2 = back @ w2.mT, w1.mT @ back
+    P, Q = x @ (G1 @ w2 + w1 @ G2), x @ (G1 @ G2)
+    slope = dot(G1, G1) + dot(G2, G2)  # minus the derivative at 0
+    moves = slope > 0
+    # In units of a rate that is near enough, and of what the loss falls by with it.
+    unit = 1 / (back.square().sum((-2, -1)).sqrt() + dot(x, x) * (dot(w1, w1) + dot(w2, w2)))
+    unit = torch.where(moves, unit, 1.0)
+    scale = torch.where(moves, slope * unit, 1.0)
+    b1 = unit.square() * (dot(P, P) + 2 * dot(R, Q)) / scale
+    b2, b3 = -3 * unit**3 * dot(P, Q) / scale, 2 * unit**4 * dot(Q, Q) / scale
+    # The derivative is -1 + b1 t + b2 t^2 + b3 t^3; 1 / t are the eigenvalues of its companion matrix.
+    companion = x.new_zeros(*slope.shape, 3, 3)
+    companion[..., 0, 0], companion[..., 0, 1], companion[..., 0, 2] = b1, b2, b3
+    companion[..., 1, 0] = companion[..., 2, 1] = 1
+    roots = torch.linalg.eigvals(companion)
+    real = (roots.real > 0) & (roots.imag.abs() <= 1e-6 * roots.real)
+    t = 1 / torch.where(real, roots.real, 1.0)
+    c1, c2, c3 = (b.unsqueeze(-1) for b in (b1, b2, b3))
+    fall = torch.where(real, t * (-1 + t * (c1 / 2 + t * (c2 / 3 + t * c3 / 4))), torch.inf)
+    best = t.gather(-1, fall.argmin(-1, keepdim=True)).squeeze(-1)
+    return torch.where(moves, unit * best, 0.0)

@@ -16,7 +16,7 @@ from kernelmeta.reference.focal_distillation import DISTANCES, REDUCTIONS, disti
 from kernelmeta.reference.task_rows import as_labels
 
 # What the kernels leave of a row for their backward pass; ``DistillationRow`` in csrc/engine/focal_distillation.h.
-ROW_TRACE = 10
+ROW_TRACE = 12
 
 
 def _type(call: Any) -> torch.dtype:

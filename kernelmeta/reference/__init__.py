@@ -7,6 +7,7 @@ from kernelmeta.reference import explicit
 from kernelmeta.reference.class_means import class_means
 from kernelmeta.reference.focal_distillation import focal_distillation
 from kernelmeta.reference.linear_head import linear_head
+from kernelmeta.reference.ntk import linearised_descent, ntk_gram
 from kernelmeta.reference.program import program
 from kernelmeta.reference.ridge import ridge
 from kernelmeta.reference.sib import sib, sib_inner_loop
@@ -17,6 +18,8 @@ __all__ = [
     "explicit",
     "focal_distillation",
     "linear_head",
+    "linearised_descent",
+    "ntk_gram",
     "program",
     "ridge",
     "sib",

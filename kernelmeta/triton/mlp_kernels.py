@@ -81,7 +81,8 @@ def _layer_backward(
     add_vector(ggain_at + H, h, H, tl.sum(g, 0))
     g = g * load_vector(gain_at, h, H, C)[None, :]
     if not FIXED:
-        g = g - (tl.sum(g, 0) / Q)[None, :] - n * (tl.sum(g * n, 0) / Q)[None, :]
+        g = g - n * (tl.sum(g * n, 0) / Q)[None, :]
+        g = g - (tl.sum(g, 0) / Q)[None, :]  # now: the mean of n is rounding, which istd magnifies
     g = tl.where((kept > 0) & (q < Q)[:, None], g * istd[None, :], 0.0)
     tl.debug_barrier()
     store_matrix(at, HP, q, h, Q, H, g)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kernelmeta as km
+from kernelmeta.linear.certificates import adaptive_against_constant
 
 STEPS = 100
 
@@ -116,20 +117,33 @@ def test_why_there_is_none() -> None:
 
 
 def test_adaptive_steps_keep_up_with_the_best_constant_rate() -> None:
+    found = adaptive_against_constant(20, (20, 5, 3, 16), 1, 3000)
+    assert all(row["constant"] < 3000 for row in found)
+    assert max(row["adaptive"] / row["constant"] for row in found) <= 3
+
+
+@given(st.integers(1, 8), st.integers(1, 8), st.integers(1, 4), st.integers(1, 9), st.floats(-9, 9), st.integers(0, 99))
+@settings(max_examples=50, deadline=None)
+def test_no_rate_lowers_the_loss_more(n: int, d: int, m: int, h: int, magnitude: float, seed: int) -> None:
+    X, Y, W1, W2 = draw(3, n, d, m, h, seed=seed)
+    # (small and huge networks: the rate has no scale of its own)
+    X, Y = X * 10**magnitude, Y * 10**magnitude
+    best = km.linear.adaptive_step(X, Y, W1, W2)
+    assert best.isfinite().all() and (best > 0).all()
+
+    def after(lr: Tensor) -> Tensor:
+        return loss(X, Y, *step(X, Y, W1, W2, lr))
+
+    least = after(best)
+    assert (least <= loss(X, Y, W1, W2)).all()
+    for factor in (0.0, 1e-3, 0.3, 0.7, 0.97, 1.03, 1.5, 3.0, 10.0, 100.0):
+        assert (least <= after(factor * best) * (1 + 1e-9) + 1e-12 * Y.square().sum((-2, -1))).all()
+
+
+def test_the_step_from_a_minimum_is_zero() -> None:
     X, Y, W1, W2 = (t[0] for t in draw(1, 20, 5, 3, 16))
-    goal = 1e-6 * loss(X, Y, W1, W2)
-
-    def steps(rate: Tensor | None, most: int) -> int:
-        a, b = W1, W2
-        for k in range(most):
-            if loss(X, Y, a, b) < goal:
-                return k
-            a, b = step(X, Y, a, b, km.linear.adaptive_step(X, Y, a, b) if rate is None else rate)
-        return most
-
-    best = min(steps(torch.tensor(rate), 3000) for rate in torch.logspace(-4, 0, 25).double())
-    assert best < 3000
-    assert steps(None, 3 * best + 1) <= 3 * best
+    assert km.linear.adaptive_step(torch.zeros_like(X), Y, W1, W2) == 0
+    assert km.linear.adaptive_step(X, Y, torch.zeros_like(W1), torch.zeros_like(W2)) == 0
 
 
 def test_wrong_input_is_named() -> None:

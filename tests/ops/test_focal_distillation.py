@@ -73,6 +73,27 @@ def test_float32_keeps_its_digits_where_the_old_model_is_sure(tau: float, backen
         assert relative_to_largest(got[1], want[1]) <= 1e-6
 
 
+@pytest.mark.parametrize("classes", [5, 16, 33])
+@pytest.mark.parametrize("spread", [0.3, 0.3464, 0.3466, 0.4, 86.0, 88.0])
+@pytest.mark.parametrize("reach", [1e-3, 0.12, 0.13, 0.49, 0.51, 1.2])
+def test_where_a_shorter_series_begins(spread: float, reach: float, classes: int, backend: str) -> None:
+    """Rows whose old logits are spread no wider than ln(2) / 2, over tau, and whose new ones are as near to them as an
+    eighth take fewer terms of the exponential's series: no digit may go where that begins.
+    """
+    tau = 8.0
+    g = torch.Generator().manual_seed(0)
+    old = torch.rand(8, classes, generator=g)
+    old = (old - old.amin(-1, keepdim=True)) / (old.amax(-1, keepdim=True) - old.amin(-1, keepdim=True)) * spread * tau
+    new = old + (torch.randint(2, old.shape, generator=g) * 2 - 1) * reach * tau
+    labels = torch.randint(classes, (8,), generator=g)
+    for label_loss in (False, True):
+        options: dict[str, Any] = {"tau": tau, "label_loss": label_loss, "label_smoothing": 0.1}
+        want = with_gradient(km.reference.focal_distillation, new.double(), old.double(), labels, **options)
+        for dtype, bound in ((torch.float32, 1e-6), (torch.float64, 1e-13)):
+            got = with_gradient(distill, new.to(dtype), old.to(dtype), labels, **options)
+            assert max(relative_to_largest(a, b) for a, b in zip(got, want, strict=True)) <= bound
+
+
 def relative_to_largest(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.detach().double() - want.detach()).abs().max() / want.detach().abs().max())
 

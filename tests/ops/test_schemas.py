@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import perceptrons
 import pytest
 import torch
 from episodes import draw, shapes
@@ -12,7 +13,16 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernelmeta as km
-from kernelmeta.ops import focal_distillation_op, linear_head_op, program_op, ridge_op, sib_op
+from kernelmeta.ops import (
+    _perceptron,
+    focal_distillation_op,
+    linear_head_op,
+    linearised_descent_op,
+    ntk_gram_op,
+    program_op,
+    ridge_op,
+    sib_op,
+)
 from kernelmeta.ops._differentiable import DifferentiableOp
 from kernelmeta.ops._ragged import fields
 
@@ -88,6 +98,20 @@ def test_trace_of_focal_distillation(rows: int, classes: int, distance: int, lab
         focal_distillation_op.OP, new_logits=logits, old_logits=logits, labels=torch.zeros(rows, dtype=torch.int64),
         class_weight=None, distance=distance, alpha=1.0, beta=5.0, tau=2.0, margin=0.5, power=2.0,
         label_loss=label_loss, label_smoothing=0.0, ignore_index=-100,
+    )  # fmt: skip
+
+
+@settings(max_examples=40)
+@given(perceptrons.sizes(), st.sampled_from([0, 3, 40]), st.booleans())
+def test_trace_of_linearised_descent_and_ntk_gram(sizes: dict[str, Any], steps: int, full: bool) -> None:
+    rows = perceptrons.draw(**sizes)
+    T, S, N, one = sizes["T"], sizes["S"], sizes["widths"][-1], torch.ones(1).double()
+    network = _perceptron.pack(rows.weights, rows.biases)._asdict() | {"slope": 0.0}
+    even = {"support": rows.support, "support_index": None, "query": rows.query, "query_index": None} | network
+    check_trace(ntk_gram_op.OP, **even, full=full)
+    check_trace(
+        linearised_descent_op.OP, **even, targets=torch.ones(T, S, N).double(), row_weights=torch.ones(T, S).double(),
+        lr=one, weight_decay=one, steps=steps, cross_entropy=False,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cancelling import bias_gradients
 from episodes import assert_close, draw_mlp, running_stats
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -48,6 +49,11 @@ def test_low_precision_and_no_tasks() -> None:
     exact = km.ops.synthetic_gradient_mlp(z.bfloat16().double(), type(mlp)(*(p.double() for p in low)))
     assert_close([out], [exact], 1e-2)
     assert km.ops.synthetic_gradient_mlp(z[:0], mlp).shape == (0, 10, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gradients_that_cancel(dtype: torch.dtype) -> None:
+    assert (bias_gradients("cpu", dtype) < 3 * bias_gradients("reference", dtype)).all()
 
 
 @pytest.mark.parametrize("shape", [(10, 4), (3,), (0, 3), (2, 2, 2, 3)])

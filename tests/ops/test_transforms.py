@@ -13,8 +13,11 @@ from torch import Tensor
 import kernelmeta as km
 from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.ops import (
+    _perceptron,
     class_means_op,
     focal_distillation_op,
+    linearised_descent_op,
+    ntk_gram_op,
     program_op,
     ridge_op,
     sib_op,
@@ -99,6 +102,26 @@ def focal_distillation(new_logits: Tensor) -> Tensor:
     )
 
 
+TARGETS = torch.rand(2, 7, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+
+
+def linearised_descent(
+    support: Tensor, query: Tensor, lr: Tensor, weight_decay: Tensor, row_weights: Tensor, *layers: Tensor
+) -> Tensor:
+    targets = TARGETS[: support.shape[0]].to(support.dtype)
+    z, p = km.ops.linearised_descent(
+        support, targets, query, layers[::2], layers[1::2], steps=3, lr=lr, weight_decay=weight_decay, slope=0.1,
+        oracle="cross_entropy", row_weights=row_weights, return_coefficients=True,
+    )  # fmt: skip
+    return z.square().sum((-1, -2)) + p.square().sum((-1, -2))
+
+
+def ntk_gram(support: Tensor, query: Tensor, *layers: Tensor) -> Tensor:
+    found = km.ops.ntk_gram(support, query, layers[::2], layers[1::2], full=True, slope=0.1)
+    kernels = sum(k.square().sum((-1, -2, -3, -4)) for k in found[:2])
+    return kernels / 100 + sum(f.square().sum((-1, -2)) for f in found[2:])
+
+
 def raw_arguments(op: Any, **given: Any) -> tuple[Any, ...]:
     """A raw op's arguments from those that are given by name; what is not given is None, or -1 where it is a size."""
     if "mlp" in given:
@@ -119,6 +142,10 @@ def cases() -> dict[str, Case]:
     rows = {"query": query, "support_labels": LABELS}
     steps = {"scale": scale, "bias": bias, "mlp": parameters, "steps": 2, "inner_lr": 0.05}
     even = {"support": support, **rows, "n_way": 3}
+    g = torch.Generator().manual_seed(5)
+    layers = [torch.randn(shape, generator=g, dtype=torch.float64) / 3 for shape in ((6, 10), (6,), (3, 6), (3,))]
+    packed = _perceptron.pack(layers[::2], layers[1::2])._asdict() | {"slope": 0.1}
+    row_weights = torch.rand(2, 7, generator=g, dtype=torch.float64)
     return {
         "sib": Case(
             sib, tuple(EPISODE.leaves()), sib_op.OP,
@@ -148,6 +175,17 @@ def cases() -> dict[str, Case]:
         "ridge": Case(
             ridge, (support, query, regularization, scale, bias), ridge_op.OP,
             {**even, "regularization": regularization, "scale": scale, "bias": bias},
+        ),
+        "linearised_descent": Case(
+            linearised_descent, (support, query, rates[:1], rates[2:], row_weights, *layers), linearised_descent_op.OP,
+            {
+                "support": support, "query": query, "targets": TARGETS, "row_weights": row_weights, **packed,
+                "lr": rates[:1], "weight_decay": rates[2:], "steps": 3, "cross_entropy": True,
+            },
+        ),
+        "ntk_gram": Case(
+            ntk_gram, (support, query, *layers), ntk_gram_op.OP,
+            {"support": support, "query": query, **packed, "full": True},
         ),
         "class_means": Case(
             class_means, (support, weight), class_means_op.OP,

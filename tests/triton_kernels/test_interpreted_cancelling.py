@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cancelling import draw_tasks, judge, program, sib
+from cancelling import bias_gradients, draw_tasks, judge, program, sib
 from episodes import assert_close, draw
 from extremes import SIZES, check
 from ops.test_extreme_rows import EPISODE, prototypes
@@ -33,6 +33,12 @@ def test_program(oracle: str) -> None:
         phase = km.nn.Phase(oracle, 3, rate)
         complaints = judge(lambda e, phase=phase: program(e, phase), draw_tasks(shape, "duplicate"), "triton")
         assert not complaints, (shape, rate)
+
+
+@interpreted
+def test_gradients_of_the_mlp() -> None:
+    triton, reference = (bias_gradients(backend, torch.float32) for backend in ("triton", "reference"))
+    assert (triton < 3 * reference).all(), (triton, reference)
 
 
 @interpreted

