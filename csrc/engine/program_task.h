@@ -216,7 +216,7 @@ struct ProgramTask {
   }
 
   __host__ __device__ KERNELMETA_NOINLINE void forward_anew() {
-    block.unfenced().each_item(shape.N, [&](int64_t n) { trace.lost[n] = 1; });
+    block.unfenced().features(shape.N, 1, [&](int64_t n, auto row) { row.one([&] { trace.lost[n] = 1; }); });
     features.norms();
     start_anew();
     direct.forward(false);
