@@ -209,7 +209,7 @@ struct ProgramTask {
     }
     normalise_rows(block, features.query_rows, shape.Q, p.D, inverse + shape.query().first,
                    direct.unit_query);
-    block.features(shape.N, p.D, [&](int64_t n, auto row) {
+    block.unfenced().features(shape.N, p.D, [&](int64_t n, auto row) {
       const C* from = features.theta0 + n * p.D;
       row.each([&](auto d) { d.store(direct.theta + n * p.D, d.load(from)); });
     });
