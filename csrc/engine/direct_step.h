@@ -128,7 +128,7 @@ struct DirectSteps {
     over_norms(block.unfenced(), gu + part.first, ld, part, scaled, ld);
     block.features_zero(N, D, gh);
     block.features_mm_add(N, part.count, D, {scaled, ld, 1}, rows, gh);
-    block.features(N, D, [&](int64_t n, auto row) {
+    block.unfenced().features(N, D, [&](int64_t n, auto row) {
       const C *hn = h + n * D, *from = gh + n * D;
       C* g = gtheta + n * D;
       const C r = B::sqrt(r2[n]);

@@ -87,11 +87,11 @@ KERNELMETA_INLINE auto unit_at(At d, const F* x, C inverse, bool one_feature) {
   return value / B::max(B::max(value, value * C(-1)), d.zero() + C(kNormFloor));
 }
 
-// to [count][D] = the normalised rows; inverse: 1 / |x|.
+// to [count][D] = the normalised rows; inverse: 1 / |x|. No barrier.
 template <class B, class F, class C = typename B::Scalar>
 KERNELMETA_INLINE void normalise_rows(B& block, const FeatureRows<F>& rows, int64_t count, int64_t D,
                                       const C* inverse, C* to) {
-  block.features(count, D, [&](int64_t i, auto row) {
+  block.unfenced().features(count, D, [&](int64_t i, auto row) {
     const F* x = rows(i);
     row.each([&](auto d) { d.store(to + i * D, unit_at<B>(d, x, inverse[i], D == 1)); });
   });

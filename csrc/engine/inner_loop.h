@@ -157,7 +157,7 @@ struct InnerLoop {
   // the trace. stats: [K][2][2][H] or null.
   KERNELMETA_INLINE void forward(const Trace<C>& trace, C* stats) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
-    block.rows(N, Q, [&](int64_t n, auto row) {
+    block.unfenced().rows(N, Q, [&](int64_t n, auto row) {
       C* u = trace.u + n * ld;
       const C floor = C(kNormFloor);
       const C r2 = B::max(trace.r2[n], floor * floor);

@@ -167,8 +167,10 @@ struct Mlp {
     if (fixed_istd) {
       block.each_item(H, [=](int64_t h) { along[h] = across[h] = 0; });
     } else {
-      block.row_sums(H, Q, along, [&](int64_t h, auto q) { return q.load(g + h * ld) * q.load(n + h * ld); });
-      block.row_sums(H, Q, across, without_along);
+      // Each row's sums are known to the warp that takes it: no barriers.
+      block.unfenced().row_sums(H, Q, along,
+                                [&](int64_t h, auto q) { return q.load(g + h * ld) * q.load(n + h * ld); });
+      block.unfenced().row_sums(H, Q, across, without_along);
     }
     const C* scale = fixed_istd ? fixed_istd : istd;
     block.row_sums(H, Q, kept, [&](int64_t h, auto q) {

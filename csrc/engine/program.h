@@ -54,7 +54,7 @@ struct ProgramLoop {
   KERNELMETA_INLINE void forward(const ProgramTrace<C>& trace) {
     const int64_t N = s.N, ld = s.ld();
     if (s.cosine) {
-      block.rows(N, ld, [&](int64_t n, auto row) {
+      block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
         C* u = trace.u + n * ld;
         const C r2 = B::max(trace.r2[n], C(kNormFloor) * C(kNormFloor));
         const C inverse = C(1) / B::sqrt(r2);

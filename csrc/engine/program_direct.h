@@ -79,7 +79,7 @@ struct DirectProgram {
     const int64_t N = s.N, ld = s.ld();
     const Steps d = steps();
     loop.begin_backward(grad_logits, ways, adj);
-    block.features_zero(N, s.D, adj.gtheta);
+    block.unfenced().features_zero(N, s.D, adj.gtheta);
     int64_t k = s.K;
     d.directions(theta + k * N * s.D, trace.r2 + k * N);
     through_cosines(d, k, true, adj, of_rows);

@@ -209,14 +209,14 @@ struct ProgramTask {
     }
     normalise_rows(block, features.query_rows, shape.Q, p.D, inverse + shape.query().first,
                    direct.unit_query);
-    block.features(shape.N, p.D, [&](int64_t n, auto row) {
+    block.unfenced().features(shape.N, p.D, [&](int64_t n, auto row) {
       const C* from = features.theta0 + n * p.D;
       row.each([&](auto d) { d.store(direct.theta + n * p.D, d.load(from)); });
     });
   }
 
   __host__ __device__ KERNELMETA_NOINLINE void forward_anew() {
-    block.unfenced().each_item(shape.N, [&](int64_t n) { trace.lost[n] = 1; });
+    block.unfenced().features(shape.N, 1, [&](int64_t n, auto row) { row.one([&] { trace.lost[n] = 1; }); });
     features.norms();
     start_anew();
     direct.forward(false);

@@ -190,7 +190,7 @@ struct SibTask {
   KERNELMETA_INLINE Trace<C> anew(const Trace<C>& trace, const FeatureRows<F>& query) {
     normalise_rows(block, query, s.Q, s.D, trace.inverse, unit);
     if (!trace.gram) return trace;
-    block.features(s.N, s.D, [&](int64_t n, auto row) {
+    block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
       row.each([&](auto d) { d.store(theta + n * s.D, d.load(trace.theta + n * s.D)); });
     });
     return trace.in_features(theta, w);
