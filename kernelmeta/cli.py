@@ -15,13 +15,25 @@ from collections.abc import Callable, Sequence
 import torch
 
 from kernelmeta.command_line import Command, Parser, check_machine
-from kernelmeta.commands import adapt, compare, demo, evaluate, extract, importing, info, predict, pretrain, train
+from kernelmeta.commands import (
+    adapt,
+    compare,
+    demo,
+    evaluate,
+    extract,
+    importing,
+    info,
+    predict,
+    pretrain,
+    share,
+    train,
+)
 from kernelmeta.data.words import size_text
 from kernelmeta.graceful import commands as graceful
 from kernelmeta.starting import started
 from kernelmeta.version import __version__
 
-_COMMANDS = (pretrain, extract, importing, train, evaluate, predict, adapt, compare, graceful, demo, info)
+_COMMANDS = (pretrain, extract, importing, train, evaluate, predict, adapt, share, compare, graceful, demo, info)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -34,6 +34,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         weights: a run folder of ``kernelmeta train``, its checkpoint, or a published one.
         at: which weights of that run: "best", those that were best on its validation classes, or "last". None: the best
             where it has any.
+        temperature: by which logits are divided for probabilities: above 1 these are less sure. None: the one that
+            suits the validation classes of the run best, or 1 without a run. It changes no answer.
         transductive: the rows of one `predict` call are judged together, by a method that can (soft k-means, SIB, some
             programs). This is worth several points where they are a fair sample of all classes, and a loss where they
             are not: a call with one row, or with rows of one class, warns. With False each row is judged alone.
@@ -53,11 +55,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         *,
         weights: str | os.PathLike[str] | None = None,
         at: str | None = None,
+        temperature: float | None = None,
         transductive: bool = True,
     ) -> None:
         self.method = method
         self.weights = weights
         self.at = at
+        self.temperature = temperature
         self.transductive = transductive
 
     def fit(self, X: Any, y: Any) -> FewShotClassifier:
@@ -70,11 +74,13 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         X, y = validate_data(self, _array(X), _labels(y), dtype=_DTYPES)
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
-        self.method_, self.learner_ = None, None
+        if self.temperature is not None and not 0 < self.temperature < np.inf:
+            raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
+        self.method_, self.learner_, self.temperature_ = None, None, 1.0
         if len(self.classes_) > 1:
-            self.method_, self.learner_, _ = make_learner(
-                self.method, self.weights, len(self.classes_), X.shape[1], self.at
-            )
+            chosen = make_learner(self.method, self.weights, len(self.classes_), X.shape[1], self.at)
+            self.method_, self.learner_ = chosen.method, chosen.learner
+            self.temperature_ = chosen.temperature if self.temperature is None else self.temperature
         self.support_ = torch.from_numpy(np.array(X))
         self.support_labels_ = torch.from_numpy(labels.reshape(-1).astype(np.int64))
         return self
@@ -90,7 +96,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             doubt = doubts(self.learner_, self.support_, self.support_labels_, query, self.classes_.tolist())
             if doubt is not None:
                 warnings.warn(doubt, UserWarning, stacklevel=2)
-        found = probabilities(self.learner_, self.support_, self.support_labels_, query, transductive=self.transductive)
+        found = probabilities(
+            self.learner_, self.support_, self.support_labels_, query, transductive=self.transductive,
+            temperature=self.temperature_,
+        )  # fmt: skip
         return found.double().numpy()
 
     def predict(self, X: Any) -> np.ndarray[Any, Any]:

@@ -101,9 +101,10 @@ def test_scikit_learns_tools() -> None:
 def test_trained_weights(run) -> None:
     classifier = km.FewShotClassifier(weights=run).fit(SUPPORT, NAMES[SUPPORT_CLASSES])
     assert classifier.method_ == "sib"
-    head, _ = load_learner(run)
+    head, settings = load_learner(run)
     labels = classifier.support_labels_[None]
-    want = head.double()(torch.from_numpy(SUPPORT)[None], labels, torch.from_numpy(QUERY)[None])[0].softmax(-1)
+    logits = head.double()(torch.from_numpy(SUPPORT)[None], labels, torch.from_numpy(QUERY)[None])[0]
+    want = (logits / settings["temperature"]).softmax(-1)
     assert np.abs(classifier.predict_proba(QUERY) - want.detach().numpy()).max() < 1e-6
 
 

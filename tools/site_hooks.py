@@ -78,6 +78,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         title = report_title(name[2]) if name[0] == "results" else page.title
         page.meta["hide"] = ["toc"]  # its tables are wide
         markdown = f"# {title}\n\n{markdown}"
+    markdown = re.sub(r"^<!-- example: ([\w.]+) -->$", lambda m: _example(m[1]), markdown, flags=re.MULTILINE)
     return re.sub(r"^<!-- help: ([\w-]+) -->$", lambda m: _help(m[1]), markdown, flags=re.MULTILINE)
 
 
@@ -89,6 +90,11 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         return convert(html.unescape(match[3]), display="block" if match[2] == "[" else "inline")
 
     return re.sub(pattern, formula, content, flags=re.DOTALL)
+
+
+def _example(name: str) -> str:
+    """An example as it stands in the repository."""
+    return f"```python\n{(ROOT / 'examples' / name).read_text(encoding='utf-8')}```"
 
 
 def _help(command: str) -> str:

@@ -79,6 +79,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         sampler,
         args.episodes,
         learner=trained["learner"],
+        temperature=trained.get("temperature", 1.0),
         progress=not args.quiet,
     )
     results |= {name: trained[name] for name in ("at", "at_episodes", "trained_episodes") if name in trained}

@@ -131,12 +131,14 @@ def _finish(args: argparse.Namespace, out: Path, trainer: Trainer, test: Episode
         print(f"{out}: not evaluated" + ("" if args.eval_episodes == 0 else "; the bank has no test classes"))
         return
     learner, of_run = trainer.learner_at(args.at or "best")
+    temperature = of_run.pop("temperature")
     results = evaluate(
         learner,
         trainer.features,
         test,
         args.eval_episodes,
         learner=trainer.config.learner,
+        temperature=temperature,
         progress=not args.quiet,
     )
     results |= {"query_balance": trainer.config.query_balance, "seed": trainer.config.seed, "split": "test"}

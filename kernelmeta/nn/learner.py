@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from torch import Tensor, nn
 
 from kernelmeta.adapted_classifier import AdaptedClassifier, CosineTerms
+from kernelmeta.nn.pretrained import Pretrained
 from kernelmeta.tasks import Classifier, Ragged
 
 
-class Learner(nn.Module, ABC):
+class Learner(Pretrained, ABC):
     """A module that makes a classifier for each of T tasks, and classifies the tasks' query rows with it."""
 
     def __init_subclass__(cls, **options: Any) -> None:

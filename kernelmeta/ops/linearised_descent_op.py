@@ -13,7 +13,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from kernelmeta.backends import select
 from kernelmeta.ops import _checks, _perceptron
@@ -21,7 +20,7 @@ from kernelmeta.ops._differentiable import DifferentiableOp
 from kernelmeta.ops._padded_tasks import PaddedTasks
 from kernelmeta.ops._trace import elements, padded
 from kernelmeta.reference.ntk import loss_gradient, tangent_kernel, train_linearised
-from kernelmeta.reference.task_rows import as_labels, check_label_range, gathered
+from kernelmeta.reference.task_rows import as_labels, check_label_range, gathered, one_hot_targets
 from kernelmeta.tasks import Ragged
 
 ORACLES = ("squared_error", "cross_entropy")
@@ -190,7 +189,7 @@ def linearised_descent(
     )  # fmt: skip
     if not support_targets.is_floating_point():
         check_label_range(support_targets, len(weights[-1]))
-        support_targets = one_hot(support_targets, len(weights[-1])).to(weights[-1].dtype)
+        support_targets = one_hot_targets(support_targets, len(weights[-1]), weights[-1].dtype)
     rates = [r if isinstance(r, Tensor) else weights[-1].new_tensor([r]) for r in (lr, weight_decay)]
     dtype = support_targets.dtype
     if ragged is not None:

@@ -47,6 +47,8 @@ class Learners:
         self._given = (what if named else None, None if named else what)
         self._n_features, self._at, self._device = n_features, at, device
         self._made: dict[int, Any] = {}
+        self.temperature = 1.0
+        """Of the run: by which logits are divided for probabilities."""
 
     def for_ways(self, n_way: int) -> Any:
         """The learner for so many classes, or for as many at most. Raises ValueError."""
@@ -55,6 +57,7 @@ class Learners:
             if tasks_together(chosen.learner):
                 raise ValueError("norm_stats: with 'batch' tasks are coupled, and their answers depend on each other")
             self._made[n_way] = chosen.learner.to(self._device)
+            self.temperature = chosen.temperature
         return self._made[n_way]
 
 
@@ -144,7 +147,7 @@ class Adapter:
         for pack in _packs(tasks, self.bank.n_features, self._takes_ragged(tasks)):
             query = _rows_of(tasks.query_offsets, pack)
             logits = self._logits(tasks, pack, query)
-            top = torch.softmax(logits.float(), -1).max(-1)
+            top = torch.softmax(logits.float() / self._learners.temperature, -1).max(-1)
             # With tasks of fewer ways than others, what lies beyond is -inf.
             values = top.values.cpu().numpy()
             bad = np.flatnonzero(~np.isfinite(values))

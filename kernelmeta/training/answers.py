@@ -32,6 +32,8 @@ class Chosen(NamedTuple):
     learner: Any
     weights: str
     """Which weights of a training it has; empty where it has none."""
+    temperature: float = 1.0
+    """By which its logits are divided for probabilities."""
 
 
 def make_learner(
@@ -77,13 +79,22 @@ def make_learner(
             f"weights: {os.fspath(weights)} was trained on {head.n_features} features, but the rows have {n_features}"
         )
     try:
-        return Chosen(trained, for_ways(head, settings, n_way).eval(), at_text(settings))
+        learner = for_ways(head, settings, n_way).eval()
     except ValueError as error:
         raise ValueError(f"weights: {os.fspath(weights)} {error}") from None
+    return Chosen(trained, learner, at_text(settings), settings.get("temperature", 1.0))
 
 
 @torch.no_grad()
-def probabilities(learner: Any, support: Tensor, labels: Tensor, query: Tensor, *, transductive: bool = True) -> Tensor:
+def probabilities(
+    learner: Any,
+    support: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    *,
+    transductive: bool = True,
+    temperature: float = 1.0,
+) -> Tensor:
     """Of each class, [Q, N], for the rows of one task.
 
     Args:
@@ -91,6 +102,7 @@ def probabilities(learner: Any, support: Tensor, labels: Tensor, query: Tensor, 
         support: [S, D], with ``labels`` [S] in 0..N-1.
         query: [Q, D].
         transductive: a learner that looks at the query rows sees all of them at once; else each alone.
+        temperature: by which the logits are divided.
 
     Raises:
         ValueError: rows too large or too small to be compared, or without a finite answer.
@@ -100,7 +112,7 @@ def probabilities(learner: Any, support: Tensor, labels: Tensor, query: Tensor, 
     if not len(query):
         return query.new_zeros(0, learner.n_way)
     if learner.transductive and transductive:
-        return _finite(torch.softmax(learner(support[None], labels[None], query[None])[0], -1))
+        return _finite(torch.softmax(learner(support[None], labels[None], query[None])[0] / temperature, -1))
     found = []
     if not learner.transductive:
         for rows in query.split(_ROWS):
@@ -111,7 +123,7 @@ def probabilities(learner: Any, support: Tensor, labels: Tensor, query: Tensor, 
             T = len(rows)
             own = (support.expand(T, *support.shape), labels.expand(T, -1), rows[:, None])
             found.append(learner(*own)[:, 0])
-    return _finite(torch.softmax(torch.cat(found), -1))
+    return _finite(torch.softmax(torch.cat(found) / temperature, -1))
 
 
 def check_range(name: str, rows: Tensor) -> None:

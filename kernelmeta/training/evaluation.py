@@ -14,6 +14,7 @@ from tqdm import tqdm
 from kernelmeta import nn
 from kernelmeta.backends import select
 from kernelmeta.data.episodes import EpisodeSampler
+from kernelmeta.training.calibration import CalibrationError
 from kernelmeta.training.learners import LEARNERS, TITLES, inner_steps, tasks_together
 from kernelmeta.training.loading import at_text
 
@@ -51,6 +52,7 @@ def episode_accuracies(
     *,
     first: int = 0,
     progress: bool = False,
+    each: Callable[[str, Tensor, Tensor], None] | None = None,
 ) -> Accuracies:
     """Share of right answers for every learner on the same episodes.
 
@@ -61,6 +63,7 @@ def episode_accuracies(
         learners: name -> f(support [T, S, D], labels [T, S], query [T, Q, D]) -> logits [T, Q, N].
         features: [n, D], those of the sampler's bank.
         first, episodes: the episodes are numbers first .. first+episodes-1 of the sampler.
+        each: takes a learner's name, its logits [T, Q, N] and the answers [T, Q], some episodes at a time.
 
     A row with NaN or infinite logits counts as wrong.
     """
@@ -82,6 +85,8 @@ def episode_accuracies(
                 right = (logits.argmax(-1) == answers[:n]) & finite
                 found[name].append(right.double().mean(1).cpu())
                 bad[name] += int((~finite).sum())
+                if each is not None:
+                    each(name, logits, answers[:n])
             bar.update(n)
     bar.close()
     values = Accuracies({name: torch.cat(parts) for name, parts in found.items()})
@@ -101,6 +106,7 @@ def evaluate(
     episodes: int,
     *,
     learner: str = "sib",
+    temperature: float = 1.0,
     progress: bool = False,
 ) -> dict[str, Any]:
     """A trained learner beside prototypes and soft k-means, and its accuracy after every number of steps up
@@ -110,6 +116,7 @@ def evaluate(
         head: the trained learner.
         features: [n, D], those of the sampler's bank.
         learner: its name in `LEARNERS`.
+        temperature: of its probabilities, as its validation episodes have it.
         progress: show a bar.
 
     Returns:
@@ -117,8 +124,9 @@ def evaluate(
         difference_ci95}}`` (learner minus baseline, paired by episode); ``accuracy_over_steps``, a list of
         ``{steps, accuracy, ci95}``; also ``learner, episodes, way, shot, query, steps, seconds, backend``. ``steps`` is
         0 for a learner without any. ``tasks_per_call`` is how many tasks shared a call, which matters for
-        ``norm_stats="batch"`` alone; ``not_finite`` says of the learner and its baselines how many of the
-        ``query_rows`` had NaN or infinite logits.
+        ``norm_stats="batch"`` alone; ``calibration`` is ``{temperature, error, error_calibrated}``, the expected
+        calibration error without the temperature and with it, in percent; ``not_finite`` says of the learner and its
+        baselines how many of the ``query_rows`` had NaN or infinite logits.
 
     Raises:
         ValueError: fewer than two episodes: there is no interval.
@@ -135,7 +143,14 @@ def evaluate(
     counts = _counts(last) if LEARNERS[learner].over_steps else [last]
     for steps in counts:
         learners[f"steps {steps}"] = head if steps == last else _After(head, steps)
-    values = episode_accuracies(learners, features, sampler, episodes, progress=progress)
+    errors = [CalibrationError(), CalibrationError(temperature)]
+
+    def add(name: str, logits: Tensor, answers: Tensor) -> None:
+        if name == f"steps {last}":
+            for error in errors:
+                error.add(logits, answers)
+
+    values = episode_accuracies(learners, features, sampler, episodes, progress=progress, each=add)
 
     own = values[f"steps {last}"]
     accuracy, ci95 = interval(own)
@@ -165,6 +180,11 @@ def evaluate(
         "ci95": ci95,
         "baselines": baselines,
         "accuracy_over_steps": [dict(zip(("steps", "accuracy", "ci95"), row, strict=True)) for row in curve],
+        "calibration": {
+            "temperature": temperature,
+            "error": errors[0].percent,
+            "error_calibrated": errors[1].percent,
+        },
         "tasks_per_call": tasks_together(head) or TASKS_PER_CALL,
         "query_rows": values.rows,
         "not_finite": not_finite,
@@ -221,6 +241,15 @@ def table(results: dict[str, Any]) -> str:
     lines.append(f"{own:<{width}}{results['accuracy']:7.2f} ± {results['ci95']:.2f} %")
     if "at" in results:
         lines.append(f"{own.partition(',')[0]}'s weights: {at_text(results)}")
+    calibration = results["calibration"]
+    lines.append(
+        f"calibration error {calibration['error']:.1f} %"
+        + (
+            f"; {calibration['error_calibrated']:.1f} % with temperature {calibration['temperature']:.2f}"
+            if calibration["temperature"] != 1
+            else ""
+        )
+    )
     counted = Accuracies()
     counted.rows, counted.not_finite = results["query_rows"], results["not_finite"]
     warning = counted.warning({**TITLES, "own": own})

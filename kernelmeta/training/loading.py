@@ -8,28 +8,33 @@ from typing import Any
 
 from kernelmeta import nn
 from kernelmeta.data.file_kinds import is_safetensors
-from kernelmeta.data.files import read_weights
+from kernelmeta.data.files import read_json, read_weights
 from kernelmeta.data.words import one_line
+from kernelmeta.nn.pretrained import CONFIG, MODEL, Pretrained
+from kernelmeta.training.calibration import LEAST, MOST
 from kernelmeta.training.checkpoint import AVERAGED, BEST, CHECKPOINT, Checkpoint, count
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.finite import check_weights
 from kernelmeta.training.learners import SOFT_KMEANS, TITLES
 
 AT = ("best", "last")
+# Classes of `kernelmeta.nn` -> learners of `kernelmeta train`.
+_NAMES = {"Prototypes": "prototypes", "ANIL": "anil", "RidgeHead": "ridge", "SIB": "sib", "Program": "combined"}
 
 
 def load_learner(path: str | os.PathLike[str], at: str | None = None) -> tuple[Any, dict[str, Any]]:
     """A trained learner, and the settings of its training as far as the file tells them.
 
     Args:
-        path: a run folder, its checkpoint, or a published checkpoint (a dict with keys netFeat, SIB, lr,
-            nbStep).
+        path: a run folder, its checkpoint, a folder that ``kernelmeta share`` wrote, or a published checkpoint (a dict
+            with keys netFeat, SIB, lr, nbStep).
         at: which weights of the training: "best" on the validation classes, or the "last"; None for the best where the
             training looked at validation classes, else the last.
 
     Returns:
         The learner, in evaluation mode, and the settings; among them, of a run, ``at`` ("best" or "last"),
-        ``at_episodes`` (those trained on until then) and ``trained_episodes``.
+        ``at_episodes`` (those trained on until then), ``trained_episodes`` and ``temperature``, by which its logits are
+        to be divided for probabilities.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -39,6 +44,8 @@ def load_learner(path: str | os.PathLike[str], at: str | None = None) -> tuple[A
         raise ValueError(f"at: expected {' or '.join(AT)}, got {at!r}")
     file = Path(path)
     if file.is_dir():
+        if (file / MODEL).exists() and not (file / CHECKPOINT).exists():
+            return _shared(file)
         file = file / CHECKPOINT
         if not file.exists():
             raise ValueError(f"{path}: no run of 'kernelmeta train': it holds no {CHECKPOINT}")
@@ -58,12 +65,30 @@ def load_learner(path: str | os.PathLike[str], at: str | None = None) -> tuple[A
                 "at": at,
                 "at_episodes": seen if best is None or at == "last" else int(best[0]),
                 "trained_episodes": seen,
+                "temperature": _temperature(checkpoint.state, at),
             }
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: the weights do not fit the configuration ({one_line(error)})") from None
         check_weights(file, weights)
         return head.eval(), {**config.to_dict(), **of_run}
     return _published(file)
+
+
+def _shared(folder: Path) -> tuple[Any, dict[str, Any]]:
+    learner = Pretrained.from_pretrained(folder)
+    name = _NAMES.get(type(learner).__name__)
+    if name is None:
+        raise ValueError(f"{folder}: a {type(learner).__name__} needs no weights; name the method instead")
+    settings = read_json(folder / CONFIG).get("settings", {})
+    return learner, {**settings, "learner": name, "way": learner.n_way}
+
+
+def _temperature(state: dict[str, Any], at: str) -> float:
+    """1 where the validation classes were not looked at."""
+    found = float(state.get("temperatures", {}).get(at, 1.0))
+    if not LEAST <= found <= MOST:
+        raise ValueError(f"temperature: expected {LEAST}..{MOST}, got {found}")
+    return found
 
 
 def for_ways(learner: Any, settings: dict[str, Any], n_way: int) -> Any:
@@ -91,10 +116,11 @@ def for_ways(learner: Any, settings: dict[str, Any], n_way: int) -> Any:
 def learner_text(settings: dict[str, Any]) -> str:
     """What a checkpoint is, in a few words, from the settings of `load_learner`."""
     title = TITLES[settings["learner"]]
-    if "data" not in settings:
+    if "trained_episodes" not in settings:
         return f"a published checkpoint of {title}, {settings['way']}-way"
     tasks = f"{settings['way']}-way {settings['shot']}-shot episodes"
-    return f"{title}, trained on {settings['trained_episodes']:,} {tasks} of {settings['data']}"
+    of = f" of {settings['data']}" if settings.get("data") else ""
+    return f"{title}, trained on {settings['trained_episodes']:,} {tasks}{of}"
 
 
 def at_text(settings: dict[str, Any]) -> str:

@@ -223,11 +223,13 @@ def predict(
     if len(classes) < 2:
         raise ValueError(f"support: expected at least two classes, got {classes[0]!r} alone")
     named = what in METHODS and not Path(what).exists()
-    method, learner, which = make_learner(what if named else None, None if named else what, len(classes), D, at)
+    method, learner, which, temperature = make_learner(
+        what if named else None, None if named else what, len(classes), D, at
+    )
     dtype = torch.promote_types(torch.promote_types(support.features.dtype, query.features.dtype), torch.float32)
     rows, of_query = (r.features.to(device, dtype) for r in (support, query))
     learner, labels = learner.to(device), labels.to(device)
-    found = probabilities(learner, rows, labels, of_query, transductive=transductive).cpu()
+    found = probabilities(learner, rows, labels, of_query, transductive=transductive, temperature=temperature).cpu()
     accuracy = None
     if query.labels is not None:
         known = [i for i, name in enumerate(query.labels) if name in classes]
@@ -242,6 +244,7 @@ def predict(
         "support rows": len(rows),
         "query rows": len(of_query),
         "features": D,
+        "temperature": f"{temperature:.3g}",
     }
     doubt = doubts(learner, rows, labels, of_query, classes) if transductive else None
     return Prediction(method, classes, found, query, doubt, accuracy, settings, which)

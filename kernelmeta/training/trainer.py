@@ -20,6 +20,7 @@ from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.words import one_line
 from kernelmeta.nn.training_step import TrainsAtOnce
 from kernelmeta.ops import focal_distillation
+from kernelmeta.training.calibration import Calibration
 from kernelmeta.training.checkpoint import (
     AVERAGED,
     BEST,
@@ -121,6 +122,8 @@ class Trainer:
         # The validation that was the best so far, the later one of equals, and the weights of then.
         self.best: tuple[int, float, float] | None = None
         self.best_weights: dict[str, Tensor] = {}
+        # Of the probabilities: with the best weights, and at the last validation.
+        self.temperatures = {"best": 1.0, "last": 1.0}
 
     @property
     def seen(self) -> int:
@@ -151,6 +154,7 @@ class Trainer:
                 "history": self.history,
                 "validations": self.validations,
                 "best": self.best,
+                "temperatures": self.temperatures,
             },
         )
 
@@ -185,6 +189,7 @@ class Trainer:
                     raise KeyError(f"{BEST}.{name}")
             restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
             self.step, self.history, self.validations = step, history, validations
+            self.temperatures = {name: float(state.get("temperatures", {}).get(name, 1)) for name in self.temperatures}
             self.best = None if best is None else rows({"best": [best]}, "best")[0]
             self.best_weights = {name: t.to(self.features.device) for name, t in best_weights.items()}
         except (KeyError, RuntimeError, TypeError) as error:
@@ -351,9 +356,12 @@ class Trainer:
         if not self.ranks.first:
             return 0.0, 0.0  # only the first process writes a history
         self.learner.eval()
+        calibration = Calibration()
         values = episode_accuracies(
-            {"own": self.learner}, self.features, self.validation, VALIDATION_EPISODES, first=VALIDATION_FIRST
-        )
+            {"own": self.learner}, self.features, self.validation, VALIDATION_EPISODES, first=VALIDATION_FIRST,
+            each=lambda name, logits, answers: calibration.add(logits, answers),
+        )  # fmt: skip
+        self.temperatures["last"] = calibration.temperature()
         self.head.train()
         if values.not_finite["own"]:
             tqdm.write(f"validation after {self.seen} episodes: {values.warning()}", file=sys.stderr)
@@ -362,6 +370,7 @@ class Trainer:
     def _keep_if_best(self) -> None:
         if self.ranks.first and (self.best is None or self.validations[-1][1] >= self.best[1]):
             self.best = self.validations[-1]
+            self.temperatures["best"] = self.temperatures["last"]
             self.best_weights = {name: t.detach().clone() for name, t in self.learner.state_dict().items()}
 
     def learner_at(self, at: str) -> tuple[Any, dict[str, Any]]:
@@ -372,13 +381,15 @@ class Trainer:
                 at), or "last".
 
         Returns:
-            The learner, and ``{at, at_episodes, trained_episodes}``.
+            The learner, and ``{at, at_episodes, trained_episodes, temperature}``.
         """
         if at == "last" or self.best is None:
-            return self.learner.eval(), {"at": "last", "at_episodes": self.seen, "trained_episodes": self.seen}
+            which = {"at": "last", "at_episodes": self.seen, "temperature": self.temperatures["last"]}
+            return self.learner.eval(), {**which, "trained_episodes": self.seen}
         learner = copy.deepcopy(self.learner)
         learner.load_state_dict(self.best_weights)
-        return learner.eval(), {"at": "best", "at_episodes": self.best[0], "trained_episodes": self.seen}
+        which = {"at": "best", "at_episodes": self.best[0], "temperature": self.temperatures["best"]}
+        return learner.eval(), {**which, "trained_episodes": self.seen}
 
 
 @contextmanager

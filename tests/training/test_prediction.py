@@ -182,7 +182,7 @@ def test_a_browser_shows_the_report(tmp_path, support, query):
     command = [BROWSER, *quiet, "--dump-dom", report.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, stdin=subprocess.DEVNULL)
     assert "<h1>21 answers of soft_kmeans</h1>" in done.stdout
-    assert done.stdout.count("<tr>") == 21 + 1 + 7 and done.stdout.count("<svg") == 2
+    assert done.stdout.count("<tr>") == 21 + 1 + 8 and done.stdout.count("<svg") == 2
 
 
 def paint(path, colour: int) -> None:
@@ -296,3 +296,34 @@ def test_no_output_takes_the_place_of_an_input(tmp_path, support, query, capsys)
     assert Path(support).read_text() == before
     assert main(["import", support, "--out", support, "--quiet"]) == 2
     assert Path(support).read_text() == before
+
+
+def test_from_arrays_with_names_to_labels_for_photos(tmp_path):
+    """The commands of the README."""
+    from kernelmeta.data.images import FolderImages
+    from kernelmeta.training.backbones import make_backbone
+    from kernelmeta.training.extraction import extract
+
+    torch.manual_seed(0)
+    backbone = make_backbone("conv4", 3, 32)
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
+    for colour, name in enumerate(("red", "green", "blue")):
+        for i in range(3):
+            paint(tmp_path / "known" / "train" / name / f"{i}.png", colour)
+            paint(tmp_path / "photos" / f"{name}-{i}.png", colour)
+    bank = extract(FolderImages(str(tmp_path / "known")), backbone, "labelled photos")
+    np.save(tmp_path / "X.npy", bank.features.numpy())
+    np.save(
+        tmp_path / "y.npy",
+        np.array(["red", "green", "blue"])[
+            [("red", "green", "blue").index(bank.class_names[c].rpartition("/")[2]) for c in bank.labels.tolist()]
+        ],
+    )
+    files = [str(tmp_path / name) for name in ("X.npy", "y.npy")]
+    assert main(["import", *files, "--out", str(tmp_path / "bank.safetensors"), "--quiet"]) == 0
+    found = answers(
+        tmp_path, "soft_kmeans", "--support", tmp_path / "bank.safetensors", "--query", tmp_path / "photos",
+        "--weights", tmp_path / "backbone.pt", "--backbone", "conv4",
+    )  # fmt: skip
+    assert len(found) == 9
+    assert all(row["id"].startswith(row["label"]) for row in found)

@@ -126,11 +126,11 @@ def test_the_weights_that_count_are_the_best_on_the_validation_classes(bank, tmp
     trainer.run(tmp_path)
     assert [seen for seen, *_ in trainer.validations] == [128, 256, 384, 500]
     learner, of_run = trainer.learner_at("best")
-    assert of_run == {"at": "best", "at_episodes": 384, "trained_episodes": 500}
+    assert of_run == {"at": "best", "at_episodes": 384, "trained_episodes": 500, "temperature": 1.0}
     loaded, settings = load_learner(tmp_path)
     assert {name: settings[name] for name in of_run} == of_run
     last, of_last = trainer.learner_at("last")
-    assert of_last == {"at": "last", "at_episodes": 500, "trained_episodes": 500}
+    assert of_last == {"at": "last", "at_episodes": 500, "trained_episodes": 500, "temperature": 1.0}
     for found, want in (
         (learner, weights[2]), (loaded, weights[2]), (load_learner(tmp_path, "best")[0], weights[2]),
         (last, weights[3]), (load_learner(tmp_path, "last")[0], weights[3]),
