@@ -77,7 +77,7 @@ def write_tasks(path: Path, n: int, group: int) -> None:
 
 
 def adapted(folder: Path, out: str, processes: int, method: str) -> tuple[float, float, float, float]:
-    """Seconds of the work, seconds of processors, seconds of the whole command, and the largest memory of a process in MB."""
+    """Seconds of the work, of processors, of the whole command; and the largest memory of a process in MB."""
     code = (
         "import resource, sys, time; from kernelmeta.cli import main; began = time.process_time()\n"
         "code, done = main(sys.argv[1:]), resource.getrusage(resource.RUSAGE_SELF)\n"
@@ -99,8 +99,8 @@ def adapted(folder: Path, out: str, processes: int, method: str) -> tuple[float,
     return results["seconds"], processor, time.perf_counter() - began, memory / 1000
 
 
-def regressions(folder: Path, n: int) -> tuple[float, float]:
-    """Tasks a second with a logistic regression for each, and its accuracy in percent."""
+def regressions(folder: Path, n: int) -> tuple[float, float, float]:
+    """Tasks a second, and a second of a processor, with a logistic regression for each, and its accuracy in percent."""
     from sklearn.linear_model import LogisticRegression
 
     bank = km.data.FeatureBank.load(folder / "bank.safetensors", non_finite="keep")
@@ -109,14 +109,15 @@ def regressions(folder: Path, n: int) -> tuple[float, float]:
     ((_, tasks),) = files.read(files.pieces()[:1])
     features, answers = bank.features.numpy(), bank.labels.numpy()
     right = rows = 0
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     for t in range(len(tasks)):
         support = slice(*tasks.support_offsets[t : t + 2])
         query = tasks.query_rows[slice(*tasks.query_offsets[t : t + 2])]
         model = LogisticRegression().fit(features[tasks.support_rows[support]], answers[tasks.support_rows[support]])
         right += int((model.predict(features[query]) == answers[query]).sum())
         rows += len(query)
-    return len(tasks) / (time.perf_counter() - began), 100 * right / rows
+    T = len(tasks)
+    return T / (time.perf_counter() - began), T / (time.process_time() - busy), 100 * right / rows
 
 
 def accuracy(folder: Path, out: str) -> float:
@@ -145,27 +146,29 @@ def main() -> None:
         bank_mb = (folder / "bank.safetensors").stat().st_size / 1e6
         print(f"{args.tasks:,} tasks, {args.features} features, a bank of {bank_mb:.0f} MB, {args.method}\n")
         print(
-            "| | tasks a second | a second of a processor | whole command | memory of a process | accuracy |\n|---|---|---|---|---|---|"
+            "| | tasks a second | a second of a processor | whole command | memory of a process | accuracy |"
+            "\n|---|---|---|---|---|---|"
         )
-        rates = {}
+        rates, of_processor = {}, {}
         for processes in (1, 2):
             seconds, processor, whole, memory = adapted(folder, f"out-{processes}", processes, args.method)
-            rates[processes] = args.tasks / seconds
+            rates[processes], of_processor[processes] = args.tasks / seconds, args.tasks / processor
             print(
                 f"| {processes} process{'es' if processes > 1 else ''} | {rates[processes]:,.0f} |"
-                f" {args.tasks / processor:,.0f} | {whole:.1f} s |"
+                f" {of_processor[processes]:,.0f} | {whole:.1f} s |"
                 f" {memory:.0f} MB | {accuracy(folder, f'out-{processes}'):.1f} % |",
                 flush=True,
             )
-        rate, right = regressions(folder, args.regressions)
-        print(f"| logistic regression a task, 1 process | {rate:,.0f} | | | | {right:.1f} % |")
+        rate, plain, right = regressions(folder, args.regressions)
+        print(f"| logistic regression a task, 1 process | {rate:,.0f} | {plain:,.0f} | | | {right:.1f} % |")
         print(
-            f"\ntwo processes: {rates[2] / rates[1]:.2f} times one; one: {rates[1] / rate:,.0f} times the regressions"
+            f"\ntwo processes: {rates[2] / rates[1]:.2f} times one, {2 * of_processor[2] / of_processor[1]:.2f} by seconds"
+            f" of processors; one: {of_processor[1] / plain:,.0f} times the regressions, likewise"
         )
         rows = sum(WAYS) / 2 * (sum(SHOTS) + sum(QUERIES)) / 2
         gpu = GPU_BYTES / (rows * args.features * 4)
         print(
-            f"10^9 tasks: {1e9 / rates[1] / 3600:.1f} hours of one such core; an H100 that reads {rows:.0f} rows of"
+            f"10^9 tasks: {1e9 / of_processor[1] / 3600:.1f} hours of one such core; an H100 that reads {rows:.0f} rows of"
             f" {4 * args.features} bytes a task at {GPU_BYTES / 1e12:.2f} TB/s: {1e9 / gpu:.0f} s at least, if the bank"
             f" fits; in {MINUTE} s, reading and writing files aside, {max(1, -(-1e9 // (gpu * MINUTE))):.0f}"
         )
