@@ -6,9 +6,6 @@ turns, and for what more steps cost in memory, ``python -m benchmarks.test_ntk``
 from __future__ import annotations
 
 import importlib.util
-import resource
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -206,14 +203,6 @@ def test_ntk(name: str, benchmark: Any, ceilings: Ceilings) -> None:
     benchmark(run)
 
 
-def _peak(steps: int) -> float:
-    """Megabytes that a process takes more at its peak for a call with so many steps than before it."""
-    tasks = draw()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    trained(lambda own: kernelmeta(own, steps), tasks)()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-
-
 def _in_turn(run: Run) -> timing.Runner:
     return lambda _: run()
 
@@ -228,13 +217,16 @@ def main() -> None:
     timings = timing.interleave({name: _in_turn(run) for name, run in runners.items()}, seconds=6, rounds=9)
     own = timings["kernelmeta"]
     for name, t in timings.items():
-        ratios = sorted(a / b for a, b in zip(t.rounds, own.rounds, strict=False))
-        middle = ratios[len(ratios) // 2]
-        print(f"{name:20} {t.median * 1e3:8.1f} ms   {middle:5.2f} x kernelmeta ({ratios[0]:.2f}-{ratios[-1]:.2f})")
-    for steps in (10, 100, 1000):
-        command = [sys.executable, "-c", f"from benchmarks import test_ntk; print(test_ntk._peak({steps}))"]
-        peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-        print(f"{steps:5} steps: {peak:.0f} MB at the peak")
+        middle, low, high = timing.ratio(t, own)
+        at_best = f"{t.low * 1e3:.1f} ms, {t.low / own.low:.2f} x"
+        print(f"{name:20} {t.median * 1e3:8.1f} ms {middle:6.2f} x ({low:.2f}-{high:.2f}); 10 % quantile {at_best}")
+    for steps in (17, 100, 256, 10_000):
+        peak = timing.peak_memory(_steps(tasks, steps))
+        print(f"{steps:6} steps: {'?' if peak is None else f'{peak / 2**20:.1f}'} MB at the peak")
+
+
+def _steps(tasks: Tasks, steps: int) -> Run:
+    return trained(lambda own: kernelmeta(own, steps), tasks)
 
 
 if __name__ == "__main__":

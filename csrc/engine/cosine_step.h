@@ -24,6 +24,11 @@
 // r / r')^2 a step, where the errors of directions, in D dimensions as here, grow by alpha. `loses` keeps
 // count of both, and says where the first has become the larger one: whoever takes the steps does that task
 // anew in D dimensions.
+//
+// Gradients lose digits where theta' is nearly parallel to all of the rows. A gradient of h' counts without
+// its part along h', which leaves (A - U' U'^T) gU' of A gU' in the cosines: 1 - U'^2 of it where the rows
+// are parallel to each other. In D dimensions h' is taken away from what lies along it, here by way of r2,
+// whose rounding is that of many sums. `nearly_parallel` says so, and such tasks are done anew as well.
 #pragma once
 
 #include "engine/arena.h"
@@ -46,6 +51,16 @@ KERNELMETA_INLINE bool loses(C* errors, C growth, C terms, C left) {
   errors[0] = growth * growth * errors[0] + cancelled;
   errors[1] = B::max(growth, -growth) * errors[1] + B::sqrt(cancelled);
   return !(errors[0] < C(kMostLost) * errors[1]);
+}
+
+// Of the rows that drive steps one at least has this much, squared, apart from theta.
+inline constexpr double kLeastApart = 1.0 / 16;
+
+// Whether none has, from a class's cosines; true where all are NaN.
+template <class Row, class C>
+KERNELMETA_INLINE bool nearly_parallel(Row row, const C* u) {
+  const C apart = row.most([&](auto q) { return q.zero() + C(1) - q.load(u) * q.load(u); });
+  return !(apart > C(kLeastApart));
 }
 
 // Scalars of one step and one class.
@@ -114,9 +129,10 @@ KERNELMETA_INLINE void cosine_step(const LiveRow<Row>& row, const StepFrom<C>& f
   const C quad = row.own.sum([&](auto q) { return q.load(g) * q.load(own_ag); });
   const StepScalars<B> v(from.e, from.r2, dot, quad);
   row.all.each([&](auto q) { q.store(to.u, q.load(u) * v.alpha - q.load(ag) * v.beta); });
+  const bool parallel = nearly_parallel(row.own, to.u + row.first);
   row.all.one([&] {
     *to.r2 = v.grown;
-    if (loses<B>(to.errors, v.alpha, from.r2 + v.pull, v.grown)) *to.lost = 1;
+    if (loses<B>(to.errors, v.alpha, from.r2 + v.pull, v.grown) || parallel) *to.lost = 1;
     if (to.a) *to.a = (C(1) + v.c) * *from.a;
   });
   if (to.p) move_coefficients(row, from.p, g, C(1) + v.c, from.e / v.r, to.p);

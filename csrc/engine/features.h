@@ -126,9 +126,9 @@ struct QueryFeatures {
     return !extreme;
   }
 
-  // trace.inverse alone.
+  // trace.inverse alone. No barrier: each is known to the warp that takes its row.
   KERNELMETA_INLINE void norms() {
-    block.features(s.Q, s.D, [&](int64_t i, auto row) {
+    block.unfenced().features(s.Q, s.D, [&](int64_t i, auto row) {
       const C found = inverse_norm<B>(row, query(i));
       row.one([&] { trace.inverse[i] = found; });
     });

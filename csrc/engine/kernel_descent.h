@@ -14,6 +14,7 @@
 namespace kernelmeta {
 
 inline constexpr int64_t kBranch = 16;
+inline constexpr int64_t kMostSteps = 1 << 20;  // beyond it, where they lead is known in closed form
 
 // Levels of checkpoints.
 KERNELMETA_INLINE int64_t checkpoint_levels(int64_t steps) {

@@ -156,9 +156,9 @@ struct Mlp {
   KERNELMETA_INLINE void through_norm(const C* a, const C* n, const C* istd, const C* fixed_istd, C* g,
                                       C* gb) {
     const int64_t H = s.H, Q = s.Q, ld = s.ld();
-    // Per unit, over the rows: sum of g n; of what is left of g without its part along n; what passes. The mean
-    // of n is rounding, but 1 / std twice, up to 1e5, magnifies it: what is subtracted must be the mean of what
-    // there is, or a bias' gradient, whose terms cancel, keeps it.
+    // Per unit, over the rows: sum of g n; of what is left of g without its part along n; what passes. The
+    // mean of n is rounding, but 1 / std twice, up to 1e5, magnifies it: what is subtracted must be the mean
+    // of what there is, or a bias' gradient, whose terms cancel, keeps it.
     C *along = act.along, *across = act.mean, *kept = act.kept;
     const C share = fixed_istd ? C(0) : C(1) / C(Q);
     const auto without_along = [=](int64_t h, auto q) {

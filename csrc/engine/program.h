@@ -465,10 +465,12 @@ struct ProgramLoop {
         q.store(trace.u + next,
                 q.load(trace.u + at) * of_u + q.load(trace.u + at_a) * of_a + q.load(trace.ag + at) * of_ap);
       });
+      const bool parallel = nearly_parallel(of_part, trace.u + next + part.first);
       row.one([&] {
         const C anchor = k == start ? v.na : trace.anchor[k * N + n];
         trace.r2[(k + 1) * N + n] = next_r2;
-        if (loses<B>(errors + 2 * n, B::sqrt(v.terms / v.next_r2), v.terms, v.next_r2)) trace.lost[n] = 1;
+        if (loses<B>(errors + 2 * n, B::sqrt(v.terms / v.next_r2), v.terms, v.next_r2) || parallel)
+          trace.lost[n] = 1;
         trace.anchor[(k + 1) * N + n] = kept * anchor + rate * v.with_anchor;
         if (trace.a) {
           trace.a[(k + 1) * N + n] = kept * trace.a[k * N + n] + rate * v.c * trace.a[start * N + n] / v.m;

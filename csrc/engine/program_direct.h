@@ -248,7 +248,7 @@ struct DirectProgram {
       row.each([&](auto q) { q.store(next, q.load(pk) * kept + q.load(pa) * (rate * c / m)); });
       own.each([&](auto q) { q.store(moved, q.load(moved) + q.load(p) * (rate / m)); });
     });
-    block.features(N, D, [&](int64_t n, auto row) {
+    block.unfenced().features(N, D, [&](int64_t n, auto row) {
       const C *t = theta + (k * N + n) * D, *ta = theta + (start * N + n) * D;
       C *mean = w + (k * N + n) * D, *next = theta + ((k + 1) * N + n) * D;
       const C c = with.class_sizes[n], inverse = C(1) / mass[n];
@@ -321,7 +321,7 @@ struct DirectProgram {
   }
 
   KERNELMETA_INLINE void through_anchor(const Adjoint& adj) const {
-    block.features(s.N, s.D, [&](int64_t n, auto row) {
+    block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
       C* g = adj.gtheta + n * s.D;
       row.each([&](auto d) { d.store(g, d.load(g) + d.load(adj.gtheta_a + n * s.D)); });
     });

@@ -223,7 +223,7 @@ struct SibTask {
 
   KERNELMETA_INLINE void begin_direct_backward(const C* gweights, C* gtheta0, C* gquery) {
     if (gquery) block.unfenced().features_zero(s.Q, s.D, gquery);
-    block.features(s.N, s.D, [&](int64_t n, auto row) {
+    block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
       row.each([&](auto d) { d.store(gtheta0 + n * s.D, gweights ? d.load(gweights + n * s.D) : d.zero()); });
     });
   }

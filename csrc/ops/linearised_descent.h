@@ -60,7 +60,7 @@ struct DescentArguments {
     require(support.D() == net.features() && query.D() == net.features(),
             "support and query must have as many features as the network reads");
     require(S >= 1 && Q >= 1, "support and query rows: at least one each");
-    require(call.steps >= 0, "steps must not be negative");
+    require(call.steps >= 0 && call.steps <= kMostSteps, "steps: from 0 to 2^20");
     require_storage<C>({&support, &query});
     Elements count;
     count.add({T + 1, N, S + 16, N, S + 16}).add({T + 1, N, Q + 16}).add({kBranch, kBranch, N, S + 32});

@@ -13,6 +13,8 @@ struct NetworkOptions {
   double slope = in.take<double>("slope");
 };
 
+inline constexpr int64_t kWidest = int64_t(1) << 31;
+
 // Its sizes, checked.
 inline Perceptron perceptron(const NetworkOptions& options) {
   const int64_t layers = int64_t(options.widths.size()) - 1;
@@ -22,7 +24,7 @@ inline Perceptron perceptron(const NetworkOptions& options) {
   net.has_bias = options.biased;
   for (int64_t l = 0; l <= layers; ++l) {
     net.widths[l] = options.widths[size_t(l)];
-    require(net.widths[l] >= 1, "widths: at least one each");
+    require(net.widths[l] >= 1 && net.widths[l] <= kWidest, "widths: from 1 to 2^31 each");
   }
   Elements count;
   for (int64_t l = 0; l < layers; ++l) count.add({net.widths[l] + 16, net.widths[l + 1] + 16});

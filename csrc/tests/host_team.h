@@ -2,8 +2,9 @@
 // so that ThreadSanitizer sees what no barrier orders. One thread a lane: barriers of a warp are real too.
 #pragma once
 
+#include <pthread.h>
+
 #include <atomic>
-#include <barrier>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -12,12 +13,24 @@
 
 namespace kernelmeta {
 
+// Whoever waits sleeps: std::barrier spins and yields, for long where there are fewer cores than threads.
+class TeamBarrier {
+ public:
+  explicit TeamBarrier(unsigned threads) { pthread_barrier_init(&barrier_, nullptr, threads); }
+  ~TeamBarrier() { pthread_barrier_destroy(&barrier_); }
+  TeamBarrier(const TeamBarrier&) = delete;
+  void arrive_and_wait() { pthread_barrier_wait(&barrier_); }
+
+ private:
+  pthread_barrier_t barrier_;
+};
+
 // What the threads of a team share.
 struct HostTeamState {
   static constexpr int kThreads = 12, kLanes = 4;
 
-  std::barrier<> all{kThreads};
-  std::vector<std::unique_ptr<std::barrier<>>> warps;
+  TeamBarrier all{kThreads};
+  std::vector<std::unique_ptr<TeamBarrier>> warps;
   double exchanged[kThreads];
   bool found[kThreads];
   void* stage = nullptr;
@@ -27,7 +40,7 @@ struct HostTeamState {
   std::vector<SourceLine> barriers;
 
   HostTeamState() {
-    for (int w = 0; w < kThreads / kLanes; ++w) warps.push_back(std::make_unique<std::barrier<>>(kLanes));
+    for (int w = 0; w < kThreads / kLanes; ++w) warps.push_back(std::make_unique<TeamBarrier>(kLanes));
   }
 };
 

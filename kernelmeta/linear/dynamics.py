@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernelmeta.backends import holds_numbers
 from kernelmeta.reference.ntk import loss_gradient
 
 ORACLES = ("squared_error", "cross_entropy")
@@ -199,7 +200,7 @@ def _checkpointed(some: Any, pulls: Tensor, tensors: Sequence[Tensor], count: in
 def _factor(gram: Tensor, strength: Tensor, what: str) -> Tensor:
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     factor, failed = torch.linalg.cholesky_ex(gram + strength * eye)
-    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active() and failed.any():
+    if holds_numbers(failed) and failed.any():
         raise ValueError(f"{what}: a Gram matrix is singular, or none; more of it would help")
     return factor
 

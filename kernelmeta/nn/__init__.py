@@ -3,6 +3,7 @@
 from kernelmeta.nn.anil import ANIL
 from kernelmeta.nn.backbones import Conv4, WideResNet
 from kernelmeta.nn.cosine_classifier import CosineClassifier
+from kernelmeta.nn.lqf import LQF
 from kernelmeta.nn.maml import MAML
 from kernelmeta.nn.program import Program
 from kernelmeta.nn.prototypes import Prototypes
@@ -14,6 +15,7 @@ from kernelmeta.phases import Phase
 
 __all__ = [
     "ANIL",
+    "LQF",
     "MAML",
     "SIB",
     "Conv4",

@@ -13,7 +13,6 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from kernelmeta.backends import select
 from kernelmeta.ops import _checks, _perceptron
@@ -21,10 +20,11 @@ from kernelmeta.ops._differentiable import DifferentiableOp
 from kernelmeta.ops._padded_tasks import PaddedTasks
 from kernelmeta.ops._trace import elements, padded
 from kernelmeta.reference.ntk import loss_gradient, tangent_kernel, train_linearised
-from kernelmeta.reference.task_rows import as_labels, check_label_range, gathered
+from kernelmeta.reference.task_rows import as_labels, check_label_range, gathered, one_hot_targets
 from kernelmeta.tasks import Ragged
 
 ORACLES = ("squared_error", "cross_entropy")
+MOST_STEPS = 2**20
 
 
 def _sizes(call: Any) -> tuple[Any, Any, Any, int]:
@@ -164,7 +164,7 @@ def linearised_descent(
         weights: of the linear layers, in order, [units, inputs] each, 1 to 8 of them; the last has N units. A (leaky)
             ReLU follows every layer but the last.
         biases: [units] each; no biases if None.
-        steps: K.
+        steps: K, at most 2^20.
         lr, weight_decay: numbers or tensors of one value, which get gradients. The decay is towards w0.
         oracle: "squared_error" or "cross_entropy".
         slope: of the leaky ReLU below zero, at least 0.
@@ -189,7 +189,7 @@ def linearised_descent(
     )  # fmt: skip
     if not support_targets.is_floating_point():
         check_label_range(support_targets, len(weights[-1]))
-        support_targets = one_hot(support_targets, len(weights[-1])).to(weights[-1].dtype)
+        support_targets = one_hot_targets(support_targets, len(weights[-1]), weights[-1].dtype)
     rates = [r if isinstance(r, Tensor) else weights[-1].new_tensor([r]) for r in (lr, weight_decay)]
     dtype = support_targets.dtype
     if ragged is not None:
@@ -253,5 +253,9 @@ def _check(
     for name, tensor in rates.items():
         _checks.one_value(name, tensor)
     _checks.step_size(steps, 0.0, "sum", 1)
+    if steps > MOST_STEPS:
+        raise ValueError(
+            f"steps: expected at most {MOST_STEPS}, got {steps}; km.linear.kernel_ridge is where they lead"
+        )
     if oracle not in ORACLES:
         raise ValueError(f"oracle: expected one of {', '.join(ORACLES)}, got {oracle!r}")

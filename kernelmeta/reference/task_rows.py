@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelmeta.backends import is_traced
+from kernelmeta.backends import holds_numbers, is_traced
 from kernelmeta.tasks import Ragged
 
 _NARROW_INTEGERS = frozenset({torch.int32, torch.int16, torch.int8, torch.uint8})
@@ -39,6 +39,11 @@ def as_labels(labels: Any) -> Any:
     return labels
 
 
+def one_hot_targets(labels: Tensor, n_way: int, dtype: torch.dtype) -> Tensor:
+    """1 for a row's own class, [..., N]; also of labels that hold no numbers yet."""
+    return (labels.unsqueeze(-1) == torch.arange(n_way, device=labels.device)).to(dtype)
+
+
 def check_label_range(labels: Tensor, n_way: int) -> None:
     """Raise a ValueError for labels [T, S] that are none of 0..N-1, a TypeError for those that are not int64.
 
@@ -46,7 +51,7 @@ def check_label_range(labels: Tensor, n_way: int) -> None:
     """
     if labels.dtype is not torch.int64:
         raise TypeError(f"support_labels: expected int64, got {str(labels.dtype).removeprefix('torch.')}")
-    if is_traced():
+    if not holds_numbers(labels):
         return
     outside = (labels < 0) | (labels >= n_way)
     if outside.any():

@@ -28,6 +28,7 @@ CANDIDATES: dict[str, tuple[dict[str, Any], ...]] = {
     SOFT_KMEANS: _grid(scale=(10.0, 20.0, 5.0, 40.0), steps=(10, 3, 1, 30)),
     "anil": _grid(steps=(20, 5), inner_lr=(1.0, 0.1, 10.0), **_ADAM),
     "ridge": _grid(optimizer=("Adam",), lr=(1e-3, 1e-2), tasks_per_step=(4,)),
+    "lqf": _grid(hidden=(64, 16), **_ADAM),
     # What the labels say and what was learned about the query rows, in either order; the latter alone; soft k-means,
     # which sharper logits suit where the query rows are unevenly spread, put right by the labels.
     "combined": (

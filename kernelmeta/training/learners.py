@@ -95,6 +95,10 @@ def _program(rows: Rows, way: int, phases: str, learn_rates: bool, **settings: A
     return km_nn.Program(way, rows.n_features, parse_phases(phases, learn_rates), **settings)
 
 
+def _lqf(rows: Rows, way: int, hidden: int) -> nn.Module:
+    return km_nn.LQF(way, rows.n_features, hidden)
+
+
 def _sib(rows: Rows, way: int, **settings: Any) -> nn.Module:
     return km_nn.SIB(way, rows.n_features, **settings)
 
@@ -146,6 +150,7 @@ LEARNERS: dict[str, LearnerKind] = {
         whole_network=True,
     ),
     "ridge": LearnerKind("ridge", _ridge, {}, _ADAM),
+    "lqf": LearnerKind("LQF", _lqf, {"hidden": 64}, _ADAM),
     "sib": LearnerKind(
         "SIB",
         _sib,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_MOST_LOST = tl.constexpr(1.5)  # as in csrc/engine/cosine_step.h
+_MOST_LOST, _LEAST_APART = tl.constexpr(1.5), tl.constexpr(1 / 16)  # as in csrc/engine/cosine_step.h
 
 
 @triton.jit
@@ -21,6 +21,13 @@ def loses(of_norm, of_direction, growth, terms, left):
     of_norm = growth * growth * of_norm + cancelled
     of_direction = tl.abs(growth) * of_direction + tl.sqrt(cancelled)
     return of_norm, of_direction, tl.where(of_norm < _MOST_LOST * of_direction, 0, 1)
+
+
+@triton.jit
+def nearly_parallel(u, mine):
+    """1 where all rows that drive the steps, ``mine``, are nearly parallel to theta (csrc/engine/cosine_step.h)."""
+    apart = tl.max(tl.where(mine, 1 - u * u, 0.0), 0)
+    return tl.where(apart > _LEAST_APART, 0, 1)
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernelmeta.triton.cosine_step import cosine_step, cosine_step_backward
+from kernelmeta.triton.cosine_step import cosine_step, cosine_step_backward, nearly_parallel
 from kernelmeta.triton.mlp_kernels import mlp_backward, mlp_forward
 from kernelmeta.triton.tiles import product, store_matrix
 
@@ -72,7 +72,7 @@ def loop_forward_kernel(
             tl.store(to + 3 * H, variance2 * Q / rows, mask=h < H)
         ag = _times_gram(gram, inverse, g, product_work, q, n, Q, N, ld, NP, C, PRECISION)
         u, r2, grown, moved, of_norm, of_direction, too_much = cosine_step(u, g, ag, r2, e, of_norm, of_direction)
-        lost = lost | too_much
+        lost = lost | too_much | nearly_parallel(u, inside)
         tl.store(trace + ag_at + k * N * ld + tile, ag, mask=inside)
         tl.store(trace + u_at + (k + 1) * N * ld + tile, u, mask=inside)
         tl.store(trace + r2_at + (k + 1) * N + n, r2, mask=n < N)

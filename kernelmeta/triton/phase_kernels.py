@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernelmeta.triton.cosine_step import cosine_step, cosine_step_backward, loses
+from kernelmeta.triton.cosine_step import cosine_step, cosine_step_backward, loses, nearly_parallel
 from kernelmeta.triton.mlp_kernels import mlp_backward, mlp_forward
 from kernelmeta.triton.oracle_kernels import (
     SOFT_ASSIGNMENT,
@@ -172,6 +172,8 @@ def phase_forward_kernel(
             if COEFFICIENTS:
                 a = grown * a
                 combination = grown[None, :] * combination - moved[None, :] * g
+        if COSINE:
+            lost = lost | nearly_parallel(u, mine)
         if k + 1 < states:
             tl.store(trace + u_at + (k + 1) * state + tile, u, mask=inside)
         if COEFFICIENTS:

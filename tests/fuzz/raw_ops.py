@@ -6,12 +6,14 @@ A call may raise what Python knows (and say so in words of this project); it mus
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from kernelmeta.ops._trace import padded
 from kernelmeta.phases import ORACLES
 
 CALLS = 200  # a case
@@ -27,7 +29,8 @@ SHAPES = {
     "bias1": "H", "gain1": "H", "shift1": "H", "weight2": "HH", "bias2": "H", "gain2": "H", "shift2": "H",
     "new_logits": "QN", "old_logits": "QN", "labels": "Q", "class_weight": "N", "grad_distances": "Q",
     "grad_label_losses": "Q", "weight3": "NH", "bias3": "N", "rates": "K", "n_ways": "T", "support_offsets": "U",
-    "query_offsets": "U",
+    "query_offsets": "U", "targets": "TSN", "row_weights": "TS", "parameters": "P", "grad_outputs": "TQN",
+    "grad_gram": "TSS", "grad_cross": "TQS", "grad_support_outputs": "TSN", "grad_query_outputs": "TQN",
 }  # fmt: skip
 NUMBERS = {"labels", "support_labels", "query_labels", "support_index", "start_index", "query_index", "n_ways",
            "support_offsets", "query_offsets"}  # fmt: skip
@@ -46,6 +49,11 @@ class Arguments:
         self.random = random
         self.sizes = {letter: int(random.choice(choices)) for letter, choices in SIZES.items()}
         self.sizes |= {"K": int(random.integers(3)), "U": self.sizes["T"] + 1}
+        self.biased, self.widths = bool(random.integers(2)), [self.sizes[letter] for letter in "DHN"]
+        self.sizes["P"] = sum(
+            padded(units * (padded(inputs) if i else inputs)) + self.biased * padded(units)
+            for i, (inputs, units) in enumerate(pairwise(self.widths))
+        )
         self.type = TYPES[int(random.integers(2))]
         self.wild = float(random.choice([0.0, 0.05, 0.3]))
 
@@ -62,7 +70,9 @@ class Arguments:
         if kind == "float":
             return float(self.random.choice([0.0, 0.1, np.nan, np.inf, 1e308]))
         if kind == "bool":
-            return bool(self.random.integers(2))
+            return self.biased if name == "biased" else bool(self.random.integers(2))
+        if name == "widths":
+            return [self.hostile() if self.odd() else n for n in self.widths]
         if kind == "List[int]":
             phase = [
                 int(self.random.integers(len(ORACLES))),

@@ -15,6 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests/gpu")]
 
+import perceptrons  # noqa: E402
 from distillation import draw_logits  # noqa: E402
 from episodes import draw  # noqa: E402
 from test_cuda import on_card  # noqa: E402
@@ -54,6 +55,20 @@ def distillation(dtype: torch.dtype, stored: torch.dtype, distance: str) -> None
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, leaf))
 
 
+def network(dtype: torch.dtype, stored: torch.dtype, full: bool) -> None:
+    """Forward and backward of a perceptron's tangent kernel, and of training it linearised."""
+    rows = perceptrons.draw((36, 20, 17, 5), S=6, Q=9)
+    leaves = [t.cuda().to(stored if i < 2 else dtype).requires_grad_() for i, t in enumerate(rows.leaves())]
+    support, query, *layers = leaves
+    found = km.ops.ntk_gram(support, query, layers[:3], layers[3:], full=full)
+    labels = (torch.arange(6, device="cuda") % 5).expand(2, 6)
+    outputs = km.ops.linearised_descent(
+        support, labels, query, layers[:3], layers[3:], steps=20, lr=0.1, oracle="cross_entropy"
+    )
+    loss = sum(result.float().square().mean() for result in (*found, outputs))
+    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, leaves))
+
+
 def everything() -> list[Callable[[], None]]:
     calls: list[Callable[[], None]] = []
     kinds = [(torch.float64, torch.float64), *((torch.float32, stored) for stored in STORED)]
@@ -62,6 +77,7 @@ def everything() -> list[Callable[[], None]]:
         calls += [lambda kind=kind, size=size: sib(*kind, *size) for size in SIB_SIZES]
         calls += [lambda kind=kind, case=case: learner(case, *kind) for case in cases]
         calls += [lambda kind=kind, d=d: distillation(*kind, d) for d in ("kl", "ldi_mean")]
+        calls += [lambda kind=kind, full=full: network(*kind, full) for full in (False, True)]
     return calls
 
 

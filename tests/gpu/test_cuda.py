@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import perceptrons
 import pytest
 import torch
 from distillation import draw_logits, with_gradient
@@ -107,6 +108,25 @@ def test_focal_distillation(distance: str, dtype: torch.dtype, tolerance: float)
     with km.use_backend("cuda"):
         each = km.ops.focal_distillation(new.cuda(), old.cuda(), labels.cuda(), reduction="none", **options)
     assert [bool(x) for x in each.isnan().cpu()] == [True, False, False]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_tangent_kernels_and_descent_on_them(full: bool) -> None:
+    rows = perceptrons.draw((70, 40, 33, 5), T=3, S=9, Q=30)
+    labels = (torch.arange(9) % 5).expand(3, 9)
+
+    def run(device: str, backend: str) -> list[Tensor]:
+        leaves = [t.detach().to(device).requires_grad_() for t in rows.leaves()]
+        support, query, *layers = leaves
+        with km.use_backend(backend):
+            kernel = km.ops.ntk_gram(support, query, layers[:3], layers[3:], full=full, slope=0.1)
+            outputs = km.ops.linearised_descent(
+                support, labels.to(device), query, layers[:3], layers[3:], steps=40, lr=0.1, oracle="cross_entropy"
+            )
+        loss = sum(r.square().mean() for r in (*kernel, outputs))
+        return [t.cpu() for t in (*kernel, outputs, *torch.autograd.grad(loss, leaves))]
+
+    assert_close(run("cuda", "cuda"), run("cpu", "reference"), 1e-10)
 
 
 def test_the_same_bits_again_and_other_tasks_untouched_by_nan() -> None:

@@ -17,6 +17,7 @@ LEARNERS: dict[str, Callable[[], Any]] = {
     "sib": lambda: km.nn.SIB(N, D),
     "anil": lambda: km.nn.ANIL(N, D),
     "ridge": lambda: km.nn.RidgeHead(N),
+    "lqf": lambda: km.nn.LQF(N, D, 8),
     "prototypes": lambda: km.nn.Prototypes(N, D),
     "soft k-means": lambda: km.nn.SoftKMeans(N),
     "program": lambda: km.nn.Program(N, D, [Phase("cross_entropy", 2, 0.1)]),

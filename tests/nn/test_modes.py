@@ -28,6 +28,7 @@ LEARNERS: dict[str, Callable[[], Any]] = {
     "anil": lambda: km.nn.ANIL(3, 13),
     "anil with learned rates": lambda: km.nn.ANIL(3, 13, learn_rates=True),
     "ridge": lambda: km.nn.RidgeHead(3),
+    "lqf": lambda: km.nn.LQF(3, 13, 8),
     "prototypes": lambda: km.nn.Prototypes(3, 13),
     "soft k-means": lambda: km.nn.SoftKMeans(3),
     "program": lambda: km.nn.Program(3, 13, [Phase("cross_entropy", 2, 0.1), Phase("synthetic_gradient", 1, 0.1)]),

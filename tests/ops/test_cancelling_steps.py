@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cancelling import RATES, ROWS, SHAPES, draw_tasks, errors, judge, program, run, sib
+from cancelling import RATES, ROWS, SHAPES, TASKS, draw_tasks, errors, judge, program, run, sib
 
 import kernelmeta as km
 
@@ -16,8 +16,10 @@ ORACLES = ("cross_entropy", "squared_error", "hinge", "entropy", "soft_assignmen
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_sib(shape: str, rows: str) -> None:
-    for seed, rate in enumerate(RATES[ROWS.index(rows) % 2 :: 2]):
-        assert not judge(lambda e, rate=rate: sib(e, rate), draw_tasks(shape, rows, seed), "cpu"), rate
+    # Most is lost where rows are collinear, and differs most from task to task.
+    rates, tasks = ((1e-3, 0.1, 10.0), 24) if rows == "collinear" else (RATES[ROWS.index(rows) % 2 :: 2], TASKS)
+    for seed, rate in enumerate(rates):
+        assert not judge(lambda e, rate=rate: sib(e, rate), draw_tasks(shape, rows, seed, tasks), "cpu"), rate
 
 
 @pytest.mark.parametrize("oracle", ORACLES)

@@ -244,6 +244,7 @@ def test_not_a_number_comes_out_as_such(poison: float) -> None:
         ({"support_targets": torch.ones(2, 7, dtype=torch.bool)}, TypeError, "labels of int64, got bool"),
         ({"oracle": "hinge"}, ValueError, "oracle: expected one of squared_error, cross_entropy"),
         ({"steps": -1}, ValueError, "steps: expected 0 or more"),
+        ({"steps": 2**20 + 1}, ValueError, "steps: expected at most 1048576"),
         ({"lr": torch.ones(2)}, ValueError, "lr: expected one value"),
         ({"row_weights": torch.ones(2, 6).double()}, ValueError, "row_weights: expected shape"),
         ({"query": torch.ones(2, 0, 11).double()}, ValueError, "query: expected at least one row"),
