@@ -3,6 +3,9 @@
 Draws tasks as personal classifiers have them (a few labelled rows of a few classes each, all sizes), answers them with
 ``kernelmeta adapt`` in one process and in two, and with a logistic regression of scikit-learn for each task; says how
 many tasks a second that is, how much memory it takes, and what 10^9 tasks take by that and on GPUs, by arithmetic.
+
+On a machine with other work, a second of a processor says more than a second: if two processes do as much in one as a
+single process does, dividing the tasks costs nothing.
 """
 
 from __future__ import annotations
@@ -73,11 +76,12 @@ def write_tasks(path: Path, n: int, group: int) -> None:
             writer.write_table(table, row_group_size=group)
 
 
-def adapted(folder: Path, out: str, processes: int, method: str) -> tuple[float, float, float]:
-    """Seconds of the work, seconds of the whole command, and the largest memory of a process in MB."""
+def adapted(folder: Path, out: str, processes: int, method: str) -> tuple[float, float, float, float]:
+    """Seconds of the work, of processors, of the whole command; and the largest memory of a process in MB."""
     code = (
-        "import resource, sys; from kernelmeta.cli import main; code = main(sys.argv[1:]);"
-        "print('memory', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); sys.exit(code)"
+        "import resource, sys, time; from kernelmeta.cli import main; began = time.process_time()\n"
+        "code, done = main(sys.argv[1:]), resource.getrusage(resource.RUSAGE_SELF)\n"
+        "print('measured', done.ru_maxrss, time.process_time() - began, file=sys.stderr); sys.exit(code)"
     )
     program = folder / "measured.py"
     program.write_text(code)
@@ -89,13 +93,14 @@ def adapted(folder: Path, out: str, processes: int, method: str) -> tuple[float,
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    memory = max(int(line.split()[1]) for line in done.stderr.splitlines() if line.startswith("memory "))
+    measured = [line.split()[1:] for line in done.stderr.splitlines() if line.startswith("measured ")]
+    memory, processor = max(float(m) for m, _ in measured), sum(float(seconds) for _, seconds in measured)
     results = json.loads((folder / out / "results.json").read_text())
-    return results["seconds"], time.perf_counter() - began, memory / 1000
+    return results["seconds"], processor, time.perf_counter() - began, memory / 1000
 
 
-def regressions(folder: Path, n: int) -> tuple[float, float]:
-    """Tasks a second with a logistic regression for each, and its accuracy in percent."""
+def regressions(folder: Path, n: int) -> tuple[float, float, float]:
+    """Tasks a second, and a second of a processor, with a logistic regression for each, and its accuracy in percent."""
     from sklearn.linear_model import LogisticRegression
 
     bank = km.data.FeatureBank.load(folder / "bank.safetensors", non_finite="keep")
@@ -104,14 +109,15 @@ def regressions(folder: Path, n: int) -> tuple[float, float]:
     ((_, tasks),) = files.read(files.pieces()[:1])
     features, answers = bank.features.numpy(), bank.labels.numpy()
     right = rows = 0
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     for t in range(len(tasks)):
         support = slice(*tasks.support_offsets[t : t + 2])
         query = tasks.query_rows[slice(*tasks.query_offsets[t : t + 2])]
         model = LogisticRegression().fit(features[tasks.support_rows[support]], answers[tasks.support_rows[support]])
         right += int((model.predict(features[query]) == answers[query]).sum())
         rows += len(query)
-    return len(tasks) / (time.perf_counter() - began), 100 * right / rows
+    T = len(tasks)
+    return T / (time.perf_counter() - began), T / (time.process_time() - busy), 100 * right / rows
 
 
 def accuracy(folder: Path, out: str) -> float:
@@ -139,25 +145,30 @@ def main() -> None:
         write_tasks(folder / "tasks.parquet", args.tasks, group=min(250_000, -(-args.tasks // 8)))
         bank_mb = (folder / "bank.safetensors").stat().st_size / 1e6
         print(f"{args.tasks:,} tasks, {args.features} features, a bank of {bank_mb:.0f} MB, {args.method}\n")
-        print("| | tasks a second | whole command | memory of a process | accuracy |\n|---|---|---|---|---|")
-        rates = {}
+        print(
+            "| | tasks a second | a second of a processor | whole command | memory of a process | accuracy |"
+            "\n|---|---|---|---|---|---|"
+        )
+        rates, of_processor = {}, {}
         for processes in (1, 2):
-            seconds, whole, memory = adapted(folder, f"out-{processes}", processes, args.method)
-            rates[processes] = args.tasks / seconds
+            seconds, processor, whole, memory = adapted(folder, f"out-{processes}", processes, args.method)
+            rates[processes], of_processor[processes] = args.tasks / seconds, args.tasks / processor
             print(
-                f"| {processes} process{'es' if processes > 1 else ''} | {rates[processes]:,.0f} | {whole:.1f} s |"
+                f"| {processes} process{'es' if processes > 1 else ''} | {rates[processes]:,.0f} |"
+                f" {of_processor[processes]:,.0f} | {whole:.1f} s |"
                 f" {memory:.0f} MB | {accuracy(folder, f'out-{processes}'):.1f} % |",
                 flush=True,
             )
-        rate, right = regressions(folder, args.regressions)
-        print(f"| logistic regression a task, 1 process | {rate:,.0f} | | | {right:.1f} % |")
+        rate, plain, right = regressions(folder, args.regressions)
+        print(f"| logistic regression a task, 1 process | {rate:,.0f} | {plain:,.0f} | | | {right:.1f} % |")
         print(
-            f"\ntwo processes: {rates[2] / rates[1]:.2f} times one; one: {rates[1] / rate:,.0f} times the regressions"
+            f"\ntwo processes: {rates[2] / rates[1]:.2f} times one, {2 * of_processor[2] / of_processor[1]:.2f} by seconds"
+            f" of processors; one: {of_processor[1] / plain:,.0f} times the regressions, likewise"
         )
         rows = sum(WAYS) / 2 * (sum(SHOTS) + sum(QUERIES)) / 2
         gpu = GPU_BYTES / (rows * args.features * 4)
         print(
-            f"10^9 tasks: {1e9 / rates[1] / 3600:.1f} hours of one such core; an H100 that reads {rows:.0f} rows of"
+            f"10^9 tasks: {1e9 / of_processor[1] / 3600:.1f} hours of one such core; an H100 that reads {rows:.0f} rows of"
             f" {4 * args.features} bytes a task at {GPU_BYTES / 1e12:.2f} TB/s: {1e9 / gpu:.0f} s at least, if the bank"
             f" fits; in {MINUTE} s, reading and writing files aside, {max(1, -(-1e9 // (gpu * MINUTE))):.0f}"
         )

@@ -104,7 +104,7 @@ def _adapt_in(args: argparse.Namespace, job: Job, processes: Ranks) -> None:
     results = {"tasks": done, "files": files, "tasks_now": left, "seconds": seconds, "processes": processes.size}
     write_json(out / runs.RESULTS, results)
     rate = f"; {left / seconds:,.0f} tasks a second" if left else ""
-    print(f"{out}: {done:,} tasks in {files:,} files{rate}")
+    print(f"{out}: {done:,} tasks in {files:,} file{'s' if files != 1 else ''}{rate}")
 
 
 def _watch(adapter: Adapter, answered: Iterator[Piece], progress: bool) -> None:
