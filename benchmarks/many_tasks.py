@@ -162,15 +162,15 @@ def main() -> None:
         rate, plain, right = regressions(folder, args.regressions)
         print(f"| logistic regression a task, 1 process | {rate:,.0f} | {plain:,.0f} | | | {right:.1f} % |")
         print(
-            f"\ntwo processes: {rates[2] / rates[1]:.2f} times one, {2 * of_processor[2] / of_processor[1]:.2f} by seconds"
-            f" of processors; one: {of_processor[1] / plain:,.0f} times the regressions, likewise"
+            f"\ntwo processes: {rates[2] / rates[1]:.2f} times one, {2 * of_processor[2] / of_processor[1]:.2f} by"
+            f" seconds of processors; one: {of_processor[1] / plain:,.0f} times the regressions, likewise"
         )
         rows = sum(WAYS) / 2 * (sum(SHOTS) + sum(QUERIES)) / 2
         gpu = GPU_BYTES / (rows * args.features * 4)
         print(
-            f"10^9 tasks: {1e9 / of_processor[1] / 3600:.1f} hours of one such core; an H100 that reads {rows:.0f} rows of"
-            f" {4 * args.features} bytes a task at {GPU_BYTES / 1e12:.2f} TB/s: {1e9 / gpu:.0f} s at least, if the bank"
-            f" fits; in {MINUTE} s, reading and writing files aside, {max(1, -(-1e9 // (gpu * MINUTE))):.0f}"
+            f"10^9 tasks: {1e9 / of_processor[1] / 3600:.1f} hours of one such core; an H100 that reads {rows:.0f} rows"
+            f" of {4 * args.features} bytes a task at {GPU_BYTES / 1e12:.2f} TB/s: {1e9 / gpu:.0f} s at least, if the"
+            f" bank fits; in {MINUTE} s, files aside: {max(1, -(-1e9 // (gpu * MINUTE))):.0f} of them"
         )
 
 

@@ -116,7 +116,7 @@ def test_every_public_module_has_a_page() -> None:
 )
 def test_a_broken_link_fails_the_site(broken: str, said: str, tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="mkdocs is not installed (make docs installs it)")
-    for name in ("docs", "tools", "benchmarks", "kernelmeta"):
+    for name in ("docs", "tools", "benchmarks", "examples", "kernelmeta"):
         ignore = shutil.ignore_patterns("__pycache__", "*.so", "_native", "*.json", "*.npz")
         shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
     for name in ("mkdocs.yml", "CONTRIBUTING.md", "CHANGELOG.md", "README.md"):
