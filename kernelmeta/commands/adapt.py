@@ -129,6 +129,8 @@ def _check_same(out: Path, fingerprint: dict[str, Any], resume: bool) -> None:
     saved = read_json(out / runs.CONFIG)
     if saved.get("command") != "adapt":
         raise ValueError(f"out: {out} holds a run of 'kernelmeta {saved.get('command')}', not of 'adapt'")
+    if not resume and not any(out.glob("part-*.parquet")):
+        return  # begun, without an answer yet
     if not resume:
         raise ValueError(f"out: {out} already holds answers; give --resume to go on, or another folder")
     then = saved.get("fingerprint", {})

@@ -20,7 +20,7 @@ def loses(of_norm, of_direction, growth, terms, left):
     cancelled = terms / left
     of_norm = growth * growth * of_norm + cancelled
     of_direction = tl.abs(growth) * of_direction + tl.sqrt(cancelled)
-    return of_norm, of_direction, tl.where(of_norm < _MOST_LOST * of_direction, 0, 1)
+    return of_norm, of_direction, tl.where(of_norm < of_direction * _MOST_LOST, 0, 1)
 
 
 @triton.jit

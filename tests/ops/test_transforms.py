@@ -277,6 +277,13 @@ def test_compile_for_any_number_of_tasks() -> None:
         assert_close([function(x)], [km.ops.synthetic_gradient_mlp(x, EPISODE.mlp)], 1e-13)
 
 
+@pytest.fixture
+def compiled_anew() -> None:
+    """torch.func's wrapper is one piece of code for all cases, of which torch.compile keeps eight at most."""
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 def test_func_grad(case: Case, how: str) -> None:
     gradient = torch.func.grad(scalar(case.function), argnums=tuple(range(len(case.arguments))))
@@ -299,6 +306,7 @@ def test_vmap(case: Case, in_dim: int) -> None:
     assert_close([got], [torch.stack([function(x) for x in xs])], 1e-13)
 
 
+@pytest.mark.usefixtures("compiled_anew")
 @pytest.mark.parametrize("how", ["eager", "compiled"])
 def test_vmap_of_grad(case: Case, how: str) -> None:
     """Gradients for a parameter, one for each entry of the batch."""

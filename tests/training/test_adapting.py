@@ -93,11 +93,11 @@ def test_every_task_gets_what_it_would_get_alone(folder, tmp_path, monkeypatch, 
         if len(classes) == 1 or not query:
             assert own == classes * len(query) and probability == [1.0] * len(query)
             continue
-        head = make_learner(None if trained else what, method if trained else None, len(classes), 24).learner
+        chosen = make_learner(None if trained else what, method if trained else None, len(classes), 24)
         codes = torch.tensor([[classes.index(label) for label in labels]])
         with torch.no_grad():
-            logits = head(BANK.features[None, support], codes, BANK.features[None, query])[0]
-        values, best = logits.softmax(-1).max(-1)
+            logits = chosen.learner(BANK.features[None, support], codes, BANK.features[None, query])[0]
+        values, best = (logits / chosen.temperature).softmax(-1).max(-1)
         assert own == [classes[c] for c in best.tolist()]
         torch.testing.assert_close(torch.tensor(probability), values, rtol=1e-4, atol=1e-5)
     results = json.loads((tmp_path / "out" / "results.json").read_text())

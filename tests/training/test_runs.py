@@ -237,7 +237,7 @@ def test_weights_that_are_not_finite_are_refused(place, capsys):
     checkpoint = Checkpoint.load("run/checkpoint.safetensors", "train")
     checkpoint.tensors["model"]["weight"][3] = float("nan")
     checkpoint.save("run/checkpoint.safetensors")
-    assert main(["evaluate", "run", "--quiet"]) == 2
+    assert main(["evaluate", "run", "--at", "last", "--quiet"]) == 2
     assert "holds NaN or infinite weights (weight)" in capsys.readouterr().err
     assert go_on("--episodes", "256") == 2
     assert "holds NaN or infinite numbers (model.weight)" in capsys.readouterr().err
