@@ -240,6 +240,12 @@ static_assert(Oracles::in_order() && Oracles::kCount == int64_t(Oracle::kEnd),
               "every oracle of the enum has its struct in the list, in the same order");
 
 constexpr int64_t kOracles = Oracles::kCount;
+// Made of softmax(z) or of differences: one number added to all of a row's z changes nothing, and gz sums to
+// zero over the classes but for rounding.
+constexpr bool blind_to_shift(Oracle oracle) {
+  return oracle == Oracle::kCrossEntropy || oracle == Oracle::kHinge || oracle == Oracle::kEntropy ||
+         oracle == Oracle::kSoftAssignment;
+}
 constexpr bool needs_labels(Oracle oracle) { return Oracles::needs_labels(oracle); }
 
 template <class F>

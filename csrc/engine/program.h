@@ -187,7 +187,7 @@ struct ProgramLoop {
           });
         });
         ask_backward(phase, part, gs, adj, grad);
-        through_classifier(u, part, adj);
+        through_classifier(u, part, adj, !blind_to_shift(phase.oracle));
       }
       k = start;
       if (assigns) through_anchor(trace, start, adj);
@@ -289,8 +289,10 @@ struct ProgramLoop {
     });
   }
 
-  // adj.gz, the gradient of a part's z = scale (U + bias), goes into gu, gscale and gbias.
-  KERNELMETA_INLINE void through_classifier(const C* u, RowRange part, const Adjoint& adj) {
+  // adj.gz, the gradient of a part's z = scale (U + bias), goes into gu, gscale and gbias. shifts: whether
+  // its sum over the classes is more than rounding.
+  KERNELMETA_INLINE void through_classifier(const C* u, RowRange part, const Adjoint& adj,
+                                            bool shifts = true) {
     const int64_t ld = s.ld();
     block.rows(s.N, ld, [&](int64_t n, auto row) {
       const C *gz = adj.gz + n * part.ld(), *un = u + n * ld + part.first;
@@ -301,6 +303,7 @@ struct ProgramLoop {
         const C along = of_part.sum([&](auto q) { return q.load(gz) * q.load(un); });
         row.one([&] {
           adj.gscale.add(n, along);
+          if (!shifts) return;
           adj.gscale.add(n, with.bias * sum);
           adj.gbias.add(n, with.scale * sum);
         });

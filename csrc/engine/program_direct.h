@@ -104,7 +104,7 @@ struct DirectProgram {
         block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
           row.each([&](auto q) { q.store(adj.gu + n * ld, q.zero()); });
         });
-        through_cosines(d, k, phase.query, adj, of_rows);
+        through_cosines(d, k, phase.query, adj, of_rows, !blind_to_shift(phase.oracle));
       }
       k = start;
       if (assigns) through_anchor(adj);
@@ -132,8 +132,8 @@ struct DirectProgram {
 
   // adj.gz, of the rows of one kind before step k (or at the end) -> adj.gtheta and the rows. h is there.
   KERNELMETA_INLINE void through_cosines(const Steps& d, int64_t k, bool of_query, const Adjoint& adj,
-                                         const LiveFeatureGrad<C>& of_rows) const {
-    loop.through_classifier(trace.u + k * s.N * s.ld(), s.part(of_query), adj);
+                                         const LiveFeatureGrad<C>& of_rows, bool shifts = true) const {
+    loop.through_classifier(trace.u + k * s.N * s.ld(), s.part(of_query), adj, shifts);
     d.cosines_backward(trace.r2 + k * s.N, s.part(of_query), rows(of_query), adj.gu, adj.gv, adj.gtheta,
                        of_rows.of(of_query));
   }
