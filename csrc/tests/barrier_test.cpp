@@ -146,6 +146,7 @@ int main() {
     std::printf("%s: nothing shows that its barrier is missing (%ld tried)\n", where.c_str(),
                 long(place.tried));
   }
+  // Whether a missing barrier is met hangs on the machine and what else it does, so that this is told alone.
   std::printf("%zu places with barriers, %ld of them needless\n", places.size(), long(needless));
-  return status || needless;
+  return status;
 }
