@@ -194,8 +194,16 @@ struct CpuBlock {
     for (int64_t i = 0; i < n; ++i) f(i);
   }
   template <class F>
+  __forceinline__ void row_items(int64_t n, F f) const {
+    each_item(n, f);
+  }
+  template <class F>
   __forceinline__ void columns(int64_t length, F f) const {
     Row<kPadded>{length}.each(f);
+  }
+  template <class F>
+  __forceinline__ void feature_columns(int64_t length, F f) const {
+    Row<kPartial>{length}.each(f);
   }
   // Writes `out` up to padded(n). The lanes of W rows are summed in one tree.
   template <class F>
@@ -223,6 +231,10 @@ struct CpuBlock {
   template <class F>
   __forceinline__ void features(int64_t n, int64_t length, F f) const {
     for (int64_t i = 0; i < n; ++i) f(i, Row<kPartial>{length});
+  }
+  template <class F>
+  __forceinline__ void feature_entries(int64_t n, int64_t length, F f) const {
+    for (int64_t i = 0; i < n; ++i) Row<kPartial>{length}.each([&](auto at) { f(i, at); });
   }
   template <class F>
   __forceinline__ bool any(int64_t n, F f) const {
@@ -323,6 +335,7 @@ struct CpuBlock {
     });
   }
 
+  static constexpr bool kHasLayers = false;
   const CpuBlock& unfenced() const { return *this; }
 
   // Features narrower than the computation are copied.

@@ -9,11 +9,13 @@
 // task around it.
 //
 // Team gives the threads: kThreads, kLanes (a power of two), thread(), sync(line), any(bool), sync_warp(),
-// add_lanes(x), max_lanes(x): the sum over the lanes of the warp and the largest, the same bits in each.
+// add_lanes(x), max_lanes(x): the sum over the lanes of the warp (of one number, or of several) and the
+// largest, the same bits in each.
 #pragma once
 
 #include <cmath>
 
+#include "cuda/layers.h"
 #include "cuda/narrow_dots.h"
 #include "cuda/products.h"
 #include "cuda/row.h"
@@ -55,47 +57,106 @@ struct TeamBlock {
 
   template <class Fn>
   KERNELMETA_INLINE void each_item(int64_t n, Fn f, KERNELMETA_CALLER) const {
+    KERNELMETA_ROLLED
     for (int64_t i = Team::thread(); i < n; i += kThreads) f(i);
+    fence({file, line});
+  }
+  // f(i) on the warp that takes row i, so that no barrier parts it from words on those rows; every lane takes
+  // a row.
+  template <class Fn>
+  KERNELMETA_INLINE void row_items(int64_t n, Fn f, KERNELMETA_CALLER) const {
+    Team::sync_warp();
+    KERNELMETA_ROLLED
+    for (int i = warp() + lane() * kWarps; i < int(n); i += kThreads) f(int64_t(i));
+    Team::sync_warp();
     fence({file, line});
   }
   template <class Fn>
   KERNELMETA_INLINE bool any(int64_t n, Fn f) const {
     bool found = false;
+    KERNELMETA_ROLLED
     for (int64_t i = Team::thread(); i < n; i += kThreads) found = found || f(i);
     return Team::any(found);
   }
   template <class Fn>
   KERNELMETA_INLINE void rows(int64_t n, int64_t length, Fn f, KERNELMETA_CALLER) const {
-    for (int64_t i = Team::thread() / kLanes; i < n; i += kWarps) f(i, RowOf<true>{length});
+    KERNELMETA_ROLLED
+    for (int i = warp(); i < int(n); i += kWarps) f(int64_t(i), RowOf<true>{length});
     fence({file, line});
   }
   template <class Fn>
   KERNELMETA_INLINE void row_steps(int64_t n, int64_t length, int64_t steps, Fn f, KERNELMETA_CALLER) const {
-    for (int64_t i = Team::thread() / kLanes; i < n; i += kWarps) {
-      for (int64_t k = 0; k < steps; ++k) f(i, k, RowOf<true>{length});
+    KERNELMETA_ROLLED
+    for (int i = warp(); i < int(n); i += kWarps) {
+      KERNELMETA_ROLLED
+      for (int64_t k = 0; k < steps; ++k) f(int64_t(i), k, RowOf<true>{length});
     }
     fence({file, line});
   }
   template <class Fn>
   KERNELMETA_INLINE void columns(int64_t length, Fn f, KERNELMETA_CALLER) const {
-    for (int64_t i = Team::thread(); i < padded(length); i += kThreads) f(PaddedAt<C>{{i}, i < length});
+    KERNELMETA_ROLLED
+    for (int i = Team::thread(); i < int(padded(length)); i += kThreads) f(PaddedAt<C>{{i}, i < length});
     fence({file, line});
   }
   template <class Fn>
   KERNELMETA_INLINE void row_sums(int64_t n, int64_t length, C* out, Fn f, KERNELMETA_CALLER) const {
-    for (int64_t i = Team::thread() / kLanes; i < n; i += kWarps) {
-      const RowOf<true> row{length};
-      const C sum = row.sum([&](auto at) { return f(i, at); });
-      row.one([&] { out[i] = sum; });
+    constexpr int kTogether = 4;
+    const RowOf<true> row{length};
+    Team::sync_warp();
+    KERNELMETA_ROLLED
+    for (int first = warp(); first < int(n); first += kTogether * kWarps) {
+      C sums[kTogether] = {};
+#pragma unroll
+      for (int r = 0; r < kTogether; ++r) {
+        const int64_t i = first + r * kWarps;
+        if (i < n) sums[r] = row.lane_sum([&](auto at) { return f(i, at); });
+      }
+      Team::add_lanes(sums);
+#pragma unroll
+      for (int r = 0; r < kTogether; ++r) {
+        if (lane() == r && first + r * kWarps < int(n)) out[first + r * kWarps] = sums[r];
+      }
     }
+    Team::sync_warp();
     fence({file, line});
   }
   template <class Fn>
   KERNELMETA_INLINE void features(int64_t n, int64_t length, Fn f, KERNELMETA_CALLER) const {
-    for (int64_t i = Team::thread() / kLanes; i < n; i += kWarps) f(i, RowOf<false>{length});
+    KERNELMETA_ROLLED
+    for (int i = warp(); i < int(n); i += kWarps) f(int64_t(i), RowOf<false>{length});
+    fence({file, line});
+  }
+  // The entries of one row of features.
+  // ... and of n of them, each by itself.
+  template <class Fn>
+  KERNELMETA_INLINE void feature_entries(int64_t n, int64_t length, Fn f, KERNELMETA_CALLER) const {
+    const int width = int(length);
+#pragma unroll 4
+    for (int i = Team::thread(); i < int(n) * width; i += kThreads) f(int64_t(i / width), At<C>{i % width});
+    fence({file, line});
+  }
+  template <class Fn>
+  KERNELMETA_INLINE void feature_columns(int64_t length, Fn f, KERNELMETA_CALLER) const {
+    KERNELMETA_ROLLED
+    for (int i = Team::thread(); i < int(length); i += kThreads) f(At<C>{i});
+    fence({file, line});
+  }
+  // Of pieces of an Arena.
+  KERNELMETA_INLINE void copy(int64_t n, const C* from, C* to, KERNELMETA_CALLER) const {
+    if ((reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to)) % sizeof(Pack<C>) == 0) {
+      const auto* packs = reinterpret_cast<const Pack<C>*>(from);
+#pragma unroll 4
+      for (int i = Team::thread(); i < int(padded(n)) / Pack<C>::kSize; i += kThreads) {
+        reinterpret_cast<Pack<C>*>(to)[i] = packs[i];
+      }
+    } else {
+      for (int i = Team::thread(); i < int(n); i += kThreads) to[i] = from[i];
+    }
     fence({file, line});
   }
   KERNELMETA_INLINE void features_zero(int64_t n, int64_t length, C* out, KERNELMETA_CALLER) const {
+#pragma unroll 4
     for (int64_t i = Team::thread(); i < n * length; i += kThreads) out[i] = C(0);
     fence({file, line});
   }
@@ -125,6 +186,22 @@ struct TeamBlock {
   KERNELMETA_INLINE void outer(int64_t m, int64_t n, int64_t Q, const C* g, int64_t ldg, const C* x,
                                int64_t ldx, C* out, int64_t ldo, KERNELMETA_CALLER) const {
     Products<Team, C>::outer(m, n, Q, g, ldg, x, ldx, out, ldo);
+    fence({file, line});
+  }
+
+  // ---- layers of the MLP; see engine/mlp.h
+
+  static constexpr bool kHasLayers = true;
+  template <class L>
+  KERNELMETA_INLINE bool takes(const L& l) const {
+    return Layers<Team, C>::takes(l);
+  }
+  KERNELMETA_INLINE void layer(const Layer<C>& l, KERNELMETA_CALLER) const {
+    Layers<Team, C>::forward(l);
+    fence({file, line});
+  }
+  KERNELMETA_INLINE void layer_backward(const LayerAdjoint<C>& l, KERNELMETA_CALLER) const {
+    Layers<Team, C>::backward(l);
     fence({file, line});
   }
 
@@ -170,6 +247,8 @@ struct TeamBlock {
   }
 
  private:
+  static KERNELMETA_INLINE int warp() { return Team::thread() / kLanes; }
+  static KERNELMETA_INLINE int lane() { return Team::thread() % kLanes; }
   static KERNELMETA_INLINE void fence(SourceLine line) {
     if constexpr (kFenced) Team::sync(line);
   }

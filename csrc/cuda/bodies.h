@@ -100,8 +100,8 @@ struct SibForwardLayout {
   KERNELMETA_INLINE SibForwardLayout(Arena<C>& arena, B& block, const Sizes& s, const SibForward<C>& f,
                                      C scale, C bias)
       : mlp(arena, s, f.problem.running != nullptr),
-        task(arena, block, s, f.problem, mlp, scale, bias, forms_gram(s, f.trace != nullptr), false),
-        trace(arena, s, forms_gram(s, f.trace != nullptr), f.problem.weights, f.trace != nullptr),
+        task(arena, block, s, f.problem, mlp, scale, bias, forms_gram(s, true), false),
+        trace(arena, s, forms_gram(s, true), f.problem.weights, f.trace != nullptr),
         features(f.trace ? nullptr : arena.take_aside(trace.of_features, !trace.gram)) {}
 };
 
@@ -131,7 +131,7 @@ KERNELMETA_INLINE void sib_forward_body(void* place, const SibForward<C>& f, int
     w.task.forward(f, t, w.of_task);
     if (kept && w.trace.own) {
       C* rest = w.trace.rest(kept);
-      block.unfenced().each_item(w.trace.elements, [&](int64_t i) { rest[i] = w.trace.own[i]; });
+      block.unfenced().copy(w.trace.elements, w.trace.own, rest);
     }
   }
 }
@@ -191,12 +191,12 @@ KERNELMETA_INLINE void sib_backward_body(void* place, const SibBackward<C>& f, i
     C* kept = const_cast<C*>(f.trace) + t * stride;
     if (w.trace.own) {
       const C* rest = w.trace.rest(kept);
-      block.unfenced().each_item(w.trace.elements, [&](int64_t i) { w.trace.own[i] = rest[i]; });
+      block.unfenced().copy(w.trace.elements, rest, w.trace.own);
     }
     block.each_item(1, [&](int64_t) { new (&w.of_task) Trace<C>(w.trace.at(kept, s)); });
     w.task.backward(f, t, w.of_task, w.adjoint, w.grad, w.gtheta0);
   }
-  block.unfenced().each_item(w.size, [&](int64_t i) { partial[i] = w.sums[i]; });
+  block.unfenced().copy(w.size, w.sums, partial);
 }
 
 template <class B>
@@ -249,7 +249,7 @@ KERNELMETA_INLINE void mlp_backward_body(void* place, const MlpProblem<C>& p, co
     const int64_t at = t * s.Q * s.N;
     w.task.backward(p.logits + at, grad_out + at, grad_logits + at, w.grad);
   }
-  block.each_item(w.size, [&](int64_t i) { partial[i] = w.sums[i]; });
+  block.copy(w.size, w.sums, partial);
 }
 
 template <class B>
@@ -321,11 +321,11 @@ struct KeptMemory {
   // The caller's barriers part the copies from what is done with them.
   template <class B>
   KERNELMETA_INLINE void copy_out(B& block, C* kept) const {
-    if (own && kept) block.unfenced().each_item(elements, [&](int64_t i) { kept[i] = own[i]; });
+    if (own && kept) block.unfenced().copy(elements, own, kept);
   }
   template <class B>
   KERNELMETA_INLINE void copy_in(B& block, const C* kept) const {
-    if (own) block.unfenced().each_item(elements, [&](int64_t i) { own[i] = kept[i]; });
+    if (own) block.unfenced().copy(elements, kept, own);
   }
 };
 
@@ -397,7 +397,7 @@ struct BlockSums {
   }
   template <class B>
   KERNELMETA_INLINE void copy_out(B& block, C* partial) const {
-    block.unfenced().each_item(size, [&](int64_t i) { partial[i] = sums[i]; });
+    block.unfenced().copy(size, sums, partial);
   }
 };
 

@@ -42,8 +42,9 @@ template <class C>
 void launch_class_means_forward(const ClassMeansProblem<C>& p, C* theta0, const Plan& plan, C* workspace,
                                 const Stream& stream) {
   with_class_means_block(p, [&](auto block) {
-    launch("class_means", &class_means_fwd_kernel<typename decltype(block)::type>, kThreads, plan, stream, p,
-           theta0, Memory<C>{plan.capacity, workspace, plan.workspace});
+    using B = typename decltype(block)::type;
+    launch<B>("class_means", &class_means_fwd_kernel<B>, plan, stream, p, theta0,
+              Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 
@@ -51,9 +52,9 @@ template <class C>
 void launch_class_means_backward(const ClassMeansProblem<C>& p, const C* grad_theta0, C* grad_support,
                                  const Plan& plan, C* workspace, C* partials, const Stream& stream) {
   with_class_means_block(p, [&](auto block) {
-    launch("class_means_backward", &class_means_bwd_kernel<typename decltype(block)::type>, kThreads, plan,
-           stream, p, grad_theta0, grad_support, partials,
-           Memory<C>{plan.capacity, workspace, plan.workspace});
+    using B = typename decltype(block)::type;
+    launch<B>("class_means_backward", &class_means_bwd_kernel<B>, plan, stream, p, grad_theta0, grad_support,
+              partials, Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 

@@ -18,8 +18,9 @@ __global__ void __launch_bounds__(B::kThreads, 2)
 
 template <class C, class Fn>
 auto with_logits_block(const DistillationProblem<C>& p, Fn f) {
-  return with_storage<C>(
-      p.now.storage, [&](auto feature) { return f(Type<CudaBlock<C, typename decltype(feature)::type>>{}); });
+  return with_storage<C>(p.now.storage, [&](auto feature) {
+    return f(Type<TeamBlock<CudaTeam<256>, C, typename decltype(feature)::type, Sizes>>{});
+  });
 }
 
 }  // namespace
@@ -43,8 +44,9 @@ template <class C>
 void launch_focal_distillation_forward(const DistillationForward<C>& f, const Plan& plan, C* workspace,
                                        const Stream& stream) {
   with_logits_block(f.problem, [&](auto block) {
-    launch("focal_distillation", &focal_distillation_fwd_kernel<typename decltype(block)::type>, kThreads,
-           plan, stream, f, Memory<C>{plan.capacity, workspace, plan.workspace});
+    using B = typename decltype(block)::type;
+    launch<B>("focal_distillation", &focal_distillation_fwd_kernel<B>, plan, stream, f,
+              Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 
@@ -52,8 +54,9 @@ template <class C>
 void launch_focal_distillation_backward(const DistillationBackward<C>& f, const Plan& plan, C* workspace,
                                         const Stream& stream) {
   with_logits_block(f.problem, [&](auto block) {
-    launch("focal_distillation_backward", &focal_distillation_bwd_kernel<typename decltype(block)::type>,
-           kThreads, plan, stream, f, Memory<C>{plan.capacity, workspace, plan.workspace});
+    using B = typename decltype(block)::type;
+    launch<B>("focal_distillation_backward", &focal_distillation_bwd_kernel<B>, plan, stream, f,
+              Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 

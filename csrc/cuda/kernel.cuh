@@ -57,6 +57,9 @@ Plan make_plan_of(const void* kernel, int64_t T, int device, Fn used) {
       attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device) - int64_t(of_kernel.sharedSizeBytes);
   plan.capacity = (most - stage) / int64_t(sizeof(C)) / kAlign * kAlign;
   const Used laid_out = used(plan.capacity);
+  if (laid_out.shared + laid_out.workspace > INT32_MAX)  // places within a task are 32 bits wide
+    throw std::runtime_error("kernelmeta: a task is too large for a GPU: its arrays hold " +
+                             std::to_string(laid_out.shared + laid_out.workspace) + " numbers");
   plan.workspace = laid_out.workspace;
   plan.shared_bytes = stage + laid_out.shared * int64_t(sizeof(C));
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(most)),
@@ -89,19 +92,21 @@ __device__ __forceinline__ void* block_memory() {
   return place;
 }
 
-template <class Kernel, class... Args>
-void launch(const char* name, Kernel* kernel, int threads, const Plan& plan, const Stream& stream,
-            Args... args) {
+template <class B, class Kernel, class... Args>
+void launch(const char* name, Kernel* kernel, const Plan& plan, const Stream& stream, Args... args) {
   if (plan.blocks == 0) return;
-  kernel<<<unsigned(plan.blocks), unsigned(threads), size_t(plan.shared_bytes),
+  kernel<<<unsigned(plan.blocks), unsigned(B::kThreads), size_t(plan.shared_bytes),
            static_cast<cudaStream_t>(stream.handle)>>>(args...);
   check(cudaGetLastError(), name);
 }
 
-inline constexpr int kThreads = 256;
+// As many threads as registers allow: a task has one block to itself on a multiprocessor, so that nothing but
+// the block's own warps hides what each of them waits for.
+template <class C>
+inline constexpr int kThreads = sizeof(C) == 4 ? 512 : 256;
 
 template <class C, class F = C, class Z = Sizes>
-using CudaBlock = TeamBlock<CudaTeam<kThreads>, C, F, Z>;
+using CudaBlock = TeamBlock<CudaTeam<kThreads<C>>, C, F, Z>;
 
 template <class T>
 struct Type {

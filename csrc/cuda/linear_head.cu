@@ -51,8 +51,9 @@ template <class C>
 void launch_linear_head_forward(const HeadForward<C>& f, const Plan& plan, C* workspace,
                                 const Stream& stream) {
   with_head_block(f.problem, [&](auto block) {
-    launch("linear_head", &linear_head_fwd_kernel<typename decltype(block)::type>, kThreads, plan, stream, f,
-           head_trace_size<C>(f.problem.s), Memory<C>{plan.capacity, workspace, plan.workspace});
+    using B = typename decltype(block)::type;
+    launch<B>("linear_head", &linear_head_fwd_kernel<B>, plan, stream, f, head_trace_size<C>(f.problem.s),
+              Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 
@@ -60,9 +61,10 @@ template <class C>
 void launch_linear_head_backward(const HeadBackward<C>& f, const Plan& plan, C* workspace, C* partials,
                                  const Stream& stream) {
   with_head_block(f.problem, [&](auto block) {
-    launch("linear_head_backward", &linear_head_bwd_kernel<typename decltype(block)::type>, kThreads, plan,
-           stream, f, head_trace_size<C>(f.problem.s), size_of<HeadParameterGrad<C>, C>(f.problem.s),
-           partials, Memory<C>{plan.capacity, workspace, plan.workspace});
+    using B = typename decltype(block)::type;
+    launch<B>("linear_head_backward", &linear_head_bwd_kernel<B>, plan, stream, f,
+              head_trace_size<C>(f.problem.s), size_of<HeadParameterGrad<C>, C>(f.problem.s), partials,
+              Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 

@@ -53,9 +53,9 @@ template <class C>
 void launch_linearised_descent_forward(const DescentForward<C>& f, const Plan& plan, C* workspace,
                                        const Stream& stream) {
   with_network_block(f.problem, [&](auto block) {
-    launch("linearised_descent", &linearised_descent_fwd_kernel<typename decltype(block)::type>, kThreads,
-           plan, stream, f, descent_trace_size<C>(f.problem),
-           Memory<C>{plan.capacity, workspace, plan.workspace});
+    using B = typename decltype(block)::type;
+    launch<B>("linearised_descent", &linearised_descent_fwd_kernel<B>, plan, stream, f,
+              descent_trace_size<C>(f.problem), Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 
@@ -63,9 +63,10 @@ template <class C>
 void launch_linearised_descent_backward(const DescentBackward<C>& f, const Plan& plan, C* workspace,
                                         C* partials, const Stream& stream) {
   with_network_block(f.problem, [&](auto block) {
-    launch("linearised_descent_backward", &linearised_descent_bwd_kernel<typename decltype(block)::type>,
-           kThreads, plan, stream, f, descent_trace_size<C>(f.problem), partials,
-           size_of<DescentGrad<C>, C>(f.problem.net), Memory<C>{plan.capacity, workspace, plan.workspace});
+    using B = typename decltype(block)::type;
+    launch<B>("linearised_descent_backward", &linearised_descent_bwd_kernel<B>, plan, stream, f,
+              descent_trace_size<C>(f.problem), partials, size_of<DescentGrad<C>, C>(f.problem.net),
+              Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 

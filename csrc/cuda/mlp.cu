@@ -32,15 +32,15 @@ Plan plan_mlp(const MlpProblem<C>& p, bool backward, int device) {
 template <class C>
 void launch_mlp_forward(const MlpProblem<C>& p, C* out, const Plan& plan, C* workspace,
                         const Stream& stream) {
-  launch("synthetic_gradient_mlp", &mlp_fwd_kernel<CudaBlock<C>>, kThreads, plan, stream, p, out,
-         Memory<C>{plan.capacity, workspace, plan.workspace});
+  launch<CudaBlock<C>>("synthetic_gradient_mlp", &mlp_fwd_kernel<CudaBlock<C>>, plan, stream, p, out,
+                       Memory<C>{plan.capacity, workspace, plan.workspace});
 }
 
 template <class C>
 void launch_mlp_backward(const MlpProblem<C>& p, const C* grad_out, C* grad_logits, const Plan& plan,
                          C* workspace, C* partials, const Stream& stream) {
-  launch("synthetic_gradient_mlp_backward", &mlp_bwd_kernel<CudaBlock<C>>, kThreads, plan, stream, p,
-         grad_out, grad_logits, partials, Memory<C>{plan.capacity, workspace, plan.workspace});
+  launch<CudaBlock<C>>("synthetic_gradient_mlp_backward", &mlp_bwd_kernel<CudaBlock<C>>, plan, stream, p,
+                       grad_out, grad_logits, partials, Memory<C>{plan.capacity, workspace, plan.workspace});
 }
 
 #define INSTANTIATE(C)                                                                        \

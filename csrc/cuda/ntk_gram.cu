@@ -51,8 +51,9 @@ Plan plan_ntk_gram_backward(const NtkBackward<C>& f, int device) {
 template <class C>
 void launch_ntk_gram_forward(const NtkForward<C>& f, const Plan& plan, C* workspace, const Stream& stream) {
   with_network_block(f.problem, [&](auto block) {
-    launch("ntk_gram", &ntk_gram_fwd_kernel<typename decltype(block)::type>, kThreads, plan, stream, f,
-           ntk_trace_size<C>(f.problem), Memory<C>{plan.capacity, workspace, plan.workspace});
+    using B = typename decltype(block)::type;
+    launch<B>("ntk_gram", &ntk_gram_fwd_kernel<B>, plan, stream, f, ntk_trace_size<C>(f.problem),
+              Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 
@@ -60,9 +61,10 @@ template <class C>
 void launch_ntk_gram_backward(const NtkBackward<C>& f, const Plan& plan, C* workspace, C* partials,
                               const Stream& stream) {
   with_network_block(f.problem, [&](auto block) {
-    launch("ntk_gram_backward", &ntk_gram_bwd_kernel<typename decltype(block)::type>, kThreads, plan, stream,
-           f, ntk_trace_size<C>(f.problem), partials, size_of<NtkGrad<C>, C>(f.problem.net),
-           Memory<C>{plan.capacity, workspace, plan.workspace});
+    using B = typename decltype(block)::type;
+    launch<B>("ntk_gram_backward", &ntk_gram_bwd_kernel<B>, plan, stream, f, ntk_trace_size<C>(f.problem),
+              partials, size_of<NtkGrad<C>, C>(f.problem.net),
+              Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 

@@ -12,6 +12,25 @@ struct alignas(16) Pack {
   C v[kSize];
 };
 
+// Whether all of these lie in shared memory (or are null); on the host, where there is none, they do.
+template <class... T>
+KERNELMETA_INLINE bool all_shared(const T*... p) {
+#ifdef __CUDA_ARCH__
+  return ((p == nullptr || __isShared(p)) && ...);
+#else
+  return ((void)p, ..., true);
+#endif
+}
+
+// Says so to the compiler, whose loads and stores are then those of shared memory.
+template <bool kShared, class T>
+KERNELMETA_INLINE T* placed(T* p) {
+#ifdef __CUDA_ARCH__
+  if constexpr (kShared) __builtin_assume(__isShared(p));
+#endif
+  return p;
+}
+
 template <class Storage_, class C>
 KERNELMETA_INLINE C widened(Storage_ x) {
   return C(float(x));

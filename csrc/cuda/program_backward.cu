@@ -29,9 +29,9 @@ template <class C>
 void launch_program_backward(const ProgramBackward<C>& f, const ProgramDeviceCall<C>& call, const Plan& plan,
                              C* workspace, C* partials, const Stream& stream) {
   with_task_block<C>(f.problem, [&](auto block) {
-    launch("program_backward", &program_bwd_kernel<typename decltype(block)::type>, kThreads, plan, stream, f,
-           call, partials, size_of<ProgramGrad<C>, C>(f.problem),
-           Memory<C>{plan.capacity, workspace, plan.workspace});
+    using B = typename decltype(block)::type;
+    launch<B>("program_backward", &program_bwd_kernel<B>, plan, stream, f, call, partials,
+              size_of<ProgramGrad<C>, C>(f.problem), Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 

@@ -28,8 +28,9 @@ template <class C>
 void launch_program_forward(const ProgramForward<C>& f, const ProgramDeviceCall<C>& call, const Plan& plan,
                             C* workspace, const Stream& stream) {
   with_task_block<C>(f.problem, [&](auto block) {
-    launch("program", &program_fwd_kernel<typename decltype(block)::type>, kThreads, plan, stream, f, call,
-           Memory<C>{plan.capacity, workspace, plan.workspace});
+    using B = typename decltype(block)::type;
+    launch<B>("program", &program_fwd_kernel<B>, plan, stream, f, call,
+              Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 

@@ -45,8 +45,9 @@ template <class C>
 void launch_ridge_forward(const RidgeForward<C>& f, int64_t stride, const Plan& plan, C* workspace,
                           const Stream& stream) {
   with_task_block<C>(f.problem, [&](auto block) {
-    launch("ridge", &ridge_fwd_kernel<typename decltype(block)::type>, kThreads, plan, stream, f, stride,
-           Memory<C>{plan.capacity, workspace, plan.workspace});
+    using B = typename decltype(block)::type;
+    launch<B>("ridge", &ridge_fwd_kernel<B>, plan, stream, f, stride,
+              Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 
@@ -54,8 +55,9 @@ template <class C>
 void launch_ridge_backward(const RidgeBackward<C>& f, int64_t stride, const Plan& plan, C* workspace,
                            C* partials, const Stream& stream) {
   with_task_block<C>(f.problem, [&](auto block) {
-    launch("ridge_backward", &ridge_bwd_kernel<typename decltype(block)::type>, kThreads, plan, stream, f,
-           stride, partials, size_of<RidgeGrad<C>, C>(), Memory<C>{plan.capacity, workspace, plan.workspace});
+    using B = typename decltype(block)::type;
+    launch<B>("ridge_backward", &ridge_bwd_kernel<B>, plan, stream, f, stride, partials,
+              size_of<RidgeGrad<C>, C>(), Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 

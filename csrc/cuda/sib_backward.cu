@@ -30,8 +30,8 @@ void launch_sib_backward(const SibBackward<C>& f, const Plan& plan, C* workspace
   const int64_t stride = trace_size<C>(f.problem.s, f.problem.weights);
   with_block<C>(f.problem.s, f.problem.query.storage, [&](auto block) {
     using B = typename decltype(block)::type;
-    launch("sib_backward", &sib_bwd_kernel<B>, B::kThreads, plan, stream, f, stride, partials,
-           Memory<C>{plan.capacity, workspace, plan.workspace});
+    launch<B>("sib_backward", &sib_bwd_kernel<B>, plan, stream, f, stride, partials,
+              Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 

@@ -27,8 +27,8 @@ void launch_sib_forward(const SibForward<C>& f, const Plan& plan, C* workspace, 
   const int64_t stride = trace_size<C>(f.problem.s, f.problem.weights);
   with_block<C>(f.problem.s, f.problem.query.storage, [&](auto block) {
     using B = typename decltype(block)::type;
-    launch("sib", &sib_fwd_kernel<B>, B::kThreads, plan, stream, f, stride,
-           Memory<C>{plan.capacity, workspace, plan.workspace});
+    launch<B>("sib", &sib_fwd_kernel<B>, plan, stream, f, stride,
+              Memory<C>{plan.capacity, workspace, plan.workspace});
   });
 }
 

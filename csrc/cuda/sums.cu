@@ -35,14 +35,14 @@ void launch_sum_partials(const C* partials, int64_t count, int64_t size, C facto
                          const Stream& stream) {
   using B = CudaBlock<C>;
   const int64_t blocks = std::min<int64_t>((size + B::kLanes - 1) / B::kLanes, 1024);
-  launch("sum over blocks", &sum_partials_kernel<B>, kThreads, plain(blocks, kThreads * int64_t(sizeof(C))),
-         stream, partials, count, size, factor, to);
+  launch<B>("sum over blocks", &sum_partials_kernel<B>, plain(blocks, B::kThreads * int64_t(sizeof(C))),
+            stream, partials, count, size, factor, to);
 }
 
 template <class C>
 void launch_unfold(const Sizes& s, const MlpArrays<const C>& mlp, C* sums, const MlpArrays<C>& to,
                    const Stream& stream) {
-  launch("unfold", &unfold_kernel<CudaBlock<C>>, kThreads, plain(1, 0), stream, s, mlp, sums, to);
+  launch<CudaBlock<C>>("unfold", &unfold_kernel<CudaBlock<C>>, plain(1, 0), stream, s, mlp, sums, to);
 }
 
 #define INSTANTIATE(C)                                                                                 \

@@ -44,6 +44,50 @@ struct CudaTeam {
 #endif
     return value;
   }
+  // 16 bytes into shared memory. They are there after the second await_copies() from the end_copies() that
+  // follows, and a barrier.
+  template <class C>
+  static KERNELMETA_INLINE void copy_pack(const C* from, C* to) {
+#ifdef __CUDA_ARCH__
+    if (__isGlobal(from)) {
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+                   "l"(__cvta_generic_to_global(from))
+                   : "memory");
+      return;
+    }
+#endif
+    *reinterpret_cast<Pack<C>*>(to) = *reinterpret_cast<const Pack<C>*>(from);
+  }
+  static KERNELMETA_INLINE void end_copies() {
+#ifdef __CUDA_ARCH__
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+  }
+  static KERNELMETA_INLINE void await_copies() {
+#ifdef __CUDA_ARCH__
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+#endif
+  }
+  // What the lane with this bit of its number flipped gives.
+  template <class C>
+  static KERNELMETA_INLINE C swap_lanes(C value, int bit) {
+#ifdef __CUDA_ARCH__
+    return __shfl_xor_sync(0xffffffffu, value, bit);
+#else
+    return value;
+#endif
+  }
+  // Several at once: what one waits for, the others do.
+  template <class C, int n>
+  static KERNELMETA_INLINE void add_lanes(C (&values)[n]) {
+#ifdef __CUDA_ARCH__
+#pragma unroll
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+#pragma unroll
+      for (int i = 0; i < n; ++i) values[i] += __shfl_xor_sync(0xffffffffu, values[i], distance);
+    }
+#endif
+  }
   template <class C>
   static KERNELMETA_INLINE C max_lanes(C value) {
 #ifdef __CUDA_ARCH__

@@ -125,8 +125,10 @@ KERNELMETA_INLINE void move_coefficients(const LiveRow<Row>& row, const C* p, co
 template <class B, class Row, class C = typename B::Scalar>
 KERNELMETA_INLINE void cosine_step(const LiveRow<Row>& row, const StepFrom<C>& from, const StepTo<C>& to) {
   const C *u = from.u, *ag = from.ag, *g = from.g, *own_u = u + row.first, *own_ag = ag + row.first;
-  const C dot = row.own.sum([&](auto q) { return q.load(own_u) * q.load(g); });
-  const C quad = row.own.sum([&](auto q) { return q.load(g) * q.load(own_ag); });
+  const auto [dot, quad] = row.own
+                               .sums([&](auto q) { return q.load(own_u) * q.load(g); },
+                                     [&](auto q) { return q.load(g) * q.load(own_ag); })
+                               .of;
   const StepScalars<B> v(from.e, from.r2, dot, quad);
   row.all.each([&](auto q) { q.store(to.u, q.load(u) * v.alpha - q.load(ag) * v.beta); });
   const bool parallel = nearly_parallel(row.own, to.u + row.first);
@@ -153,11 +155,16 @@ KERNELMETA_INLINE C cosine_step_backward(const LiveRow<Row>& row, const StepFrom
   const C e = from.e, r2 = from.r2;
   const C *u = from.u, *ag = from.ag, *g = from.g, *own_u = u + row.first, *own_ag = ag + row.first;
   C *gu = adj.gu, *own_gu = gu + row.first, *own_gag = adj.gag + row.first;
-  const C dot = row.own.sum([&](auto q) { return q.load(own_u) * q.load(g); });
-  const C quad = row.own.sum([&](auto q) { return q.load(g) * q.load(own_ag); });
+  const auto [dot, quad] = row.own
+                               .sums([&](auto q) { return q.load(own_u) * q.load(g); },
+                                     [&](auto q) { return q.load(g) * q.load(own_ag); })
+                               .of;
   const StepScalars<B> v(e, r2, dot, quad);
-  const C galpha = row.all.sum([&](auto q) { return q.load(gu) * q.load(u); });
-  const C gbeta = -row.all.sum([&](auto q) { return q.load(gu) * q.load(ag); });
+  const auto [galpha, along_ag] = row.all
+                                      .sums([&](auto q) { return q.load(gu) * q.load(u); },
+                                            [&](auto q) { return q.load(gu) * q.load(ag); })
+                                      .of;
+  const C gbeta = -along_ag;
   C gc = galpha * v.r / v.r_next;
   C gr2 = (galpha * v.alpha - gbeta * v.beta) / (2 * r2);
   const C ggrown = *adj.gr2 - (galpha * v.alpha + gbeta * v.beta) / (2 * v.grown);

@@ -29,12 +29,10 @@ struct ClassMeans {
 
   KERNELMETA_INLINE void forward(C* theta0) {
     inverse_norms();
-    block.features(s.N, s.D, [&](int64_t n, auto row) {
-      row.each([&](auto d) {
-        auto m = mean(n, d);
-        if (weight) m = m * d.load(weight);
-        d.store(theta0 + n * s.D, m);
-      });
+    block.feature_entries(s.N, s.D, [&](int64_t n, auto d) {
+      auto m = mean(n, d);
+      if (weight) m = m * d.load(weight);
+      d.store(theta0 + n * s.D, m);
     });
   }
 
@@ -42,12 +40,10 @@ struct ClassMeans {
   KERNELMETA_INLINE void backward(const C* gtheta0, C* gsupport, C* gweight, bool adds = false) {
     inverse_norms();
     if (gweight) {
-      block.features(1, s.D, [&](int64_t, auto row) {
-        row.each([&](auto d) {
-          auto sum = d.load(gweight);
-          for (int64_t n = 0; n < s.N; ++n) sum = sum + d.load(gtheta0 + n * s.D) * mean(n, d);
-          d.store(gweight, sum);
-        });
+      block.feature_columns(s.D, [&](auto d) {
+        auto sum = d.load(gweight);
+        for (int64_t n = 0; n < s.N; ++n) sum = sum + d.load(gtheta0 + n * s.D) * mean(n, d);
+        d.store(gweight, sum);
       });
     }
     if (!gsupport) return;
@@ -138,9 +134,8 @@ struct QueryFeatures {
   KERNELMETA_INLINE void weights(C* out, C* scratch) {
     const C* theta = trace.gram ? trace.theta : trace.theta + s.K * s.N * s.D;
     const C* a = trace.gram ? trace.a + s.K * s.N : nullptr;
-    block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
-      const C factor = a ? a[n] : C(1);
-      row.each([&](auto d) { d.store(out + n * s.D, d.load(theta + n * s.D) * factor); });
+    block.unfenced().feature_entries(s.N, s.D, [&](int64_t n, auto d) {
+      d.store(out + n * s.D, d.load(theta + n * s.D) * (a ? a[n] : C(1)));
     });
     if (!trace.gram) return;
     scaled_rows(trace.p + s.K * s.N * s.ld(), scratch);
@@ -186,12 +181,10 @@ struct QueryFeatures {
     });
     scaled_rows(t.gc, t.scaled);
     const C* a = trace.a ? trace.a + s.K * N : nullptr;
-    block.features(N, s.D, [&](int64_t n, auto row) {
-      row.each([&](auto d) {
-        auto g = d.load(trace.theta + n * s.D) * (2 * t.gn0[n]);
-        if (gweights) g = g + d.load(gweights + n * s.D) * a[n];
-        d.store(gtheta0 + n * s.D, g);
-      });
+    block.feature_entries(N, s.D, [&](int64_t n, auto d) {
+      auto g = d.load(trace.theta + n * s.D) * (2 * t.gn0[n]);
+      if (gweights) g = g + d.load(gweights + n * s.D) * a[n];
+      d.store(gtheta0 + n * s.D, g);
     });
     block.unfenced().features_mm_add(N, Q, s.D, {t.scaled, ld, 1}, query, gtheta0);
   }

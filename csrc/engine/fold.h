@@ -21,12 +21,12 @@ template <class B, class C = typename B::Scalar>
 KERNELMETA_INLINE void fold(B& block, const MlpArrays<const C>& p, const C* running,
                             const typename B::Sizes& s, const FoldedMlp<C>& to) {
   const int64_t H = s.H, N = s.N;
+  block.unfenced().feature_entries(1, H * N, [&](int64_t, auto i) { i.store(to.w1, i.load(p.weight1)); });
   // Row i of the second layer, then of the third, then what is only copied.
   block.unfenced().features(H + N + 1, H, [&](int64_t i, auto row) {
     if (i == H + N) {
       row.each([&](auto j) {
         j.store(to.b1, j.load(p.bias1));
-        for (int64_t n = 0; n < N; ++n) to.w1[j.at * N + n] = p.weight1[j.at * N + n];
         if (running) {
           j.store(to.mean1, j.load(running));
           j.store(to.istd1, B::inverse_std(j.load(running + H), 1, kNormEps));
@@ -40,14 +40,15 @@ KERNELMETA_INLINE void fold(B& block, const MlpArrays<const C>& p, const C* runn
     const C* weight = second ? p.weight2 + i * H : p.weight3 + (i - H) * H;
     const C *gain = second ? p.gain1 : p.gain2, *shift = second ? p.shift1 : p.shift2;
     C* to_weight = second ? to.w2 + i * H : to.w3 + (i - H) * H;
-    const double sum = row.sum([&](auto j) { return double(j.load(weight)) * double(j.load(shift)); });
-    row.each([&](auto j) { j.store(to_weight, j.load(weight) * j.load(gain)); });
-    row.one([&] {
-      if (second)
-        to.b2[i] = C(double(p.bias2[i]) + sum);
-      else
-        to.b3[i - H] = C(double(p.bias3[i - H]) + sum);
+    const C* bias = second ? p.bias2 + i : p.bias3 + (i - H);
+    C* to_bias = second ? to.b2 + i : to.b3 + (i - H);
+    const double own = *bias;  // read beside the weights, not after them
+    const double sum = row.sum([&](auto j) {
+      const C w = j.load(weight);
+      j.store(to_weight, w * j.load(gain));
+      return double(w) * double(j.load(shift));
     });
+    row.one([&] { *to_bias = C(own + sum); });
   });
 }
 

@@ -296,8 +296,8 @@ struct InnerLoop {
     block.rows(s.N, s.Q, [&](int64_t n, auto row) {
       const C *gz = adj.gz + n * ld, *un = u + n * ld;
       C* gu = adj.gu + n * ld;
-      const C sum = row.sum([&](auto q) { return q.load(gz); });
-      const C along = row.sum([&](auto q) { return q.load(gz) * q.load(un); });
+      const auto [sum, along] =
+          row.sums([&](auto q) { return q.load(gz); }, [&](auto q) { return q.load(gz) * q.load(un); }).of;
       row.one([&] {
         adj.gscale.add(n, along);
         adj.gscale.add(n, bias * sum);

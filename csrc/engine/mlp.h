@@ -60,6 +60,29 @@ struct FoldedMlpGrad {
         b3(arena.take(s.N)) {}
 };
 
+// One layer: n = (relu(a) - mean) / std per unit, a = w in + bias, over the rows of this task or with the
+// statistics given. Arrays of rows are [.][padded(Q)].
+template <class C>
+struct Layer {
+  int64_t units, inputs, Q;
+  const C *w, *bias, *in;            // [units, inputs], [units], [inputs][.]
+  C *a, *n;                          // [units][.]; the same where a is not wanted
+  C *mean, *istd;                    // [units], scratch and for the backward pass
+  const C *fixed_mean, *fixed_istd;  // [units] or null
+  C* stats;                          // [2][units] or null: receives mean and unbiased variance
+};
+
+// Through it: the gradient of what follows, g_out, times w(o, unit), -> g, the gradient of a. Adds the sum
+// over rows to the bias' gradient.
+template <class C>
+struct LayerAdjoint {
+  int64_t units, outputs, Q;
+  const C *w, *g_out;                  // [outputs, units], [outputs][.]
+  const C *a, *n, *istd, *fixed_istd;  // of the layer
+  C *g, *grad_bias;                    // [units][.], [units]
+  C *along, *across, *kept;            // [units], scratch
+};
+
 template <class B>
 struct Mlp {
   using C = typename B::Scalar;
@@ -97,54 +120,76 @@ struct Mlp {
   // z [N][ld] -> g [N][ld]. Where `stats` [2][2][H] is given it receives mean and unbiased variance per
   // layer.
   KERNELMETA_INLINE void forward(const C* z, C* g, C* stats) {
-    const int64_t H = s.H, ld = s.ld();
-    block.mm(H, s.N, s.Q, {w.w1, s.N, 1}, z, ld, act.a1, ld, w.b1);
-    normalise(act.a1, act.n1, act.istd1, w.mean1, w.istd1, stats);
-    block.mm(H, H, s.Q, {w.w2, H, 1}, act.n1, ld, act.a2, ld, w.b2);
-    normalise(act.a2, act.n2, act.istd2, w.mean2, w.istd2, stats ? stats + 2 * H : nullptr);
-    block.mm(s.N, H, s.Q, {w.w3, H, 1}, act.n2, ld, g, ld, w.b3);
+    const int64_t H = s.H, N = s.N, Q = s.Q, ld = s.ld();
+    layer({H, N, Q, w.w1, w.b1, z, act.a1, act.n1, act.mean, act.istd1, w.mean1, w.istd1, stats});
+    layer({H, H, Q, w.w2, w.b2, act.n1, act.a2, act.n2, act.mean, act.istd2, w.mean2, w.istd2,
+           stats ? stats + 2 * H : nullptr});
+    block.mm(N, H, Q, {w.w3, H, 1}, act.n2, ld, g, ld, w.b3);
   }
 
   // gg [N][ld] -> gz [N][ld], from the activations of the last forward(z); adds to `grad`.
   // g2: scratch, [H][ld].
   KERNELMETA_INLINE void backward(const C* z, const C* gg, C* gz, C* g2, const FoldedMlpGrad<C>& grad) {
-    const int64_t N = s.N, H = s.H, ld = s.ld(), ldh = padded(H);
+    const int64_t N = s.N, H = s.H, Q = s.Q, ld = s.ld(), ldh = padded(H);
     C* g1 = act.n2;  // which is read for the last time before g1 is written
-    block.unfenced().mm(H, N, s.Q, {w.w3, 1, H}, gg, ld, g2, ld, nullptr);
-    block.unfenced().rows(N, s.Q, [&](int64_t n, auto row) {
+    block.unfenced().rows(N, Q, [&](int64_t n, auto row) {
       const C sum = row.sum([&](auto q) { return q.load(gg + n * ld); });
       row.one([&] { grad.b3[n] += sum; });
     });
-    block.outer(N, H, s.Q, gg, ld, act.n2, ld, grad.w3, ldh);
-    through_norm(act.a2, act.n2, act.istd2, w.istd2, g2, grad.b2);
-    block.unfenced().mm(H, H, s.Q, {w.w2, 1, H}, g2, ld, g1, ld, nullptr);
-    block.outer(H, H, s.Q, g2, ld, act.n1, ld, grad.w2, ldh);
-    through_norm(act.a1, act.n1, act.istd1, w.istd1, g1, grad.b1);
-    block.unfenced().mm(N, H, s.Q, {w.w1, 1, N}, g1, ld, gz, ld, nullptr);
-    block.outer(N, H, s.Q, z, ld, g1, ld, grad.w1t, ldh);
+    block.unfenced().outer(N, H, Q, gg, ld, act.n2, ld, grad.w3, ldh);
+    layer_backward(
+        {H, N, Q, w.w3, gg, act.a2, act.n2, act.istd2, w.istd2, g2, grad.b2, act.along, act.mean, act.kept});
+    block.unfenced().outer(H, H, Q, g2, ld, act.n1, ld, grad.w2, ldh);
+    layer_backward(
+        {H, H, Q, w.w2, g2, act.a1, act.n1, act.istd1, w.istd1, g1, grad.b1, act.along, act.mean, act.kept});
+    block.unfenced().mm(N, H, Q, {w.w1, 1, N}, g1, ld, gz, ld, nullptr);
+    block.outer(N, H, Q, z, ld, g1, ld, grad.w1t, ldh);
   }
 
  private:
+  // At once where the block can, else word by word.
+  KERNELMETA_INLINE void layer(const Layer<C>& l) {
+    if constexpr (B::kHasLayers) {
+      if (block.takes(l)) return block.layer(l);
+    }
+    layer_by_words(l);
+  }
+  __host__ __device__ KERNELMETA_GPU_CALL void layer_by_words(const Layer<C>& l) {
+    block.mm(l.units, l.inputs, l.Q, {l.w, l.inputs, 1}, l.in, s.ld(), l.a, s.ld(), l.bias);
+    normalise(l.a, l.n, l.istd, l.fixed_mean, l.fixed_istd, l.stats);
+  }
+  KERNELMETA_INLINE void layer_backward(const LayerAdjoint<C>& l) {
+    if constexpr (B::kHasLayers) {
+      if (block.takes(l)) return block.layer_backward(l);
+    }
+    layer_backward_by_words(l);
+  }
+  __host__ __device__ KERNELMETA_GPU_CALL void layer_backward_by_words(const LayerAdjoint<C>& l) {
+    block.mm(l.units, l.outputs, l.Q, {l.w, 1, l.units}, l.g_out, s.ld(), l.g, s.ld(), nullptr);
+    through_norm(l.a, l.n, l.istd, l.fixed_istd, l.g, l.grad_bias);
+  }
+
   // n = (relu(a) - mean) / std per unit, over the rows of this task or with the statistics given.
   KERNELMETA_INLINE void normalise(const C* a, C* n, C* istd, const C* fixed_mean, const C* fixed_istd,
                                    C* stats) {
     const int64_t H = s.H, Q = s.Q, ld = s.ld();
     if (!fixed_mean) {
-      // Mean and scale in double, whose rounding every row of the unit would share.
       C* own_mean = act.mean;
-      block.row_sums(H, Q, own_mean, [&](int64_t h, auto q) { return B::relu(q.load(a + h * ld)); });
-      block.each_item(H, [=](int64_t h) { own_mean[h] = C(double(own_mean[h]) / double(Q)); });
-      block.row_sums(H, Q, istd, [&](int64_t h, auto q) {
+      // A row's sums are known to the warp that takes it: no barriers.
+      block.unfenced().row_sums(H, Q, own_mean,
+                                [&](int64_t h, auto q) { return B::relu(q.load(a + h * ld)); });
+      block.unfenced().row_items(H, [=](int64_t h) { own_mean[h] /= C(Q); });
+      block.unfenced().row_sums(H, Q, istd, [&](int64_t h, auto q) {
         const auto d = B::relu(q.load(a + h * ld)) - own_mean[h];
         return d * d;
       });
-      if (stats) {
-        block.unfenced().each_item(H, [=](int64_t h) {
+      block.unfenced().row_items(H, [=](int64_t h) {
+        if (stats) {
           stats[h] = own_mean[h];
           stats[H + h] = istd[h] / C(Q > 1 ? Q - 1 : 1);
-        });
-      }
-      block.each_item(H, [=](int64_t h) { istd[h] = B::inverse_std(istd[h], Q, kNormEps); });
+        }
+        istd[h] = B::inverse_std(istd[h], Q, kNormEps);
+      });
     }
     const C *mean = fixed_mean ? fixed_mean : act.mean, *scale = fixed_mean ? fixed_istd : istd;
     block.rows(H, Q, [&](int64_t h, auto row) {
@@ -165,7 +210,7 @@ struct Mlp {
       return q.load(g + h * ld) - q.load(n + h * ld) * (along[h] * share);
     };
     if (fixed_istd) {
-      block.each_item(H, [=](int64_t h) { along[h] = across[h] = 0; });
+      block.unfenced().row_items(H, [=](int64_t h) { along[h] = across[h] = 0; });
     } else {
       // Each row's sums are known to the warp that takes it: no barriers.
       block.unfenced().row_sums(H, Q, along,
@@ -173,13 +218,13 @@ struct Mlp {
       block.unfenced().row_sums(H, Q, across, without_along);
     }
     const C* scale = fixed_istd ? fixed_istd : istd;
-    block.row_sums(H, Q, kept, [&](int64_t h, auto q) {
+    block.unfenced().row_sums(H, Q, kept, [&](int64_t h, auto q) {
       const auto value = (without_along(h, q) - across[h] * share) * scale[h];
       const auto passed = B::where_positive(q.load(a + h * ld), value);
       q.store(g + h * ld, passed);
       return passed;
     });
-    block.unfenced().each_item(H, [=](int64_t h) { gb[h] += kept[h]; });
+    block.row_items(H, [=](int64_t h) { gb[h] += kept[h]; });
   }
 };
 

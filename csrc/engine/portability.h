@@ -12,6 +12,13 @@
 // What every function of the engine is: for both sides, and never a call.
 #define KERNELMETA_INLINE __host__ __device__ __forceinline__
 
+// Before a loop: not to be unrolled on a GPU.
+#ifdef __CUDACC__
+#define KERNELMETA_ROLLED _Pragma("unroll 1")
+#else
+#define KERNELMETA_ROLLED
+#endif
+
 // KERNELMETA_GPU_CALL: a call on a GPU, where registers are scarce, and inlined on a CPU.
 #ifdef __CUDACC__
 #define KERNELMETA_NOINLINE __noinline__

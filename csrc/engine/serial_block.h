@@ -63,6 +63,12 @@ struct SerialBlock {
   };
 
   template <class F>
+  void feature_entries(int64_t n, int64_t length, F f) const {
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < length; ++j) f(i, At{j});
+    }
+  }
+  template <class F>
   void features(int64_t n, int64_t length, F f) const {
     for (int64_t i = 0; i < n; ++i) f(i, Row{length});
   }

@@ -114,9 +114,8 @@ struct SibTask {
       class_means(t).forward(trace.theta);
     } else {
       const auto rows = B::theta0_rows(p.start, t, s.D, start_buffer);
-      block.features(s.N, s.D, [&](int64_t n, auto row) {
-        row.each([&](auto d) { d.store(trace.theta + n * s.D, d.load(rows(n))); });
-      });
+      block.feature_entries(s.N, s.D,
+                            [&](int64_t n, auto d) { d.store(trace.theta + n * s.D, d.load(rows(n))); });
     }
     const auto query = B::task_rows(p.query, t, s.D, query_buffer);
     C* stats = f.stats ? f.stats + t * s.K * 4 * s.H : nullptr;
@@ -190,9 +189,8 @@ struct SibTask {
   KERNELMETA_INLINE Trace<C> anew(const Trace<C>& trace, const FeatureRows<F>& query) {
     normalise_rows(block, query, s.Q, s.D, trace.inverse, unit);
     if (!trace.gram) return trace;
-    block.unfenced().features(s.N, s.D, [&](int64_t n, auto row) {
-      row.each([&](auto d) { d.store(theta + n * s.D, d.load(trace.theta + n * s.D)); });
-    });
+    block.feature_entries(
+        s.N, s.D, [&](int64_t n, auto d) { d.store(theta + n * s.D, d.load(trace.theta + n * s.D)); });
     return trace.in_features(theta, w);
   }
 

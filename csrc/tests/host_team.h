@@ -67,10 +67,28 @@ class HostTeam {
   static C add_lanes(C value) {
     return join_lanes(value, [](C a, C b) { return a + b; });
   }
+  template <class C, int n>
+  static void add_lanes(C (&values)[n]) {
+    for (C& value : values) value = add_lanes(value);
+  }
   template <class C>
   static C max_lanes(C value) {
     return join_lanes(value, [](C a, C b) { return a < b ? b : a; });
   }
+  template <class C>
+  static C swap_lanes(C value, int bit) {
+    state_->exchanged[thread_] = double(value);
+    sync_warp();
+    const C other = C(state_->exchanged[thread_ ^ bit]);
+    sync_warp();
+    return other;
+  }
+  template <class C>
+  static void copy_pack(const C* from, C* to) {
+    *reinterpret_cast<Pack<C>*>(to) = *reinterpret_cast<const Pack<C>*>(from);
+  }
+  static void end_copies() {}
+  static void await_copies() {}
   // What team.h has the tensor cores for. The lanes share out the sums; operands stay where they lie.
   template <class F>
   struct Operand {
@@ -121,11 +139,7 @@ class HostTeam {
   template <class C, class Fn>
   static C join_lanes(C value, Fn join) {
     for (int distance = 1; distance < kLanes; distance *= 2) {
-      state_->exchanged[thread_] = double(value);
-      sync_warp();
-      const C other = C(state_->exchanged[thread_ ^ distance]);
-      sync_warp();
-      value = join(value, other);
+      value = join(value, swap_lanes(value, distance));
     }
     return value;
   }

@@ -97,7 +97,7 @@ def test_small_ops() -> None:
 )
 def test_focal_distillation(distance: str, dtype: torch.dtype, tolerance: float) -> None:
     for R, C, tau in ((1, 1, 2.0), (40, 5, 1.0), (33, 1000, 100.0), (3, 70_000, 100.0)):
-        new, old, labels = draw_logits(R, C, near=3.0)
+        new, old, labels = draw_logits(R, C, near=3.0 if C < 60_000 else 0.25)  # the loss has to fit float16
         new, old = new.to(dtype), old.to(dtype)
         options: dict[str, Any] = {"distance": distance, "tau": tau, "label_smoothing": 0.1}
         want = with_gradient(km.reference.focal_distillation, new.double(), old.double(), labels, **options)
