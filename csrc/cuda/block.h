@@ -189,20 +189,21 @@ struct TeamBlock {
     fence({file, line});
   }
 
-  // ---- layers of the MLP; see engine/mlp.h
+  // ---- layers of the MLP; see engine/mlp.h. False, and nothing done, where there is no room for one.
 
   static constexpr bool kHasLayers = true;
-  template <class L>
-  KERNELMETA_INLINE bool takes(const L& l) const {
-    return Layers<Team, C>::takes(l);
-  }
-  KERNELMETA_INLINE void layer(const Layer<C>& l, KERNELMETA_CALLER) const {
-    Layers<Team, C>::forward(l);
+  template <class Mlp>
+  KERNELMETA_INLINE bool layer(const Mlp& mlp, bool second, const C* in, C* stats, KERNELMETA_CALLER) const {
+    if (!Layers<Team, C>::forward(mlp, second, in, stats)) return false;
     fence({file, line});
+    return true;
   }
-  KERNELMETA_INLINE void layer_backward(const LayerAdjoint<C>& l, KERNELMETA_CALLER) const {
-    Layers<Team, C>::backward(l);
+  template <class Mlp>
+  KERNELMETA_INLINE bool layer_backward(const Mlp& mlp, bool second, const C* g_out, C* g, C* grad_bias,
+                                        KERNELMETA_CALLER) const {
+    if (!Layers<Team, C>::backward(mlp, second, g_out, g, grad_bias)) return false;
     fence({file, line});
+    return true;
   }
 
   // ---- dot products over D

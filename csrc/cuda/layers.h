@@ -14,18 +14,16 @@ struct Layers {
 
   using Values = C[kRows][kColumns];
 
-  // Whether there are registers for the rows, and shared memory for everything else.
-  static KERNELMETA_INLINE bool takes(const Layer<C>& l) {
-    return l.Q <= kColumns * kLanes && all_shared(l.w, l.bias, l.in, l.a, l.n, l.istd);
-  }
-  static KERNELMETA_INLINE bool takes(const LayerAdjoint<C>& l) {
-    return l.Q <= kColumns * kLanes && all_shared(l.w, l.g_out, l.a, l.n, l.istd, l.g, l.grad_bias);
-  }
-
-  static KERNELMETA_INLINE void forward(const Layer<C>& l) {
+  // Both give false, having done nothing, where there are no registers for as many rows, or something is not
+  // in shared memory.
+  template <class M>
+  static __host__ __device__ KERNELMETA_NOINLINE bool forward(const M& mlp, bool second, const C* from,
+                                                              C* stats) {
+    const Layer<C> l = mlp.layer_of(second);
+    if (l.Q > kColumns * kLanes || !all_shared(l.w, l.bias, from, l.a, l.n, l.istd)) return false;
     const int units = int(l.units), Q = int(l.Q), ld = int(padded(l.Q));
     const C* const w = placed<true>(l.w);
-    const C* const in = placed<true>(l.in);
+    const C* const in = placed<true>(from);
     C* const to_a = placed<true>(l.a);
     C* const to_n = placed<true>(l.n);
     KERNELMETA_ROLLED
@@ -58,9 +56,9 @@ struct Layers {
           const int unit = first + r * kWarps;
           if (unit >= units || lane() != r) continue;
           if (l.istd) l.istd[unit] = istd[r];
-          if (!l.stats) continue;
-          l.stats[unit] = mean[r];
-          l.stats[units + unit] = squares[r] / C(Q > 1 ? Q - 1 : 1);
+          if (!stats) continue;
+          stats[unit] = mean[r];
+          stats[units + unit] = squares[r] / C(Q > 1 ? Q - 1 : 1);
         }
       }
       each(first, units, ld, [&](int r, int c, int at, int q) {
@@ -68,14 +66,19 @@ struct Layers {
         to_n[at] = q < Q ? (relu(a[r][c]) - mean[r]) * istd[r] : C(0);
       });
     }
+    return true;
   }
 
-  static KERNELMETA_INLINE void backward(const LayerAdjoint<C>& l) {
+  template <class M>
+  static __host__ __device__ KERNELMETA_NOINLINE bool backward(const M& mlp, bool second, const C* of_out,
+                                                               C* of_in, C* grad_bias) {
+    const LayerAdjoint<C> l = mlp.adjoint_of(second);
+    if (l.Q > kColumns * kLanes || !all_shared(l.w, of_out, l.a, l.n, l.istd, of_in)) return false;
     const C* const w = placed<true>(l.w);
-    const C* const g_out = placed<true>(l.g_out);
+    const C* const g_out = placed<true>(of_out);
     const C* const of_a = placed<true>(l.a);
     const C* const of_n = placed<true>(l.n);
-    C* const to_g = placed<true>(l.g);
+    C* const to_g = placed<true>(of_in);
     const int units = int(l.units), Q = int(l.Q), ld = int(padded(l.Q));
     const C share = l.fixed_istd ? C(0) : C(1) / C(Q);
     const C* scale = l.fixed_istd ? l.fixed_istd : l.istd;
@@ -116,11 +119,12 @@ struct Layers {
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
         const int unit = first + r * kWarps;
-        if (unit < units && lane() == r) l.grad_bias[unit] += passed[r];
+        if (unit < units && lane() == r) grad_bias[unit] += passed[r];
       }
       Team::sync_warp();
       each(first, units, ld, [&](int r, int c, int at, int q) { to_g[at] = q < Q ? g[r][c] : C(0); });
     }
+    return true;
   }
 
  private:

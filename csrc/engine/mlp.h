@@ -60,27 +60,23 @@ struct FoldedMlpGrad {
         b3(arena.take(s.N)) {}
 };
 
-// One layer: n = (relu(a) - mean) / std per unit, a = w in + bias, over the rows of this task or with the
-// statistics given. Arrays of rows are [.][padded(Q)].
+// One of the two layers that are normalised: n = (relu(a) - mean) / std per unit, a = w in + bias, over the
+// rows of this task or with the statistics given. Arrays of rows are [.][padded(Q)].
 template <class C>
 struct Layer {
   int64_t units, inputs, Q;
-  const C *w, *bias, *in;            // [units, inputs], [units], [inputs][.]
+  const C *w, *bias;                 // [units, inputs], [units]
   C *a, *n;                          // [units][.]; the same where a is not wanted
-  C *mean, *istd;                    // [units], scratch and for the backward pass
+  C* istd;                           // [units], for the backward pass
   const C *fixed_mean, *fixed_istd;  // [units] or null
-  C* stats;                          // [2][units] or null: receives mean and unbiased variance
 };
 
-// Through it: the gradient of what follows, g_out, times w(o, unit), -> g, the gradient of a. Adds the sum
-// over rows to the bias' gradient.
+// The way back through it, from the gradient of what follows times w(o, unit).
 template <class C>
 struct LayerAdjoint {
   int64_t units, outputs, Q;
-  const C *w, *g_out;                  // [outputs, units], [outputs][.]
+  const C* w;                          // [outputs, units]
   const C *a, *n, *istd, *fixed_istd;  // of the layer
-  C *g, *grad_bias;                    // [units][.], [units]
-  C *along, *across, *kept;            // [units], scratch
 };
 
 template <class B>
@@ -121,9 +117,8 @@ struct Mlp {
   // layer.
   KERNELMETA_INLINE void forward(const C* z, C* g, C* stats) {
     const int64_t H = s.H, N = s.N, Q = s.Q, ld = s.ld();
-    layer({H, N, Q, w.w1, w.b1, z, act.a1, act.n1, act.mean, act.istd1, w.mean1, w.istd1, stats});
-    layer({H, H, Q, w.w2, w.b2, act.n1, act.a2, act.n2, act.mean, act.istd2, w.mean2, w.istd2,
-           stats ? stats + 2 * H : nullptr});
+    layer(false, z, stats);
+    layer(true, act.n1, stats ? stats + 2 * H : nullptr);
     block.mm(N, H, Q, {w.w3, H, 1}, act.n2, ld, g, ld, w.b3);
   }
 
@@ -137,36 +132,46 @@ struct Mlp {
       row.one([&] { grad.b3[n] += sum; });
     });
     block.unfenced().outer(N, H, Q, gg, ld, act.n2, ld, grad.w3, ldh);
-    layer_backward(
-        {H, N, Q, w.w3, gg, act.a2, act.n2, act.istd2, w.istd2, g2, grad.b2, act.along, act.mean, act.kept});
+    layer_backward(true, gg, g2, grad.b2);
     block.unfenced().outer(H, H, Q, g2, ld, act.n1, ld, grad.w2, ldh);
-    layer_backward(
-        {H, H, Q, w.w2, g2, act.a1, act.n1, act.istd1, w.istd1, g1, grad.b1, act.along, act.mean, act.kept});
+    layer_backward(false, g2, g1, grad.b1);
     block.unfenced().mm(N, H, Q, {w.w1, 1, N}, g1, ld, gz, ld, nullptr);
     block.outer(N, H, Q, z, ld, g1, ld, grad.w1t, ldh);
   }
 
+  KERNELMETA_INLINE Layer<C> layer_of(bool second) const {
+    return second ? Layer<C>{s.H, s.H, s.Q, w.w2, w.b2, act.a2, act.n2, act.istd2, w.mean2, w.istd2}
+                  : Layer<C>{s.H, s.N, s.Q, w.w1, w.b1, act.a1, act.n1, act.istd1, w.mean1, w.istd1};
+  }
+  KERNELMETA_INLINE LayerAdjoint<C> adjoint_of(bool second) const {
+    return second ? LayerAdjoint<C>{s.H, s.N, s.Q, w.w3, act.a2, act.n2, act.istd2, w.istd2}
+                  : LayerAdjoint<C>{s.H, s.H, s.Q, w.w2, act.a1, act.n1, act.istd1, w.istd1};
+  }
+
  private:
-  // At once where the block can, else word by word.
-  KERNELMETA_INLINE void layer(const Layer<C>& l) {
+  // Each at once where the block can, else word by word. stats [2][H] or null: receives mean and unbiased
+  // variance.
+  KERNELMETA_INLINE void layer(bool second, const C* in, C* stats) {
     if constexpr (B::kHasLayers) {
-      if (block.takes(l)) return block.layer(l);
+      if (block.layer(*this, second, in, stats)) return;
     }
-    layer_by_words(l);
+    layer_by_words(layer_of(second), in, stats);
   }
-  __host__ __device__ KERNELMETA_GPU_CALL void layer_by_words(const Layer<C>& l) {
-    block.mm(l.units, l.inputs, l.Q, {l.w, l.inputs, 1}, l.in, s.ld(), l.a, s.ld(), l.bias);
-    normalise(l.a, l.n, l.istd, l.fixed_mean, l.fixed_istd, l.stats);
+  __host__ __device__ KERNELMETA_GPU_CALL void layer_by_words(const Layer<C>& l, const C* in, C* stats) {
+    block.mm(l.units, l.inputs, l.Q, {l.w, l.inputs, 1}, in, s.ld(), l.a, s.ld(), l.bias);
+    normalise(l.a, l.n, l.istd, l.fixed_mean, l.fixed_istd, stats);
   }
-  KERNELMETA_INLINE void layer_backward(const LayerAdjoint<C>& l) {
+  // g_out, of what follows -> g, of a; adds the sum over rows to the bias' gradient.
+  KERNELMETA_INLINE void layer_backward(bool second, const C* g_out, C* g, C* grad_bias) {
     if constexpr (B::kHasLayers) {
-      if (block.takes(l)) return block.layer_backward(l);
+      if (block.layer_backward(*this, second, g_out, g, grad_bias)) return;
     }
-    layer_backward_by_words(l);
+    layer_backward_by_words(adjoint_of(second), g_out, g, grad_bias);
   }
-  __host__ __device__ KERNELMETA_GPU_CALL void layer_backward_by_words(const LayerAdjoint<C>& l) {
-    block.mm(l.units, l.outputs, l.Q, {l.w, 1, l.units}, l.g_out, s.ld(), l.g, s.ld(), nullptr);
-    through_norm(l.a, l.n, l.istd, l.fixed_istd, l.g, l.grad_bias);
+  __host__ __device__ KERNELMETA_GPU_CALL void layer_backward_by_words(const LayerAdjoint<C>& l,
+                                                                       const C* g_out, C* g, C* grad_bias) {
+    block.mm(l.units, l.outputs, l.Q, {l.w, 1, l.units}, g_out, s.ld(), g, s.ld(), nullptr);
+    through_norm(l.a, l.n, l.istd, l.fixed_istd, g, grad_bias);
   }
 
   // n = (relu(a) - mean) / std per unit, over the rows of this task or with the statistics given.
