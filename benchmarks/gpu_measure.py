@@ -198,9 +198,40 @@ def cells(save: Callable[[str, Any], None], compiled: bool) -> None:
             save("cells", benchmark(size, mode, limits, names))
 
 
+def table(found: Mapping[str, Any]) -> str:
+    """What was measured, for reading: microseconds a call, medians."""
+
+    def microseconds(times: Mapping[str, Any], name: str) -> str:
+        return f"{1e6 * times[name]['median']:,.0f}" if name in times else ""
+
+    lines = []
+    if "ceilings" in found:
+        copy, sgemm = found["ceilings"]["copy"], found["ceilings"]["sgemm"]
+        lines += [f"A copy moves {copy / 1e12:.1f} TB/s, `sgemm` computes {sgemm / 1e12:.0f} TFLOP/s.", ""]
+    columns = ("kernelmeta", "kernelmeta, CUDA graph", "published, CUDA graph", "dual, CUDA graph", "compile-dual")
+    if "cells" in found:
+        lines += [f"| | {' | '.join(columns)} | x the best peer | x floor |", "|---|" + "---|" * (len(columns) + 2)]
+        for cell in found["cells"]:
+            cells = " | ".join(microseconds(cell["times"], name) for name in columns)
+            ratios = f"{cell['against_the_best_peer']:.1f} | {cell['times_the_floor']:.1f}"
+            lines.append(f"| {cell['size']} {cell['mode']} | {cells} | {ratios} |")
+    columns = ("kernelmeta", "kernelmeta, CUDA graph", "plain PyTorch")
+    if "learners" in found:
+        lines += ["", f"| forward and backward | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+        for of_size in found["learners"]:
+            for name, times in of_size["times"].items():
+                cells = " | ".join(microseconds(times, column) for column in columns)
+                lines.append(f"| T = {of_size['T']:,}, {name} | {cells} |")
+    if "training_step" in found:
+        times, whole = found["training_step"]["times"], found["training_step"]["seconds_of_50000"]
+        lines += ["", f"A training step of one task: {microseconds(times, 'eager')} us, in a CUDA graph "
+                  f"{microseconds(times, 'CUDA graph')} us; 50,000 of them take {whole:.0f} s."]  # fmt: skip
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_measure", description=__doc__)
-    parser.add_argument("what", choices=("cells", "learners", "training-step"))
+    parser.add_argument("what", choices=("cells", "learners", "training-step", "table"))
     parser.add_argument("--out", type=Path, required=True, help="JSON file: what it holds stays, and is added to")
     parser.add_argument("--compile-peers", action="store_true", help="torch.compile among the peers: minutes each")
     options = parser.parse_args(arguments)
@@ -215,7 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
         print(f"{name}: {json.dumps(result)}", flush=True)
 
-    if options.what == "cells":
+    if options.what == "table":
+        print(table(found))
+    elif options.what == "cells":
         cells(save, options.compile_peers)
     elif options.what == "learners":
         for T in (1024, 1, 64):

@@ -22,7 +22,7 @@ ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'(.*?)(?=Compili
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 # As mangled: the kernel's name, and the precision, the storage and the sizes of its TeamBlock.
 NAME = re.compile(r"\d+([a-z_]+)_kernelI")
-BLOCK = re.compile(r"CudaTeamILi256EEE(?P<compute>[fd])(?P<storage>f|d|6__half|13__nv_bfloat16)(?P<sizes>.*?Sizes)")
+BLOCK = re.compile(r"CudaTeamILi\d+EEE(?P<compute>[fd])(?P<storage>f|d|6__half|13__nv_bfloat16)(?P<sizes>.*?Sizes)")
 
 
 @dataclass(frozen=True)
