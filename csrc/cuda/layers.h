@@ -200,7 +200,8 @@ struct Layers {
     Team::add_lanes(to);
   }
 
-  // f(r, c, place in an array [units][ld], query row), padding and all.
+  // f(r, c, place in an array [units][ld], query row), padding and all; where the lanes are so few that
+  // padding goes beyond their columns, of the last of these.
   template <class Fn>
   static KERNELMETA_INLINE void each(int first, int units, int ld, Fn f) {
 #pragma unroll
@@ -211,6 +212,9 @@ struct Layers {
       for (int c = 0; c < kColumns; ++c) {
         const int q = lane() + c * kLanes;
         if (q < ld) f(r, c, unit * ld + q, q);
+      }
+      if constexpr (kLanes < kAlign) {
+        for (int q = lane() + kColumns * kLanes; q < ld; q += kLanes) f(r, kColumns - 1, unit * ld + q, q);
       }
     }
   }

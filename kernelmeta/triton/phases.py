@@ -124,7 +124,8 @@ def forward(trace: Trace, live: Live, N: int, phases: Sequence[Phase], learned: 
         launch(
             phase_forward_kernel, trace.data.shape[0], *tensors, errors,
             learned.labels.shape[1], live.S, live.Q, N, H, live.query_at, start, phase.steps, trace["u"].shape[1],
-            tensors[-1].stride(0), *_layout(trace, live, phase), COEFFICIENTS="p" in trace, **size, **flags,
+            tensors[-1].stride(0), *_layout(trace, live, phase), COEFFICIENTS="p" in trace, in_place=True,
+            **size, **flags,
         )  # fmt: skip
         start += phase.steps
 

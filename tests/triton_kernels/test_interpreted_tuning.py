@@ -111,3 +111,38 @@ def test_tuning_leaves_results_alone(timed: tuning.Tuner) -> None:
         [*leaves, *e.mlp],
     )
     assert_close(got, want, 1e-8)
+
+
+@interpreted
+def test_kernels_that_change_what_they_read_are_tuned_on_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often a candidate is run, the bits are those without tuning."""
+    from kernelmeta.triton import launch
+
+    e = draw(T=1, S=4, Q=5, H=4).fresh()
+    one = torch.ones(1, dtype=torch.float64)
+    learners: dict[str, Callable[[], Any]] = {
+        "sib": lambda: km.ops.sib(*e.arguments(), steps=2, inner_lr=0.05, return_weights=True),
+        "ridge": lambda: km.ops.ridge(e.support, e.labels, e.query, one, e.scale, one, n_way=3),
+        **{
+            oracle: lambda oracle=oracle: km.ops.program(
+                e.support, e.labels, e.query, [km.nn.Phase(oracle, 2, 0.5)], n_way=3, scale=4 * e.scale, mlp=e.mlp
+            )
+            for oracle in ("cross_entropy", "entropy", "soft_assignment", "synthetic_gradient")
+        },
+    }
+
+    def bits(run: Callable[[], Any]) -> list[torch.Tensor]:
+        with km.use_backend("triton"):
+            found = run()
+        found = [found] if isinstance(found, torch.Tensor) else [found[0], found[1].weight]
+        loss = sum(f.square().sum() for f in found)
+        leaves = [leaf for leaf in e.leaves() if leaf.requires_grad]
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+        return [*found, *(g for g in grads if g is not None)]
+
+    for name, run in learners.items():
+        monkeypatch.setattr(launch, "TUNER", None)
+        want = bits(run)
+        monkeypatch.setattr(launch, "TUNER", tuning.Tuner(lambda run: [run() for _ in range(8)] and 1.0, lambda: True))
+        got = bits(run)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), name
