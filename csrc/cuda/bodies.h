@@ -179,7 +179,7 @@ KERNELMETA_INLINE void sib_backward_body(void* place, const SibBackward<C>& f, i
   auto& [block, w] = BlockMemory<B, SibBackwardLayout<B>>::make(place, arena, f.problem.s, f,
                                                                 *f.problem.scale, *f.problem.bias);
   fold(block, f.problem.mlp, f.problem.running, s, w.mlp);
-  block.unfenced().each_item(w.size, [&](int64_t i) { w.sums[i] = C(0); });
+  block.each_item(w.size, [&](int64_t i) { w.sums[i] = C(0); });
   const int64_t start_size = f.problem.start.rows * s.D;
   for (int64_t t = tasks.first; t < s.T; t += tasks.step) {
     if (w.task.invalid(t)) {
@@ -393,7 +393,7 @@ struct BlockSums {
 
   template <class B>
   KERNELMETA_INLINE void clear(B& block) const {
-    block.unfenced().features_zero(1, size, sums);
+    block.features_zero(1, size, sums);
   }
   template <class B>
   KERNELMETA_INLINE void copy_out(B& block, C* partial) const {

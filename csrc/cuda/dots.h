@@ -214,7 +214,7 @@ struct Dots {
 #pragma unroll
         for (int e = 0; e < R * S / kTurns; ++e) {
           const int i = i0 + (mine + e) / S * apart_i, j = j0 + (mine + e) % S * apart_j;
-          if (i < m && j < n) store(i, j, sum[e]);
+          if (i < m && j < n && (!kSelf || j <= i)) store(i, j, sum[e]);
         }
       }
       Team::sync(SourceLine{__builtin_FILE(), __builtin_LINE()});

@@ -21,8 +21,10 @@ int main() {
     status |= check_sizes(name, kTeamTable<float>);
   }
   team_options = {};
-  status |= check_narrow<BrainFloat>("bfloat16:", kTeamKernels<double>, kTeamKernels<float, BrainFloat>);
-  status |= check_narrow<Half>("float16:", kTeamKernels<double>, kTeamKernels<float, Half>);
+  status |= check_narrow<BrainFloat>("bfloat16:", kTeamKernels<double>, kTeamKernels<float, BrainFloat>,
+                                     kTeamKernels<float>);
+  status |=
+      check_narrow<Half>("float16:", kTeamKernels<double>, kTeamKernels<float, Half>, kTeamKernels<float>);
   status |= check_narrow_learners<BrainFloat>("bfloat16:", kernel_table(), kTeamTable<BrainFloat>);
   status |= check_narrow_learners<Half>("float16:", kernel_table(), kTeamTable<Half>);
   return status;
