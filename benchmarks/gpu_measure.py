@@ -208,11 +208,11 @@ def table(found: Mapping[str, Any]) -> str:
     if "ceilings" in found:
         copy, sgemm = found["ceilings"]["copy"], found["ceilings"]["sgemm"]
         lines += [f"A copy moves {copy / 1e12:.1f} TB/s, `sgemm` computes {sgemm / 1e12:.0f} TFLOP/s.", ""]
-    columns = ("kernelmeta", "kernelmeta, CUDA graph", "published, CUDA graph", "dual, CUDA graph", "compile-dual")
+    peers = ("kernelmeta", "kernelmeta, CUDA graph", "published, CUDA graph", "dual, CUDA graph", "compile-dual")
     if "cells" in found:
-        lines += [f"| | {' | '.join(columns)} | x the best peer | x floor |", "|---|" + "---|" * (len(columns) + 2)]
+        lines += [f"| | {' | '.join(peers)} | x the best peer | x floor |", "|---|" + "---|" * (len(peers) + 2)]
         for cell in found["cells"]:
-            cells = " | ".join(microseconds(cell["times"], name) for name in columns)
+            cells = " | ".join(microseconds(cell["times"], name) for name in peers)
             ratios = f"{cell['against_the_best_peer']:.1f} | {cell['times_the_floor']:.1f}"
             lines.append(f"| {cell['size']} {cell['mode']} | {cells} | {ratios} |")
     columns = ("kernelmeta", "kernelmeta, CUDA graph", "plain PyTorch")
