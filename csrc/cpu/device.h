@@ -1,10 +1,6 @@
 // The CPU as the ops see it: its kernels, their memory, and tasks spread over PyTorch's threads.
 #pragma once
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <atomic>
 #include <exception>
 
@@ -35,22 +31,6 @@ class Device {
   template <class C, class Logits>
   const Logits& readable_logits(const Logits& logits) const {
     return logits;
-  }
-
-  // An uninitialised tensor for what a forward pass leaves to the backward pass. Where it is large, its
-  // memory comes fresh from the system at every call: in pages of 2 MiB where the system has them, 512 times
-  // fewer of them to be asked for one by one.
-  template <class C>
-  Tensor trace(const TensorDevice& on, int64_t elements) const {
-    Tensor trace = empty<C>(on, {elements});
-#ifdef MADV_HUGEPAGE
-    constexpr uintptr_t kPage = uintptr_t(1) << 21;
-    const auto begin = reinterpret_cast<uintptr_t>(trace.mutable_data_ptr());
-    const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-    const uintptr_t end = (begin + uintptr_t(elements) * sizeof(C)) / kPage * kPage;
-    if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#endif
-    return trace;
   }
 };
 

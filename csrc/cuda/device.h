@@ -53,11 +53,6 @@ class Device {
     return logits;
   }
 
-  template <class C>
-  Tensor trace(const TensorDevice& on, int64_t elements) const {
-    return empty<C>(on, {elements});
-  }
-
  private:
   TensorDevice on_;
   torch::stable::accelerator::DeviceGuard guard_;

@@ -119,7 +119,7 @@ struct HeadOp {
       const bool return_weights = call.of.return_weights;
       const Tensor logits = empty<C>(a.on, {s.T, s.Q, s.N});
       const Tensor heads = empty_if<C>(return_weights, a.on, {s.T, s.N, s.D + 1});
-      const Tensor trace = device.template trace<C>(a.on, call.save_trace ? a.trace_elements() : 0);
+      const Tensor trace = empty_if<C>(call.save_trace, a.on, {a.trace_elements()});
       kernel.forward({a.problem, data<C>(logits), data_if<C>(return_weights, heads),
                       data_if<C>(call.save_trace, trace)});
       return Tensors<results>{logits, heads, trace};

@@ -104,7 +104,7 @@ struct DescentOp {
       const DescentProblem<C>& p = a.problem;
       const Tensor outputs = empty<C>(a.on, {p.T, p.Q, p.net.outputs()});
       const Tensor coefficients = empty<C>(a.on, {p.T, p.S, p.net.outputs()});
-      const Tensor trace = device.template trace<C>(a.on, call.save_trace ? a.trace_elements() : 0);
+      const Tensor trace = empty_if<C>(call.save_trace, a.on, {a.trace_elements()});
       kernel.forward({p, data<C>(outputs), data<C>(coefficients), data_if<C>(call.save_trace, trace)});
       return Tensors<results>{outputs, coefficients, trace};
     });

@@ -90,7 +90,7 @@ struct NtkOp {
       const NtkProblem<C>& p = a.problem;
       const Tensor gram = empty<C>(a.on, a.kernel(p.S)), cross = empty<C>(a.on, a.kernel(p.Q));
       const Tensor support = empty<C>(a.on, a.outputs(p.S)), query = empty<C>(a.on, a.outputs(p.Q));
-      const Tensor trace = device.template trace<C>(a.on, call.save_trace ? a.trace_elements() : 0);
+      const Tensor trace = empty_if<C>(call.save_trace, a.on, {a.trace_elements()});
       kernel.forward({p, data<C>(gram), data<C>(cross), data<C>(support), data<C>(query),
                       data_if<C>(call.save_trace, trace)});
       return Tensors<results>{gram, cross, support, query, trace};

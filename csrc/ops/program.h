@@ -146,7 +146,7 @@ struct ProgramOp {
       const Tensor of_support = empty_if<C>(wanted, a.on, a.support.shape(N));
       const Tensor of_query = empty_if<C>(wanted, a.on, a.query.shape(N));
       const Tensor of_start = empty_if<C>(wanted, a.on, {a.problem.T, N});
-      const Tensor trace = device.template trace<C>(a.on, call.save_trace ? kernel.trace_elements() : 0);
+      const Tensor trace = empty_if<C>(call.save_trace, a.on, {kernel.trace_elements()});
       kernel.forward({a.problem, data<C>(logits), data_if<C>(wanted, of_support),
                       data_if<C>(wanted, of_query), data_if<C>(wanted, of_start),
                       data_if<C>(call.save_trace, trace)});

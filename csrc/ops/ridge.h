@@ -83,7 +83,7 @@ struct RidgeOp {
       const typename Device::template Kernel<RidgeArguments<C>> kernel(device, a);
       const Tensor logits = empty<C>(a.on, a.query.shape(a.problem.N));
       const Tensor coefficients = empty<C>(a.on, a.support.shape(a.problem.N));
-      const Tensor trace = device.template trace<C>(a.on, call.save_trace ? kernel.trace_elements() : 0);
+      const Tensor trace = empty_if<C>(call.save_trace, a.on, {kernel.trace_elements()});
       kernel.forward({a.problem, data<C>(logits), data<C>(coefficients), data_if<C>(call.save_trace, trace)});
       return Tensors<results>{logits, coefficients, trace};
     });

@@ -143,7 +143,7 @@ struct SibOp {
       const Tensor logits = empty<C>(a.on, {s.T, s.Q, s.N});
       const Tensor weights = empty_if<C>(return_weights, a.on, {s.T, s.N, s.D});
       const Tensor stats = empty_if<C>(call.return_stats, a.on, a.stats_shape());
-      const Tensor trace = device.template trace<C>(a.on, call.save_trace ? a.trace_elements() : 0);
+      const Tensor trace = empty_if<C>(call.save_trace, a.on, {a.trace_elements()});
       kernel.forward({a.problem, data<C>(logits), data_if<C>(return_weights, weights), nullptr,
                       data_if<C>(call.save_trace, trace)},
                      data_if<C>(call.return_stats, stats));

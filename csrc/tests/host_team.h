@@ -14,15 +14,23 @@
 namespace kernelmeta {
 
 // Whoever waits sleeps: std::barrier spins and yields, for long where there are fewer cores than threads.
+// Two, met in turn: ThreadSanitizer takes a thread that leaves a barrier late for one that has seen all that
+// arrived there until then, also what arrived for the next round. With the barrier between the two missing,
+// that would hide the race.
 class TeamBarrier {
  public:
-  explicit TeamBarrier(unsigned threads) { pthread_barrier_init(&barrier_, nullptr, threads); }
-  ~TeamBarrier() { pthread_barrier_destroy(&barrier_); }
+  explicit TeamBarrier(unsigned threads) {
+    for (pthread_barrier_t& barrier : barriers_) pthread_barrier_init(&barrier, nullptr, threads);
+  }
+  ~TeamBarrier() {
+    for (pthread_barrier_t& barrier : barriers_) pthread_barrier_destroy(&barrier);
+  }
   TeamBarrier(const TeamBarrier&) = delete;
-  void arrive_and_wait() { pthread_barrier_wait(&barrier_); }
+  // round: how often the calling thread has been here.
+  void arrive_and_wait(int64_t& round) { pthread_barrier_wait(&barriers_[round++ % 2]); }
 
  private:
-  pthread_barrier_t barrier_;
+  pthread_barrier_t barriers_[2];
 };
 
 // What the threads of a team share.
@@ -51,18 +59,18 @@ class HostTeam {
   static int thread() { return thread_; }
   static void sync(SourceLine line) {
     if (thread_ == 0) state_->barriers.push_back(line);
-    if (met_++ != state_->removed) state_->all.arrive_and_wait();
+    if (met_++ != state_->removed) wait_for_all();
   }
   // One barrier on a GPU, and never without it.
   static bool any(bool value) {
     state_->found[thread_] = value;
-    state_->all.arrive_and_wait();
+    wait_for_all();
     bool found = false;
     for (const bool f : state_->found) found = found || f;
-    state_->all.arrive_and_wait();
+    wait_for_all();
     return found;
   }
-  static void sync_warp() { state_->warps[size_t(thread_ / kLanes)]->arrive_and_wait(); }
+  static void sync_warp() { state_->warps[size_t(thread_ / kLanes)]->arrive_and_wait(warp_round_); }
   template <class C>
   static C add_lanes(C value) {
     return join_lanes(value, [](C a, C b) { return a + b; });
@@ -132,10 +140,11 @@ class HostTeam {
   static void join(HostTeamState& state, int thread) {
     state_ = &state;
     thread_ = thread;
-    met_ = 0;
+    met_ = team_round_ = warp_round_ = 0;
   }
 
  private:
+  static void wait_for_all() { state_->all.arrive_and_wait(team_round_); }
   template <class C, class Fn>
   static C join_lanes(C value, Fn join) {
     for (int distance = 1; distance < kLanes; distance *= 2) {
@@ -146,7 +155,7 @@ class HostTeam {
 
   inline static thread_local HostTeamState* state_ = nullptr;
   inline static thread_local int thread_ = 0;
-  inline static thread_local int64_t met_ = 0;
+  inline static thread_local int64_t met_ = 0, team_round_ = 0, warp_round_ = 0;
 };
 
 // body() on every thread of a team.

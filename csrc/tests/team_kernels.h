@@ -24,7 +24,7 @@ struct TeamOptions {
   int64_t capacity = INT64_MAX;
   int64_t blocks = 1;
   int64_t removed = -1;
-  std::vector<SourceLine> barriers;  // all that were met, the missing one too
+  std::vector<SourceLine> barriers{};  // all that were met, the missing one too
 };
 inline TeamOptions team_options;
 constexpr int64_t kMostShared = 1 << 16;  // for blocks that take all that there is

@@ -8,9 +8,10 @@ work in the space of the rows (csrc/engine/cosine_step.h, inner_loop.h).
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, overload
 
 from torch import Tensor
+from typing_extensions import Required, Unpack
 
 from kernelmeta import reference
 from kernelmeta.backends import is_traced, select
@@ -95,25 +96,37 @@ OP = DifferentiableOp(
 )
 
 
+class SIBOptions(TypedDict, total=False):
+    """What `sib_inner_loop` and `sib` take by name, and whatever they return."""
+
+    steps: Required[int]
+    inner_lr: Required[float]
+    reduction: str
+    norm_stats: str
+    running_stats: Tensor | None
+
+
+class SIBRowOptions(SIBOptions, total=False):
+    support_index: Tensor | None
+    query_index: Tensor | None
+
+
 # What the public functions return, by return_weights and return_norm_stats.
 # fmt: off
 @overload
 def sib_inner_loop(
-    theta0: Tensor, query: Tensor, scale: Tensor, bias: Tensor, mlp: MLPParameters, *, steps: int, inner_lr: float,
-    reduction: str = ..., norm_stats: str = ..., running_stats: Tensor | None = ...,
-    return_weights: Literal[False] = ..., return_norm_stats: Literal[False] = ...,
+    theta0: Tensor, query: Tensor, scale: Tensor, bias: Tensor, mlp: MLPParameters, *,
+    return_weights: Literal[False] = ..., return_norm_stats: Literal[False] = ..., **options: Unpack[SIBOptions],
 ) -> Tensor: ...
 @overload
 def sib_inner_loop(
-    theta0: Tensor, query: Tensor, scale: Tensor, bias: Tensor, mlp: MLPParameters, *, steps: int, inner_lr: float,
-    reduction: str = ..., norm_stats: str = ..., running_stats: Tensor | None = ...,
-    return_weights: Literal[True], return_norm_stats: Literal[False] = ...,
+    theta0: Tensor, query: Tensor, scale: Tensor, bias: Tensor, mlp: MLPParameters, *,
+    return_weights: Literal[True], return_norm_stats: Literal[False] = ..., **options: Unpack[SIBOptions],
 ) -> tuple[Tensor, Classifier]: ...
 @overload
 def sib_inner_loop(
-    theta0: Tensor, query: Tensor, scale: Tensor, bias: Tensor, mlp: MLPParameters, *, steps: int, inner_lr: float,
-    reduction: str = ..., norm_stats: str = ..., running_stats: Tensor | None = ...,
-    return_weights: bool = ..., return_norm_stats: bool = ...,
+    theta0: Tensor, query: Tensor, scale: Tensor, bias: Tensor, mlp: MLPParameters, *,
+    return_weights: bool = ..., return_norm_stats: bool = ..., **options: Unpack[SIBOptions],
 ) -> Tensor | tuple[Any, ...]: ...
 # fmt: on
 def sib_inner_loop(
@@ -156,11 +169,7 @@ def sib_inner_loop(
         ValueError: shapes, devices or options that do not fit, named.
         TypeError: tensors that are not floating point.
     """
-    given: dict[str, Any] = {
-        "theta0": theta0, "query": query, "scale": scale, "bias": bias, "mlp": mlp, "running_stats": running_stats,
-        "steps": steps, "inner_lr": inner_lr, "reduction": reduction, "norm_stats": norm_stats,
-        "return_norm_stats": return_norm_stats,
-    }  # fmt: skip
+    given = dict(locals())
     try:
         backend = select(query.device.type)
         # What a kernel would take in another sense than meant here, it must not see.
@@ -181,26 +190,20 @@ def sib_inner_loop(
 @overload
 def sib(
     support: Tensor, support_labels: Tensor, query: Tensor, weight: Tensor, scale: Tensor, bias: Tensor,
-    mlp: MLPParameters, *, steps: int, inner_lr: float,
-    reduction: str = ..., norm_stats: str = ..., running_stats: Tensor | None = ...,
-    return_weights: Literal[False] = ..., return_norm_stats: Literal[False] = ...,
-    support_index: Tensor | None = ..., query_index: Tensor | None = ...,
+    mlp: MLPParameters, *, return_weights: Literal[False] = ..., return_norm_stats: Literal[False] = ...,
+    **options: Unpack[SIBRowOptions],
 ) -> Tensor: ...
 @overload
 def sib(
     support: Tensor, support_labels: Tensor, query: Tensor, weight: Tensor, scale: Tensor, bias: Tensor,
-    mlp: MLPParameters, *, steps: int, inner_lr: float,
-    reduction: str = ..., norm_stats: str = ..., running_stats: Tensor | None = ...,
-    return_weights: Literal[True], return_norm_stats: Literal[False] = ...,
-    support_index: Tensor | None = ..., query_index: Tensor | None = ...,
+    mlp: MLPParameters, *, return_weights: Literal[True], return_norm_stats: Literal[False] = ...,
+    **options: Unpack[SIBRowOptions],
 ) -> tuple[Tensor, Classifier]: ...
 @overload
 def sib(
     support: Tensor, support_labels: Tensor, query: Tensor, weight: Tensor, scale: Tensor, bias: Tensor,
-    mlp: MLPParameters, *, steps: int, inner_lr: float,
-    reduction: str = ..., norm_stats: str = ..., running_stats: Tensor | None = ...,
-    return_weights: bool = ..., return_norm_stats: bool = ...,
-    support_index: Tensor | None = ..., query_index: Tensor | None = ...,
+    mlp: MLPParameters, *, return_weights: bool = ..., return_norm_stats: bool = ...,
+    **options: Unpack[SIBRowOptions],
 ) -> Tensor | tuple[Any, ...]: ...
 # fmt: on
 def sib(
@@ -241,12 +244,7 @@ def sib(
         TypeError: features that are not floating point, labels or indices that are not int64.
     """
     support_labels = as_labels(support_labels)
-    given: dict[str, Any] = {
-        "support": support, "support_labels": support_labels, "query": query, "weight": weight, "scale": scale,
-        "bias": bias, "mlp": mlp, "support_index": support_index, "query_index": query_index,
-        "running_stats": running_stats, "steps": steps, "inner_lr": inner_lr, "reduction": reduction,
-        "norm_stats": norm_stats, "return_norm_stats": return_norm_stats,
-    }  # fmt: skip
+    given = dict(locals())
     try:
         backend = select(query.device.type)
         # What a kernel would take in another sense than meant here, it must not see.
@@ -308,6 +306,7 @@ def _check_options(
     inner_lr: float,
     reduction: str,
     norm_stats: str,
+    return_weights: bool,
     return_norm_stats: bool,
 ) -> None:
     if Q == 0 or query.shape[-1] == 0:
