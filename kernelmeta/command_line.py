@@ -15,10 +15,11 @@ import torch
 
 from kernelmeta.backends import select
 from kernelmeta.data import FeatureBank
+from kernelmeta.ranks import Ranks
 from kernelmeta.training import runs
 from kernelmeta.training.backbones import BACKBONES
 from kernelmeta.training.config import TrainConfig
-from kernelmeta.training.distributed import Ranks
+from kernelmeta.training.foreign_backbones import NAMES
 from kernelmeta.training.learners import LEARNERS
 from kernelmeta.training.loading import AT
 from kernelmeta.training.sources import open_bank
@@ -42,7 +43,7 @@ DATA_HELP = (
 # Settings that several commands have.
 HELP = {
     "data": DATA_HELP,
-    "backbone": f"the architecture of --weights, if the file does not say: {', '.join(BACKBONES)}",
+    "backbone": f"the architecture of --weights, if the file does not say: {', '.join(BACKBONES)}; or {NAMES}",
     "weights": "weights of the backbone, if the data are images: a checkpoint of pretrain, or a published one",
     "way": "classes in an episode",
     "shot": "support rows of each class",

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from kernelmeta.command_line import Add, at_option, claimed_by_first, machine_options
 from kernelmeta.data.files import read_json, write_json
 from kernelmeta.data.task_tables import Piece
+from kernelmeta.ranks import Ranks, ranks
 from kernelmeta.training import runs
 from kernelmeta.training.adapting import Adapter, Job
 from kernelmeta.training.answers import UNTRAINED
-from kernelmeta.training.distributed import Ranks, ranks
 
 _ENGINES = ("processes", "ray")
 

@@ -10,9 +10,13 @@ import torch
 from kernelmeta.command_line import HELP, PRETRAIN_HELP, Add, machine_options, reading, tell_bank
 from kernelmeta.data.counter import check_seed
 from kernelmeta.data.words import printable
+from kernelmeta.ranks import ranks
 from kernelmeta.training.backbones import BACKBONES, load_backbone, make_backbone
 from kernelmeta.training.extraction import extract
+from kernelmeta.training.foreign_backbones import NAMES, ImageBackbone, is_foreign
 from kernelmeta.training.sources import open_images
+
+_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def add_commands(add: Add) -> None:
@@ -21,28 +25,43 @@ def add_commands(add: Add) -> None:
         "extract",
         _extract,
         "Turn images into a feature bank.",
-        "extract photos/ --weights runs/backbone/checkpoint.safetensors --out bank.safetensors",
+        "extract photos/ --backbone timm:vit_small_patch14_dinov2.lvd142m --out bank.safetensors",
     )
     command.add_argument("data", metavar="FOLDER|glyphs", help="a folder with train/, val/ and test/, or glyphs")
-    command.option("data", "--backbone", help=f"{', '.join(BACKBONES)}; a checkpoint of pretrain says it itself")
+    command.option(
+        "data", "--backbone",
+        help=f"{', '.join(BACKBONES)}; a checkpoint of pretrain says it itself. Or another library's: {NAMES}",
+    )  # fmt: skip
     command.option("data", "--weights", metavar="FILE", help=HELP["weights"] + " (default: untrained)")
     command.option("data", "--style", help=PRETRAIN_HELP["style"])
     command.option("run", "--seed", type=int, default=0, help="seed of untrained weights (default: 0)")
+    command.option(
+        "run", "--precision", choices=list(_PRECISIONS), default="float32",
+        help="what the backbone computes in, and what is kept (default: float32)",
+    )  # fmt: skip
     command.option("output", "--out", type=Path, required=True, metavar="FILE", help="the bank to write")
     machine_options(command)
 
 
 def _extract(args: argparse.Namespace) -> None:
-    images = open_images(args.data, args.style)
-    if args.weights is not None:
-        backbone, name = load_backbone(args.weights, args.backbone, images.channels, images.size)
-        source = f"{images.source}, {name}, weights of {printable(args.weights)}"
-    else:
-        check_seed(args.seed)
-        torch.manual_seed(args.seed)
-        name = args.backbone or "conv4"
-        backbone = make_backbone(name, images.channels, images.size)
-        source = f"{images.source}, {name}, untrained, seed {args.seed}"
-    bank = extract(images, backbone, source, device=args.device, **reading(args))
-    bank.save(args.out)
-    tell_bank(args.out, bank)
+    with ranks(args.device) as processes:
+        images = open_images(args.data, args.style)
+        if args.weights is not None or is_foreign(args.backbone):
+            eyes = load_backbone(args.weights, args.backbone, images.channels, images.size)
+            source = f"{images.source}, {eyes.name}"
+            source += f", weights of {printable(args.weights)}" if args.weights is not None else ""
+        else:
+            check_seed(args.seed)
+            torch.manual_seed(args.seed)
+            name = args.backbone or "conv4"
+            eyes = ImageBackbone(make_backbone(name, images.channels, images.size), name)
+            source = f"{images.source}, {name}, untrained, seed {args.seed}"
+        parts = args.out.with_name(args.out.name + ".parts")
+        settings = reading(args) if processes.first else reading(args) | {"progress": False, "say": lambda line: None}
+        bank = extract(
+            images, eyes.module, source, prepare=eyes.prepare, device=args.device, dtype=_PRECISIONS[args.precision],
+            parts=parts, processes=processes, **settings,
+        )  # fmt: skip
+        if processes.first:
+            bank.save(args.out)
+            tell_bank(args.out, bank)

@@ -22,10 +22,10 @@ from kernelmeta.command_line import (
 )  # fmt: skip
 from kernelmeta.data import EpisodeSampler
 from kernelmeta.data.files import write_json
+from kernelmeta.ranks import Ranks, ranks
 from kernelmeta.reference.focal_distillation import DISTANCES
 from kernelmeta.training import runs
 from kernelmeta.training.config import TrainConfig
-from kernelmeta.training.distributed import Ranks, ranks
 from kernelmeta.training.evaluation import evaluate, table, title
 from kernelmeta.training.learners import LEARNERS
 from kernelmeta.training.plots import steps_plot, training_plot

@@ -25,6 +25,7 @@ from kernelmeta.data.decoding import decode, shorter_side
 from kernelmeta.data.folders import ImageFolder, scan
 from kernelmeta.data.tensor_files import bytes_of
 from kernelmeta.data.words import listing, printable
+from kernelmeta.ranks import Ranks
 
 BACKBONE_SPLIT = 3
 # Of an image whose longer side is more than so many times the shorter one, the middle is taken.
@@ -70,8 +71,13 @@ class LabelledImages(Protocol):
     def fingerprint(self) -> int:
         """Tells whether two sets are the same."""
 
-    def check(self, *, skip_bad: bool = False, workers: int = 0, progress: bool = False) -> None:
+    def check(
+        self, *, skip_bad: bool = False, workers: int = 0, progress: bool = False, processes: Ranks | None = None
+    ) -> None:
         """Raises ValueError if an image cannot be read, or leaves it out."""
+
+    def image(self, index: int) -> Image.Image:
+        """One image as it is, RGB of 8 bits."""
 
     def load(self, index: int) -> Tensor:
         """One normalised image [channels, size, size], float32."""
@@ -114,8 +120,13 @@ class ArrayImages:
             crc = zlib.crc32(bytes_of(tensor), crc)
         return crc
 
-    def check(self, *, skip_bad: bool = False, workers: int = 0, progress: bool = False) -> None:
+    def check(
+        self, *, skip_bad: bool = False, workers: int = 0, progress: bool = False, processes: Ranks | None = None
+    ) -> None:
         pass
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index].round().to(torch.uint8).numpy()).convert("RGB")
 
     def load(self, index: int) -> Tensor:
         return (self.pixels[index].float() / 127.5 - 1)[None]
@@ -194,23 +205,29 @@ class FolderImages:
             crc = zlib.crc32(line.encode(), crc)
         return crc
 
-    def check(self, *, skip_bad: bool = False, workers: int = 0, progress: bool = False) -> None:
+    def check(
+        self, *, skip_bad: bool = False, workers: int = 0, progress: bool = False, processes: Ranks | None = None
+    ) -> None:
         """Decode every image once, so that all that cannot be read are known before anything is done with the others.
 
         Args:
             skip_bad: leave them out, with a note, and classes that have no other.
             workers: processes that decode; 0: this one.
+            processes: of a run, each of which looks at some.
 
         Raises:
             ValueError: there are such images, all of them named; or with ``skip_bad``, no other.
         """
-        loader = DataLoader(_Faults(self.paths), 64, num_workers=workers, collate_fn=list)
-        bar = tqdm(total=len(self.paths), desc="check", unit="image", disable=not progress)
+        ranks = processes or Ranks()
+        own = self.paths[ranks.rank :: ranks.size]
+        loader = DataLoader(_Faults(own), 64, num_workers=workers, collate_fn=list)
+        bar = tqdm(total=len(own), desc="check", unit="image", disable=not progress)
         faults: list[str | None] = []
         for found in loader:
             faults += found
             bar.update(len(found))
         bar.close()
+        faults = ranks.gather(faults)
         bad = {path: fault for path, fault in zip(self.paths, faults, strict=True) if fault}
         if not bad:
             return
@@ -226,7 +243,7 @@ class FolderImages:
         lost = f", and with them classes {listing(gone)}" if gone else ""
         self.notes = (*self.notes, f"{self.source}: left out: {text}{lost}")
 
-    def _open(self, index: int) -> Image.Image:
+    def image(self, index: int) -> Image.Image:
         path = self.paths[index]
         try:
             return decode(path)
@@ -234,7 +251,7 @@ class FolderImages:
             raise ValueError(f"{printable(path)}: not an image that can be read ({error})") from None
 
     def _stored(self, index: int) -> Image.Image:
-        image = self._open(index)
+        image = self.image(index)
         shorter = min(image.size)
         if max(image.size) > LONGEST * shorter:
             left, top = (max(0, side - LONGEST * shorter) // 2 for side in image.size)
@@ -283,8 +300,14 @@ class _Faults(Dataset[str | None]):
 
 
 class _Rows(Dataset[tuple[Tensor, int]]):
-    def __init__(self, images: LabelledImages, rows: Sequence[int], key: tuple[int, ...] | None) -> None:
-        self.images, self.rows, self.key = images, rows, key
+    def __init__(
+        self,
+        images: LabelledImages,
+        rows: Sequence[int],
+        key: tuple[int, ...] | None,
+        prepare: Callable[[Image.Image], Tensor] | None,
+    ) -> None:
+        self.images, self.rows, self.key, self.prepare = images, rows, key, prepare
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -292,6 +315,8 @@ class _Rows(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         row = self.rows[i]
         label = int(self.images.labels[row])
+        if self.prepare is not None:
+            return self.prepare(self.images.image(row)), label
         if self.key is None:
             return self.images.load(row), label
         return self.images.load_augmented(row, np.random.default_rng((*self.key, row))), label
@@ -305,18 +330,22 @@ def batches(
     key: tuple[int, ...] | None = None,
     drop_last: bool = False,
     workers: int = 0,
+    prepare: Callable[[Image.Image], Tensor] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches (images [B, channels, H, H] float32, labels [B] int64) of the given rows, in their order.
 
     Args:
         key: if given, augment; what an image gets is a function of the key and its row, not of the workers.
         workers: processes that decode; 0: this one.
+        prepare: from an image to a backbone's own input; without, as the set of images does it.
     """
-    if isinstance(images, ArrayImages) and not workers:
+    if isinstance(images, ArrayImages) and not workers and prepare is None:
         for start in range(0, len(rows), batch_size):
             batch = list(rows[start : start + batch_size])
             if len(batch) == batch_size or not drop_last:
                 yield images.load_batch(batch, key), images.labels[batch]
         return
-    loader = DataLoader(_Rows(images, rows, key), batch_size, shuffle=False, drop_last=drop_last, num_workers=workers)
+    loader = DataLoader(
+        _Rows(images, rows, key, prepare), batch_size, shuffle=False, drop_last=drop_last, num_workers=workers
+    )
     yield from loader

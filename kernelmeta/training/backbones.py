@@ -11,6 +11,7 @@ from kernelmeta.graceful.small import PREFIX, SmallBackbone, parse_backbone
 from kernelmeta.nn import xfer
 from kernelmeta.training.checkpoint import Checkpoint
 from kernelmeta.training.finite import check_weights
+from kernelmeta.training.foreign_backbones import NAMES, ImageBackbone, foreign_backbone, is_foreign
 
 Backbone = nn.Conv4 | nn.WideResNet | SmallBackbone
 # Besides those of `SmallBackbone`, see there.
@@ -39,18 +40,24 @@ def check_backbone(name: str) -> None:
         raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
 
 
-def load_backbone(path: str | os.PathLike[str], name: str | None, channels: int, size: int) -> tuple[Backbone, str]:
-    """A backbone with the weights of a file, and its name.
+def load_backbone(path: str | os.PathLike[str] | None, name: str | None, channels: int, size: int) -> ImageBackbone:
+    """A backbone with the weights of a file, or another library's.
 
     Args:
         path: a checkpoint of ``kernelmeta pretrain``, a published checkpoint (a dict with ``netFeat``) or
             its feature extractor alone, or a state dict of the backbone.
-        name: one of `BACKBONES`; only a checkpoint of ``kernelmeta pretrain`` knows by itself.
+        name: one of `BACKBONES`; only a checkpoint of ``kernelmeta pretrain`` knows by itself. Or, with or without a
+            file, one that :func:`~kernelmeta.training.foreign_backbones.foreign_backbone` takes.
 
     Raises:
+        ImportError: a foreign backbone's library is not installed.
         OSError: there is no such file, or it cannot be read.
         ValueError: truncated, foreign, a pickle that would run code, or the weights do not fit or are not finite.
     """
+    if name is not None and is_foreign(name):
+        return foreign_backbone(name, path)
+    if path is None:
+        raise ValueError(f"weights: {name or 'a backbone'} needs them; without, --backbone takes {NAMES}")
     weights = read_weights(path)
     if any(key.startswith("backbone.") for key in weights):
         checkpoint = Checkpoint.load(path, "pretrain")
@@ -72,4 +79,4 @@ def load_backbone(path: str | os.PathLike[str], name: str | None, channels: int,
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not the weights of {name} ({one_line(error)})") from None
     check_weights(path, weights)
-    return backbone, name
+    return ImageBackbone(backbone, name)

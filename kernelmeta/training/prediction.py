@@ -25,6 +25,7 @@ from kernelmeta.data.words import listing, printable
 from kernelmeta.training.answers import METHODS, doubts, make_learner, probabilities
 from kernelmeta.training.backbones import load_backbone
 from kernelmeta.training.extraction import extract
+from kernelmeta.training.foreign_backbones import is_foreign
 from kernelmeta.training.loading import load_learner
 
 COLUMNS = ("id", "label", "probability", "runner_up")
@@ -130,13 +131,14 @@ def _plain(value: Any) -> Any:
 
 
 def _images(source: str, backbone: Backbone, say: Callable[[str], None]) -> Rows:
-    if backbone.weights is None:
-        raise ValueError(f"{source} is a folder of images: give the --weights of a backbone")
+    if backbone.weights is None and not is_foreign(backbone.name):
+        raise ValueError(f"{source} is a folder of images: give the --weights of a backbone, or --backbone timm:NAME")
     images = FolderImages(source, scan=scan_classes)
-    network, name = load_backbone(backbone.weights, backbone.name, images.channels, images.size)
+    eyes = load_backbone(backbone.weights, backbone.name, images.channels, images.size)
     bank = extract(
-        images, network, name, device=backbone.device, workers=backbone.workers, progress=backbone.progress, say=say
-    )
+        images, eyes.module, eyes.name, prepare=eyes.prepare, device=backbone.device, workers=backbone.workers,
+        progress=backbone.progress, say=say,
+    )  # fmt: skip
     names = [bank.class_names[c].removeprefix("test/") for c in bank.labels.tolist()]
     ids = [printable(path.relative_to(images.root)) for path in images.paths]
     return Rows(bank.features, ids, names if any(names) else None, list(images.paths))

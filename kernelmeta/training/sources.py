@@ -14,6 +14,7 @@ from kernelmeta.data.images import BACKBONE_SPLIT, ArrayImages, FolderImages, La
 from kernelmeta.data.words import printable
 from kernelmeta.training.backbones import load_backbone
 from kernelmeta.training.extraction import extract
+from kernelmeta.training.foreign_backbones import is_foreign
 
 Say = Callable[[str], None]
 
@@ -74,18 +75,19 @@ def open_bank(
         if weights is not None:
             raise ValueError(f"weights: {data} is not a folder of images; a bank's features are used as they are")
         return _bank(data, skip_bad, say)
-    if weights is None:
+    if weights is None and not is_foreign(backbone):
         if data != "glyphs" and pixels:
             return _pixels_of(open_images(data, style), reading)
         if data != "glyphs":
             raise ValueError(
                 f"{data} is a folder of images: give the --weights of a backbone ('kernelmeta pretrain'"
-                " trains one), or a bank that 'kernelmeta extract' wrote"
+                " trains one), --backbone timm:NAME or the like, or a bank that 'kernelmeta extract' wrote"
             )
         return _glyph_pixels()
     images = open_images(data, style)
-    network, name = load_backbone(weights, backbone, images.channels, images.size)
-    return extract(images, network, f"{images.source}, {name}", device=device, **reading)
+    eyes = load_backbone(weights, backbone, images.channels, images.size)
+    source = f"{images.source}, {eyes.name}"
+    return extract(images, eyes.module, source, prepare=eyes.prepare, device=device, **reading)
 
 
 def _bank(path: str, skip_bad: bool, say: Say) -> FeatureBank:

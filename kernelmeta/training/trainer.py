@@ -20,6 +20,7 @@ from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.words import one_line
 from kernelmeta.nn.training_step import TrainsAtOnce
 from kernelmeta.ops import focal_distillation
+from kernelmeta.ranks import Ranks
 from kernelmeta.training.calibration import Calibration
 from kernelmeta.training.checkpoint import (
     AVERAGED,
@@ -33,7 +34,6 @@ from kernelmeta.training.checkpoint import (
     rows,
 )
 from kernelmeta.training.config import TrainConfig
-from kernelmeta.training.distributed import Ranks
 from kernelmeta.training.evaluation import episode_accuracies, interval
 from kernelmeta.training.finite import NotFiniteError, not_finite
 from kernelmeta.training.interruptions import interruptions

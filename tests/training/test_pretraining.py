@@ -88,7 +88,7 @@ def test_the_rate_rises_stays_and_falls():
 
 
 def test_extraction_keeps_the_order_and_drops_the_backbones_classes(images, trained):
-    backbone, name = load_backbone(trained, None, 1, 16)
+    backbone, name, _ = load_backbone(trained, None, 1, 16)
     assert name == "conv4"
     bank = extract(images, backbone, "a test", batch_size=4)
     assert bank.class_names == ("e", "f", "g")
@@ -111,7 +111,7 @@ def test_published_weights_are_read_whole_or_alone(tmp_path):
     torch.save(published, tmp_path / "alone.pth")
     save_file(ours.state_dict(), tmp_path / "ours.safetensors")
     for file in ("whole.pth", "alone.pth", "ours.safetensors"):
-        backbone, _ = load_backbone(tmp_path / file, "conv4", 3, 80)
+        backbone = load_backbone(tmp_path / file, "conv4", 3, 80).module
         for key, value in ours.state_dict().items():
             assert torch.equal(backbone.state_dict()[key], value), (file, key)
     for prefix in ("module.", "_orig_mod.", "module._orig_mod."):  # of DataParallel, torch.compile, both
@@ -120,7 +120,7 @@ def test_published_weights_are_read_whole_or_alone(tmp_path):
         torch.save(wrapped, tmp_path / "wrapped alone.pth")
         save_file({f"{prefix}{key}": value for key, value in ours.state_dict().items()}, tmp_path / "wrapped ours.st")
         for file in ("wrapped whole.pth", "wrapped alone.pth", "wrapped ours.st"):
-            backbone, _ = load_backbone(tmp_path / file, "conv4", 3, 80)
+            backbone = load_backbone(tmp_path / file, "conv4", 3, 80).module
             for key, value in ours.state_dict().items():
                 assert torch.equal(backbone.state_dict()[key], value), (prefix, file, key)
     with pytest.raises(ValueError, match="which backbone are these weights of"):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,6 +49,17 @@ class Ranks:
         """Wait for all processes."""
         if self.size > 1:
             dist.barrier()
+
+    def gather(self, value: list[Any]) -> list[Any]:
+        """The items of all processes: one of the first, one of the second, and so on, in turn.
+
+        Each has those of ``[rank::size]`` of one list.
+        """
+        if self.size == 1:
+            return value
+        of_all: list[list[Any]] = [[] for _ in range(self.size)]
+        dist.all_gather_object(of_all, value)
+        return [of_all[i % self.size][i // self.size] for i in range(sum(map(len, of_all)))]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set in any process."""
