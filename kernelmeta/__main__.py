@@ -1,10 +1,30 @@
-"""``python -m kernelmeta``."""
+"""``kernelmeta`` and ``python -m kernelmeta``: the command, or a line that says what it needs.
+
+`pip install kernelmeta` brings what the ops need. What the commands need besides comes with ``kernelmeta[train]``.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 
-from kernelmeta.cli import main
+# What ``kernelmeta[train]`` brings, by the name to import and the name to install.
+_NEEDED = {"tqdm": "tqdm", "PIL": "pillow", "matplotlib": "matplotlib", "tensorboard": "tensorboard"}
+
+
+def main() -> int:
+    """Run the command; returns its exit code."""
+    missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        print(
+            f"kernelmeta: error: the command needs {', '.join(missing)}: pip install 'kernelmeta[train]'",
+            file=sys.stderr,
+        )
+        return 2
+    from kernelmeta.cli import main as command
+
+    return command()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -225,6 +225,15 @@ def test_ctrl_c_while_the_command_is_imported_is_no_traceback():
         assert (process.returncode, out, errors) == (130, "", "")
 
 
+def test_without_what_it_needs_the_command_says_so():
+    blocked = (
+        "import sys; sys.modules.update(tqdm=None, PIL=None); from kernelmeta.__main__ import main; sys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", blocked], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "kernelmeta: error: the command needs tqdm, pillow: pip install 'kernelmeta[train]'\n"
+
+
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(bank_file, tmp_path, capsys):
     out = str(tmp_path / "run")
     args = [
