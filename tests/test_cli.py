@@ -10,6 +10,7 @@ import pickle
 import re
 import signal
 import stat
+import subprocess
 import sys
 import threading
 import time
