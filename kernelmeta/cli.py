@@ -18,6 +18,7 @@ from kernelmeta.command_line import Command, Parser, check_machine
 from kernelmeta.commands import (
     adapt,
     compare,
+    completion,
     demo,
     evaluate,
     extract,
@@ -33,13 +34,16 @@ from kernelmeta.graceful import commands as graceful
 from kernelmeta.starting import started
 from kernelmeta.version import __version__
 
-_COMMANDS = (pretrain, extract, importing, train, evaluate, predict, adapt, share, compare, graceful, demo, info)
+_COMMANDS = (
+    pretrain, extract, importing, train, evaluate, predict, adapt, share, compare, graceful, demo, info, completion,
+)  # fmt: skip
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="kernelmeta", description="Few-shot learning with fused inner loops.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"kernelmeta {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Command)
+def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    whole = Parser(prog="kernelmeta", description="Few-shot learning with fused inner loops.", allow_abbrev=False)
+    whole.add_argument("--version", action="version", version=f"kernelmeta {__version__}")
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Command)
 
     def add(name: str, run: Callable[[argparse.Namespace], None], text: str, example: str) -> Command:
         command = commands.add_parser(name, help=text, description=text, example=example)
@@ -48,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for module in _COMMANDS:
         module.add_commands(add)
-    return parser
+    return whole
 
 
 def _one_line(error: BaseException) -> str:
@@ -77,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
         started()
-        args = _parser().parse_args(argv)
+        args = parser().parse_args(argv)
     except KeyboardInterrupt:
         return 130
     # A name that is not UTF-8, or a terminal that takes no ±, are no reason to lose what was computed.

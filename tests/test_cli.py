@@ -24,7 +24,7 @@ from runs import make_bank, start
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kernelmeta.cli import _parser, main
+from kernelmeta.cli import main, parser
 from kernelmeta.command_line import GROUPS
 from kernelmeta.data import FeatureBank
 from kernelmeta.training.learners import LEARNERS
@@ -224,6 +224,15 @@ def test_ctrl_c_while_the_command_is_imported_is_no_traceback():
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate()
         assert (process.returncode, out, errors) == (130, "", "")
+
+
+def test_a_shell_completes_commands_and_options(capsys):
+    pytest.importorskip("shtab", reason="shtab is not installed")
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    asked = f'{script}\nCOMP_WORDS=(kernelmeta extract --pre) COMP_CWORD=2\n_shtab_kernelmeta\necho "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["--precision"]
 
 
 def test_without_what_it_needs_the_command_says_so():
@@ -633,7 +642,7 @@ def test_no_command_and_help(capsys):
     assert "--tasks-per-step" in capsys.readouterr().out
 
 
-COMMANDS = next(a.choices for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+COMMANDS = next(a.choices for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -647,7 +656,7 @@ def test_help_is_in_parts_and_ends_with_a_command_to_copy(capsys, name):
     assert text.splitlines()[0].startswith(f"usage: kernelmeta {name}")
     example = text.splitlines()[-1].split()
     assert example[:2] == ["kernelmeta", name]
-    assert _parser().parse_args(example[1:]).command == name
+    assert parser().parse_args(example[1:]).command == name
     for action in COMMANDS[name]._actions:
         assert action.help, action.dest
 

@@ -99,9 +99,9 @@ def _example(name: str) -> str:
 
 def _help(command: str) -> str:
     """The options of a command, as its own parser tells them."""
-    from kernelmeta.cli import _parser
+    from kernelmeta.cli import parser
 
-    (commands,) = (action.choices for action in _parser()._actions if isinstance(action, argparse._SubParsersAction))
+    (commands,) = (action.choices for action in parser()._actions if isinstance(action, argparse._SubParsersAction))
     parser: Any = commands[command]
     rows = ["| | |", "|---|---|"]
     for part in parser._action_groups:
