@@ -26,7 +26,7 @@ demo bench docs test: export KERNELMETA_BUILD ?= $(if $(wildcard kernelmeta/_nat
 demo bench docs test test-rare: export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: help install test test-rare lint cpp-test cpp-test-rare cuda-rare py-test format demo bench docs gpu-check clean
+.PHONY: help install test test-rare lint cpp-test cpp-test-rare cuda-rare py-test triton-test format demo bench docs gpu-check clean
 
 help:
 	@echo "make test    install, then linters, C++ tests under the sanitizers, Python tests"
@@ -47,9 +47,10 @@ install:
 	@echo "compiling and installing kernelmeta"
 	@"$(BIN)/python" -m pip install -q --no-build-isolation -e '.[$(EXTRAS)]'
 
-# The Python tests use one core, so that others can go on beside them.
+# The Python tests use one core, so that others can go on beside them: those of the Triton kernels, which are interpreted
+# and take long, apart from the rest.
 test: install
-	@$(MAKE) --no-print-directory -j $(JOBS) py-test cpp-test lint
+	@$(MAKE) --no-print-directory -j $(JOBS) py-test cpp-test triton-test lint
 
 lint:
 	"$(BIN)/ruff" check .
@@ -75,7 +76,10 @@ cpp-test-rare:
 endif
 
 py-test:
-	"$(BIN)/python" -m pytest -m 'not rare'
+	"$(BIN)/python" -m pytest -m 'not rare' --ignore tests/triton_kernels
+
+triton-test:
+	"$(BIN)/python" -m pytest -m 'not rare' -p no:cacheprovider tests/triton_kernels
 
 test-rare: install
 	@$(MAKE) --no-print-directory cpp-test-rare cuda-rare
