@@ -133,8 +133,8 @@ class _LeakyMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _RELUS:
-            rows, *inplace = *args, *(kwargs or {}).values()
-            return leaky_relu(rows, self.slope, func in _INPLACE or any(inplace))
+            given = [*args, *(kwargs or {}).values()]  # (the rows first, unless someone names them last)
+            return leaky_relu(given[0], self.slope, func in _INPLACE or any(given[1:]))
         return func(*args, **(kwargs or {}))
 
 
