@@ -17,7 +17,7 @@ from torch import nn
 
 from kernelmeta.data.files import read_json, write_json
 from kernelmeta.linear.digits import CLASSES, Digits, drawn, mnist
-from kernelmeta.linear.fine_tuning import FineTuningSettings, one_draw, outputs_of
+from kernelmeta.linear.fine_tuning import CHUNK, FineTuningSettings, one_draw, outputs_of
 from kernelmeta.linear.lqf import lqf
 from kernelmeta.linear.optimizer_steps import steps_to_optimum
 from kernelmeta.linear.probes import ridge_head
@@ -72,7 +72,9 @@ def optimizers(backbone: nn.Module, train: Digits, settings: FineTuningSettings)
     wanted = settings.scale * F.one_hot(train.labels, CLASSES).float()
     head = ridge_head(outputs_of(backbone, train), wanted, HEAD)
     model = lqf(nn.Sequential(backbone, head).eval(), slope=settings.slope)
-    return steps_to_optimum(model, train.images, wanted, regularization=REGULARIZATION, most=settings.most_steps)
+    return steps_to_optimum(
+        model, train.images, wanted, regularization=REGULARIZATION, most=settings.most_steps, chunk_size=CHUNK
+    )
 
 
 def experiment(settings: FineTuningSettings, out: Path, say: Say = silent) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from kernelmeta.linear.preconditioning import KroneckerPreconditioner
 # The weights after a step, from those before it and the gradient.
 Step = Callable[[list[Tensor], list[Tensor]], list[Tensor]]
 Precondition = Callable[[list[Tensor]], list[Tensor]]
+# Steps that one setting takes, of those that it may take.
+Attempt = Callable[[int], int | None]
 NEAR = 0.01  # of the way from the start to the optimum
 # Of the heavy ball; rates as shares of 1 over the largest eigenvalue, stable below 2 (1 + momentum).
 MOMENTA = (0.9, 0.85, 0.95, 0.98, 0.99)
@@ -194,23 +197,29 @@ def conjugate_gradients(
     return None
 
 
-def _fewest(counts: Iterable[Callable[[int], int | None]], most: int) -> int | None:
+def _fewest(attempts: Iterable[Attempt], most: int) -> int | None:
     """The fewest steps: none is tried for longer than the best so far."""
     best = None
-    for counted in counts:
-        found = counted(most if best is None else best)
+    for attempt in attempts:
+        found = attempt(most if best is None else best)
         best = best if found is None else found
     return best
 
 
 def steps_to_optimum(
-    model: Linearised, rows: Tensor, targets: Tensor, *, regularization: float, most: int
+    model: Linearised,
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    regularization: float,
+    most: int,
+    chunk_size: int | None = None,
 ) -> dict[str, int | None]:
     """Steps of the full gradient until the loss has gone 99 % of the way from its start to its optimum, with the best
     rates of a grid for each optimizer, None where none gets there.
 
-    The loss is ``|f(X) - targets|^2 / 2 + l |w - w0|^2 / 2``. What has no preconditioner but the plain gradient runs
-    in the space of the kernel, in float64.
+    The loss is ``|f(X) - targets|^2 / 2 + l |w - w0|^2 / 2``. Momentum and conjugate gradients without a
+    preconditioner run in the space of the kernel, in float64.
 
     Args:
         model: linearised at its start.
@@ -218,45 +227,34 @@ def steps_to_optimum(
         targets: [n, classes].
         regularization: l, in units of the kernel's mean eigenvalue.
         most: steps that are tried.
+        chunk_size: as for `ntk_gram`.
 
     Raises:
         ImportError: curvlinops, for the preconditioner, is not installed.
     """
-    K = tangent_gram(model, rows, chunk_size=100)
-    values, vectors = torch.linalg.eigh(K)
+    values, vectors = torch.linalg.eigh(tangent_gram(model, rows, chunk_size))
     values = values.clamp_min(0)
     decay = regularization * float(values.mean())
     weights = Weights(model, rows, targets, decay)
     modes = Modes(values, vectors.mT @ weights.gap.double().flatten(), decay)
     optimum, first = modes.optimum(), modes.loss_and_gradient(modes.start())[0]
     enough = optimum + NEAR * (first - optimum)
-    largest = float(values[-1]) + decay
-    grid = list(itertools.product(MOMENTA, SHARES))
 
-    def by_rates(
-        problem: Modes | Weights, largest: float, precondition: Precondition = _as_it_is
-    ) -> Iterable[Callable[[int], int | None]]:
-        for momentum, share in grid:
-            step = heavy_ball(share / largest, momentum, precondition)
-            yield lambda most, step=step: count(problem, step, enough, most)  # type: ignore[misc]
+    def momentum(problem: Modes | Weights, rate: float, precondition: Precondition = _as_it_is) -> Iterator[Attempt]:
+        """Args: rate: 1 over the largest eigenvalue."""
+        for momentum, share in itertools.product(MOMENTA, SHARES):
+            yield partial(count, problem, heavy_ball(share * rate, momentum, precondition), enough)
 
     preconditioners = [KroneckerPreconditioner(model, rows, damping=damping * decay) for damping in DAMPINGS]
-    return {
-        "momentum": _fewest(by_rates(modes, largest), most),
-        "Adam": _fewest(
-            (
-                lambda most, lr=lr: count(weights, adam(weights.start(), lr), enough, most)  # type: ignore[misc]
-                for lr in ADAM_RATES
-            ),
-            most,
+    attempts: dict[str, Iterable[Attempt]] = {
+        "momentum": momentum(modes, 1 / (float(values[-1]) + decay)),
+        "Adam": (partial(count, weights, adam(weights.start(), lr), enough) for lr in ADAM_RATES),
+        "conjugate gradients": [partial(conjugate_gradients, modes, enough)],
+        "Kronecker-factored, momentum": itertools.chain.from_iterable(
+            momentum(weights, p.largest_rate(decay) / 2, p) for p in preconditioners
         ),
-        "conjugate gradients": conjugate_gradients(modes, enough, most),
-        "Kronecker-factored, momentum": _fewest(
-            itertools.chain.from_iterable(by_rates(weights, 2 / p.largest_rate(decay), p) for p in preconditioners),
-            most,
-        ),
-        "Kronecker-factored, conjugate gradients": _fewest(
-            (lambda most, p=p: conjugate_gradients(weights, enough, most, p) for p in preconditioners),  # type: ignore[misc]
-            most,
+        "Kronecker-factored, conjugate gradients": (
+            partial(conjugate_gradients, weights, enough, precondition=p) for p in preconditioners
         ),
     }
+    return {name: _fewest(of_optimizer, most) for name, of_optimizer in attempts.items()}
