@@ -110,6 +110,27 @@ def test_types_and_torch_func() -> None:
     assert_close([by_func], [by_autograd], 1e-12)
 
 
+def test_compiled_vmapped_and_without_tasks() -> None:
+    gram, cross = (products(a, EPISODE.support).detach() for a in (EPISODE.support, EPISODE.query))
+
+    def logits(gram: Tensor, cross: Tensor, labels: Tensor = EPISODE.labels) -> Tensor:
+        phases = [Phase("cross_entropy", 5, 0.05)]
+        return km.ops.program(None, labels, None, phases, n_way=3, gram=(gram, cross), **LINEAR)
+
+    want, leaf = logits(gram, cross), gram.clone().requires_grad_()
+    got = torch.compile(logits, backend="aot_eager", fullgraph=True)(leaf, cross)
+    grads = [torch.autograd.grad(z.square().sum(), leaf)[0] for z in (got, logits(leaf, cross))]
+    assert_close([got, grads[0]], [want, grads[1]], 1e-12)
+    same = torch.stack([want[:1], want[:1]])
+    alike = torch.vmap(lambda K, C: logits(K, C, EPISODE.labels[:1]))(
+        gram[:1].expand(2, 1, -1, -1), cross[:1].expand(2, 1, -1, -1)
+    )
+    assert_close([alike], [same], 1e-12)
+    with torch.inference_mode():
+        assert torch.equal(logits(gram, cross), want)
+    assert logits(gram[:0], cross[:0], EPISODE.labels[:0]).shape == (0, *want.shape[1:])
+
+
 def test_what_does_not_go_with_gram_is_named() -> None:
     gram = (products(EPISODE.support, EPISODE.support), products(EPISODE.query, EPISODE.support))
     loss = [Phase("cross_entropy", 1, 0.1)]
