@@ -1,4 +1,4 @@
-"""`program` with ``gram``: its checks, and what kernels of caller's own bring."""
+"""The form of `program` that runs on Gram matrices: what it takes, checked."""
 
 from __future__ import annotations
 
