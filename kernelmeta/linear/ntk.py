@@ -80,7 +80,9 @@ def ntk_gram(
         first = _layers(layers, x1)
         second = first if x2 is x1 else _layers(layers, x2)
         return _by_layers(first, second, full)
-    return torch.stack([_by_differentiation(module, a, b, full, chunk_size) for a, b in zip(x1, x2, strict=True)])
+    # (each task's rows are one object where they are the same: then their Jacobians are taken once)
+    pairs = ((x, x) for x in x1) if x2 is x1 else zip(x1, x2, strict=True)
+    return torch.stack([_by_differentiation(module, a, b, full, chunk_size) for a, b in pairs])
 
 
 def _perceptron(module: nn.Module) -> Sequence[nn.Module] | None:
@@ -188,16 +190,23 @@ def _contracted(
     rows = max(len(x1), len(x2)) if chunk_size is None else chunk_size
     product = "icp,jep->icje" if full else "icp,jcp->ij"
 
-    def block(a: Tensor, b: Tensor) -> Tensor:
-        of_a = jacobian(trained, a)
-        of_b = of_a if b is a else jacobian(trained, b)
+    def block(of_a: dict[str, Tensor], of_b: dict[str, Tensor]) -> Tensor:
         return torch.stack(
             [torch.einsum(product, of_a[name].flatten(2), of_b[name].flatten(2)) for name in trained]
         ).sum(0)
 
     first = x1.split(rows)
     second = first if x2 is x1 else x2.split(rows)
-    return torch.cat([torch.cat([block(a, b) for b in second], 2 if full else 1) for a in first])
+    found: list[list[Tensor]] = []
+    for i, a in enumerate(first):
+        of_a = jacobian(trained, a)
+        # A kernel of rows with themselves is symmetric: what is below its diagonal is there already.
+        known = [found[j][i] for j in range(i)] if x2 is x1 else []
+        line = [each.permute(2, 3, 0, 1) if full else each.T for each in known]
+        for b in second[len(line) :]:
+            line.append(block(of_a, of_a if b is a else jacobian(trained, b)))
+        found.append(line)
+    return torch.cat([torch.cat(line, 2 if full else 1) for line in found])
 
 
 def _by_vectors(

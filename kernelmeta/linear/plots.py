@@ -86,7 +86,7 @@ def fine_tuning_plot(path: str | os.PathLike[str], found: dict[str, Any]) -> Non
 
     Args:
         path: of the file.
-        found: what `kernelmeta.linear.fine_tuning.experiment` returns.
+        found: what `kernelmeta.linear.lqf_demo.experiment` returns.
     """
     figure, panels = new_panels(len(found["means"]))
     for axes, (shot, by_method) in zip(panels, found["means"].items(), strict=True):

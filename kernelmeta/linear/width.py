@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelmeta.data.files import write_json, write_text
 from kernelmeta.data.glyphs import load_glyphs
+from kernelmeta.linear.results import Say, markdown_table, silent, write_results
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ def slope(widths: list[int], values: list[float]) -> float:
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
 
 
-def experiment(settings: WidthSettings, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def experiment(settings: WidthSettings, say: Say = silent) -> dict[str, Any]:
     """The gap of the outputs and the drift of the kernel, of every width and seed, and their slopes.
 
     Args:
@@ -162,11 +161,11 @@ def experiment(settings: WidthSettings, say: Callable[[str], None] = lambda line
         name: [slope(widths, [row[name][seed] for row in fitted]) for seed in range(settings.seeds)]
         for name in ("output_gap", "kernel_drift")
     }
-    return {"command": "demo ntk", "settings": asdict(settings), "rows": rows, "slopes": slopes}
+    return {"settings": asdict(settings), "rows": rows, "slopes": slopes}
 
 
-def run(out: Path, *, quick: bool, say: Callable[[str], None]) -> str:
-    """What ``kernelmeta demo ntk`` does: the numbers, their configuration, a table and a plot, into ``out``.
+def run(out: Path, *, quick: bool, say: Say) -> str:
+    """What ``kernelmeta demo ntk`` does; see `write_results`.
 
     Args:
         out: a folder.
@@ -181,34 +180,27 @@ def run(out: Path, *, quick: bool, say: Callable[[str], None]) -> str:
     """
     from kernelmeta.linear.plots import width_plot
 
-    found = experiment(QUICK if quick else WidthSettings(), say) | {"quick": quick}
-    write_json(out / "ntk.json", found)
-    width_plot(out / "ntk.png", found)
-    text = table(found)
-    write_text(out / "ntk.md", text)
-    return text
+    found = experiment(QUICK if quick else WidthSettings(), say)
+    return write_results(out, "ntk", found, quick=quick, table=table, plot=width_plot)
 
 
-def table(found: dict[str, Any]) -> str:
-    """What was found, as Markdown.
+def table(found: dict[str, Any]) -> list[str]:
+    """What was found, as lines of Markdown.
 
     Args:
         found: what `experiment` returns.
     """
     settings = found["settings"]
-    lines = [
+    measures = ("output_gap", "kernel_drift")
+    rows = [[row["width"], *(f"{statistics.fmean(row[name]):.4f}" for name in measures)] for row in found["rows"]]
+    slopes = []
+    for name in measures:
+        of_seeds = found["slopes"][name]
+        slopes.append(f"{statistics.fmean(of_seeds):.2f} ({', '.join(f'{v:.2f}' for v in of_seeds)})")
+    rows.append([f"slope, to {settings['fit_to']}", *slopes])
+    return [
         f"**Networks and their linearisations** after {settings['steps']} steps on {settings['train']} glyphs; means"
         f" over {settings['seeds']} seeds.",
         "",
-        "| width | gap of the outputs | drift of the kernel |",
-        "| ---: | ---: | ---: |",
+        *markdown_table(("width", "gap of the outputs", "drift of the kernel"), rows, words=0),
     ]
-    for row in found["rows"]:
-        cells = [f"{statistics.fmean(row[name]):.4f}" for name in ("output_gap", "kernel_drift")]
-        lines.append(f"| {row['width']} | {' | '.join(cells)} |")
-    means = []
-    for name in ("output_gap", "kernel_drift"):
-        of_seeds = found["slopes"][name]
-        means.append(f"{statistics.fmean(of_seeds):.2f} ({', '.join(f'{v:.2f}' for v in of_seeds)})")
-    lines += [f"| slope, to {settings['fit_to']} | {' | '.join(means)} |"]
-    return "\n".join(lines) + "\n"

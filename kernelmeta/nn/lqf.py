@@ -28,7 +28,7 @@ class LQF(Learner):
         n_features: D.
         hidden: units of each hidden layer; one layer, or several with a sequence.
         target_scale: what the right class should get.
-        regularization: starting value of the ridge, in units of the kernel's mean over the support rows.
+        regularization: starting value of the ridge, in units of the kernel's mean over a task's support rows.
         slope: of the leaky ReLU, below zero.
 
     Parameters: ``weights`` and ``biases``, lists of those of the layers, ``log_regularization`` [1], ``scale`` [1].
@@ -94,10 +94,10 @@ class LQF(Learner):
         kernel = ops.ntk_gram(of_support, of_query, list(self.weights), list(self.biases), full=True, slope=self.slope)
         check_label_range(labels, self.n_way)
         targets = self.target_scale * one_hot_targets(labels, self.n_way, kernel.gram.dtype)
-        gram = kernel.gram
-        mean = gram.flatten(3).flatten(1, 2).diagonal(dim1=1, dim2=2).mean()
+        # Each task's kernel in units of its own mean, which is what the ridge counts in.
+        mean = kernel.gram.flatten(3).flatten(1, 2).diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1, 1, 1)
         fit = kernel_ridge(
-            gram, targets, kernel.cross, regularization=self.log_regularization.exp() * mean,
+            kernel.gram / mean, targets, kernel.cross / mean, regularization=self.log_regularization.exp(),
             support_outputs=kernel.support_outputs, query_outputs=kernel.query_outputs,
         )  # fmt: skip
         return self.scale * fit.outputs

@@ -17,8 +17,9 @@ from torch.nn.functional import normalize, pad
 
 from kernelmeta.backends import is_traced, select
 from kernelmeta.mlp_parameters import MLPParameters
-from kernelmeta.ops import _checks, _ragged
+from kernelmeta.ops import _checks, _gram_program, _ragged
 from kernelmeta.ops._differentiable import DifferentiableOp
+from kernelmeta.ops._gram_program import Gram
 from kernelmeta.ops._signature import mlp_of, mlp_tensors
 from kernelmeta.ops._trace import elements, padded
 from kernelmeta.ops.class_means_op import class_means
@@ -153,36 +154,39 @@ OP = DifferentiableOp(
 # fmt: off
 @overload
 def program(
-    support: Tensor, support_labels: Tensor, query: Tensor, phases: Sequence[Phase], *,
+    support: Tensor | None, support_labels: Tensor, query: Tensor | None, phases: Sequence[Phase], *,
     n_way: int, rates: Tensor | None = ..., classifier: str = ..., start: str | Tensor = ...,
     weight: Tensor | None = ..., scale: Tensor | None = ..., bias: Tensor | None = ...,
     target_scale: Tensor | None = ..., mlp: MLPParameters | None = ..., running_stats: Tensor | None = ...,
     reduction: str | None = ..., first_order: bool = ..., return_weights: Literal[False] = ...,
     support_index: Tensor | None = ..., query_index: Tensor | None = ..., ragged: Ragged | None = ...,
+    gram: Gram | None = ...,
 ) -> Tensor: ...
 @overload
 def program(
-    support: Tensor, support_labels: Tensor, query: Tensor, phases: Sequence[Phase], *,
+    support: Tensor | None, support_labels: Tensor, query: Tensor | None, phases: Sequence[Phase], *,
     n_way: int, rates: Tensor | None = ..., classifier: str = ..., start: str | Tensor = ...,
     weight: Tensor | None = ..., scale: Tensor | None = ..., bias: Tensor | None = ...,
     target_scale: Tensor | None = ..., mlp: MLPParameters | None = ..., running_stats: Tensor | None = ...,
     reduction: str | None = ..., first_order: bool = ..., return_weights: Literal[True],
     support_index: Tensor | None = ..., query_index: Tensor | None = ..., ragged: Ragged | None = ...,
+    gram: Gram | None = ...,
 ) -> tuple[Tensor, Classifier]: ...
 @overload
 def program(
-    support: Tensor, support_labels: Tensor, query: Tensor, phases: Sequence[Phase], *,
+    support: Tensor | None, support_labels: Tensor, query: Tensor | None, phases: Sequence[Phase], *,
     n_way: int, rates: Tensor | None = ..., classifier: str = ..., start: str | Tensor = ...,
     weight: Tensor | None = ..., scale: Tensor | None = ..., bias: Tensor | None = ...,
     target_scale: Tensor | None = ..., mlp: MLPParameters | None = ..., running_stats: Tensor | None = ...,
     reduction: str | None = ..., first_order: bool = ..., return_weights: bool,
     support_index: Tensor | None = ..., query_index: Tensor | None = ..., ragged: Ragged | None = ...,
+    gram: Gram | None = ...,
 ) -> Tensor | tuple[Tensor, Classifier]: ...
 # fmt: on
 def program(
-    support: Tensor,
+    support: Tensor | None,
     support_labels: Tensor,
-    query: Tensor,
+    query: Tensor | None,
     phases: Sequence[Phase],
     *,
     n_way: int,
@@ -201,6 +205,7 @@ def program(
     support_index: Tensor | None = None,
     query_index: Tensor | None = None,
     ragged: Ragged | None = None,
+    gram: Gram | None = None,
 ) -> Tensor | tuple[Tensor, Classifier]:
     """Start a classifier for each task, refine it by phases of steps, and classify the query rows.
 
@@ -234,6 +239,11 @@ def program(
             rows], ``query`` [all query rows, D] (or indices of those lengths). A task with fewer than ``n_way`` ways
             uses the first ways of everything that is learned for all: rows of the start and of the bias, inputs and
             outputs of the MLP.
+        gram: what is known of the rows instead of the rows themselves, ``support`` and ``query`` being None: a
+            `TangentKernel`, as :func:`ntk_gram` returns, whose outputs are where the logits start; or the matrices
+            ``gram`` [T, S, S] and ``cross`` [T, Q, S] of any kernel. It takes ``classifier="linear"``,
+            ``start="zero"`` and phases of support rows with losses; a bias is what the kernel has (K + 1). It runs as
+            plain PyTorch everywhere.
 
     Returns:
         Logits, [T, Q, N] or [sum Q, N], minus infinity beyond a task's own ways, in the dtype that all arguments
@@ -245,6 +255,16 @@ def program(
             ways than a task has rows.
         TypeError: features that are not floating point, labels, indices, offsets or ways that are not int64.
     """
+    if gram is not None:
+        absent = {"support": support, "query": query, "weight": weight, "scale": scale, "bias": bias, "mlp": mlp,
+                  "running_stats": running_stats, "support_index": support_index, "query_index": query_index,
+                  "ragged": ragged, "first_order": first_order, "return_weights": return_weights}  # fmt: skip
+        return _gram_program.run(
+            gram, support_labels, phases, n_way=n_way, rates=rates, target_scale=target_scale, reduction=reduction,
+            absent=absent, classifier=classifier, start=start,
+        )  # fmt: skip
+    if support is None or query is None:
+        raise TypeError("support and query: expected tensors, or gram instead of both")
     theta0 = start if isinstance(start, Tensor) else None
     named: dict[str, Tensor] = {"support": support, "query": query}
     optional = {"rates": rates, "start": theta0, "weight": weight, "scale": scale, "bias": bias,

