@@ -10,8 +10,10 @@ from __future__ import annotations
 import errno
 import json
 import math
+import mmap
 import os
 import stat
+import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,6 +34,12 @@ _DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
     torch.bool: "BOOL",
 }  # fmt: skip
+# What is read besides, of other tools.
+_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()} | {
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+_NO_RESERVE = 0x4000  # mmap.MAP_NORESERVE, from Python 3.11 on
 _PIECE = 1 << 24
 
 
@@ -130,22 +138,53 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     with open(path, "rb"):  # and for one that must not be read
         pass
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:  # looks at the header, and maps nothing that could be written to
             metadata: dict[str, str] = file.metadata() or {}
             if CHECKSUM in metadata:
                 _verify(path, metadata[CHECKSUM])
-            names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, metadata
+            return _mapped(path), metadata
     except SafetensorError as error:
         kind = None if is_safetensors(path) else kind_of_file(path)
         fault = "truncated, or not a safetensors file" if kind is None else f"{kind}, not a safetensors file"
         raise ValueError(f"{path}: {fault} ({one_line(error)})") from None
 
 
+def _mapped(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a file with a sound header. What is written to one of them is this process' own.
+
+    The safetensors library has the system set memory aside for all that could be written to, so that a file larger than
+    memory could not be opened.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        if hasattr(mmap, "MAP_PRIVATE"):
+            flags = mmap.MAP_PRIVATE | (_NO_RESERVE if sys.platform == "linux" else 0)
+            memory = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        else:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {}
+    for name, entry in sorted(header.items()):
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _BY_NAME:
+            raise ValueError(f"{path}: {name}: of dtype {entry['dtype']}, which is not read")
+        dtype, shape = _BY_NAME[entry["dtype"]], entry["shape"]
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        if begin == end:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+        elif begin % dtype.itemsize:  # the kernels read whole elements
+            tensors[name] = torch.frombuffer(bytearray(memory[begin:end]), dtype=dtype).view(shape)
+        else:
+            count = (end - begin) // dtype.itemsize
+            tensors[name] = torch.frombuffer(memory, dtype=dtype, count=count, offset=begin).view(shape)
+    return tensors
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The metadata of a safetensors file alone. Raises OSError or ValueError."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:
             return file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path}: truncated, or not a safetensors file ({one_line(error)})") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,9 @@ import torch
 from runs import make_bank, start
 
 from kernelmeta.cli import main
+from kernelmeta.data.bank import FORMAT
 from kernelmeta.data.task_tables import COLUMNS
+from kernelmeta.data.tensor_files import bytes_of
 from kernelmeta.training.answers import make_learner
 
 pa = pytest.importorskip("pyarrow")
@@ -102,6 +105,60 @@ def test_every_task_gets_what_it_would_get_alone(folder, tmp_path, monkeypatch, 
         torch.testing.assert_close(torch.tensor(probability), values, rtol=1e-4, atol=1e-5)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["tasks"], results["files"]) == (60, 7)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs files with holes, and /proc")
+def test_a_bank_may_be_larger_than_memory(folder, tmp_path):
+    """Twice as large as this machine's memory, most of it a hole of the file; a few rows at its end hold numbers."""
+    D = 1 << 16
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    n = 2 * memory // (4 * D)
+    features = torch.nn.functional.pad(BANK.features[:960], (0, D - BANK.n_features))
+    labels = torch.zeros(n, dtype=torch.int64)
+    labels[-960:] = BANK.labels[:960]
+    header: dict[str, Any] = {
+        "__metadata__": {"format": FORMAT, "class_names": json.dumps(list(BANK.class_names)), "source": "a test"}
+    }
+    at = 0
+    shapes = {"features": ("F32", [n, D], 4 * D * n), "labels": ("I64", [n], 8 * n)}
+    shapes["class_split"] = ("U8", [len(BANK.class_names)], len(BANK.class_names))
+    for name, (dtype, shape, size) in shapes.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(tmp_path / "large.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(4 * D * (n - 960), os.SEEK_CUR)
+        file.write(bytes_of(features))
+        file.write(bytes_of(labels))
+        file.write(bytes_of(BANK.class_split))
+    tasks = draw_tasks(20, 7)
+    write(folder / "small.parquet", tasks)
+    first = n - 960
+    moved = [(task, [r + first for r in rows], y, [r + first for r in query]) for task, rows, y, query in tasks]
+    write(tmp_path / "large.parquet", moved)
+    assert main(command(folder, tmp_path / "small", tasks="small.parquet")) == 0
+    words = [
+        "adapt",
+        "prototypes",
+        "--tasks",
+        "large.parquet",
+        "--bank",
+        "large.safetensors",
+        "--out",
+        "out",
+        "--quiet",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; from kernelmeta.cli import main; sys.exit(main({words!r}))"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    small, large = answers(tmp_path / "small"), answers(tmp_path / "out")
+    assert (small["task"], small["labels"]) == (large["task"], large["labels"])
 
 
 def test_killed_again_and_again_nothing_is_lost_or_doubled(folder, tmp_path):
