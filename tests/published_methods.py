@@ -111,9 +111,7 @@ def bd_cspn(support, labels, query, N, scale=10.0) -> Tensor:
     return scale * torch.nn.functional.cosine_similarity(query[:, None], centers[None], dim=2)
 
 
-def laplacian_shot(
-    support, labels, query, N, steps=20, neighbours=2, strength=0.7, rectify=True, scale=10.0
-) -> Tensor:
+def laplacian_shot(support, labels, query, N, steps=20, neighbours=2, strength=0.7, rectify=True, scale=10.0) -> Tensor:
     """Ziko et al. 2020."""
     centers = rectified(support, labels, query, N, scale) if rectify else means(support, labels, N)
     a = torch.cdist(query, centers, compute_mode="donot_use_mm_for_euclid_dist").square()

@@ -116,5 +116,3 @@ class Transform:
                         done.append(unit(rows[own] - rows[own].mean(-2, keepdim=True)))
                 both = [torch.cat(done) for done in parts]
         return both[0], both[1]
-
-
