@@ -242,10 +242,8 @@ class Comparison:
         return {
             **self.config.to_dict(),
             "titles": {name: TITLES[name] for name in self.config.learners},
-            "assume_even": [name for name in self.config.learners if name in PEERS and PEERS[name].assumes_even],
-            "take_proportions": [
-                name for name in self.config.learners if name in PEERS and PEERS[name].takes_proportions
-            ],
+            "assume_even": [name for name, kind in peers.items() if kind.assumes_even],
+            "take_proportions": [name for name, kind in peers.items() if kind.takes_proportions],
             "features": fingerprint(self.bank),
             "source": self.bank.source,
             "cells": cells,

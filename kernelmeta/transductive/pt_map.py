@@ -6,7 +6,7 @@ from torch import Tensor
 
 from kernelmeta.tasks import Ragged
 from kernelmeta.transductive.tasks import Tasks, check_least, solved
-from kernelmeta.transductive.transport import transport
+from kernelmeta.transductive.transport import TOLERANCE, transport
 
 
 def pt_map(
@@ -18,6 +18,7 @@ def pt_map(
     steps: int = 20,
     rate: float = 0.2,
     sharpness: float = 10.0,
+    tolerance: float = TOLERANCE,
     proportions: Tensor | None = None,
     ragged: Ragged | None = None,
 ) -> Tensor:
@@ -25,8 +26,8 @@ def pt_map(
     algorithm 1), without its transform of the features: that is ``Transform("power:0.5", "task")``.
 
     In each step the query rows are shared out by `transport` over squared distances (eq. 3), and every centre moves by
-    ``rate`` towards the mean of its support rows and of its share of the query rows (eq. 6). It assumes that all classes
-    have equally many query rows, unless it is told their proportions.
+    ``rate`` towards the mean of its support rows and of its share of the query rows (eq. 6). It assumes that all
+    classes have equally many query rows, unless it is told their proportions.
 
     Args:
         support: [T, S, D]; every class needs at least one row.
@@ -36,6 +37,7 @@ def pt_map(
         steps: of the centres.
         rate: alpha.
         sharpness: lambda, times the squared distances.
+        tolerance: of `transport`; a thousand times the published one takes a tenth of the time, for the same answers.
         proportions: [T, N], the shares of the query rows that the classes have; equal ones if None.
         ragged: tasks of unequal size: features are [all rows, D] then, see `kernelmeta.Ragged`.
 
@@ -45,7 +47,7 @@ def pt_map(
     Raises:
         ValueError, TypeError: an argument that does not fit, named.
     """
-    check_least(steps=(steps, 0), rate=(rate, 0.0), sharpness=(sharpness, 0.0))
+    check_least(steps=(steps, 0), rate=(rate, 0.0), sharpness=(sharpness, 0.0), tolerance=(tolerance, 0.0))
 
     def solve(tasks: Tasks) -> Tensor:
         centers, counts = tasks.means(), tasks.counts.unsqueeze(-1)
@@ -54,7 +56,7 @@ def pt_map(
         def plan() -> Tensor:
             # |q - m|^2 but for |q|^2, which is the same for all classes
             distances = centers.square().sum(-1).unsqueeze(-2) - 2 * tasks.query @ centers.mT
-            return transport(-sharpness * distances, tasks.proportions)
+            return transport(-sharpness * distances, tasks.proportions, tolerance=tolerance)
 
         for _ in range(steps):
             assigned = plan().exp().mT  # [T, N, Q]

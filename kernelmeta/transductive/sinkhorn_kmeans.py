@@ -7,7 +7,7 @@ from torch import Tensor
 from kernelmeta.reference.norms import unit
 from kernelmeta.tasks import Ragged
 from kernelmeta.transductive.tasks import Tasks, check_least, solved
-from kernelmeta.transductive.transport import transport
+from kernelmeta.transductive.transport import TOLERANCE, transport
 
 
 def sinkhorn_kmeans(
@@ -18,6 +18,7 @@ def sinkhorn_kmeans(
     n_way: int,
     steps: int = 10,
     scale: float = 10.0,
+    tolerance: float = TOLERANCE,
     proportions: Tensor | None = None,
     ragged: Ragged | None = None,
 ) -> Tensor:
@@ -33,6 +34,7 @@ def sinkhorn_kmeans(
         n_way: N.
         steps: refinements; after the last one the query rows are shared out once more.
         scale: of the cosines.
+        tolerance: of `transport`; a thousand times the published one takes a tenth of the time, for the same answers.
         proportions: [T, N], the shares of the query rows that the classes have; equal ones if None.
         ragged: tasks of unequal size: features are [all rows, D] then, see `kernelmeta.Ragged`.
 
@@ -42,7 +44,7 @@ def sinkhorn_kmeans(
     Raises:
         ValueError, TypeError: an argument that does not fit, named.
     """
-    check_least(steps=(steps, 0), scale=(scale, 0.0))
+    check_least(steps=(steps, 0), scale=(scale, 0.0), tolerance=(tolerance, 0.0))
 
     def solve(tasks: Tasks) -> Tensor:
         tasks = tasks._replace(support=unit(tasks.support), query=unit(tasks.query))
@@ -50,7 +52,7 @@ def sinkhorn_kmeans(
         labelled = theta * counts
 
         def plan() -> Tensor:
-            return transport(scale * tasks.query @ unit(theta).mT, tasks.proportions)
+            return transport(scale * tasks.query @ unit(theta).mT, tasks.proportions, tolerance=tolerance)
 
         for _ in range(steps):
             assigned = plan().exp().mT  # [T, N, Q]
