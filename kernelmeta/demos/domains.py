@@ -35,18 +35,18 @@ _SIDE = 14
 class DomainsSettings:
     """What is trained, and on what it is judged."""
 
-    batch: int = 100  # rows of a minibatch, which is a task
+    batch: int = 64  # rows of a minibatch, which is a task
     features: int = 64
     hidden: int = 128  # of the backbone
     backbone_steps: int = 300
-    inverted: float = 0.3  # share of a backbone's training images that are inverted, a usual augmentation
+    inverted: float = 0.2  # share of a backbone's training images that are inverted, a usual augmentation
     meta_steps: int = 500
     tasks_per_step: int = 6
     steps: int = 3  # K
     inner_lr: float = 1e-2
     lr: float = 2e-3
     seeds: int = 5
-    test_batches: int = 50
+    test_batches: int = 60
 
 
 QUICK = DomainsSettings(hidden=32, features=16, backbone_steps=60, meta_steps=20, seeds=2, test_batches=6)

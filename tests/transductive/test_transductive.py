@@ -44,7 +44,7 @@ def episodes(
     labels = torch.arange(N).repeat_interleave(shot).expand(T, -1)
     shares = torch.rand(T, N, generator=g) ** (2 if uneven else 0) + 1e-3
     answers = (
-        torch.multinomial(shares, Q, replacement=True, generator=g) if uneven else torch.arange(Q).expand(T, -1) % N
+        torch.multinomial(shares, Q, replacement=True, generator=g) if uneven else (torch.arange(Q) % N).expand(T, -1)
     )
     rows = [
         torch.gather(centers, 1, own[..., None].expand(-1, -1, D))
@@ -168,7 +168,7 @@ def test_nan_stays_in_its_task(name: str, of: str, value: float) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_tasks_of_unequal_size(name: str) -> None:
     tasks = [episodes(1, *sizes, seed=i) for i, sizes in enumerate([(4, 1, 7), (2, 3, 1), (3, 2, 5)])]
-    offsets = [torch.tensor([0, *sizes]).cumsum(0) for sizes in zip(*((t[0].shape[1], t[2].shape[1]) for t in tasks))]
+    offsets = [torch.tensor([0, *(task[i].shape[1] for task in tasks)]).cumsum(0) for i in (0, 2)]
     ways = torch.tensor([4, 2, 3])
     ragged = km.Ragged(offsets[0], offsets[1], ways)
     flat = [torch.cat([task[i][0] for task in tasks]) for i in range(3)]
