@@ -166,7 +166,7 @@ class Shifted(NamedTuple):
 def shifted(domain: Domain, backbone: nn.Module, head: nn.Module) -> Shifted:
     with torch.no_grad():
         features = backbone(domain.images)
-    classes = nn.functional.normalize(head.weight.detach(), dim=-1)  # type: ignore[arg-type, operator]
+    classes = nn.functional.normalize(head.weight.detach(), dim=-1)  # type: ignore[operator]
     return Shifted(Domain(features, domain.labels), classes)
 
 
@@ -182,8 +182,9 @@ def meta_train(sources: Sequence[Shifted], settings: DomainsSettings, seed: int)
         torch.manual_seed(seed)
         sib = SIB(10, settings.features, steps=settings.steps, inner_lr=settings.inner_lr)
     sib.weight.requires_grad_(False)  # the features of each backbone are others
-    nn.init.zeros_(sib.mlp.weight3)  # at first, no step
-    nn.init.zeros_(sib.mlp.bias3)
+    last = sib.mlp.tensors()
+    nn.init.zeros_(last.weight3)  # at first, no step
+    nn.init.zeros_(last.bias3)
     generator = torch.Generator().manual_seed(seed)
     parameters = [p for p in sib.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=settings.lr)

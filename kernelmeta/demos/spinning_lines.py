@@ -88,7 +88,7 @@ def draw(settings: SpinningSettings, tasks: int, part: int) -> Lines:
     return Lines(torch.stack(xs), torch.stack(ws))
 
 
-def refined(theta0: Tensor, x: Tensor, xi: Callable[[Tensor], Tensor], steps: int, rate: float) -> Tensor:
+def refined(theta0: Tensor, x: Tensor, xi: Perceptron, steps: int, rate: float) -> Tensor:
     """theta_K [seeds, T] after so many synthetic-gradient steps.
 
     Args:
@@ -117,12 +117,12 @@ def train(settings: SpinningSettings, with_prior: bool, steps: int) -> dict[str,
         mean(x), by least squares), "prior_variance", "theta0".
     """
     B, H = settings.seeds, settings.hidden
-    shapes = Perceptron((H, 1), (H,), (H, H), (H,), (1, H), (1,))  # type: ignore[arg-type]
+    shapes: list[tuple[int, ...]] = [(H, 1), (H,), (H, H), (H,), (1, H), (1,)]
     drawn: list[list[Tensor]] = [[] for _ in shapes]
     for seed in range(B):
         generator = torch.Generator().manual_seed(seed)
         for shape, own in zip(shapes, drawn, strict=True):
-            scale = 1 / math.sqrt(shape[-1]) if len(shape) == 2 else 0.0  # type: ignore[arg-type]
+            scale = 1 / math.sqrt(shape[-1]) if len(shape) == 2 else 0.0
             own.append(scale * torch.randn(*shape, generator=generator, dtype=torch.float64))
     xi = Perceptron(*(torch.stack(own).requires_grad_() for own in drawn))
     theta0 = torch.zeros(B, dtype=torch.float64, requires_grad=True)
@@ -204,7 +204,7 @@ def run(out: Path, *, quick: bool, say: Callable[[str], None]) -> str:
     from kernelmeta.demos.plots import spinning_plot
 
     settings = QUICK if quick else SpinningSettings()
-    runs = {}
+    runs: dict[str, Any] = {}
     for name, with_prior, steps in (
         ("no steps", False, 0),
         ("without KL", False, settings.steps),

@@ -263,8 +263,8 @@ class Comparison:
         values, not_finite = self._known(file, {name: entry for name, entry in chosen.items() if name not in told})
         if known:
             file = folder / "accuracies-known.safetensors"
-            for found, more in zip((values, not_finite), self._known(file, chosen), strict=True):
-                found.update(more)  # type: ignore[arg-type]
+            of_told = self._known(file, chosen)
+            values, not_finite = values | of_told[0], not_finite | of_told[1]
         missing = {learner: module for learner, module in modules.items() if learner not in values}
         if missing:
             found = episode_accuracies(
