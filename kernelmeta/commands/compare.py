@@ -71,7 +71,8 @@ def _compare_settings(command: Command) -> None:
         "episodes",
         "balances",
         _words,
-        HELP["query_balance"] + ", or several with commas",
+        HELP["query_balance"] + ", or several with commas; known:BALANCE tells the methods that can use them the"
+        " classes' shares",
         "even,dirichlet:2",
     )
     add("episodes", "episodes", int, "episodes that the best settings of a learner are trained on", default.episodes)
@@ -92,7 +93,7 @@ def _compare_settings(command: Command) -> None:
         "--candidates",
         type=Path,
         metavar="FILE",
-        help="JSON: learner -> list of settings of 'train' to choose from",
+        help="JSON: learner -> list of settings (of 'train', or of the method) to choose from",
     )
     command.option("run", "--quick", action="store_true", help="seconds instead of minutes: shorter, fewer candidates")
     command.option("run", "--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")

@@ -17,6 +17,8 @@ DEMOS = {
     "double-descent": ("kernelmeta.linear.double_descent", "test loss over the width, through interpolation"),
     "ntk": ("kernelmeta.linear.width", "networks and their linearisations, over the width"),
     "lqf": ("kernelmeta.linear.lqf_demo", "linear-quadratic fine-tuning beside the whole network's"),
+    "spinning-lines": ("kernelmeta.demos.spinning_lines", "slopes guessed from unlabelled rows, against the posterior"),
+    "domains": ("kernelmeta.demos.domains", "digits of a domain that no training saw, a minibatch at a time"),
     "certificate": ("kernelmeta.linear.certificates", "convergence that is certain, and what happens"),
 }
 

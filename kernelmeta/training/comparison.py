@@ -4,6 +4,9 @@ A *cell* is a number of shots and a balance of the query rows. In every cell, ev
 candidate settings on the training classes for a while; the best of them on the validation classes are trained to the
 end, and looked at once on the way; of all these, the best on the validation classes is chosen. What counts is its
 accuracy on the episodes of the test classes, which are the same for all learners.
+
+Methods without anything to train (`kernelmeta.training.peers`) are chosen among their candidates in the same way. Where
+a balance begins with "known:", those methods that can use them are told the classes' shares of the query rows.
 """
 
 from __future__ import annotations
@@ -24,20 +27,30 @@ from torch import Tensor
 from kernelmeta import nn
 from kernelmeta.backends import select
 from kernelmeta.data import EpisodeSampler, FeatureBank
+from kernelmeta.data.bank import SPLITS
 from kernelmeta.data.episodes import parse_balance
 from kernelmeta.data.files import parse_json, read_json, write_json
 from kernelmeta.data.tensor_files import read_tensors, write_tensors
+from kernelmeta.training import learners
 from kernelmeta.training.candidates import CANDIDATES
 from kernelmeta.training.checkpoint import CHECKPOINT, Checkpoint, fingerprint
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.evaluation import Learner, episode_accuracies, interval
 from kernelmeta.training.finite import NotFiniteError
-from kernelmeta.training.learners import LEARNERS, SOFT_KMEANS, TITLES, Rows
+from kernelmeta.training.learners import LEARNERS, SOFT_KMEANS, Rows
+from kernelmeta.training.peers import PEERS, TRANSFORM, Peer, Transformed
 from kernelmeta.training.settings import MOST_STEPS, Settings, as_float, check_numbers, check_types
 from kernelmeta.training.trainer import FREE, Trainer
+from kernelmeta.transductive import Transform
 
 CONFIG, RESULTS, TABLE, PLOT = "compare.json", "comparison.json", "comparison.md", "comparison.png"
-CONTESTANTS = ("prototypes", SOFT_KMEANS, *(name for name in LEARNERS if name != "prototypes"))
+CONTESTANTS = ("prototypes", SOFT_KMEANS, *PEERS, *(name for name in LEARNERS if name != "prototypes"))
+TITLES = {**learners.TITLES, **{name: kind.title for name, kind in PEERS.items()}}
+# What there is nothing to train in.
+UNTRAINED = (SOFT_KMEANS, *PEERS)
+# What take minutes, or a package that is not always there.
+_ON_REQUEST = ("maml", "logistic_regression")
+KNOWN = "known:"
 
 Say = Callable[[str], None]
 Candidate = Mapping[str, Any]
@@ -51,7 +64,8 @@ class CompareConfig(Settings):
         data, weights, backbone: the bank, as of `kernelmeta train`.
         learners: names of `CONTESTANTS`.
         way, query: N, and query rows a class.
-        shots, balances: the cells are all pairs of these.
+        shots, balances: the cells are all pairs of these; a balance is that of an `EpisodeSampler`, after "known:"
+            where the classes' shares of the query rows are told.
         episodes: on which the best candidates of a learner are trained.
         trial_episodes: on which every candidate is trained before.
         finalists: how many those are.
@@ -67,7 +81,7 @@ class CompareConfig(Settings):
     data: str = "glyphs"
     weights: str | None = None
     backbone: str | None = None
-    learners: tuple[str, ...] = tuple(name for name in CONTESTANTS if name != "maml")
+    learners: tuple[str, ...] = tuple(name for name in CONTESTANTS if name not in _ON_REQUEST)
     way: int = 5
     query: int = 15
     shots: tuple[int, ...] = (1, 5)
@@ -90,7 +104,7 @@ class CompareConfig(Settings):
             if learner not in CONTESTANTS:
                 raise ValueError(f"learners: expected some of {', '.join(CONTESTANTS)}, got {learner!r}")
         for balance in self.balances:
-            parse_balance(balance)
+            parse_balance(balance.removeprefix(KNOWN))
         least = {"way": 2, "query": 1, "episodes": 1, "trial_episodes": 1, "finalists": 1, "seed": 0}
         least |= {"validation_episodes": 2, "eval_episodes": 2, "most_candidates": 1}
         check_numbers(self, least, ())
@@ -133,6 +147,8 @@ class Comparison:
         self.config, self.bank, self.out, self.device = config, bank, out, device
         self.say, self.progress = say, progress
         self.features = bank.features.to(device)
+        self._chosen: dict[tuple[str, int, str, bool], dict[str, Any]] = {}
+        self._transforms: dict[tuple[Any, ...], Transform] = {}
         self.candidates: dict[str, list[Candidate]] = {}
         for learner in config.learners:
             own = (candidates or {}).get(learner, CANDIDATES.get(learner, ({},)))
@@ -157,12 +173,13 @@ class Comparison:
 
     def _sampler(self, split: str, shot: int, balance: str) -> EpisodeSampler:
         c = self.config
+        balance = balance.removeprefix(KNOWN)
         return EpisodeSampler(self.bank, split, way=c.way, shot=shot, query=c.query, balance=balance, seed=c.seed)
 
     def _check(self, learner: str, shot: int, balance: str, candidate: Candidate) -> None:
         try:
-            if learner == SOFT_KMEANS:
-                self._soft_kmeans(candidate)
+            if learner in UNTRAINED:
+                self._untrained(learner, candidate)
             else:
                 config = self._train_config(learner, shot, balance, candidate, self.config.episodes)
                 config.make_sampler(self.bank, "train")
@@ -170,6 +187,17 @@ class Comparison:
                     LEARNERS[learner].make(config, Rows(self.bank.n_features, self.bank.image_shape))
         except (TypeError, ValueError) as error:
             raise ValueError(f"candidates: {learner} {describe(candidate)}: {error}") from None
+
+    def _untrained(self, learner: str, candidate: Candidate) -> Learner:
+        own = {name: value for name, value in candidate.items() if name not in TRANSFORM}
+        head = self._soft_kmeans(own) if learner == SOFT_KMEANS else Peer(learner, self.config.way, own)
+        if len(own) == len(candidate):
+            return head
+        wanted = tuple(candidate.get(name, "none") for name in TRANSFORM)
+        if wanted not in self._transforms:
+            training = self.features[(self.bank.class_split[self.bank.labels] == SPLITS["train"]).to(self.device)]
+            self._transforms[wanted] = Transform.of_training(training, *wanted)
+        return Transformed(head, self._transforms[wanted])
 
     def _soft_kmeans(self, candidate: Candidate) -> Learner:
         steps, scale = candidate.get("steps", 0), candidate.get("scale", 1.0)
@@ -183,7 +211,7 @@ class Comparison:
         c = self.config
         settings = {
             "data": c.data, "weights": c.weights, "backbone": c.backbone, "way": c.way, "shot": shot, "query": c.query,
-            "query_balance": balance, "learner": learner, "seed": c.seed, "validate_every": 0,
+            "query_balance": balance.removeprefix(KNOWN), "learner": learner, "seed": c.seed, "validate_every": 0,
             "episodes": episodes, **{name: value for name, value in candidate.items() if name != "untrained"},
         }  # fmt: skip
         fixed = sorted({"data", "weights", "backbone", "way", "learner", "episodes"} & set(candidate))
@@ -198,7 +226,8 @@ class Comparison:
         """Trains and evaluates what is not done yet.
 
         Returns:
-            What `comparison.json` holds: settings, and for every cell ``{shot, query_balance, learners, pairs}``:
+            What `comparison.json` holds: settings, ``assume_even`` and ``take_proportions`` (names of learners), and
+            for every cell ``{shot, query_balance, proportions_known, learners, pairs}``:
             ``learners[name]`` is ``{accuracy, ci95, chosen, validation_accuracy, tried, not_finite}``, the last one how
             many query rows of the test had NaN or infinite logits (they count as wrong);
             ``pairs[a][b]`` is ``{difference, difference_ci95}``, a minus b, paired by episode. In percent.
@@ -209,9 +238,12 @@ class Comparison:
         """
         began = time.perf_counter()
         cells = [self._cell(shot, balance) for shot, balance in self.cells()]
+        peers = {name: PEERS[name] for name in self.config.learners if name in PEERS}
         return {
             **self.config.to_dict(),
             "titles": {name: TITLES[name] for name in self.config.learners},
+            "assume_even": [name for name, kind in peers.items() if kind.assumes_even],
+            "take_proportions": [name for name, kind in peers.items() if kind.takes_proportions],
             "features": fingerprint(self.bank),
             "source": self.bank.source,
             "cells": cells,
@@ -220,18 +252,25 @@ class Comparison:
         }
 
     def _cell(self, shot: int, balance: str) -> dict[str, Any]:
-        name = f"{shot}-shot-{balance.replace(':', '-')}"
-        self.say(f"{shot} shot{'s' if shot > 1 else ''}, {balance} queries")
-        chosen = {learner: self._choose(self.out / name, learner, shot, balance) for learner in self.config.learners}
-        file = self.out / name / "accuracies.safetensors"
-        sampler = self._sampler("test", shot, balance)
-        values, not_finite = self._known(file, chosen)
-        missing = {learner: entry.pop("module") for learner, entry in chosen.items()}
-        missing = {learner: module for learner, module in missing.items() if learner not in values}
+        known, plain = balance.startswith(KNOWN), balance.removeprefix(KNOWN)
+        folder = self.out / f"{shot}-shot-{plain.replace(':', '-')}"
+        self.say(f"{shot} shot{'s' if shot > 1 else ''}, {plain} queries{', proportions known' if known else ''}")
+        told = {name for name in self.config.learners if known and name in PEERS and PEERS[name].takes_proportions}
+        # Trained and chosen as where the proportions are not known, but for those who are told.
+        chosen = {name: self._choose(folder, name, shot, plain, name in told) for name in self.config.learners}
+        modules = {learner: entry.pop("module") for learner, entry in chosen.items()}
+        file = folder / "accuracies.safetensors"
+        values, not_finite = self._known(file, {name: entry for name, entry in chosen.items() if name not in told})
+        if known:
+            file = folder / "accuracies-known.safetensors"
+            of_told = self._known(file, chosen)
+            values, not_finite = values | of_told[0], not_finite | of_told[1]
+        missing = {learner: module for learner, module in modules.items() if learner not in values}
         if missing:
             found = episode_accuracies(
-                missing, self.features, sampler, self.config.eval_episodes, progress=self.progress
-            )
+                missing, self.features, self._sampler("test", shot, plain), self.config.eval_episodes,
+                progress=self.progress, proportions=known,
+            )  # fmt: skip
             values, not_finite = values | found, not_finite | found.not_finite
             keys = {learner: json.dumps(entry["chosen"], sort_keys=True) for learner, entry in chosen.items()}
             write_tensors(file, values, {"chosen": json.dumps(keys), "not_finite": json.dumps(not_finite)})
@@ -242,7 +281,7 @@ class Comparison:
             row |= entry
             row["not_finite"] = not_finite[learner]
             self.say(f"  {TITLES[learner]:<14}{row['accuracy']:7.2f} ± {row['ci95']:.2f} %")
-        return {"shot": shot, "query_balance": balance, **summary}
+        return {"shot": shot, "query_balance": plain, "proportions_known": known, **summary}
 
     def _known(self, file: Path, chosen: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Test accuracies that an earlier run left, of learners that are still the same; rows that were not finite."""
@@ -257,11 +296,16 @@ class Comparison:
         ]
         return {learner: values[learner].clone() for learner in same}, {name: int(counts.get(name, 0)) for name in same}
 
-    def _choose(self, folder: Path, learner: str, shot: int, balance: str) -> dict[str, Any]:
+    def _choose(self, folder: Path, learner: str, shot: int, balance: str, told: bool) -> dict[str, Any]:
         """The learner with its best candidate, trained to the end, and the record of how it was chosen."""
+        key = (learner, shot, balance, told)
+        if key not in self._chosen:
+            self._chosen[key] = self._chosen_anew(folder, *key)
+        return dict(self._chosen[key])
 
+    def _chosen_anew(self, folder: Path, learner: str, shot: int, balance: str, told: bool) -> dict[str, Any]:
         def attempt(candidate: Candidate, episodes: int) -> tuple[dict[str, Any], Learner]:
-            return self._attempt(folder, learner, shot, balance, candidate, episodes)
+            return self._attempt(folder, learner, shot, balance, candidate, episodes, told)
 
         def accuracy(found: tuple[dict[str, Any], Learner]) -> float:
             return float(found[0]["validation_accuracy"])
@@ -284,11 +328,12 @@ class Comparison:
         }
 
     def _attempt(
-        self, folder: Path, learner: str, shot: int, balance: str, candidate: Candidate, episodes: int
+        self, folder: Path, learner: str, shot: int, balance: str, candidate: Candidate, episodes: int, told: bool
     ) -> tuple[dict[str, Any], Learner]:
         """One candidate trained on so many episodes: its accuracy on the validation classes, and itself."""
-        if learner == SOFT_KMEANS:
-            return self._validated(None, learner, shot, balance, candidate, 0, self._soft_kmeans(candidate))
+        if learner in UNTRAINED:
+            head = self._untrained(learner, candidate)
+            return self._validated(None, learner, shot, balance, candidate, 0, head, told)
         if candidate.get("untrained"):
             episodes = 0
         config = self._train_config(learner, shot, balance, candidate, max(1, episodes))
@@ -326,6 +371,7 @@ class Comparison:
         candidate: Candidate,
         episodes: int,
         head: Learner,
+        told: bool = False,
     ) -> tuple[dict[str, Any], Learner]:
         file = None if out is None else out / "validation.json"
         E = self.config.validation_episodes
@@ -334,7 +380,7 @@ class Comparison:
             if record.get("validation_episodes") == E:
                 return record, head
         sampler = self._sampler("val", shot, balance)
-        values = episode_accuracies({learner: head}, self.features, sampler, E)
+        values = episode_accuracies({learner: head}, self.features, sampler, E, proportions=told)
         accuracy, ci95 = interval(values[learner])
         record = {
             "settings": dict(candidate), "episodes": episodes, "validation_episodes": E,

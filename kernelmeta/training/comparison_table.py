@@ -9,7 +9,8 @@ from kernelmeta.training.comparison import describe
 
 def cell_title(cell: dict[str, Any]) -> str:
     """ "5 shots, dirichlet:2 queries", say."""
-    return f"{cell['shot']} shot{'s' if cell['shot'] > 1 else ''}, {cell['query_balance']} queries"
+    known = ", proportions known" if cell["proportions_known"] else ""
+    return f"{cell['shot']} shot{'s' if cell['shot'] > 1 else ''}, {cell['query_balance']} queries{known}"
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -26,6 +27,12 @@ def markdown(results: dict[str, Any]) -> str:
     for name, title in titles.items():
         values = (cell["learners"][name] for cell in cells)
         lines.append(_row(title, *(f"{v['accuracy']:.2f} ± {v['ci95']:.2f}" for v in values)))
+    for names, what in (
+        (results["assume_even"], "assume that all classes have equally many query rows"),
+        (results["take_proportions"], "are told the proportions of the classes where they are known, the others not"),
+    ):
+        if names:
+            lines += ["", f"These {what}: {', '.join(titles[name] for name in names)}."]
     if len(titles) > 1:
         lines += ["", "Differences, row minus column, paired by episode; bold where the interval leaves out 0."]
     for cell in cells if len(titles) > 1 else ():

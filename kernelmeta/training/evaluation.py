@@ -14,11 +14,12 @@ from tqdm import tqdm
 from kernelmeta import nn
 from kernelmeta.backends import select
 from kernelmeta.data.episodes import EpisodeSampler
+from kernelmeta.reference.task_rows import one_hot_targets
 from kernelmeta.training.calibration import CalibrationError
 from kernelmeta.training.learners import LEARNERS, TITLES, inner_steps, tasks_together
 from kernelmeta.training.loading import at_text
 
-Learner = Callable[[Tensor, Tensor, Tensor], Tensor]
+Learner = Callable[..., Tensor]
 TASKS_PER_CALL = 64
 # The most numbers of steps after which the accuracy is told.
 _MOST_COUNTS = 50
@@ -53,6 +54,7 @@ def episode_accuracies(
     first: int = 0,
     progress: bool = False,
     each: Callable[[str, Tensor, Tensor], None] | None = None,
+    proportions: bool = False,
 ) -> Accuracies:
     """Share of right answers for every learner on the same episodes.
 
@@ -64,6 +66,7 @@ def episode_accuracies(
         features: [n, D], those of the sampler's bank.
         first, episodes: the episodes are numbers first .. first+episodes-1 of the sampler.
         each: takes a learner's name, its logits [T, Q, N] and the answers [T, Q], some episodes at a time.
+        proportions: tell those learners that take them (``takes_proportions``) the classes' shares of the query rows.
 
     A row with NaN or infinite logits counts as wrong.
     """
@@ -80,7 +83,10 @@ def episode_accuracies(
             support_index, labels, query_index, answers = (t.to(features.device) for t in drawn)
             support, query = features[support_index], features[query_index]
             for name, learner in some.items():
-                logits = learner(support, labels, query)[:n]
+                told = {}
+                if proportions and getattr(learner, "takes_proportions", False):
+                    told["proportions"] = one_hot_targets(answers, sampler.way, torch.float64).mean(1)
+                logits = learner(support, labels, query, **told)[:n]
                 finite = logits.isfinite().all(-1)
                 right = (logits.argmax(-1) == answers[:n]) & finite
                 found[name].append(right.double().mean(1).cpu())

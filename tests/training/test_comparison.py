@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from runs import make_bank
+from torch.nn.functional import one_hot
 
 from kernelmeta import nn
 from kernelmeta.data import EpisodeSampler
@@ -18,6 +19,7 @@ from kernelmeta.training.comparison_table import markdown
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.evaluation import episode_accuracies, interval
 from kernelmeta.training.trainer import Trainer
+from kernelmeta.transductive import Transform, pt_map
 
 SMALL = CompareConfig(
     data="a test",
@@ -209,13 +211,73 @@ def test_what_cannot_be_compared_is_refused_by_name(bank, tmp_path, change, mess
         ({"sib": [{"steps": True}]}, "steps: expected int, got 'True'"),
         ({"sib": [{"lr": 10**400}]}, "lr: expected a number of at least 0, got 1000"),
         ({"sib": [{"optimizer": 3}]}, "optimizer: expected str, got '3'"),
+        (
+            {"soft_kmeans": [{"transform": "sqrt"}]},
+            "soft_kmeans transform sqrt: transform: expected 'none' or 'power:P'",
+        ),
+        ({"pt_map": [{"step": 3}]}, "candidates: pt_map step 3: step: no such setting"),
+        ({"pt_map": [{"proportions": 3}]}, "proportions: no such setting"),
+        ({"pt_map": [{"rate": "a"}]}, "candidates: pt_map rate a: rate: expected a number, got 'a'"),
+        ({"tim": [{"center": "mean"}]}, "candidates: tim center mean: center: expected one of none, task, train"),
         ({"soft_kmeans": [{"steps": -1}]}, "candidates: soft_kmeans steps -1: n_way and steps"),
     ],
 )
 def test_candidates_that_cannot_be_are_refused_before_anything_runs(bank, tmp_path, candidates, message):
+    config = replace(SMALL, learners=(*SMALL.learners, "pt_map", "tim"))
     with pytest.raises(ValueError, match=message):
-        Comparison(SMALL, bank, tmp_path, candidates=candidates)
+        Comparison(config, bank, tmp_path, candidates=candidates)
     assert not list(tmp_path.iterdir())
+
+
+PEERS = replace(
+    SMALL, learners=("prototypes", "soft_kmeans", "pt_map", "tim", "bd_cspn"), shots=(1,),
+    balances=("dirichlet:2", "known:dirichlet:2"), validation_episodes=20, eval_episodes=30,
+)  # fmt: skip
+ROOTED = {"transform": "power:0.5", "center": "train"}
+FEW_PEERS = {
+    "prototypes": [{"untrained": True}],
+    "soft_kmeans": [{"steps": 3, **ROOTED}],
+    "pt_map": [{"steps": 3, "transform": "power:0.5", "center": "task"}],
+    "tim": [{"steps": 10, "rate": 1e-2}, {"steps": 20, "rate": 1e-2}],
+    "bd_cspn": [{}],
+}
+
+
+def test_known_proportions_are_told_to_those_who_take_them(bank, tmp_path):
+    lines = []
+    results = Comparison(PEERS, bank, tmp_path, candidates=FEW_PEERS, say=lines.append).run()
+    plain, known = results["cells"]
+    assert [cell["proportions_known"] for cell in results["cells"]] == [False, True]
+    assert {cell["query_balance"] for cell in results["cells"]} == {"dirichlet:2"}
+    for name in ("prototypes", "soft_kmeans", "bd_cspn"):
+        assert known["learners"][name] == plain["learners"][name]
+    assert known["learners"]["pt_map"]["accuracy"] > plain["learners"]["pt_map"]["accuracy"]
+    # The same by hand.
+    sampler = EpisodeSampler(bank, "test", way=3, shot=1, query=4, balance="dirichlet:2", seed=5)
+    episodes = sampler.draw(0, 30)
+    support, query = bank.features[episodes.support_index], bank.features[episodes.query_index]
+    shares = one_hot(episodes.query_labels, 3).double().mean(1)
+    rows = Transform("power:0.5", "task")(support, query)
+    for cell, told in ((plain, None), (known, shares)):
+        scores = pt_map(rows[0], episodes.support_labels, rows[1], n_way=3, steps=3, proportions=told)
+        right = (scores.argmax(-1) == episodes.query_labels).double().mean(1)
+        assert cell["learners"]["pt_map"]["accuracy"] == pytest.approx(interval(right)[0])
+    # The mean of "train" is that of the rows of the training classes.
+    training = bank.features[bank.class_split[bank.labels] == 0]
+    rows = Transform.of_training(training, **ROOTED)(support, query)
+    logits = nn.SoftKMeans(3, steps=3)(rows[0], episodes.support_labels, rows[1])
+    right = (logits.argmax(-1) == episodes.query_labels).double().mean(1)
+    assert plain["learners"]["soft_kmeans"]["accuracy"] == pytest.approx(interval(right)[0])
+    text = markdown(json.loads(json.dumps(results)))
+    assert "1 shot, dirichlet:2 queries, proportions known" in text
+    assert "These assume that all classes have equally many query rows: PT-MAP, TIM, BD-CSPN." in text
+    assert "are told the proportions of the classes where they are known, the others not: PT-MAP, TIM." in text
+    # Those who are not told are chosen and evaluated once.
+    assert sum("BD-CSPN" in line and "validation" in line for line in lines) == 1
+    assert sum("TIM" in line and "validation" in line for line in lines) == 4
+    # And again from what was written.
+    again = Comparison(PEERS, bank, tmp_path, candidates=FEW_PEERS).run()
+    assert again["cells"] == results["cells"]
 
 
 def test_candidates_come_from_a_file(tmp_path):
