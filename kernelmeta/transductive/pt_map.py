@@ -37,7 +37,7 @@ def pt_map(
         steps: of the centres.
         rate: alpha.
         sharpness: lambda, times the squared distances.
-        tolerance: of `transport`; a thousand times the published one takes a tenth of the time, for the same answers.
+        tolerance: of `transport`.
         proportions: [T, N], the shares of the query rows that the classes have; equal ones if None.
         ragged: tasks of unequal size: features are [all rows, D] then, see `kernelmeta.Ragged`.
 

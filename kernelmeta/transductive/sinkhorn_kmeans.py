@@ -34,7 +34,7 @@ def sinkhorn_kmeans(
         n_way: N.
         steps: refinements; after the last one the query rows are shared out once more.
         scale: of the cosines.
-        tolerance: of `transport`; a thousand times the published one takes a tenth of the time, for the same answers.
+        tolerance: of `transport`.
         proportions: [T, N], the shares of the query rows that the classes have; equal ones if None.
         ragged: tasks of unequal size: features are [all rows, D] then, see `kernelmeta.Ragged`.
 
