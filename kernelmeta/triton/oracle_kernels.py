@@ -25,6 +25,7 @@ HINGE = _number("hinge")
 ENTROPY = _number("entropy")
 SOFT_ASSIGNMENT = _number("soft_assignment")
 SYNTHETIC_GRADIENT = _number("synthetic_gradient")
+EQUIVARIANT_GRADIENT = _number("equivariant_gradient")
 
 
 @triton.jit
