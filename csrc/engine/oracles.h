@@ -254,8 +254,8 @@ static_assert(Oracles::in_order() && Oracles::kCount == int64_t(Oracle::kEnd),
               "every oracle of the enum has its struct in the list, in the same order");
 
 constexpr int64_t kOracles = Oracles::kCount;
-// Made of softmax(z) or of differences: one number added to all z changes nothing, and gz sums to zero but for
-// rounding.
+// Made of softmax(z) or of differences: one number added to all z changes nothing, and gz sums to zero but
+// for rounding.
 constexpr bool blind_to_shift(Oracle oracle) {
   return oracle == Oracle::kCrossEntropy || oracle == Oracle::kHinge || oracle == Oracle::kEntropy ||
          oracle == Oracle::kSoftAssignment || oracle == Oracle::kEquivariantGradient;

@@ -7,8 +7,8 @@
 //   2  log(m + eps), m = N mean_q p        6  p / (m + eps)
 //   3  log p - log(1 - p), within +-20
 //
-// Each is normalised over all pairs of the task. None depends on how the classes are numbered, so that the MLP,
-// which all pairs share, serves any number of classes, and renumbering them renumbers its guesses
+// Each is normalised over all pairs of the task. None depends on how the classes are numbered, so that the
+// MLP, which all pairs share, serves any number of classes, and renumbering them renumbers its guesses
 // (kernelmeta/reference/equivariant_gradient.py).
 #pragma once
 
@@ -31,10 +31,10 @@ struct PairInputs {
   static constexpr double kClamp = 20, kEps = 1e-9, kTiny = 1e-30;
 
   B& block;
-  int64_t N, rows;    // z is [N][padded(rows)]
-  C *x, *gx;          // [kPairInputs][ldp]: the inputs, normalised, pair n * rows + q; their gradient
-  C* out;             // [ldp]: what the MLP says of them, or its gradient
-  C *p, *of_rest;     // [N][ld]; derivative of log(1 - p), zero where that difference of logs is clamped
+  int64_t N, rows;       // z is [N][padded(rows)]
+  C *x, *gx;             // [kPairInputs][ldp]: the inputs, normalised, pair n * rows + q; their gradient
+  C* out;                // [ldp]: what the MLP says of them, or its gradient
+  C *p, *of_rest;        // [N][ld]; derivative of log(1 - p), zero where that difference of logs is clamped
   C *log_sum, *entropy;  // [ld]
   C *istd, *mass;        // [kPairInputs]; m + eps, [N]
 
@@ -117,7 +117,8 @@ struct PairInputs {
     });
     block.feature_columns(rows, [&](auto at) {
       const auto sum = at.load(log_sum), information = at.load(entropy);
-      auto along = at.zero(), of_log = at.zero(), of_entropy = at.zero(), before = at.zero(), after = at.zero();
+      auto along = at.zero(), of_log = at.zero(), of_entropy = at.zero(), before = at.zero(),
+           after = at.zero();
       for (int64_t n = 0; n < N; ++n) {
         C* g = gx + n * rows;
         along = along + at.load(p + n * ld) * at.load(g + ldp);
@@ -183,7 +184,8 @@ struct PairInputs {
     });
   }
 
-  // gx, of the normalised inputs -> of the inputs. What is subtracted is the mean of what there is, as in mlp.h.
+  // gx, of the normalised inputs -> of the inputs. What is subtracted is the mean of what there is, as in
+  // mlp.h.
   KERNELMETA_INLINE void through_norm() {
     const int64_t ldp = this->ldp();
     const C share = C(1) / C(N * rows);

@@ -32,8 +32,8 @@ struct ProgramLoop {
   C *z, *g;   // [N][widest]
   C* errors;  // [N][2]: see `loses`
   C* mlp_memory;
-  const Sizes support_sizes, query_sizes;     // of the MLP on rows of one kind
-  Mlp<B> support_mlp, query_mlp;              // in the same memory
+  const Sizes support_sizes, query_sizes;  // of the MLP on rows of one kind
+  Mlp<B> support_mlp, query_mlp;           // in the same memory
   C* pair_memory;
   PairInputs<B> support_pairs, query_pairs;  // likewise
 

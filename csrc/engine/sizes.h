@@ -13,7 +13,8 @@ struct Sizes {
   int64_t D;  // features
   int64_t H;  // hidden units of the synthetic-gradient MLP
   int64_t K;  // steps
-  // The MLP looks at pairs of a query row and a class, one after the other: Q counts these, and N their inputs.
+  // The MLP looks at pairs of a query row and a class, one after the other: Q counts these, and N their
+  // inputs.
   bool pairs = false;
 
   // Arrays with one entry per query row are stored rows innermost, [n][ld()]; entries Q..ld() are padding.

@@ -28,8 +28,8 @@ struct MlpSizes {
   }
 };
 
-// The parameters, held; null pointers where there is no MLP. s: its N inputs and its outputs. running: [2, 2, H] or
-// none.
+// The parameters, held; null pointers where there is no MLP. s: its N inputs and its outputs. running: [2, 2,
+// H] or none.
 template <class C>
 class MlpParameters {
  public:

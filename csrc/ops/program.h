@@ -83,7 +83,8 @@ struct ProgramArguments : RaggedArguments {
   ProgramArguments(const RaggedRowTensors& rows, const ProgramCall& call)
       : RaggedArguments(rows, call.n_way, call.max_support, call.max_query),
         pairs(has_pairs(call.phases)),
-        mlp(on, call.mlp, call.running_stats, pairs ? pair_sizes(1, 1, 0, 0, 0) : Sizes{1, 0, 1, call.n_way, 0, 0, 0}),
+        mlp(on, call.mlp, call.running_stats,
+            pairs ? pair_sizes(1, 1, 0, 0, 0) : Sizes{1, 0, 1, call.n_way, 0, 0, 0}),
         phases(phases_of(call.phases, call.cosine, mlp.given())) {
     const int64_t D = query.D(), N = call.n_way, T = query.T();
     require(call.start >= 0 && call.start <= 2, "start must be 0, 1 or 2");

@@ -356,7 +356,8 @@ std::vector<ProgramCase> program_cases() {
       true;
   const Phase pairs{Oracle::kEquivariantGradient, true, false, 2};
   const Phase pairs_of_support{Oracle::kEquivariantGradient, false, true, 1};
-  add("equivariant gradient", 13, 3, 5, {7, 7}, {11, 11}, {3, 3}, {pairs}, true, Start::kClassMeans).weight = true;
+  add("equivariant gradient", 13, 3, 5, {7, 7}, {11, 11}, {3, 3}, {pairs}, true, Start::kClassMeans).weight =
+      true;
   auto& any_ways = add("equivariant gradient, unequal tasks", 12, 5, 6, {9, 4, 17}, {20, 3, 9}, {2, 4, 5},
                        {hinge, pairs, pairs_of_support}, true, Start::kClassMeans);
   any_ways.coefficients = any_ways.running = any_ways.bank = true;

@@ -38,7 +38,8 @@ class Program(Learner):
 
     Parameters, as far as the phases need them: ``weight`` ([D] for class means, [N, D] for a learned start),
     ``scale`` [1] and ``bias`` [1] (cosine) or ``bias`` [N] (linear), ``target_scale`` [1] (squared error), those of
-    ``mlp`` (synthetic or equivariant gradient), and ``rates``, a list of one [steps] for each phase with ``learn_rates``.
+    ``mlp`` (synthetic or equivariant gradient), and ``rates``, a list of one [steps] for each phase with
+    ``learn_rates``.
 
     Raises:
         ValueError, TypeError: an argument that is not as above, or phases that cannot be combined, named.

@@ -360,7 +360,10 @@ def narrowed(options: dict[str, Any], ways: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("bounded", [False, True])
-@pytest.mark.parametrize(("cosine", "name", "start"), [c for c in CASES if c[1] in ("both", "four phases", "hinge", "labels, then equivariant")])
+@pytest.mark.parametrize(
+    ("cosine", "name", "start"),
+    [c for c in CASES if c[1] in ("both", "four phases", "hinge", "labels, then equivariant")],
+)
 def test_a_ragged_batch_equals_its_tasks_one_by_one(
     cosine: bool, name: str, start: str, bounded: bool, backend: str
 ) -> None:
