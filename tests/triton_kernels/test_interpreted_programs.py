@@ -85,12 +85,14 @@ CASES = [
     (True, "synthetic_gradient of the support rows", "learned", None),
     (True, "assignment, then synthetic", "class_means", "mean"),
     (True, "four phases", "learned", None),
+    (True, "equivariant_gradient", "class_means", None),  # in plain PyTorch
     (True, "nothing", "class_means", None),
     (False, "cross_entropy", "zero", None),
     (False, "squared_error", "class_means", None),
     (False, "hinge", "learned", "sum"),
     (False, "entropy", "class_means", None),
     (False, "both", "learned", "mean"),
+    (False, "labels, then equivariant", "learned", "mean"),
 ]
 
 
