@@ -40,9 +40,8 @@ def _live(call: Any, S: int, Q: int) -> Live:
 def _fits(call: Any, live: Live) -> bool:
     dtype = call.rates.dtype
     H = 0 if call.weight1 is None else call.weight1.shape[0]
-    if EQUIVARIANT_GRADIENT.value in call.phases[::4]:
-        return False
-    return (dtype is torch.float32 or interpreted()) and phases.fits(live.ld, call.n_way, H, dtype)
+    pairs = call.n_way * max(live.S, live.Q) if EQUIVARIANT_GRADIENT.value in call.phases[::4] else 0
+    return (dtype is torch.float32 or interpreted()) and phases.fits(live.ld, call.n_way, H, dtype, pairs)
 
 
 def _fields(call: Any, live: Live) -> dict[str, tuple[int, ...]]:
