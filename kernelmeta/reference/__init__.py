@@ -5,7 +5,6 @@ The functions have the names, arguments and results of those in :mod:`kernelmeta
 
 from kernelmeta.reference import explicit
 from kernelmeta.reference.class_means import class_means
-from kernelmeta.reference.equivariant_gradient import equivariant_gradient_mlp
 from kernelmeta.reference.focal_distillation import focal_distillation
 from kernelmeta.reference.linear_head import linear_head
 from kernelmeta.reference.ntk import linearised_descent, ntk_gram
@@ -16,7 +15,6 @@ from kernelmeta.reference.synthetic_gradient_mlp import synthetic_gradient_mlp
 
 __all__ = [
     "class_means",
-    "equivariant_gradient_mlp",
     "explicit",
     "focal_distillation",
     "linear_head",
