@@ -96,6 +96,7 @@ struct ProgramArguments : RaggedArguments {
       require(!__builtin_add_overflow(K, phase.steps, &K), "phases: too many steps");
     const int64_t all_rows = support.all_rows() + query.all_rows() + 32 * (T + 1);
     Elements().add({K + 1, 5, N, all_rows}).add({T + 1, N, D + 16}).add({K + 1, T + 1, N, 4});
+    if (pairs) Elements().add({mlp.H + kPairInputs, N, all_rows, 8});
     if (!support.known()) Elements().add({T, K + 1, 5, N, support.count(0) + query.count(0) + 32});
     problem = {};
     problem.start = Start(call.start);

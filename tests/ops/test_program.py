@@ -261,9 +261,10 @@ def test_shapes(data: Any) -> None:
     assert_close(got, want, 1e-8)
 
 
-def test_stored_statistics() -> None:
+@pytest.mark.parametrize("name", ["both", "labels, then equivariant"])
+def test_stored_statistics(name: str) -> None:
     stats = running_stats(6)
-    problem = Problem(COSINE["both"], True, "class_means").fresh()
+    problem = Problem(COSINE[name], True, "class_means").fresh()
     want = with_gradients(problem, problem.unrolled(stats))
     assert_close(with_gradients(problem, problem.run(km.ops.program, running_stats=stats)), want, 1e-10)
 

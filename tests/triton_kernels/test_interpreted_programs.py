@@ -141,8 +141,9 @@ def test_sizes_of_a_program(sizes: dict[str, int], name: str) -> None:
 
 
 @interpreted
-def test_stored_statistics_and_no_gradient_of_the_weights() -> None:
-    problem = Problem(COSINE["both"], True, "class_means", T=1).fresh()
+@pytest.mark.parametrize("name", ["both", "labels, then equivariant"])
+def test_stored_statistics_and_no_gradient_of_the_weights(name: str) -> None:
+    problem = Problem(COSINE[name], True, "class_means", T=1).fresh()
     stats = running_stats(6)
     got, want = both(lambda: problem.run(km.ops.program, running_stats=stats)[0], problem.leaves())
     assert_close(got, want, TOLERANCE)
