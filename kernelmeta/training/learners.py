@@ -165,7 +165,7 @@ LEARNERS: dict[str, LearnerKind] = {
         "equivariant SIB",
         _equivariant,
         {"steps": 3, "inner_lr": 1e-2, "hidden": 16, "norm_stats": "task"},
-        {"optimizer": "Adam", "lr": 3e-3, "tasks_per_step": 16},
+        {"optimizer": "Adam", "lr": 1e-3, "tasks_per_step": 16},
         over_steps=True,
     ),
     "combined": LearnerKind(
