@@ -30,7 +30,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         method: "soft_kmeans", "prototypes", "ridge", which need no training, or the learner that the weights are of:
-            "sib", "anil", "combined" too. None: that of the weights, or soft k-means.
+            "sib", "equivariant", "anil", "combined" too. None: that of the weights, or soft k-means.
         weights: a run folder of ``kernelmeta train``, its checkpoint, or a published one.
         at: which weights of that run: "best", those that were best on its validation classes, or "last". None: the best
             where it has any.

@@ -14,8 +14,10 @@ ORACLES = {
     "entropy": "query",
     "soft_assignment": "query",
     "synthetic_gradient": "query",
+    "equivariant_gradient": "query",
 }
 LABELLED = ("cross_entropy", "squared_error", "hinge")
+GUESSED = ("synthetic_gradient", "equivariant_gradient")  # by an MLP
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ class Phase:
             "soft_assignment": no gradient; the classifier moves by ``lr`` towards the mean of its start (weighing as
             much as the class's support rows) and of the query rows, each shared out among the classes by softmax.
             With ``lr=1`` this is soft k-means (Ren et al. 2018). Cosine classifiers only;
-            "synthetic_gradient": an MLP guesses the gradient from the logits (Hu et al. 2020).
+            "synthetic_gradient": an MLP guesses the gradient from the logits (Hu et al. 2020);
+            "equivariant_gradient": the same by an MLP that looks at each row and class by themselves, so that it takes
+            any number of classes, numbered in any order (:class:`kernelmeta.nn.EquivariantGradientMLP`).
         steps: 0 or more.
         lr: the learning rate, the first value of the rates where they are learned.
         rows: "support" or "query"; the oracle's own if None.
@@ -69,10 +73,10 @@ class Phase:
     def means(self, reduction: str | None) -> bool:
         """Whether the loss is the mean over the rows, rather than the sum.
 
-        Without a ``reduction``: the mean of a loss, and the sum of synthetic gradients, as published.
+        Without a ``reduction``: the mean of a loss, and the sum of guessed gradients, as published.
         """
         if reduction is None:
-            return self.oracle != "synthetic_gradient"
+            return self.oracle not in GUESSED
         return reduction == "mean"
 
 

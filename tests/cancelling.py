@@ -11,6 +11,7 @@ import torch
 from episodes import Episode, draw, draw_mlp
 
 import kernelmeta as km
+from kernelmeta.phases import GUESSED
 
 SHAPES = {  # ways, support rows, query rows, features
     "1-shot": (5, 5, 15, 64),
@@ -44,10 +45,13 @@ def draw_tasks(shape: str, rows: str, seed: int = 0, tasks: int = TASKS) -> Epis
 
 def program(episode: Episode, phase: km.nn.Phase) -> torch.Tensor:
     support, labels, query, weight, scale, bias, mlp = episode
-    synthetic = phase.oracle == "synthetic_gradient"
+    N = mlp.weight1.shape[1]
+    if phase.oracle == "equivariant_gradient":  # its seven inputs, each of which a few of those at hand make up
+        spread = torch.arange(7 * N, dtype=mlp.weight1.dtype).view(7, N).cos()
+        mlp = mlp._replace(weight1=mlp.weight1 @ spread.mT, weight3=mlp.weight3[:1], bias3=mlp.bias3[:1])
     return km.ops.program(
-        support, labels, query, [phase], n_way=mlp.weight1.shape[1], weight=weight, scale=scale, bias=bias,
-        mlp=mlp if synthetic else None,
+        support, labels, query, [phase], n_way=N, weight=weight, scale=scale, bias=bias,
+        mlp=mlp if phase.oracle in GUESSED else None,
     )  # fmt: skip
 
 

@@ -59,6 +59,12 @@ def draw_mlp(N: int, H: int, dtype: torch.dtype, generator: torch.Generator) -> 
     )  # fmt: skip
 
 
+def draw_pair_mlp(H: int, dtype: torch.dtype, generator: torch.Generator) -> MLPParameters:
+    """Of the equivariant gradient."""
+    mlp = draw_mlp(7, H, dtype, generator)
+    return mlp._replace(weight3=mlp.weight3[:1].clone(), bias3=mlp.bias3[:1].clone())
+
+
 def draw(
     T: int = 2,
     S: int = 7,

@@ -21,6 +21,7 @@ LABELS = torch.arange(9).remainder(N).expand(T, -1).contiguous()
 COMBINED = [km.nn.Phase("cross_entropy", 2, 0.1), km.nn.Phase("synthetic_gradient", 2, 0.01)]
 LEARNERS = {
     "sib": lambda: km.nn.SIB(N, D, inner_lr=0.1),
+    "equivariant": lambda: km.nn.EquivariantSIB(N, D),
     "prototypes": lambda: km.nn.Prototypes(N, D),
     "soft_kmeans": lambda: km.nn.SoftKMeans(N),
     "ridge": lambda: km.nn.RidgeHead(N),

@@ -74,13 +74,13 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     number, struct = blocks("csrc/engine/oracles.h")
     oracles = path / "csrc/engine/oracles.h"
     insert(oracles, ("  kEnd  //", textwrap.indent(number, "  ")), ("// An MLP's guess", struct + "\n"))
-    oracles.write_text(oracles.read_text().replace("SyntheticGradient>;", "SyntheticGradient, Collision>;"))
+    oracles.write_text(oracles.read_text().replace("EquivariantGradient>;", "EquivariantGradient, Collision>;"))
     (name,) = blocks("kernelmeta/phases.py")
     insert(path / "kernelmeta/phases.py", ('}\nLABELLED = ("', textwrap.indent(name, "    ")))
     (gradient,) = blocks("kernelmeta/reference/program.py")
     insert(
         path / "kernelmeta/reference/program.py",
-        ('    elif oracle != "synthetic_gradient":', textwrap.indent(gradient, "    ")),
+        ("    elif oracle not in GUESSED:", textwrap.indent(gradient, "    ")),
     )
     functions, forward, backward = blocks("kernelmeta/triton/oracle_kernels.py")
     triton = path / "kernelmeta/triton/oracle_kernels.py"
@@ -143,7 +143,7 @@ def test_worked_example_compiled(copy: Path) -> None:
 
     oracles = copy / "csrc/engine/oracles.h"
     whole = oracles.read_text()
-    oracles.write_text(whole.replace("SyntheticGradient, Collision>;", "SyntheticGradient>;"))
+    oracles.write_text(whole.replace("EquivariantGradient, Collision>;", "EquivariantGradient>;"))
     command = [*compiler.split(), "-std=c++20", "-fsyntax-only", "-Icsrc", "-x", "c++", "csrc/engine/oracles.h"]
     done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
     oracles.write_text(whole)

@@ -59,7 +59,9 @@ class Kernel<ProgramArguments<C>> {
       const Phase& phase = s.phases[i];
       const int64_t rows = s.part(phase.query).count;
       int64_t step = rows * s.N * (live + 20);
-      if (phase.oracle == Oracle::kSyntheticGradient) step += rows * s.H * (2 * s.N + s.H);
+      const Sizes mlp = s.mlp(rows);
+      if (phase.oracle == Oracle::kSyntheticGradient || phase.oracle == Oracle::kEquivariantGradient)
+        step += mlp.Q * s.H * (mlp.N + mlp.outputs() + s.H);
       multiplications += phase.steps * step;
     }
     return multiplications;

@@ -13,18 +13,18 @@ template <class C>
 struct MlpArrays {
   C *weight1, *bias1, *gain1, *shift1;  // [H, N], [H], [H], [H]
   C *weight2, *bias2, *gain2, *shift2;  // [H, H], [H], [H], [H]
-  C *weight3, *bias3;                   // [N, H], [N]
+  C *weight3, *bias3;                   // [outputs, H], [outputs]
 };
 
 // `running` is [2][2][H] (layer; mean, variance; unit), or null as in the FoldedMlp's construction.
 template <class B, class C = typename B::Scalar>
 KERNELMETA_INLINE void fold(B& block, const MlpArrays<const C>& p, const C* running,
                             const typename B::Sizes& s, const FoldedMlp<C>& to) {
-  const int64_t H = s.H, N = s.N;
+  const int64_t H = s.H, N = s.N, outputs = s.outputs();
   block.unfenced().feature_entries(1, H * N, [&](int64_t, auto i) { i.store(to.w1, i.load(p.weight1)); });
   // Row i of the second layer, then of the third, then what is only copied.
-  block.unfenced().features(H + N + 1, H, [&](int64_t i, auto row) {
-    if (i == H + N) {
+  block.unfenced().features(H + outputs + 1, H, [&](int64_t i, auto row) {
+    if (i == H + outputs) {
       row.each([&](auto j) {
         j.store(to.b1, j.load(p.bias1));
         if (running) {
@@ -55,7 +55,7 @@ KERNELMETA_INLINE void fold(B& block, const MlpArrays<const C>& p, const C* runn
 template <class B, class C = typename B::Scalar>
 KERNELMETA_INLINE void unfold(B& block, const MlpArrays<const C>& p, const FoldedMlpGrad<C>& folded,
                               const typename B::Sizes& s, const MlpArrays<C>& grad) {
-  const int64_t H = s.H, N = s.N, ld = padded(H);
+  const int64_t H = s.H, N = s.N, outputs = s.outputs(), ld = padded(H);
   // Sums over the layer's outputs; one lane a hidden unit.
   const auto gain_and_shift = [H, ld](auto row, int64_t outputs, const C* weight, const C* gw, const C* gb,
                                       C* grad_gain, C* grad_shift) {
@@ -63,12 +63,12 @@ KERNELMETA_INLINE void unfold(B& block, const MlpArrays<const C>& p, const Folde
         outputs, [&](int64_t i, auto j) { return j.load(gw + i * ld) * j.load(weight + i * H); }, grad_gain);
     row.column_sums(outputs, [&](int64_t i, auto j) { return gb[i] * j.load(weight + i * H); }, grad_shift);
   };
-  block.features(H + N + 3, H, [&](int64_t i, auto row) {
-    if (i == H + N) {
+  block.features(H + outputs + 3, H, [&](int64_t i, auto row) {
+    if (i == H + outputs) {
       gain_and_shift(row, H, p.weight2, folded.w2, folded.b2, grad.gain1, grad.shift1);
-    } else if (i == H + N + 1) {
-      gain_and_shift(row, N, p.weight3, folded.w3, folded.b3, grad.gain2, grad.shift2);
-    } else if (i == H + N + 2) {
+    } else if (i == H + outputs + 1) {
+      gain_and_shift(row, outputs, p.weight3, folded.w3, folded.b3, grad.gain2, grad.shift2);
+    } else if (i == H + outputs + 2) {
       row.each([&](auto j) {
         j.store(grad.bias1, j.load(folded.b1));
         for (int64_t n = 0; n < N; ++n) grad.weight1[j.at * N + n] = folded.w1t[n * ld + j.at];

@@ -18,8 +18,8 @@ struct FoldedMlp {
   C* b1;     // [H]
   C* w2;     // [H, H]
   C* b2;     // [H]
-  C* w3;     // [N, H]
-  C* b3;     // [N]
+  C* w3;     // [outputs, H]
+  C* b3;     // [outputs]
   C* mean1;  // [H]
   C* istd1;  // [H]
   C* mean2;  // [H]
@@ -32,8 +32,8 @@ struct FoldedMlp {
         b1(arena.take(s.H)),
         w2(arena.take(s.H * s.H)),
         b2(arena.take(s.H)),
-        w3(arena.take(s.N * s.H)),
-        b3(arena.take(s.N)),
+        w3(arena.take(s.outputs() * s.H)),
+        b3(arena.take(s.outputs())),
         mean1(fixed_stats ? arena.take(s.H) : nullptr),
         istd1(fixed_stats ? arena.take(s.H) : nullptr),
         mean2(fixed_stats ? arena.take(s.H) : nullptr),
@@ -47,8 +47,8 @@ struct FoldedMlpGrad {
   C* b1;   // [H]
   C* w2;   // [H, padded(H)]
   C* b2;   // [H]
-  C* w3;   // [N, padded(H)]
-  C* b3;   // [N]
+  C* w3;   // [outputs, padded(H)]
+  C* b3;   // [outputs]
 
   template <class S>
   KERNELMETA_INLINE FoldedMlpGrad(Arena<C>& arena, const S& s)
@@ -56,8 +56,8 @@ struct FoldedMlpGrad {
         b1(arena.take(s.H)),
         w2(arena.take(s.H * padded(s.H))),
         b2(arena.take(s.H)),
-        w3(arena.take(s.N * padded(s.H))),
-        b3(arena.take(s.N)) {}
+        w3(arena.take(s.outputs() * padded(s.H))),
+        b3(arena.take(s.outputs())) {}
 };
 
 // One of the two layers that are normalised: n = (relu(a) - mean) / std per unit, a = w in + bias, over the
@@ -113,25 +113,25 @@ struct Mlp {
                         Arena<C>& arena)
       : block(block), s(s), w(w), act(arena, s, backward) {}
 
-  // z [N][ld] -> g [N][ld]. Where `stats` [2][2][H] is given it receives mean and unbiased variance per
+  // z [N][ld] -> g [outputs][ld]. Where `stats` [2][2][H] is given it receives mean and unbiased variance per
   // layer.
   KERNELMETA_INLINE void forward(const C* z, C* g, C* stats) {
-    const int64_t H = s.H, N = s.N, Q = s.Q, ld = s.ld();
+    const int64_t H = s.H, Q = s.Q, ld = s.ld();
     layer(false, z, stats);
     layer(true, act.n1, stats ? stats + 2 * H : nullptr);
-    block.mm(N, H, Q, {w.w3, H, 1}, act.n2, ld, g, ld, w.b3);
+    block.mm(s.outputs(), H, Q, {w.w3, H, 1}, act.n2, ld, g, ld, w.b3);
   }
 
-  // gg [N][ld] -> gz [N][ld], from the activations of the last forward(z); adds to `grad`.
+  // gg [outputs][ld] -> gz [N][ld], from the activations of the last forward(z); adds to `grad`.
   // g2: scratch, [H][ld].
   KERNELMETA_INLINE void backward(const C* z, const C* gg, C* gz, C* g2, const FoldedMlpGrad<C>& grad) {
-    const int64_t N = s.N, H = s.H, Q = s.Q, ld = s.ld(), ldh = padded(H);
+    const int64_t N = s.N, outputs = s.outputs(), H = s.H, Q = s.Q, ld = s.ld(), ldh = padded(H);
     C* g1 = act.n2;  // which is read for the last time before g1 is written
-    block.unfenced().rows(N, Q, [&](int64_t n, auto row) {
+    block.unfenced().rows(outputs, Q, [&](int64_t n, auto row) {
       const C sum = row.sum([&](auto q) { return q.load(gg + n * ld); });
       row.one([&] { grad.b3[n] += sum; });
     });
-    block.unfenced().outer(N, H, Q, gg, ld, act.n2, ld, grad.w3, ldh);
+    block.unfenced().outer(outputs, H, Q, gg, ld, act.n2, ld, grad.w3, ldh);
     layer_backward(true, gg, g2, grad.b2);
     block.unfenced().outer(H, H, Q, g2, ld, act.n1, ld, grad.w2, ldh);
     layer_backward(false, g2, g1, grad.b1);
@@ -144,7 +144,7 @@ struct Mlp {
                   : Layer<C>{s.H, s.N, s.Q, w.w1, w.b1, act.a1, act.n1, act.istd1, w.mean1, w.istd1};
   }
   KERNELMETA_INLINE LayerAdjoint<C> adjoint_of(bool second) const {
-    return second ? LayerAdjoint<C>{s.H, s.N, s.Q, w.w3, act.a2, act.n2, act.istd2, w.istd2}
+    return second ? LayerAdjoint<C>{s.H, s.outputs(), s.Q, w.w3, act.a2, act.n2, act.istd2, w.istd2}
                   : LayerAdjoint<C>{s.H, s.H, s.Q, w.w2, act.a1, act.n1, act.istd1, w.istd1};
   }
 

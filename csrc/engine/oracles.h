@@ -19,6 +19,7 @@ enum class Oracle : int64_t {
   kEntropy = 3,
   kSoftAssignment = 4,
   kSyntheticGradient = 5,
+  kEquivariantGradient = 6,
   kEnd  // their number
 };
 
@@ -216,6 +217,18 @@ struct SyntheticGradient {
   KERNELMETA_INLINE static void backward(const Args&...) {}
 };
 
+// The same, by an MLP that looks at pairs of a row and a class (pair_inputs.h).
+struct EquivariantGradient {
+  static constexpr Oracle kOracle = Oracle::kEquivariantGradient;
+  static constexpr const char* kName = "equivariant_gradient";
+  static constexpr bool kNeedsLabels = false;
+
+  template <class... Args>
+  KERNELMETA_INLINE static void forward(const Args&...) {}
+  template <class... Args>
+  KERNELMETA_INLINE static void backward(const Args&...) {}
+};
+
 template <class... Each>
 struct OracleList {
   static constexpr int64_t kCount = sizeof...(Each);
@@ -235,16 +248,17 @@ struct OracleList {
 };
 
 // In the order of enum Oracle, and of ORACLES in kernelmeta/phases.py.
-using Oracles = OracleList<CrossEntropy, SquaredError, Hinge, Entropy, SoftAssignment, SyntheticGradient>;
+using Oracles = OracleList<CrossEntropy, SquaredError, Hinge, Entropy, SoftAssignment, SyntheticGradient,
+                           EquivariantGradient>;
 static_assert(Oracles::in_order() && Oracles::kCount == int64_t(Oracle::kEnd),
               "every oracle of the enum has its struct in the list, in the same order");
 
 constexpr int64_t kOracles = Oracles::kCount;
-// Made of softmax(z) or of differences: one number added to all of a row's z changes nothing, and gz sums to
-// zero over the classes but for rounding.
+// Made of softmax(z) or of differences: one number added to all z changes nothing, and gz sums to zero but
+// for rounding.
 constexpr bool blind_to_shift(Oracle oracle) {
   return oracle == Oracle::kCrossEntropy || oracle == Oracle::kHinge || oracle == Oracle::kEntropy ||
-         oracle == Oracle::kSoftAssignment;
+         oracle == Oracle::kSoftAssignment || oracle == Oracle::kEquivariantGradient;
 }
 constexpr bool needs_labels(Oracle oracle) { return Oracles::needs_labels(oracle); }
 

@@ -34,6 +34,8 @@ struct ProgramLoop {
   C* mlp_memory;
   const Sizes support_sizes, query_sizes;  // of the MLP on rows of one kind
   Mlp<B> support_mlp, query_mlp;           // in the same memory
+  C* pair_memory;
+  PairInputs<B> support_pairs, query_pairs;  // likewise
 
   KERNELMETA_INLINE ProgramLoop(B& block, const ProgramShape& s, const ProgramParameters<C>& with,
                                 Arena<C>& arena)
@@ -47,7 +49,10 @@ struct ProgramLoop {
         support_sizes(s.mlp(s.S)),
         query_sizes(s.mlp(s.Q)),
         support_mlp(mlp_in(block, support_sizes, *with.mlp, mlp_memory)),
-        query_mlp(mlp_in(block, query_sizes, *with.mlp, mlp_memory)) {}
+        query_mlp(mlp_in(block, query_sizes, *with.mlp, mlp_memory)),
+        pair_memory(s.pairs ? arena.take(pairs_size(s)) : nullptr),
+        support_pairs(pairs_in(block, s.N, s.S, pair_memory)),
+        query_pairs(pairs_in(block, s.N, s.Q, pair_memory)) {}
   ProgramLoop(const ProgramLoop&) = delete;
 
   // From trace.u[0] (rows times theta0, plus the bias if linear) and r2[0] on: fills the trace.
@@ -112,7 +117,7 @@ struct ProgramLoop {
     C *gg, *gz;  // [N][widest]
     C* gag;      // [K][N][ld]  gradient of A G; all steps are kept for the Gram matrix' gradient
     C* gs;       // G of every step, likewise; see ProgramShape::packed
-    C* gh;       // [H][widest], MLP scratch
+    C* gh;       // [H][mlp_ld], MLP scratch
     C *ganchor, *gra, *gna, *gpa, *gaa;  // <theta, theta_a>; R, r2, P and a of the anchor
     ClassSums<C> gscale, gbias, gtarget;
     C* grate;  // [N], of one step
@@ -129,7 +134,7 @@ struct ProgramLoop {
           gz(arena.take(s.N * s.widest())),
           gag(arena.take(s.K * s.N * s.ld())),
           gs(arena.take(s.packed(s.n_phases))),
-          gh(s.H ? arena.take(s.H * s.widest()) : nullptr),
+          gh(s.H ? arena.take(s.H * s.mlp_ld()) : nullptr),
           ganchor(arena.take(s.N)),
           gra(s.cosine ? arena.take(s.N * s.ld()) : nullptr),
           gna(arena.take(s.N)),
@@ -256,6 +261,14 @@ struct ProgramLoop {
       if (phase.mean) scale_rows(to, part, C(1) / C(part.count));
       return;
     }
+    if (phase.oracle == Oracle::kEquivariantGradient) {
+      PairInputs<B>& of_pairs = pairs(phase);
+      of_pairs.forward(z);
+      mlp(phase).forward(of_pairs.x, of_pairs.out, nullptr);
+      of_pairs.take_out(to);
+      if (phase.mean) scale_rows(to, part, C(1) / C(part.count));
+      return;
+    }
     const OracleRows<B> rows = oracle_rows(phase, part);
     with_oracle(phase.oracle, [&](auto oracle) { oracle.forward(rows, z, to); });
   }
@@ -267,6 +280,14 @@ struct ProgramLoop {
     if (phase.oracle == Oracle::kSyntheticGradient) {
       if (phase.mean) scale_rows(adj.gg, part, C(1) / C(part.count));
       mlp(phase).backward(z, adj.gg, adj.gz, adj.gh, *grad.mlp);
+      return;
+    }
+    if (phase.oracle == Oracle::kEquivariantGradient) {
+      PairInputs<B>& of_pairs = pairs(phase);
+      if (phase.mean) scale_rows(adj.gg, part, C(1) / C(part.count));
+      of_pairs.put_in(adj.gg);
+      mlp(phase).backward(of_pairs.x, of_pairs.out, of_pairs.gx, adj.gh, *grad.mlp);
+      of_pairs.backward(z, adj.gz);
       return;
     }
     const OracleRows<B> rows = oracle_rows(phase, part);
@@ -314,9 +335,15 @@ struct ProgramLoop {
 
  private:
   KERNELMETA_INLINE static int64_t mlp_size(const ProgramShape& s) {
-    const Sizes sizes = s.mlp(s.widest());
+    Sizes sizes = s.mlp(0);
+    sizes.Q = s.mlp_ld();
     Arena<C> count;
     typename Mlp<B>::Activations unused(count, sizes, true);
+    return count.used();
+  }
+  KERNELMETA_INLINE int64_t pairs_size(const ProgramShape& s) const {
+    Arena<C> count;
+    PairInputs<B> unused(count, block, s.N, s.uses_support && s.S > s.Q ? s.S : s.Q);
     return count.used();
   }
 
@@ -324,6 +351,13 @@ struct ProgramLoop {
                                          C* memory) {
     Arena<C> arena(memory);
     return Mlp<B>(block, sizes, weights, true, arena);
+  }
+  KERNELMETA_INLINE static PairInputs<B> pairs_in(B& block, int64_t N, int64_t rows, C* memory) {
+    Arena<C> arena(memory);
+    return PairInputs<B>(arena, block, N, rows);
+  }
+  KERNELMETA_INLINE PairInputs<B>& pairs(const Phase& phase) {
+    return phase.query ? query_pairs : support_pairs;
   }
   KERNELMETA_INLINE Mlp<B>& mlp(const Phase& phase) { return phase.query ? query_mlp : support_mlp; }
 

@@ -4,6 +4,7 @@
 
 #include "engine/inner_loop.h"
 #include "engine/oracles.h"
+#include "engine/pair_inputs.h"
 
 namespace kernelmeta {
 
@@ -23,6 +24,7 @@ struct ProgramShape {
   bool cosine;
   bool uses_support, uses_query;  // some phase does
   bool coefficients;              // P and a are wanted
+  bool pairs;                     // the MLP is that of the equivariant gradient
 
   KERNELMETA_INLINE RowRange support() const { return {0, uses_support ? S : 0}; }
   KERNELMETA_INLINE RowRange query() const { return {support().ld(), Q}; }
@@ -37,8 +39,15 @@ struct ProgramShape {
     for (int64_t j = 0; j < i; ++j) elements += phases[j].steps * N * part(phases[j].query).ld();
     return elements;
   }
-  // The synthetic gradient's, on rows of one kind.
-  KERNELMETA_INLINE Sizes mlp(int64_t rows) const { return {1, S, rows, N, D, H, K}; }
+  // The MLP's, on so many rows.
+  KERNELMETA_INLINE Sizes mlp(int64_t rows) const {
+    return pairs ? pair_sizes(rows, N, D, H, K) : Sizes{1, S, rows, N, D, H, K};
+  }
+  // Of its activations, for any rows.
+  KERNELMETA_INLINE int64_t mlp_ld() const {
+    const int64_t of_support = mlp(uses_support ? S : 0).ld(), of_query = mlp(Q).ld();
+    return of_support > of_query ? of_support : of_query;
+  }
 };
 
 // What the forward pass leaves for the backward pass, one task; its size stands in

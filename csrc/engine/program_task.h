@@ -15,6 +15,7 @@ struct ProgramProblem {
   int64_t T, N, D, H;  // N: of the task that has most
   int64_t n_phases, K;
   bool cosine, coefficients, first_order;
+  bool pairs;  // as in ProgramShape
   TaskRows support, query;
   TaskClasses classes;
   Start start;
@@ -24,6 +25,11 @@ struct ProgramProblem {
   const C *scale, *bias, *target;  // one value each, or null: 1, 0, 1
   const C* rates;                  // [K]
 
+  // The MLP's, whatever the rows; of nothing where there is none.
+  KERNELMETA_INLINE Sizes mlp_sizes() const {
+    if (!H) return {1, 1, 1, 0, D, 0, K};
+    return pairs ? pair_sizes(1, 1, D, H, K) : Sizes{1, 1, 1, N, D, H, K};
+  }
   KERNELMETA_INLINE ProgramShape shape(int64_t t, const Phase* phases) const {
     ProgramShape s{support.count(t),
                    query.count(t),
@@ -36,7 +42,8 @@ struct ProgramProblem {
                    cosine,
                    false,
                    false,
-                   coefficients};
+                   coefficients,
+                   pairs};
     for (int64_t i = 0; i < n_phases; ++i) {
       if (phases[i].steps > 0) (phases[i].query ? s.uses_query : s.uses_support) = true;
     }
@@ -70,7 +77,7 @@ struct ProgramGrad {
         bias(arena.take(1)),
         target(arena.take(1)),
         rates(arena.take(p.K)),
-        mlp(arena, Sizes{1, 1, 1, p.H ? p.N : 0, p.D, p.H, p.K}) {}
+        mlp(arena, p.mlp_sizes()) {}
 };
 
 template <class C>
@@ -126,7 +133,7 @@ struct ProgramTask {
         support_inverse(arena.take(shape.S)),
         class_sizes(arena.take(shape.N)),
         y(arena.take(shape.N * padded(shape.S))),
-        w1(p.H && shape.N < p.N ? arena.take(p.H * shape.N) : nullptr),
+        w1(p.H && !p.pairs && shape.N < p.N ? arena.take(p.H * shape.N) : nullptr),
         whole_w1(folded.w1),
         members(arena, p.classes, t, p.support.first(t), shape.S, shape.N, p.N),
         mlp(folded),

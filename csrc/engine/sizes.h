@@ -13,9 +13,14 @@ struct Sizes {
   int64_t D;  // features
   int64_t H;  // hidden units of the synthetic-gradient MLP
   int64_t K;  // steps
+  // The MLP looks at pairs of a query row and a class, one after the other: Q counts these, and N their
+  // inputs.
+  bool pairs = false;
 
   // Arrays with one entry per query row are stored rows innermost, [n][ld()]; entries Q..ld() are padding.
   KERNELMETA_INLINE int64_t ld() const { return padded(Q); }
+  // Of the MLP.
+  KERNELMETA_INLINE int64_t outputs() const { return pairs ? 1 : N; }
 };
 
 // The same with ways and hidden units known to the compiler. Holds nothing of its own: sizes that have these
@@ -23,6 +28,7 @@ struct Sizes {
 template <int kN, int kH>
 struct FixedSizes : Sizes {
   static constexpr int64_t N = kN, H = kH;
+  KERNELMETA_INLINE static constexpr int64_t outputs() { return kN; }
 };
 
 template <class Z>

@@ -28,16 +28,17 @@ struct MlpSizes {
   }
 };
 
-// The parameters, held; null pointers where there is no MLP. running: [2, 2, H] or none.
+// The parameters, held; null pointers where there is no MLP. s: its N inputs and its outputs. running: [2, 2,
+// H] or none.
 template <class C>
 class MlpParameters {
  public:
   const int64_t H;
 
   template <class T>
-  MlpParameters(const TensorDevice& on, const MlpTensors<T>& m, const OptionalTensor& running, int64_t N)
+  MlpParameters(const TensorDevice& on, const MlpTensors<T>& m, const OptionalTensor& running, const Sizes& s)
       : H(hidden_units(m.weight1)),
-        weight1_(on, m.weight1, {H, N}, "weight1"),
+        weight1_(on, m.weight1, {H, s.N}, "weight1"),
         bias1_(on, m.bias1, {H}, "bias1"),
         gain1_(on, m.gain1, {H}, "gain1"),
         shift1_(on, m.shift1, {H}, "shift1"),
@@ -45,8 +46,8 @@ class MlpParameters {
         bias2_(on, m.bias2, {H}, "bias2"),
         gain2_(on, m.gain2, {H}, "gain2"),
         shift2_(on, m.shift2, {H}, "shift2"),
-        weight3_(on, m.weight3, {N, H}, "weight3"),
-        bias3_(on, m.bias3, {N}, "bias3") {
+        weight3_(on, m.weight3, {s.outputs(), H}, "weight3"),
+        bias3_(on, m.bias3, {s.outputs()}, "bias3") {
     if (!given()) return;
     const MlpArrays<const C> all = arrays();
     require(all.bias1 && all.gain1 && all.shift1 && all.weight2 && all.bias2 && all.gain2 && all.shift2 &&
@@ -72,17 +73,17 @@ template <class C>
 struct MlpGradients {
   Tensor weight1, bias1, gain1, shift1, weight2, bias2, gain2, shift2, weight3, bias3;
 
-  MlpGradients(const TensorDevice& on, bool wanted, int64_t N, int64_t H)
-      : weight1(empty_if<C>(wanted, on, {H, N})),
-        bias1(empty_if<C>(wanted, on, {H})),
-        gain1(empty_if<C>(wanted, on, {H})),
-        shift1(empty_if<C>(wanted, on, {H})),
-        weight2(empty_if<C>(wanted, on, {H, H})),
-        bias2(empty_if<C>(wanted, on, {H})),
-        gain2(empty_if<C>(wanted, on, {H})),
-        shift2(empty_if<C>(wanted, on, {H})),
-        weight3(empty_if<C>(wanted, on, {N, H})),
-        bias3(empty_if<C>(wanted, on, {N})) {}
+  MlpGradients(const TensorDevice& on, bool wanted, const Sizes& s)
+      : weight1(empty_if<C>(wanted, on, {s.H, s.N})),
+        bias1(empty_if<C>(wanted, on, {s.H})),
+        gain1(empty_if<C>(wanted, on, {s.H})),
+        shift1(empty_if<C>(wanted, on, {s.H})),
+        weight2(empty_if<C>(wanted, on, {s.H, s.H})),
+        bias2(empty_if<C>(wanted, on, {s.H})),
+        gain2(empty_if<C>(wanted, on, {s.H})),
+        shift2(empty_if<C>(wanted, on, {s.H})),
+        weight3(empty_if<C>(wanted, on, {s.outputs(), s.H})),
+        bias3(empty_if<C>(wanted, on, {s.outputs()})) {}
 
   MlpArrays<C> arrays() const {
     return {data<C>(weight1), data<C>(bias1), data<C>(gain1),  data<C>(shift1),  data<C>(weight2),

@@ -42,6 +42,14 @@ struct ProgramBackwardCall {
   bool need_support = in.take<bool>("need_support"), need_query = in.take<bool>("need_query");
 };
 
+// Whether the MLP is that of equivariant gradients.
+inline bool has_pairs(const std::vector<int64_t>& phases) {
+  for (size_t i = 0; i < phases.size(); i += 4) {
+    if (phases[i] == int64_t(Oracle::kEquivariantGradient)) return true;
+  }
+  return false;
+}
+
 // [oracle, of query rows, mean, steps] of every phase, one after the other.
 inline std::vector<Phase> phases_of(const std::vector<int64_t>& numbers, bool cosine, bool has_mlp) {
   require(numbers.size() % 4 == 0, "phases: expected four numbers a phase");
@@ -54,7 +62,10 @@ inline std::vector<Phase> phases_of(const std::vector<int64_t>& numbers, bool co
     require(!query || !needs_labels(oracle), "phases: query rows have no labels");
     require(oracle != Oracle::kSoftAssignment || (cosine && query),
             "phases: soft assignment needs a cosine classifier and query rows");
-    require(oracle != Oracle::kSyntheticGradient || has_mlp, "phases: a synthetic gradient needs its MLP");
+    const bool asks = oracle == Oracle::kSyntheticGradient || oracle == Oracle::kEquivariantGradient;
+    require(!asks || has_mlp, "phases: a synthetic or equivariant gradient needs its MLP");
+    require(!asks || (oracle == Oracle::kEquivariantGradient) == has_pairs(numbers),
+            "phases: a program has one MLP, of synthetic or of equivariant gradients");
     if (numbers[i + 3] > 0) phases.push_back({oracle, query, numbers[i + 2] != 0, numbers[i + 3]});
   }
   return phases;
@@ -63,6 +74,7 @@ inline std::vector<Phase> phases_of(const std::vector<int64_t>& numbers, bool co
 // Checked, and as the kernels read them.
 template <class C>
 struct ProgramArguments : RaggedArguments {
+  bool pairs;
   MlpParameters<C> mlp;
   std::vector<Phase> phases;
   Parameter<C> theta0, weight, start_bias, rates;
@@ -70,7 +82,9 @@ struct ProgramArguments : RaggedArguments {
 
   ProgramArguments(const RaggedRowTensors& rows, const ProgramCall& call)
       : RaggedArguments(rows, call.n_way, call.max_support, call.max_query),
-        mlp(on, call.mlp, call.running_stats, call.n_way),
+        pairs(has_pairs(call.phases)),
+        mlp(on, call.mlp, call.running_stats,
+            pairs ? pair_sizes(1, 1, 0, 0, 0) : Sizes{1, 0, 1, call.n_way, 0, 0, 0}),
         phases(phases_of(call.phases, call.cosine, mlp.given())) {
     const int64_t D = query.D(), N = call.n_way, T = query.T();
     require(call.start >= 0 && call.start <= 2, "start must be 0, 1 or 2");
@@ -82,6 +96,7 @@ struct ProgramArguments : RaggedArguments {
       require(!__builtin_add_overflow(K, phase.steps, &K), "phases: too many steps");
     const int64_t all_rows = support.all_rows() + query.all_rows() + 32 * (T + 1);
     Elements().add({K + 1, 5, N, all_rows}).add({T + 1, N, D + 16}).add({K + 1, T + 1, N, 4});
+    if (pairs) Elements().add({mlp.H + kPairInputs, N, all_rows, 8});
     if (!support.known()) Elements().add({T, K + 1, 5, N, support.count(0) + query.count(0) + 32});
     problem = {};
     problem.start = Start(call.start);
@@ -111,6 +126,7 @@ struct ProgramArguments : RaggedArguments {
     problem.cosine = call.cosine;
     problem.coefficients = call.coefficients;
     problem.first_order = call.first_order;
+    problem.pairs = pairs;
     problem.support = support.task_rows();
     problem.query = query.task_rows();
     problem.classes = labels.classes();
@@ -124,8 +140,7 @@ struct ProgramArguments : RaggedArguments {
     p.scale = p.bias = p.target = nullptr;
     return p;
   }
-  // The MLP's sizes.
-  Sizes mlp_sizes() const { return {1, 1, 1, mlp.given() ? problem.N : 0, problem.D, problem.H, problem.K}; }
+  Sizes mlp_sizes() const { return problem.mlp_sizes(); }
 };
 
 struct ProgramOp {
@@ -183,7 +198,7 @@ struct ProgramBackwardOp {
       const Parameter<C> trace(a.on, call.trace, {kernel.trace_elements()}, "trace");
       const Tensor support = empty_if<C>(call.need_support, a.on, a.support.shape(p.D));
       const Tensor query = empty_if<C>(call.need_query, a.on, a.query.shape(p.D));
-      const MlpGradients<C> m(a.on, a.mlp.given(), p.N, p.H);
+      const MlpGradients<C> m(a.on, a.mlp.given(), a.mlp_sizes());
 
       Sums<C, ProgramGrad<C>> sums(a.on_host());
       if (a.mlp.given()) sums.unfold(sums.grad.mlp, a.mlp_sizes(), a.mlp, m);

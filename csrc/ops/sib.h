@@ -74,7 +74,7 @@ struct SibArguments {
         start(on, f.start, f.start_index, "support"),
         query(on, f.query, f.query_index, "query"),
         s(even_sizes(start, query, MlpSizes(p.mlp.weight1).N, MlpSizes(p.mlp.weight1).H, p.steps)),
-        mlp(on, p.mlp, p.running_stats, s.N) {
+        mlp(on, p.mlp, p.running_stats, s) {
     Elements()
         .add({s.T + 1, s.K + 1, 5, s.N, padded(s.Q)})
         .add({s.T + 1, s.Q, padded(s.Q)})
@@ -114,7 +114,7 @@ struct SibParameterGradients {
       : weight(empty_if<C>(a.weight.get() != nullptr, a.on, {a.s.D})),
         scale(empty<C>(a.on, shape_of(p.scale))),
         bias(empty<C>(a.on, shape_of(p.bias))),
-        mlp(a.on, true, a.s.N, a.s.H) {}
+        mlp(a.on, true, a.s) {}
 
   template <class AllSums>
   void send(AllSums& sums, const SibParameterGrad<C>& grad, const SibArguments<C>& a) const {

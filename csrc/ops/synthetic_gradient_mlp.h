@@ -31,7 +31,7 @@ struct MlpArguments {
   explicit MlpArguments(const MlpCall& call)
       : on(call.logits),
         s(sizes(call)),
-        mlp(on, call.mlp, call.running_stats, s.N),
+        mlp(on, call.mlp, call.running_stats, s),
         logits(on, call.logits, {s.T, s.Q, s.N}, "logits"),
         problem{s, mlp.arrays(), mlp.running(), logits} {}
 
@@ -77,7 +77,7 @@ struct MlpBackwardOp {
       const typename Device::template Kernel<MlpArguments<C>> kernel(device, a);
       const Parameter<C> grad(a.on, call.grad_gradients, {a.s.T, a.s.Q, a.s.N}, "grad_gradients");
       const Tensor logits = empty<C>(a.on, {a.s.T, a.s.Q, a.s.N});
-      const MlpGradients<C> m(a.on, true, a.s.N, a.s.H);
+      const MlpGradients<C> m(a.on, true, a.s);
       Sums<C, FoldedMlpGrad<C>> sums(a.s);
       sums.unfold(sums.grad, a.s, a.mlp, m);
       kernel.backward(grad, data<C>(logits), sums);

@@ -92,7 +92,7 @@ double norm(const double* x, int64_t n) {
 }
 
 Vec classify(const Episode& e, const Vec& theta, const double* query) {
-  const auto& [T, S, Q, N, D, H, K] = e.s;
+  const auto& [T, S, Q, N, D, H, K, pairs] = e.s;
   Vec z(static_cast<size_t>(Q * N));
   for (int64_t q = 0; q < Q; ++q) {
     for (int64_t n = 0; n < N; ++n) {
@@ -133,7 +133,7 @@ void relu_norm(Vec& y, int64_t Q, int64_t H, const Vec& gain, const Vec& shift, 
 
 // Sum of weights_z * logits and weights_theta * theta_K over all tasks.
 double objective(const Episode& e, const Vec& weights_z, const Vec& weights_theta, Vec* logits) {
-  const auto& [T, S, Q, N, D, H, K] = e.s;
+  const auto& [T, S, Q, N, D, H, K, pairs] = e.s;
   double total = 0;
   for (int64_t t = 0; t < T; ++t) {
     const double* query = &e.query[size_t(t * Q * D)];
@@ -214,7 +214,7 @@ struct Wanted {
 template <class C, class F = C>
 Results<C> run(const Kernels<C>& kernels, const Episode& e, bool as_labels, const Vec& weights_z,
                const Vec& weights_theta, const Wanted& wanted = {}) {
-  const auto& [T, S, Q, N, D, H, K] = e.s;
+  const auto& [T, S, Q, N, D, H, K, pairs] = e.s;
   const Storage of_start = e.from_support ? kStorage<F> : kStorage<C>;
   const auto query = exactly<F>(e.query), support = exactly<F>(e.start);
   const auto theta0 = exactly<C>(e.start), weight = exactly<C>(e.weight);

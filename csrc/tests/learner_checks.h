@@ -179,6 +179,17 @@ struct ProgramCase {
   bool coefficients = false, first_order = false, running = false, bank = false, weight = false;
   bool need_support = true, need_query = true;
   double rate = 0.02, along = 0;  // the least rate; see Episode
+
+  bool pairs() const {
+    for (const Phase& phase : phases) {
+      if (phase.oracle == Oracle::kEquivariantGradient) return true;
+    }
+    return false;
+  }
+  Sizes of_mlp(int64_t K) const {
+    if (!H) return {1, 1, 1, 0, D, 0, K};
+    return pairs() ? pair_sizes(1, 1, D, H, K) : Sizes{1, 1, 1, N, D, H, K};
+  }
 };
 
 struct ProgramEpisode {
@@ -197,7 +208,7 @@ struct ProgramEpisode {
         scale{3.5},
         bias{0.125},
         target{1.5},
-        mlp(draw_floats(2 * c.N * c.H + c.H * c.H + 6 * c.H + c.N, -0.7, 0.7)),
+        mlp(draw_floats((2 * c.N + 8) * c.H + c.H * c.H + 6 * c.H + c.N, -0.7, 0.7)),
         running(draw_floats(4 * c.H, 0.5, 1.5)) {
     for (const Phase& phase : c.phases) K += phase.steps;
     rates = draw_floats(K, c.rate, 5 * c.rate);
@@ -228,11 +239,12 @@ struct ProgramEpisode {
       at += n;
       return piece;
     };
-    const C *w1 = next(H * N), *b1 = next(H), *gain1 = next(H), *shift1 = next(H), *w2 = next(H * H),
-            *b2 = next(H), *gain2 = next(H), *shift2 = next(H), *w3 = next(N * H), *b3 = next(N);
+    const Sizes of_mlp = c.of_mlp(K);
+    const int64_t inputs = of_mlp.N, outputs = of_mlp.outputs();
+    const C *w1 = next(H * inputs), *b1 = next(H), *gain1 = next(H), *shift1 = next(H), *w2 = next(H * H),
+            *b2 = next(H), *gain2 = next(H), *shift2 = next(H), *w3 = next(outputs * H), *b3 = next(outputs);
     RawMlp<C>::arrays = {w1, b1, gain1, shift1, w2, b2, gain2, shift2, w3, b3};
     RawMlp<C>::running = c.running ? ru.data() : nullptr;
-    const Sizes of_mlp{1, 1, 1, H ? N : 0, D, H, K};
     std::vector<C> memory(size_t(size_of<FoldedMlp<C>, C>(of_mlp, c.running)));
     Arena<C> folded_arena(memory.data());
     KernelCall<C> call{c.phases.data(), FoldedMlp<C>(folded_arena, of_mlp, c.running), nullptr};
@@ -243,6 +255,7 @@ struct ProgramEpisode {
     p.T = T, p.N = N, p.D = D, p.H = H;
     p.n_phases = int64_t(c.phases.size()), p.K = K;
     p.cosine = c.cosine, p.coefficients = c.coefficients, p.first_order = c.first_order;
+    p.pairs = c.pairs();
     p.support = tasks.of(false, x), p.query = tasks.of(true, q), p.classes = tasks.classes();
     p.start = c.start;
     if (c.start == Start::kLearned) p.theta0 = th.data();
@@ -312,12 +325,12 @@ struct ProgramEpisode {
       all.back().second.insert(all.back().second.end(), from, from + n);
     };
     if (H) {
-      keep("weight1", grad.mlp.w1t, N, H, padded(H));
+      keep("weight1", grad.mlp.w1t, inputs, H, padded(H));
       keep_bias("bias1", grad.mlp.b1, H);
       keep("weight2", grad.mlp.w2, H, H, padded(H));
       keep_bias("bias2", grad.mlp.b2, H);
-      keep("weight3", grad.mlp.w3, N, H, padded(H));
-      keep_bias("bias3", grad.mlp.b3, N);
+      keep("weight3", grad.mlp.w3, outputs, H, padded(H));
+      keep_bias("bias3", grad.mlp.b3, outputs);
     }
     return all;
   }
@@ -341,6 +354,17 @@ std::vector<ProgramCase> program_cases() {
   };
   add("synthetic gradient", 13, 3, 5, {7, 7}, {11, 11}, {3, 3}, {asks}, true, Start::kClassMeans).weight =
       true;
+  const Phase pairs{Oracle::kEquivariantGradient, true, false, 2};
+  const Phase pairs_of_support{Oracle::kEquivariantGradient, false, true, 1};
+  add("equivariant gradient", 13, 3, 5, {7, 7}, {11, 11}, {3, 3}, {pairs}, true, Start::kClassMeans).weight =
+      true;
+  auto& any_ways = add("equivariant gradient, unequal tasks", 12, 5, 6, {9, 4, 17}, {20, 3, 9}, {2, 4, 5},
+                       {hinge, pairs, pairs_of_support}, true, Start::kClassMeans);
+  any_ways.coefficients = any_ways.running = any_ways.bank = true;
+  auto& along = add("equivariant gradient at rows nearly parallel", 6, 3, 5, {4, 4}, {19, 19}, {3, 3},
+                    {pairs, cross_entropy}, true, Start::kLearned);
+  along.rate = 0.3, along.along = 0.5;
+  add("equivariant gradient, linear", 9, 3, 4, {5}, {18}, {3}, {pairs}, false, Start::kLearned);
   add("linear", 21, 3, 0, {18, 18}, {9, 9}, {3, 3}, {cross_entropy}, false, Start::kLearned);
   auto& constants =
       add("linear, first order", 9, 2, 0, {5}, {6}, {2}, {squares, hinge}, false, Start::kLearned);

@@ -155,7 +155,7 @@ template <class C>
 ProgramDeviceCall<C> device_call(const ProgramProblem<C>& p, const KernelCall<C>& call) {
   ProgramDeviceCall<C> own{};
   std::copy(call.phases, call.phases + p.n_phases, own.phases);
-  own.sizes = {1, 1, 1, p.H ? p.N : 0, p.D, p.H, p.K};
+  own.sizes = p.mlp_sizes();
   own.mlp = RawMlp<C>::arrays;
   own.running = RawMlp<C>::running;
   own.stride = call.trace_offsets[1];

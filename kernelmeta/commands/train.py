@@ -39,7 +39,8 @@ _HELP = {
     "phases": "inner loop of combined: ORACLE:STEPS:RATE, one or more with commas",
     "classifier": "classifier of combined: cosine or linear",
     "start": "where combined starts: class_means, learned or zero",
-    "hidden": "hidden units of the synthetic-gradient MLP (default: 8 a way), or of maml's network for features",
+    "hidden": "hidden units of the MLP that guesses gradients (default: 8 a way, equivariant: 16), or of maml's network"
+    " for features",
     "first_order": "treat the inner gradients as constants",
     "learn_rates": "learn a rate for every inner step",
     "channels": "channels of maml's Conv-4, if the data are pixels",

@@ -3,6 +3,8 @@
 from kernelmeta.nn.anil import ANIL
 from kernelmeta.nn.backbones import Conv4, WideResNet
 from kernelmeta.nn.cosine_classifier import CosineClassifier
+from kernelmeta.nn.equivariant_gradient_mlp import EquivariantGradientMLP
+from kernelmeta.nn.equivariant_sib import EquivariantSIB
 from kernelmeta.nn.lqf import LQF
 from kernelmeta.nn.maml import MAML
 from kernelmeta.nn.program import Program
@@ -20,6 +22,8 @@ __all__ = [
     "SIB",
     "Conv4",
     "CosineClassifier",
+    "EquivariantGradientMLP",
+    "EquivariantSIB",
     "Phase",
     "Program",
     "Prototypes",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kernelmeta import ops
 from kernelmeta.adapted_classifier import CosineTerms
+from kernelmeta.nn.equivariant_gradient_mlp import EquivariantGradientMLP
 from kernelmeta.nn.learner import Learner
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
 from kernelmeta.ops.program_op import check_combination
@@ -28,16 +29,17 @@ class Program(Learner):
             is adapted too.
         start: "class_means" (means of the normalised support rows, weighted), "learned" (one start for all tasks) or
             "zero" (linear only).
-        norm_stats: whose statistics the synthetic-gradient MLP's BatchNorm uses: "task" (each task its own) or
+        norm_stats: whose statistics the BatchNorm of the MLP that guesses gradients uses: "task" (each task its own) or
             "running" (those in ``mlp.running_stats``, e.g. of a trained :class:`SIB`; a program does not update them).
-        hidden: hidden units of that MLP; 8 N if None.
-        reduction: "mean" or "sum" of the losses over a phase's rows; the mean of losses, and the sum of synthetic
+        hidden: hidden units of the MLP; 8 N, or 16 of an equivariant gradient's, if None.
+        reduction: "mean" or "sum" of the losses over a phase's rows; the mean of losses, and the sum of guessed
             gradients, as published, if None.
         scale: of a cosine classifier, the value that ``scale`` starts from.
 
     Parameters, as far as the phases need them: ``weight`` ([D] for class means, [N, D] for a learned start),
     ``scale`` [1] and ``bias`` [1] (cosine) or ``bias`` [N] (linear), ``target_scale`` [1] (squared error), those of
-    ``mlp`` (synthetic gradient), and ``rates``, a list of one [steps] for each phase with ``learn_rates``.
+    ``mlp`` (synthetic or equivariant gradient), and ``rates``, a list of one [steps] for each phase with
+    ``learn_rates``.
 
     Raises:
         ValueError, TypeError: an argument that is not as above, or phases that cannot be combined, named.
@@ -86,7 +88,11 @@ class Program(Learner):
         for name, value in (("weight", weight), ("scale", first_scale), ("target_scale", target)):
             self.register_parameter(name, None if value is None else nn.Parameter(value))
         self.bias = nn.Parameter(torch.zeros(1 if classifier == "cosine" else n_way))
-        self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats) if "synthetic_gradient" in oracles else None
+        self.mlp: SyntheticGradientMLP | EquivariantGradientMLP | None = None
+        if "synthetic_gradient" in oracles:
+            self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats)
+        elif "equivariant_gradient" in oracles:
+            self.mlp = EquivariantGradientMLP(16 if hidden is None else hidden, norm_stats)
         self.rates = nn.ParameterList(torch.full((p.steps,), float(p.lr)) for p in self.phases if p.learn_rates)
 
     def step_rates(self) -> Tensor | None:

@@ -9,7 +9,30 @@ from kernelmeta import ops
 from kernelmeta.mlp_parameters import MLPParameters
 
 
-class SyntheticGradientMLP(nn.Module):
+class MLPModule(nn.Module):
+    """Linear - ReLU - BatchNorm, twice, then Linear: the parameters of an MLP that guesses gradients."""
+
+    running_stats: Tensor
+    weight3: nn.Parameter
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, norm_stats: str) -> None:
+        super().__init__()
+        self.hidden, self.norm_stats = hidden, norm_stats
+        for i, (rows_in, rows_out) in enumerate(((inputs, hidden), (hidden, hidden), (hidden, outputs)), 1):
+            for name, parameter in nn.Linear(rows_in, rows_out).named_parameters():
+                self.register_parameter(f"{name}{i}", parameter)
+            if i < 3:
+                self.register_parameter(f"gain{i}", nn.Parameter(torch.ones(hidden)))
+                self.register_parameter(f"shift{i}", nn.Parameter(torch.zeros(hidden)))
+        self.register_buffer("running_stats", torch.tensor([0.0, 1.0]).view(1, 2, 1).repeat(2, 1, hidden))
+
+    def tensors(self) -> MLPParameters:
+        """The ten parameters, in the order in which the ops take them."""
+        own = self._parameters
+        return MLPParameters(*[own[name] for name in MLPParameters._fields])  # type: ignore[arg-type]
+
+
+class SyntheticGradientMLP(MLPModule):
     """Guesses d loss / d logits from logits: Linear - ReLU - BatchNorm, twice, then Linear (Hu et al. 2020, sec. 4).
 
     Args:
@@ -24,26 +47,12 @@ class SyntheticGradientMLP(nn.Module):
         ValueError: a size below 1.
     """
 
-    running_stats: Tensor
-
     def __init__(self, n_way: int, hidden: int | None = None, norm_stats: str = "task") -> None:
-        super().__init__()
         hidden = 8 * n_way if hidden is None else hidden
         if n_way < 1 or hidden < 1:
             raise ValueError(f"n_way and hidden: expected at least 1, got {n_way} and {hidden}")
-        self.n_way, self.hidden, self.norm_stats = n_way, hidden, norm_stats
-        for i, (inputs, outputs) in enumerate(((n_way, hidden), (hidden, hidden), (hidden, n_way)), 1):
-            for name, parameter in nn.Linear(inputs, outputs).named_parameters():
-                self.register_parameter(f"{name}{i}", parameter)
-            if i < 3:
-                self.register_parameter(f"gain{i}", nn.Parameter(torch.ones(hidden)))
-                self.register_parameter(f"shift{i}", nn.Parameter(torch.zeros(hidden)))
-        self.register_buffer("running_stats", torch.tensor([0.0, 1.0]).view(1, 2, 1).repeat(2, 1, hidden))
-
-    def tensors(self) -> MLPParameters:
-        """The ten parameters, in the order in which the ops take them."""
-        own = self._parameters
-        return MLPParameters(*[own[name] for name in MLPParameters._fields])  # type: ignore[arg-type]
+        super().__init__(n_way, hidden, n_way, norm_stats)
+        self.n_way = n_way
 
     def forward(self, logits: Tensor) -> Tensor:
         """[T, Q, N] or [Q, N] logits -> guessed gradients of the same shape."""

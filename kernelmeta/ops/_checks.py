@@ -201,16 +201,16 @@ def task_rows(
             raise ValueError(f"ragged.{name}: expected at least 1, got {value}")
 
 
-def mlp(parameters: Sequence[Tensor]) -> tuple[int, int]:
-    """N and H of an MLP whose ten tensors fit each other."""
+def mlp(parameters: Sequence[Tensor], outputs: int | None = None) -> tuple[int, int]:
+    """N and H of an MLP whose ten tensors fit each other; it has as many outputs as inputs if nothing else is said."""
     if len(parameters) != 10:
         raise TypeError(f"mlp: expected the ten tensors of MLPParameters, got {len(parameters)}")
     weight1 = parameters[0]
     if not isinstance(weight1, Tensor) or weight1.dim() != 2 or 0 in weight1.shape:
         raise ValueError("mlp.weight1: expected a tensor of shape [H, N], both at least 1")
     H, N = weight1.shape
-    h = (H,)
-    expected = [weight1.shape, h, h, h, (H, H), h, h, h, (N, H), (N,)]
+    h, out = (H,), N if outputs is None else outputs
+    expected = [weight1.shape, h, h, h, (H, H), h, h, h, (out, H), (out,)]
     if [getattr(t, "shape", None) for t in parameters] != expected:
         for name, tensor, want in zip(MLPParameters._fields, parameters, expected, strict=True):
             if not isinstance(tensor, Tensor) or tensor.shape != want:

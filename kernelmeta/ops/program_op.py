@@ -23,7 +23,8 @@ from kernelmeta.ops._gram_program import Gram
 from kernelmeta.ops._signature import mlp_of, mlp_tensors
 from kernelmeta.ops._trace import elements, padded
 from kernelmeta.ops.class_means_op import class_means
-from kernelmeta.phases import ORACLES, Phase, total_steps
+from kernelmeta.phases import GUESSED, ORACLES, Phase, total_steps
+from kernelmeta.reference.equivariant_gradient import PAIR_INPUTS
 from kernelmeta.reference.program import adapt
 from kernelmeta.reference.task_rows import as_labels, gathered
 from kernelmeta.tasks import Classifier, Ragged
@@ -106,6 +107,8 @@ def _work(call: Any) -> int:
         total += phase.steps * rows * N * (S + Q + 20)
         if phase.oracle == "synthetic_gradient":
             total += phase.steps * rows * H * (2 * N + H)
+        elif phase.oracle == "equivariant_gradient":
+            total += phase.steps * rows * N * H * (PAIR_INPUTS + 1 + H)
     return T * total
 
 
@@ -226,9 +229,10 @@ def program(
         scale: [1], of a cosine classifier.
         bias: [1], of a cosine classifier; [N], the start of a linear one's; zero if None.
         target_scale: [1], what "squared_error" wants a row's own class to get; one if None.
-        mlp: for "synthetic_gradient".
+        mlp: for "synthetic_gradient", with N inputs and outputs; or for "equivariant_gradient", with 7 inputs and one
+            output (:class:`kernelmeta.nn.EquivariantGradientMLP`). A program has one of the two.
         running_stats: [2, 2, H]: the MLP's BatchNorm uses these instead of each task's own.
-        reduction: "mean" or "sum" of the losses over the rows; the mean of losses, and the sum of synthetic
+        reduction: "mean" or "sum" of the losses over the rows; the mean of losses, and the sum of guessed
             gradients, as published, if None.
         first_order: steps are constants: no gradient flows through them but into their rates (first-order MAML).
             Linear classifiers only.
@@ -238,7 +242,7 @@ def program(
         ragged: tasks of unequal size: then ``support`` is [all support rows, D], ``support_labels`` [all support
             rows], ``query`` [all query rows, D] (or indices of those lengths). A task with fewer than ``n_way`` ways
             uses the first ways of everything that is learned for all: rows of the start and of the bias, inputs and
-            outputs of the MLP.
+            outputs of the MLP of synthetic gradients.
         gram: what is known of the rows instead of the rows themselves, ``support`` and ``query`` being None: a
             `TangentKernel`, as :func:`ntk_gram` returns, whose outputs are where the logits start; or the matrices
             ``gram`` [T, S, S] and ``cross`` [T, Q, S] of any kernel. It takes ``classifier="linear"``,
@@ -294,7 +298,7 @@ def program(
     K = total_steps(phases)
     if rates is not None:
         _checks.shape("rates", rates, (K,), "[K], one for each step of all phases,")
-    mlp = mlp if any(p.oracle == "synthetic_gradient" for p in phases) else None
+    mlp = mlp if any(p.oracle in GUESSED for p in phases) else None
     precision = _checks.precisions([*named.values(), *(mlp or ())])
     compute, result_type = (query.dtype, None) if precision is None else precision
     if rates is None:
@@ -345,12 +349,17 @@ def _check_program(
         raise ValueError("scale: a cosine classifier needs one, a tensor of one value")
     if reduction is not None and reduction not in _checks.REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(_checks.REDUCTIONS)} or None, got {reduction!r}")
-    if any(p.oracle == "synthetic_gradient" and p.steps for p in phases):
+    for oracle in {p.oracle for p in phases if p.steps} & set(GUESSED):
         if mlp is None:
-            raise ValueError("mlp: a synthetic_gradient phase needs one")
-        N, _ = _checks.mlp(mlp)
-        if n_way != N:
-            raise ValueError(f"mlp: expected {n_way} inputs and outputs, one for each way, got {N}")
+            raise ValueError(f"mlp: phases of {oracle} need one")
+        if oracle == "synthetic_gradient":
+            N, _ = _checks.mlp(mlp)
+            if n_way != N:
+                raise ValueError(f"mlp: expected {n_way} inputs and outputs, one for each way, got {N}")
+        else:
+            inputs, _ = _checks.mlp(mlp, 1)
+            if inputs != PAIR_INPUTS:
+                raise ValueError(f"mlp: expected {PAIR_INPUTS} inputs, those of an equivariant gradient, got {inputs}")
 
 
 def check_combination(phases: Sequence[Phase], classifier: str, start: str, first_order: bool) -> None:
@@ -363,6 +372,8 @@ def check_combination(phases: Sequence[Phase], classifier: str, start: str, firs
         raise ValueError("start: 'zero' has no direction for a cosine classifier; use a linear one")
     if classifier == "cosine" and first_order:
         raise ValueError("first_order: expected False for a cosine classifier, got True")
+    if {p.oracle for p in phases if p.steps} >= set(GUESSED):
+        raise ValueError(f"phases: expected one of {' and '.join(GUESSED)}, got both: a program has one MLP")
     if classifier == "linear" and any(p.oracle == "soft_assignment" for p in phases):
         raise ValueError("phases: soft_assignment needs a cosine classifier")
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from kernelmeta.mlp_parameters import MLPParameters
-from kernelmeta.phases import Phase
+from kernelmeta.phases import GUESSED, Phase
 from kernelmeta.reference.class_means import check_labels, class_means
+from kernelmeta.reference.equivariant_gradient import equivariant_gradient_mlp
 from kernelmeta.reference.norms import FLOOR, unit, unit_and_length
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.synthetic_gradient_mlp import synthetic_gradient_mlp
@@ -68,12 +69,13 @@ def oracle_gradient(
         log_p = logits.log_softmax(-1)
         p = log_p.exp()
         G = -p * (log_p - (p * log_p).sum(-1, keepdim=True))
-    elif oracle != "synthetic_gradient":
+    elif oracle not in GUESSED:
         raise ValueError(f"oracle: {oracle!r} has no gradient here")
     else:
         assert mlp is not None
         norm_stats = "task" if running_stats is None else "running"
-        G = synthetic_gradient_mlp(logits, mlp, norm_stats=norm_stats, running_stats=running_stats)
+        guess = equivariant_gradient_mlp if oracle == "equivariant_gradient" else synthetic_gradient_mlp
+        G = guess(logits, mlp, norm_stats=norm_stats, running_stats=running_stats)
     return G / logits.shape[-2] if mean else G
 
 
@@ -218,7 +220,7 @@ def adapt(
         if own_bias is not None and classifier == "linear":
             own_bias = own_bias[:ways]
         own_mlp = mlp
-        if mlp is not None:
+        if mlp is not None and not any(p.oracle == "equivariant_gradient" for p in phases):
             own_mlp = mlp._replace(weight1=mlp.weight1[:, :ways], weight3=mlp.weight3[:ways], bias3=mlp.bias3[:ways])
         return run_phases(
             support, labels, query, theta0, phases, rates, classifier=classifier, scale=tensors["scale"],

@@ -103,6 +103,10 @@ def _sib(rows: Rows, way: int, **settings: Any) -> nn.Module:
     return km_nn.SIB(way, rows.n_features, **settings)
 
 
+def _equivariant(rows: Rows, way: int, **settings: Any) -> nn.Module:
+    return km_nn.EquivariantSIB(way, rows.n_features, **settings)
+
+
 def _maml(rows: Rows, way: int, steps: int, inner_lr: float, channels: int, hidden: int, **orders: Any) -> nn.Module:
     network = _network(rows, way, channels, hidden)
     # Eight tasks of 80 images at a time take about 100 MB a layer.
@@ -155,6 +159,13 @@ LEARNERS: dict[str, LearnerKind] = {
         "SIB",
         _sib,
         {"steps": 3, "inner_lr": 1e-3, "hidden": None, "norm_stats": "task"},
+        over_steps=True,
+    ),
+    "equivariant": LearnerKind(
+        "equivariant SIB",
+        _equivariant,
+        {"steps": 3, "inner_lr": 1e-2, "hidden": 16, "norm_stats": "task"},
+        {"optimizer": "Adam", "lr": 1e-3, "tasks_per_step": 16},
         over_steps=True,
     ),
     "combined": LearnerKind(

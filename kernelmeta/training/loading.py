@@ -19,7 +19,10 @@ from kernelmeta.training.learners import SOFT_KMEANS, TITLES
 
 AT = ("best", "last")
 # Classes of `kernelmeta.nn` -> learners of `kernelmeta train`.
-_NAMES = {"Prototypes": "prototypes", "ANIL": "anil", "RidgeHead": "ridge", "SIB": "sib", "Program": "combined"}
+_NAMES = {
+    "Prototypes": "prototypes", "ANIL": "anil", "RidgeHead": "ridge", "SIB": "sib", "EquivariantSIB": "equivariant",
+    "Program": "combined",
+}  # fmt: skip
 
 
 def load_learner(path: str | os.PathLike[str], at: str | None = None) -> tuple[Any, dict[str, Any]]:
@@ -107,8 +110,8 @@ def for_ways(learner: Any, settings: dict[str, Any], n_way: int) -> Any:
         other.load_state_dict(learner.state_dict())
     except (KeyError, RuntimeError, TypeError, ValueError):
         raise ValueError(
-            f"was trained for {learner.n_way} classes at a time, not {n_way}; prototypes, ridge and {SOFT_KMEANS} take"
-            " any number"
+            f"was trained for {learner.n_way} classes at a time, not {n_way}; equivariant, prototypes, ridge and"
+            f" {SOFT_KMEANS} take any number"
         ) from None
     return other.eval()
 

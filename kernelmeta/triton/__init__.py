@@ -6,7 +6,8 @@ than this, and float64, runs in plain PyTorch on the same device:
 
 * ``sib``, ``synthetic_gradient_mlp``: 128 query rows, activations and weights [H, H] of 128 x 64;
 * ``program``, ``linear_head``: 256 live rows (support rows too, where a phase uses them, both rounded up to 16) times
-  16 ways, or 128 times 32; with synthetic gradients as ``sib``;
+  16 ways, or 128 times 32; with synthetic gradients as ``sib``; with equivariant ones
+  512 pairs of a row and a class;
 * ``ridge``: 128 support rows;
 * ``focal_distillation``: 8,192 classes.
 

@@ -61,7 +61,7 @@ def loop_forward_kernel(
     for k in range(0, K):
         z = tl.where(inside, scale * (u + bias), 0.0)
         g, mean1, variance1, mean2, variance2 = mlp_forward(
-            z, p + 2, fixed, work, q, n, h, Q, N, H, QP, HP, FIXED, C, PRECISION
+            z, p + 2, fixed, work, q, n, n, h, Q, N, N, H, QP, HP, FIXED, C, PRECISION
         )
         if STATS:
             rows = tl.maximum(Q - 1, 1)
@@ -129,7 +129,7 @@ def loop_backward_kernel(
         ag = tl.load(trace + ag_at + k * N * ld + tile, mask=inside, other=0.0)
         z = tl.where(inside, scale * (u + bias), 0.0)
         g, mean1, variance1, mean2, variance2 = mlp_forward(
-            z, p + 2, fixed, work, q, n, h, Q, N, H, QP, HP, FIXED, C, PRECISION
+            z, p + 2, fixed, work, q, n, n, h, Q, N, N, H, QP, HP, FIXED, C, PRECISION
         )
         last_p, last_a = gp, ga
         if WEIGHTS:
@@ -142,8 +142,8 @@ def loop_backward_kernel(
             tl.store(gs + (t * K + k) * N * Q + dense, g, mask=inside)
             tl.store(gag_out + (t * K + k) * N * Q + dense, gag, mask=inside)
         gz = mlp_backward(
-            z, gg, p + 2, partial + 2, work, mean1, variance1, mean2, variance2, q, n, h, Q, N, H,
-            QP, NP, HP, FIXED, C, PRECISION,
+            z, gg, p + 2, partial + 2, work, mean1, variance1, mean2, variance2, q, n, n, h, Q, N, N, H,
+            QP, NP, NP, HP, FIXED, C, PRECISION,
         )  # fmt: skip
         gz = tl.where(inside, gz, 0.0)
         per_class = tl.sum(gz, 0)

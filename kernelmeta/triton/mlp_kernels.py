@@ -52,10 +52,12 @@ def _layer(a, at, kept_at, gain_at, fixed, q, h, Q, H, HP: tl.constexpr, FIXED: 
 
 @triton.jit
 def mlp_forward(
-    z, p, fixed, work, q, n, h, Q, N, H,
+    z, p, fixed, work, q, n, o, h, Q, N, outputs, H,
     QP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """z [QP, NP] -> g [QP, NP] and each layer's mean and variance; leaves in ``work`` what `mlp_backward` needs."""
+    """z [QP, NP], N inputs -> g [QP, OP] and each layer's mean and variance; leaves in ``work`` what `mlp_backward`
+    needs.
+    """
     second = p + H * N + 3 * H
     third = second + H * H + 3 * H
     x1, kept1, x2, kept2 = work, work + QP * HP, work + 2 * QP * HP, work + 3 * QP * HP
@@ -64,7 +66,8 @@ def mlp_forward(
     mean1, variance1 = _layer(a, x1, kept1, p + H * N + H, fixed, q, h, Q, H, HP, FIXED, C)
     a = product(x1, HP, 1, second, 1, H, q, h, Q, H, H, C, PRECISION) + load_vector(second + H * H, h, H, C)[None, :]
     mean2, variance2 = _layer(a, x2, kept2, second + H * H + H, fixed + 2 * H, q, h, Q, H, HP, FIXED, C)
-    g = product(x2, HP, 1, third, 1, H, q, n, Q, N, H, C, PRECISION) + load_vector(third + N * H, n, N, C)[None, :]
+    bias3 = load_vector(third + outputs * H, o, outputs, C)
+    g = product(x2, HP, 1, third, 1, H, q, o, Q, outputs, H, C, PRECISION) + bias3[None, :]
     return tl.where((q < Q)[:, None], g, 0.0), mean1, variance1, mean2, variance2
 
 
@@ -92,24 +95,24 @@ def _layer_backward(
 
 @triton.jit
 def mlp_backward(
-    z, gg, p, gp, work, mean1, variance1, mean2, variance2, q, n, h, Q, N, H,
-    QP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr, C: tl.constexpr,
+    z, gg, p, gp, work, mean1, variance1, mean2, variance2, q, n, o, h, Q, N, outputs, H,
+    QP: tl.constexpr, NP: tl.constexpr, OP: tl.constexpr, HP: tl.constexpr, FIXED: tl.constexpr, C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """gg [QP, NP] -> gz [QP, NP]; adds to this task's own gradients of the parameters, packed alike, at ``gp``."""
+    """gg [QP, OP] -> gz [QP, NP]; adds to this task's own gradients of the parameters, packed alike, at ``gp``."""
     second, gsecond = p + H * N + 3 * H, gp + H * N + 3 * H
     third, gthird = second + H * H + 3 * H, gsecond + H * H + 3 * H
     x1, kept1, x2, kept2 = work, work + QP * HP, work + 2 * QP * HP, work + 3 * QP * HP
     gh = work + 4 * QP * HP
     rows, grads = work + 5 * QP * HP, work + 5 * QP * HP + QP * NP
     store_matrix(rows, NP, q, n, Q, N, z)
-    store_matrix(grads, NP, q, n, Q, N, gg)
+    store_matrix(grads, OP, q, o, Q, outputs, gg)
     tl.debug_barrier()
     k = h
 
-    add_matrix(gthird, H, n, h, N, H, product(grads, 1, NP, x2, HP, 1, n, h, N, H, Q, C, PRECISION))
-    add_vector(gthird + N * H, n, N, tl.sum(gg, 0))
-    w3 = load_matrix(third, H, n, h, N, H, C)
+    add_matrix(gthird, H, o, h, outputs, H, product(grads, 1, OP, x2, HP, 1, o, h, outputs, H, Q, C, PRECISION))
+    add_vector(gthird + outputs * H, o, outputs, tl.sum(gg, 0))
+    w3 = load_matrix(third, H, o, h, outputs, H, C)
     g = tl.dot(gg, w3, input_precision=PRECISION, out_dtype=C)
     g = _layer_backward(
         g, gh, kept2, second + H * H + H, gsecond + H * H + H, mean2, variance2, q, h, Q, H, HP, FIXED, C
@@ -132,7 +135,7 @@ def mlp_forward_kernel(
     t = tl.program_id(0).to(tl.int64)
     q, n, h = tl.arange(0, QP), tl.arange(0, NP), tl.arange(0, HP)
     z = load_matrix(logits + t * Q * N, N, q, n, Q, N, C)
-    g, _, _, _, _ = mlp_forward(z, p, fixed, work + t * size, q, n, h, Q, N, H, QP, HP, FIXED, C, PRECISION)
+    g, _, _, _, _ = mlp_forward(z, p, fixed, work + t * size, q, n, n, h, Q, N, N, H, QP, HP, FIXED, C, PRECISION)
     store_matrix(out + t * Q * N, N, q, n, Q, N, g)
 
 
@@ -148,11 +151,11 @@ def mlp_backward_kernel(
     z = load_matrix(logits + t * Q * N, N, q, n, Q, N, C)
     gg = load_matrix(grad + t * Q * N, N, q, n, Q, N, C)
     _, mean1, variance1, mean2, variance2 = mlp_forward(
-        z, p, fixed, work, q, n, h, Q, N, H, QP, HP, FIXED, C, PRECISION
+        z, p, fixed, work, q, n, n, h, Q, N, N, H, QP, HP, FIXED, C, PRECISION
     )
     gz = mlp_backward(
-        z, gg, p, gp + t * P, work, mean1, variance1, mean2, variance2, q, n, h, Q, N, H, QP, NP, HP, FIXED, C,
-        PRECISION,
+        z, gg, p, gp + t * P, work, mean1, variance1, mean2, variance2, q, n, n, h, Q, N, N, H, QP, NP, NP, HP,
+        FIXED, C, PRECISION,
     )  # fmt: skip
     store_matrix(gz_out + t * Q * N, N, q, n, Q, N, gz)
 

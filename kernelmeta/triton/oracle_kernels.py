@@ -25,10 +25,11 @@ HINGE = _number("hinge")
 ENTROPY = _number("entropy")
 SOFT_ASSIGNMENT = _number("soft_assignment")
 SYNTHETIC_GRADIENT = _number("synthetic_gradient")
+EQUIVARIANT_GRADIENT = _number("equivariant_gradient")
 
 
 @triton.jit
-def _softmax(z, ways):
+def softmax(z, ways):
     """softmax(z) and log sum exp(z) of every row."""
     z = tl.where(ways, z, -float("inf"))
     top = tl.max(z, 1)
@@ -44,13 +45,13 @@ def _softmax_backward(p, gp):
 
 @triton.jit
 def cross_entropy(z, y, ways, share):
-    p, _ = _softmax(z, ways)
+    p, _ = softmax(z, ways)
     return (p - y) * share
 
 
 @triton.jit
 def cross_entropy_backward(z, gg, ways, share):
-    p, _ = _softmax(z, ways)
+    p, _ = softmax(z, ways)
     return _softmax_backward(p, gg) * share
 
 
@@ -80,7 +81,7 @@ def hinge_backward(gg):
 @triton.jit
 def _entropy_terms(z, ways):
     """p = softmax(z) and h = log p + entropy(p)."""
-    p, log_sum = _softmax(z, ways)
+    p, log_sum = softmax(z, ways)
     log_p = tl.where(ways, z - log_sum[:, None], 0.0)
     return p, log_p - tl.sum(p * log_p, 1)[:, None]
 
@@ -102,13 +103,13 @@ def entropy_backward(z, gg, ways, share):
 @triton.jit
 def soft_assignment(z, ways):
     """softmax(z) itself: not a gradient, but what soft k-means moves its centres with."""
-    p, _ = _softmax(z, ways)
+    p, _ = softmax(z, ways)
     return p
 
 
 @triton.jit
 def soft_assignment_backward(z, gg, ways):
-    p, _ = _softmax(z, ways)
+    p, _ = softmax(z, ways)
     return _softmax_backward(p, gg)
 
 

@@ -19,6 +19,7 @@ from kernelmeta.triton.mlp_kernels import mlp_backward, mlp_forward
 from kernelmeta.triton.oracle_kernels import (
     CROSS_ENTROPY,
     ENTROPY,
+    EQUIVARIANT_GRADIENT,
     HINGE,
     SOFT_ASSIGNMENT,
     SQUARED_ERROR,
@@ -26,6 +27,7 @@ from kernelmeta.triton.oracle_kernels import (
     oracle,
     oracle_backward,
 )
+from kernelmeta.triton.pair_kernels import PAIR_TILE, pair_backward, pair_forward
 from kernelmeta.triton.tiles import product, store_matrix
 
 _FLOOR2 = tl.constexpr(1e-24)  # of a squared norm
@@ -85,8 +87,8 @@ def phase_forward_kernel(
     trace, numbers, rates, labels, counts, p, fixed, work, errors,
     rows, S, Q, N, H, query_at, start, steps, states, work_size,
     size, ld, gram_at, r2_at, u_at, ag_at, anchor_at, lost_at, a_at, p_at,
-    LP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, ORACLE: tl.constexpr, QUERY: tl.constexpr,
-    MEAN: tl.constexpr, COSINE: tl.constexpr, COEFFICIENTS: tl.constexpr, RAGGED: tl.constexpr,
+    LP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, PP: tl.constexpr, ORACLE: tl.constexpr,
+    QUERY: tl.constexpr, MEAN: tl.constexpr, COSINE: tl.constexpr, COEFFICIENTS: tl.constexpr, RAGGED: tl.constexpr,
     FIXED: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """State number ``start`` of the trace -> the next ``steps`` (of which those below ``states`` are stored).
@@ -137,7 +139,14 @@ def phase_forward_kernel(
         rate = tl.load(rates + k)
         z = tl.where(mine, scale * (u + bias), 0.0)
         if ORACLE == SYNTHETIC_GRADIENT:
-            g, _, _, _, _ = mlp_forward(z, p, fixed, work, row, n, h, count, n_way, H, LP, HP, FIXED, C, PRECISION)
+            g, _, _, _, _ = mlp_forward(
+                z, p, fixed, work, row, n, n, h, count, n_way, n_way, H, LP, HP, FIXED, C, PRECISION
+            )
+            g = g * share
+        elif ORACLE == EQUIVARIANT_GRADIENT:
+            g, _, _, _, _, _, _ = pair_forward(
+                z, p, fixed, work, mine, ways, row, n, h, count, N, H, PP, HP, FIXED, C, PRECISION
+            )
             g = g * share
         else:
             g = oracle(z, y, ways, share, target, ORACLE)
@@ -199,8 +208,8 @@ def phase_backward_kernel(
     trace, numbers, rates, labels, counts, p, fixed, work, gu_at, gr2_at, gp_at, ga_at, partial, gnumbers, grates,
     gs, gag_out, rows, S, Q, N, H, P, K, query_at, start, steps, work_size,
     size, ld, gram_at, r2_at, u_at, ag_at, anchor_at, lost_at, a_at, p_at,
-    LP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, ORACLE: tl.constexpr, QUERY: tl.constexpr,
-    MEAN: tl.constexpr, COSINE: tl.constexpr, COEFFICIENTS: tl.constexpr, RAGGED: tl.constexpr,
+    LP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, PP: tl.constexpr, ORACLE: tl.constexpr,
+    QUERY: tl.constexpr, MEAN: tl.constexpr, COSINE: tl.constexpr, COEFFICIENTS: tl.constexpr, RAGGED: tl.constexpr,
     FIRST_ORDER: tl.constexpr, ROWS: tl.constexpr, FIXED: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the state after the phase, in gu [T, N, ld], gr2 [T, N] and, with COEFFICIENTS, gp and ga alike ->
@@ -214,6 +223,8 @@ def phase_backward_kernel(
     product_work = work
     if ORACLE == SYNTHETIC_GRADIENT:
         product_work = work + 5 * LP * HP + 2 * LP * NP  # the MLP's activations are still wanted
+    if ORACLE == EQUIVARIANT_GRADIENT:
+        product_work = work + 5 * PP * HP + 3 * PP * PAIR_TILE + PP
     labels += t * rows
     partial += t * P
     gnumbers += 3 * t
@@ -272,7 +283,12 @@ def phase_backward_kernel(
         z = tl.where(mine, scale * (u + bias), 0.0)
         if ORACLE == SYNTHETIC_GRADIENT:
             g, mean1, variance1, mean2, variance2 = mlp_forward(
-                z, p, fixed, work, row, n, h, count, n_way, H, LP, HP, FIXED, C, PRECISION
+                z, p, fixed, work, row, n, n, h, count, n_way, n_way, H, LP, HP, FIXED, C, PRECISION
+            )
+            g = g * share
+        elif ORACLE == EQUIVARIANT_GRADIENT:
+            g, inputs, istd, mean1, variance1, mean2, variance2 = pair_forward(
+                z, p, fixed, work, mine, ways, row, n, h, count, N, H, PP, HP, FIXED, C, PRECISION
             )
             g = g * share
         else:
@@ -350,10 +366,16 @@ def phase_backward_kernel(
             gg = tl.where(mine, gg, 0.0)
             if ORACLE == SYNTHETIC_GRADIENT:
                 gz = mlp_backward(
-                    z, gg * share, p, partial, work, mean1, variance1, mean2, variance2, row, n, h, count, n_way, H,
-                    LP, NP, HP, FIXED, C, PRECISION,
+                    z, gg * share, p, partial, work, mean1, variance1, mean2, variance2, row, n, n, h, count, n_way,
+                    n_way, H, LP, NP, NP, HP, FIXED, C, PRECISION,
                 )  # fmt: skip
                 tl.debug_barrier()  # before the next step adds to the parameter gradients in memory
+            elif ORACLE == EQUIVARIANT_GRADIENT:
+                gz = pair_backward(
+                    z, gg * share, p, partial, work, inputs, istd, mean1, variance1, mean2, variance2, mine, ways, row,
+                    n, h, count, N, H, PP, HP, FIXED, C, PRECISION,
+                )  # fmt: skip
+                tl.debug_barrier()
             else:
                 gz = oracle_backward(z, gg, ways, share, ORACLE)
             if ORACLE == SQUARED_ERROR:
@@ -361,8 +383,11 @@ def phase_backward_kernel(
             gz = tl.where(mine, gz, 0.0)
             if COSINE:
                 gscale += tl.sum(gz * u, 0)
-                # `blind_to_shift` in csrc/engine/oracles.h: there it sums to zero over the classes but for rounding.
-                if ORACLE != CROSS_ENTROPY and ORACLE != HINGE and ORACLE != ENTROPY and ORACLE != SOFT_ASSIGNMENT:
+                # `blind_to_shift` in csrc/engine/oracles.h: there it sums to zero but for rounding.
+                if (
+                    ORACLE != CROSS_ENTROPY and ORACLE != HINGE and ORACLE != ENTROPY and ORACLE != SOFT_ASSIGNMENT
+                    and ORACLE != EQUIVARIANT_GRADIENT
+                ):  # fmt: skip
                     per_class = tl.sum(gz, 0)
                     gscale += bias * per_class
                     gbias += scale * per_class

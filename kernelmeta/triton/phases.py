@@ -10,12 +10,14 @@ from torch import Tensor
 
 from kernelmeta.triton import mlp_kernels
 from kernelmeta.triton.launch import cover, interpreted, launch, precision
-from kernelmeta.triton.oracle_kernels import SYNTHETIC_GRADIENT
+from kernelmeta.triton.oracle_kernels import EQUIVARIANT_GRADIENT, SYNTHETIC_GRADIENT
+from kernelmeta.triton.pair_kernels import PAIR_TILE
 from kernelmeta.triton.phase_kernels import phase_backward_kernel, phase_forward_kernel
 from kernelmeta.triton.products import dots
 from kernelmeta.triton.trace import Trace
 
 _LARGEST_TILE = 256 * 16  # elements of the state: what the registers of one program hold
+_LARGEST_PAIR_TILE = 512 * 16  # of an activation of all pairs
 
 
 class Phase(NamedTuple):
@@ -67,19 +69,22 @@ class Gradients(NamedTuple):
     gag: Tensor | None
 
 
-def tiles(ld: int, N: int, H: int) -> dict[str, int]:
-    """Tile sizes and warps; H is 0 where there is no MLP."""
-    LP, NP, HP = cover(ld, 1 << 30), cover(N, 1 << 30), cover(H, 1 << 30)
-    largest = LP * max(HP, NP) if H else 2 * LP * NP
-    return {"LP": LP, "NP": NP, "HP": HP, "num_warps": 4 if largest <= 1024 else 8 if largest <= 4096 else 16}
+def tiles(ld: int, N: int, H: int, pairs: int = 0) -> dict[str, int]:
+    """Tile sizes and warps; H is 0 where there is no MLP, ``pairs`` where it does not look at pairs (PP is 1)."""
+    LP, NP, HP, PP = cover(ld, 1 << 30), cover(N, 1 << 30), cover(H, 1 << 30), cover(pairs, 1 << 30) if pairs else 1
+    largest = max(PP, LP) * max(HP, NP) if H else 2 * LP * NP
+    num_warps = 4 if largest <= 1024 else 8 if largest <= 4096 else 16
+    return {"LP": LP, "NP": NP, "HP": HP, "PP": PP, "num_warps": num_warps}
 
 
-def fits(ld: int, N: int, H: int, dtype: torch.dtype) -> bool:
+def fits(ld: int, N: int, H: int, dtype: torch.dtype, pairs: int = 0) -> bool:
     """Whether one program can own a task: else the op runs in plain PyTorch. float64 only in the interpreter."""
-    if H:
+    if H and not pairs:
         return mlp_kernels.fits(ld, N, H, dtype)
-    t = tiles(ld, N, H)
+    t = tiles(ld, N, H, pairs)
     known = dtype is torch.float32 or (dtype is torch.float64 and interpreted())
+    if pairs and max(t["PP"], t["HP"]) * max(t["HP"], 16) > _LARGEST_PAIR_TILE:
+        return False
     return known and t["LP"] <= 256 and t["LP"] * t["NP"] <= _LARGEST_TILE
 
 
@@ -87,11 +92,15 @@ def _common(
     trace: Trace, live: Live, N: int, phase: Phase, learned: Learned
 ) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
     """(Tensors that both kernels read, tile sizes, flags)."""
-    synthetic = phase.oracle == SYNTHETIC_GRADIENT.value
-    mlp = learned.mlp if synthetic else None
-    size = tiles(live.ld, N, 0 if mlp is None else mlp[0].shape[0])
-    LP, NP, HP = size["LP"], size["NP"], size["HP"]
-    work = trace.data.new_empty(trace.data.shape[0], LP * NP if mlp is None else 5 * LP * HP + 3 * LP * NP)
+    of_pairs = phase.oracle == EQUIVARIANT_GRADIENT.value
+    mlp = learned.mlp if of_pairs or phase.oracle == SYNTHETIC_GRADIENT.value else None
+    pairs = N * (live.Q if phase.query else live.S) if of_pairs else 0
+    size = tiles(live.ld, N, 0 if mlp is None else mlp[0].shape[0], pairs)
+    LP, NP, HP, PP = size["LP"], size["NP"], size["HP"], size["PP"]
+    elements = LP * NP if mlp is None else 5 * LP * HP + 3 * LP * NP
+    if of_pairs:
+        elements = 5 * PP * HP + (3 * PAIR_TILE.value + 1) * PP + LP * NP
+    work = trace.data.new_empty(trace.data.shape[0], elements)
     packed = learned.numbers if mlp is None else mlp_kernels.pack(mlp)
     stats = learned.running_stats
     tensors = [

@@ -14,6 +14,7 @@ from kernelmeta.ops._trace import padded
 from kernelmeta.ops.program_op import OP
 from kernelmeta.triton import anew, class_means_kernels, mlp_kernels, phases
 from kernelmeta.triton.launch import interpreted, plain
+from kernelmeta.triton.oracle_kernels import EQUIVARIANT_GRADIENT
 from kernelmeta.triton.phases import Gradients, Learned, Live, Phase
 from kernelmeta.triton.products import (
     combine,
@@ -39,7 +40,8 @@ def _live(call: Any, S: int, Q: int) -> Live:
 def _fits(call: Any, live: Live) -> bool:
     dtype = call.rates.dtype
     H = 0 if call.weight1 is None else call.weight1.shape[0]
-    return (dtype is torch.float32 or interpreted()) and phases.fits(live.ld, call.n_way, H, dtype)
+    pairs = call.n_way * max(live.S, live.Q) if EQUIVARIANT_GRADIENT.value in call.phases[::4] else 0
+    return (dtype is torch.float32 or interpreted()) and phases.fits(live.ld, call.n_way, H, dtype, pairs)
 
 
 def _fields(call: Any, live: Live) -> dict[str, tuple[int, ...]]:

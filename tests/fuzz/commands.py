@@ -29,7 +29,7 @@ USUAL = {
     "--query-balance": ("even", "dirichlet:2", "dirichlet:1e-9"), "--seed": ("0", "7", str(2**64 - 1)),
     "--optimizer": ("SGD", "Adam", "AdamW", "RMSprop"), "--momentum": ("0", "0.9"), "--weight-decay": ("0", "1e-3"),
     "--average": ("0", "32"), "--validate-every": ("0", "20"), "--scale": ("1", "20"),
-    "--phases": ("cross_entropy:2:0.1", "soft_assignment:1:1,hinge:2:0.1", "synthetic_gradient:1:0.1"),
+    "--phases": ("cross_entropy:2:0.1", "soft_assignment:1:1,synthetic_gradient:1:0.1", "equivariant_gradient:1:0.1"),
     "--classifier": ("cosine", "linear"), "--start": ("class_means", "learned", "zero"), "--threads": ("1",),
     "--device": ("cpu", "cuda", "tpu"), "--workers": ("0",), "--weights": ("none.pth",), "--backbone": ("conv4", "vgg"),
     "--update-from": ("none",), "--update-distance": ("kl", "squared", "ldi_mean"), "--update-weight": ("0", "1"),

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from episodes import assert_close, draw_labels, draw_mlp, flat, running_stats
+from episodes import assert_close, draw_labels, draw_mlp, draw_pair_mlp, flat, running_stats
 from torch import Tensor
 
 import kernelmeta as km
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(bool(REASON), reason=f"needs a GPU: {REASON}")
 Values = dict[str, Any]
 CROSS_ENTROPY, SQUARES, HINGE = (Phase(name, 2, 0.05) for name in ("cross_entropy", "squared_error", "hinge"))
 SYNTHETIC = Phase("synthetic_gradient", 3, 1e-2)
+EQUIVARIANT = Phase("equivariant_gradient", 3, 1e-2)
 
 
 class Case(NamedTuple):
@@ -105,8 +106,8 @@ def learned(N: int, D: int, names: str, H: int = 6) -> Values:
     shapes = {"weight": (D,), "start": (N, D), "biases": (N,)}
     found: Values = {}
     for name in names.split():
-        if name == "mlp":
-            mlp = draw_mlp(N, H, torch.float64, g)
+        if name.endswith("mlp"):
+            mlp = draw_pair_mlp(H, torch.float64, g) if name == "pair_mlp" else draw_mlp(N, H, torch.float64, g)
             found |= {f"mlp.{field}": tensor for field, tensor in zip(MLPParameters._fields, mlp, strict=True)}
         elif name in one:
             found[name] = torch.tensor([one[name]], dtype=torch.float64)
@@ -129,6 +130,10 @@ EVEN = {"T": 2, "S": 7, "Q": 11, "N": 3, "D": 33}
 UNEQUAL = ([4, 9, 40], [3, 20, 1], [4, 2, 3])
 PROGRAMS = {
     "synthetic gradient": program_case([SYNTHETIC], f"{COSINE} mlp", rows(**EVEN), 3, 33),
+    "equivariant gradient": program_case([EQUIVARIANT], f"{COSINE} pair_mlp", rows(**EVEN), 3, 33),
+    "equivariant gradient, unequal tasks": program_case(
+        [CROSS_ENTROPY, EQUIVARIANT], f"{COSINE} pair_mlp", ragged(*UNEQUAL, D=14), 4, 14
+    ),
     "running statistics": program_case(
         [SYNTHETIC], f"{COSINE} mlp", rows(**EVEN), 3, 33, running_stats=running_stats(6)
     ),

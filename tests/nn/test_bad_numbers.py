@@ -15,6 +15,7 @@ from kernelmeta.nn import Phase
 N, D, ROWS = 3, 6, 20
 LEARNERS: dict[str, Callable[[], Any]] = {
     "sib": lambda: km.nn.SIB(N, D),
+    "equivariant": lambda: km.nn.EquivariantSIB(N, D),
     "anil": lambda: km.nn.ANIL(N, D),
     "ridge": lambda: km.nn.RidgeHead(N),
     "lqf": lambda: km.nn.LQF(N, D, 8),

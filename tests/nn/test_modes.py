@@ -25,6 +25,7 @@ EPISODE = draw(dtype=torch.float32)
 SUPPORT, LABELS, QUERY = EPISODE.support, EPISODE.labels, EPISODE.query
 LEARNERS: dict[str, Callable[[], Any]] = {
     "sib": lambda: km.nn.SIB(3, 13),
+    "equivariant": lambda: km.nn.EquivariantSIB(3, 13),
     "anil": lambda: km.nn.ANIL(3, 13),
     "anil with learned rates": lambda: km.nn.ANIL(3, 13, learn_rates=True),
     "ridge": lambda: km.nn.RidgeHead(3),

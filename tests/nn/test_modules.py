@@ -19,7 +19,9 @@ def combined(n_way: int, n_features: int, **options: Any) -> km.nn.Program:
     return km.nn.Program(n_way, n_features, phases, **options)
 
 
-LEARNERS: list[Any] = [km.nn.SIB, km.nn.Prototypes, km.nn.SoftKMeans, km.nn.ANIL, km.nn.RidgeHead, combined]
+LEARNERS: list[Any] = [
+    km.nn.SIB, km.nn.EquivariantSIB, km.nn.Prototypes, km.nn.SoftKMeans, km.nn.ANIL, km.nn.RidgeHead, combined,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
@@ -63,7 +65,7 @@ def test_adapt_gives_the_classifier_of_a_call(learner: Any) -> None:
 
 def test_what_is_transductive() -> None:
     heads = {learner.__name__: learner(3, 13).transductive for learner in LEARNERS}
-    expected = ("SIB", "SoftKMeans", "combined")
+    expected = ("SIB", "EquivariantSIB", "SoftKMeans", "combined")
     assert heads == {name: name in expected for name in heads}
     assert not km.nn.SIB(3, 13, steps=0).transductive and not km.nn.SoftKMeans(3, steps=0).transductive
 

@@ -22,6 +22,7 @@ from kernelmeta.training.loading import load_learner
 PHASES = [km.nn.Phase("cross_entropy", 2, 0.1), km.nn.Phase("synthetic_gradient", 2, 0.01, learn_rates=True)]
 LEARNERS = {
     "sib": lambda: km.nn.SIB(3, 13, steps=2, hidden=7, reduction="mean"),
+    "equivariant": lambda: km.nn.EquivariantSIB(3, 13, steps=2, hidden=7, reduction="mean"),
     "prototypes": lambda: km.nn.Prototypes(3),
     "soft_kmeans": lambda: km.nn.SoftKMeans(3, steps=4, scale=7.0),
     "ridge": lambda: km.nn.RidgeHead(3, regularization=0.5),

@@ -10,7 +10,7 @@ from cancelling import RATES, ROWS, SHAPES, TASKS, draw_tasks, errors, judge, pr
 
 import kernelmeta as km
 
-ORACLES = ("cross_entropy", "squared_error", "hinge", "entropy", "soft_assignment", "synthetic_gradient")
+ORACLES = tuple(km.phases.ORACLES)
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from episodes import assert_close, draw_labels, draw_mlp, running_stats
+from episodes import assert_close, draw_labels, draw_mlp, draw_pair_mlp, running_stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, normalize, one_hot
 
 import kernelmeta as km
 from kernelmeta.mlp_parameters import MLPParameters
-from kernelmeta.phases import Phase
+from kernelmeta.phases import GUESSED, Phase
 
 CPU = km.backends()["cpu"]
 needs_kernel = pytest.mark.skipif(not CPU.available, reason=f"no CPU kernels: {CPU.reason}")
@@ -36,6 +36,30 @@ def loss_of(phase: Phase, logits: Tensor, labels: Tensor, target: Tensor, mlp: M
     if phase.oracle == "entropy":
         return -(logits.softmax(1) * logits.log_softmax(1)).sum() / rows
     raise AssertionError(phase.oracle)
+
+
+def pair_inputs(logits: Tensor) -> Tensor:
+    """[Q, N] -> [Q N, 7]: what the equivariant gradient looks at, one pair of a row and a class after the other."""
+    Q, N = logits.shape
+    p = logits.exp() / logits.exp().sum(1, keepdim=True)
+    pairs = []
+    for q in range(Q):
+        for n in range(N):
+            mass = N * sum(p[i, n] for i in range(Q)) / Q + 1e-9
+            others = sum((logits[q, m].exp() for m in range(N) if m != n), torch.zeros(()).double())
+            pairs.append(
+                torch.stack([
+                    p[q, n].log().clamp_min(-20),
+                    p[q, n],
+                    mass.log(),
+                    (logits[q, n] - others.clamp_min(1e-30).log()).clamp(-20, 20),
+                    -sum(p[q, m] * p[q, m].log() for m in range(N)),
+                    logits[q, n] - sum(logits[i, n] for i in range(Q)) / Q,
+                    p[q, n] / mass,
+                ])
+            )  # fmt: skip
+    rows = torch.stack(pairs)
+    return torch.stack([(x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt() for x in rows.unbind(1)], 1)
 
 
 def unrolled(
@@ -79,11 +103,13 @@ def unrolled(
                 continue
             mean = phase.means(reduction)
             wanted = [theta] if cosine else [theta, bias]
-            if phase.oracle == "synthetic_gradient":
+            if phase.oracle in ("synthetic_gradient", "equivariant_gradient"):
+                of_pairs = phase.oracle == "equivariant_gradient"
+                inputs = pair_inputs(logits) if of_pairs else logits
                 guess = km.reference.synthetic_gradient_mlp(
-                    logits, mlp, norm_stats="task" if stats is None else "running", running_stats=stats
+                    inputs, mlp, norm_stats="task" if stats is None else "running", running_stats=stats
                 )
-                guess = guess / (len(rows) if mean else 1)
+                guess = guess.view_as(logits) / (len(rows) if mean else 1)
                 steps = torch.autograd.grad(logits, wanted, guess, create_graph=not first_order)
             else:
                 loss = loss_of(phase, logits, labels, target, mlp, mean)
@@ -115,7 +141,8 @@ class Problem:
         self.theta0, self.weight = normal(N, D), torch.rand(D, dtype=torch.float64, generator=g) + 0.5
         self.scale, self.target = torch.tensor([3.3]).double(), torch.tensor([1.7]).double()
         self.bias = normal(1) if cosine else normal(N)
-        self.mlp = draw_mlp(N, H, torch.float64, g)
+        of_pairs = any(p.oracle == "equivariant_gradient" for p in phases)
+        self.mlp = draw_pair_mlp(H, torch.float64, g) if of_pairs else draw_mlp(N, H, torch.float64, g)
 
     def leaves(self) -> list[Tensor]:
         own = [self.support, self.query, self.rates, self.theta0, self.weight, self.scale, self.target, self.bias]
@@ -187,6 +214,9 @@ COSINE = {
     "soft_assignment": [Phase("soft_assignment", 3, 1.0)],
     "synthetic_gradient": [Phase("synthetic_gradient", 2, 0.1)],
     "synthetic_gradient of the support rows": [Phase("synthetic_gradient", 2, 0.1, rows="support")],
+    "equivariant_gradient": [Phase("equivariant_gradient", 2, 0.1)],
+    "equivariant_gradient of the support rows": [Phase("equivariant_gradient", 2, 0.1, rows="support")],
+    "labels, then equivariant": [Phase("cross_entropy", 2, 0.1), Phase("equivariant_gradient", 2, 0.1)],
     "both": [Phase("cross_entropy", 2, 0.1), Phase("synthetic_gradient", 2, 0.1)],
     "assignment, then synthetic": [Phase("soft_assignment", 2, 1.0), Phase("synthetic_gradient", 2, 0.1)],
     "four phases": [
@@ -199,8 +229,8 @@ LINEAR = {name: p for name, p in COSINE.items() if all(phase.oracle != "soft_ass
 CASES = [
     *((True, name, start) for name in COSINE for start in ("class_means", "learned")),
     *((False, name, start) for name in LINEAR for start in ("class_means", "learned")),
-    # All rows alike have no variance that BatchNorm could divide by: not for synthetic gradients at the start.
-    *((False, name, "zero") for name, p in LINEAR.items() if not p or p[0].oracle != "synthetic_gradient"),
+    # All rows alike have no variance that BatchNorm could divide by: not for guessed gradients at the start.
+    *((False, name, "zero") for name, p in LINEAR.items() if not p or p[0].oracle not in GUESSED),
 ]
 
 
@@ -231,9 +261,10 @@ def test_shapes(data: Any) -> None:
     assert_close(got, want, 1e-8)
 
 
-def test_stored_statistics() -> None:
+@pytest.mark.parametrize("name", ["both", "labels, then equivariant"])
+def test_stored_statistics(name: str) -> None:
     stats = running_stats(6)
-    problem = Problem(COSINE["both"], True, "class_means").fresh()
+    problem = Problem(COSINE[name], True, "class_means").fresh()
     want = with_gradients(problem, problem.unrolled(stats))
     assert_close(with_gradients(problem, problem.run(km.ops.program, running_stats=stats)), want, 1e-10)
 
@@ -318,17 +349,22 @@ def narrowed(options: dict[str, Any], ways: int) -> dict[str, Any]:
     """What is learned for all tasks, for one with fewer ways."""
     mlp = options["mlp"]
     start = options["start"]
+    if mlp.weight3.shape[0] > 1:  # not that of the equivariant gradient
+        mlp = mlp._replace(weight1=mlp.weight1[:, :ways], weight3=mlp.weight3[:ways], bias3=mlp.bias3[:ways])
     return options | {
         "n_way": ways,
         "start": start[:ways] if isinstance(start, Tensor) else start,
         "bias": options["bias"][:ways] if options["classifier"] == "linear" else options["bias"],
-        "mlp": mlp._replace(weight1=mlp.weight1[:, :ways], weight3=mlp.weight3[:ways], bias3=mlp.bias3[:ways]),
+        "mlp": mlp,
     }
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("bounded", [False, True])
-@pytest.mark.parametrize(("cosine", "name", "start"), [c for c in CASES if c[1] in ("both", "four phases", "hinge")])
+@pytest.mark.parametrize(
+    ("cosine", "name", "start"),
+    [c for c in CASES if c[1] in ("both", "four phases", "hinge", "labels, then equivariant")],
+)
 def test_a_ragged_batch_equals_its_tasks_one_by_one(
     cosine: bool, name: str, start: str, bounded: bool, backend: str
 ) -> None:
@@ -365,10 +401,11 @@ def test_a_ragged_batch_equals_its_tasks_one_by_one(
 
 
 @needs_kernel
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 30), st.integers(1, 40)), max_size=6))
-def test_ragged_shapes(sizes: list[tuple[int, int, int]]) -> None:
+@pytest.mark.parametrize("name", ["both", "labels, then equivariant"])
+@given(sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 30), st.integers(1, 40)), max_size=6))
+def test_ragged_shapes(name: str, sizes: list[tuple[int, int, int]]) -> None:
     sizes = [(n, n + more, q) for n, more, q in sizes]
-    problem = Problem(COSINE["both"], True, "class_means", N=6, D=9)
+    problem = Problem(COSINE[name], True, "class_means", N=6, D=9)
     batch = draw_ragged(sizes, 9)
     z = km.ops.program(
         batch.support, batch.labels, batch.query, problem.phases, **problem.options(), ragged=batch.ragged

@@ -89,13 +89,14 @@ def main(name: str) -> None:
     for kernel in (products.rows_dots_kernel, products.rows_combine_kernel, products.squared_norms_kernel):
         cases.append((kernel.__name__, kernel, blocks))
     live = 32 + 80  # support and query rows, padded
-    for label, oracle, cosine, H in (
-        ("cross_entropy", oracle_kernels.CROSS_ENTROPY, False, 0),
-        ("soft_assignment", oracle_kernels.SOFT_ASSIGNMENT, True, 0),
-        ("synthetic_gradient", oracle_kernels.SYNTHETIC_GRADIENT, True, units),
+    for label, oracle, cosine, H, pairs in (
+        ("cross_entropy", oracle_kernels.CROSS_ENTROPY, False, 0, 0),
+        ("soft_assignment", oracle_kernels.SOFT_ASSIGNMENT, True, 0, 0),
+        ("synthetic_gradient", oracle_kernels.SYNTHETIC_GRADIENT, True, units, 0),
+        ("equivariant_gradient", oracle_kernels.EQUIVARIANT_GRADIENT, True, 16, rows * ways),
     ):
         known = {"ORACLE": oracle.value, "QUERY": cosine, "COSINE": cosine, "ROWS": True, "COEFFICIENTS": True}
-        known |= phases.tiles(live, ways, H)
+        known |= phases.tiles(live, ways, H, pairs)
         cases.append((f"{label}_forward", phase_kernels.phase_forward_kernel, known))
         cases.append((f"{label}_backward", phase_kernels.phase_backward_kernel, known))
     for label, rows_of_task in (("", S), ("_of_100_rows", 100)):

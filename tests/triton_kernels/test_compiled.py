@@ -27,6 +27,8 @@ _NVIDIA = {
     "soft_assignment_backward": 768,
     "synthetic_gradient_forward": 800,
     "synthetic_gradient_backward": 2200,
+    "equivariant_gradient_forward": 800,
+    "equivariant_gradient_backward": 1500,
     "factorise_of_100_rows": 448,
 }
 _STACK = dict.fromkeys(("sm_80", "sm_90", "sm_100"), _NVIDIA)
@@ -36,6 +38,8 @@ _STACK["gfx942"] = {
     "soft_assignment_backward": 320,
     "synthetic_gradient_forward": 960,
     "synthetic_gradient_backward": 3200,
+    "equivariant_gradient_forward": 1600,
+    "equivariant_gradient_backward": 2100,
 }
 # Triton before 3.7 keeps less in registers: seen with 3.6.0 568, 2664, 40 and 376 on sm_80; 456, 1760, 96 and 264 on
 # sm_90; 440, 1752, 136 and 272 on sm_100; 156 and 52 on gfx942.
@@ -48,7 +52,7 @@ _OLDER = {
     },
     "AMD": {"mlp_backward_kernel": 192, "factorise_of_100_rows": 64},
 }
-_KERNELS = 19
+_KERNELS = 21
 
 
 def stack_limits(target: str) -> dict[str, int]:

@@ -85,12 +85,15 @@ CASES = [
     (True, "synthetic_gradient of the support rows", "learned", None),
     (True, "assignment, then synthetic", "class_means", "mean"),
     (True, "four phases", "learned", None),
+    (True, "equivariant_gradient", "class_means", None),
+    (True, "equivariant_gradient of the support rows", "learned", "mean"),
     (True, "nothing", "class_means", None),
     (False, "cross_entropy", "zero", None),
     (False, "squared_error", "class_means", None),
     (False, "hinge", "learned", "sum"),
     (False, "entropy", "class_means", None),
     (False, "both", "learned", "mean"),
+    (False, "labels, then equivariant", "learned", "mean"),
 ]
 
 
@@ -127,6 +130,8 @@ def test_shapes_of_a_program(data: Any) -> None:
         ({"T": 2, "S": 20, "Q": 75, "N": 5, "H": 40}, "both"),
         ({"T": 1, "S": 20, "Q": 150, "N": 17}, "soft_assignment"),  # two columns of tiles, 256 rows
         ({"T": 1, "S": 20, "Q": 300}, "entropy"),  # too large: plain PyTorch
+        ({"T": 1, "S": 20, "Q": 75, "N": 5, "H": 16}, "equivariant_gradient"),
+        ({"T": 1, "S": 20, "Q": 180}, "equivariant_gradient"),  # too many pairs: plain PyTorch
         ({"T": 0}, "both"),
     ],
 )
@@ -136,8 +141,9 @@ def test_sizes_of_a_program(sizes: dict[str, int], name: str) -> None:
 
 
 @interpreted
-def test_stored_statistics_and_no_gradient_of_the_weights() -> None:
-    problem = Problem(COSINE["both"], True, "class_means", T=1).fresh()
+@pytest.mark.parametrize("name", ["both", "labels, then equivariant"])
+def test_stored_statistics_and_no_gradient_of_the_weights(name: str) -> None:
+    problem = Problem(COSINE[name], True, "class_means", T=1).fresh()
     stats = running_stats(6)
     got, want = both(lambda: problem.run(km.ops.program, running_stats=stats)[0], problem.leaves())
     assert_close(got, want, TOLERANCE)
@@ -155,7 +161,12 @@ SIZES = [(3, 7, 9), (4, 4, 1), (2, 18, 20)]
 @interpreted
 @pytest.mark.parametrize(
     ("cosine", "name", "start"),
-    [(True, "four phases", "class_means"), (True, "both", "learned"), (False, "both", "zero")],
+    [
+        (True, "four phases", "class_means"),
+        (True, "both", "learned"),
+        (False, "both", "zero"),
+        (True, "labels, then equivariant", "class_means"),
+    ],
 )
 @pytest.mark.parametrize("bounds", [{}, {"max_support": 20, "max_query": 20}])
 def test_ragged_program(cosine: bool, name: str, start: str, bounds: dict[str, int]) -> None:
