@@ -9,12 +9,15 @@ import torch
 from easyfsl.datasets import FeaturesDataset
 from easyfsl.methods import PrototypicalNetworks
 from easyfsl.samplers import TaskSampler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 import kernelmeta as km
 from kernelmeta.data.glyphs import load_glyphs
 
 WAY, SHOT, QUERY, TASKS = 5, 1, 15, 200
+
+# easyfsl 1.5 gives Sampler an argument that recent versions of PyTorch no longer take.
+Sampler.__init__ = lambda self, data_source=None: None
 
 torch.manual_seed(0)
 glyphs = load_glyphs()
