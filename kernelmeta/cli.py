@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     whole = Parser(prog="kernelmeta", description="Few-shot learning with fused inner loops.", allow_abbrev=False)
     whole.add_argument("--version", action="version", version=f"kernelmeta {__version__}")
+    whole.set_defaults(parser=whole)
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Command)
 
     def add(name: str, run: Callable[[argparse.Namespace], None], text: str, example: str) -> Command:

@@ -23,6 +23,4 @@ def _completion(args: argparse.Namespace) -> None:
         import shtab
     except ImportError:
         raise ImportError("completion needs shtab: pip install 'kernelmeta[completion]'") from None
-    from kernelmeta.cli import parser
-
-    print(shtab.complete(parser(), args.shell))
+    print(shtab.complete(args.parser, args.shell))
