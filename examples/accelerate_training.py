@@ -1,5 +1,6 @@
 """A SIB head trained in a loop of Hugging Face Accelerate: mixed precision, gradient accumulation, checkpoints.
 
+pip install . accelerate
 accelerate launch examples/accelerate_training.py    # or: python examples/accelerate_training.py
 """
 
@@ -42,5 +43,5 @@ for step in range(STEPS):
     if step % 20 == 19:
         right = (logits.argmax(-1) == labels[1]).float().mean()
         accelerator.print(f"step {step + 1}: loss {loss.item():.2f}, {right.item():.0%} right")
-accelerator.save_state("checkpoint")
-accelerator.print("saved; accelerator.load_state('checkpoint') goes on from there")
+accelerator.save_state("runs/accelerate")
+accelerator.print("saved; accelerator.load_state('runs/accelerate') goes on from there")

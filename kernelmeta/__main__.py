@@ -14,6 +14,12 @@ _NEEDED = {"tqdm": "tqdm", "PIL": "pillow", "matplotlib": "matplotlib", "tensorb
 
 def main() -> int:
     """Run the command; returns its exit code."""
+    if sys.argv[1:] in (["info"], ["--version"]):  # which need nothing
+        from kernelmeta import __version__
+        from kernelmeta.info import text
+
+        print(text() if sys.argv[1] == "info" else f"kernelmeta {__version__}")
+        return 0
     missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(

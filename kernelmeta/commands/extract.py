@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kernelmeta.command_line import HELP, PRETRAIN_HELP, Add, machine_options, reading, tell_bank
+from kernelmeta.command_line import HELP, PRETRAIN_HELP, Add, machine_options, reading, say_of, tell_bank
 from kernelmeta.data.counter import check_seed
 from kernelmeta.data.words import printable
 from kernelmeta.ranks import ranks
@@ -56,6 +56,8 @@ def _extract(args: argparse.Namespace) -> None:
             name = args.backbone or "conv4"
             eyes = ImageBackbone(make_backbone(name, images.channels, images.size), name)
             source = f"{images.source}, {name}, untrained, seed {args.seed}"
+            if processes.first:
+                say_of(args)(f"warning: {name} is untrained; with --weights, or another library's, features are better")
         parts = args.out.with_name(args.out.name + ".parts")
         settings = reading(args) if processes.first else reading(args) | {"progress": False, "say": lambda line: None}
         bank = extract(

@@ -34,7 +34,7 @@ class ClassDraws:
         counter.check_seed(seed)
         classes = bank.classes(split).numpy()
         if way > len(classes):
-            raise ValueError(f"way: {way} classes asked for, the {split} split has {len(classes)}")
+            raise ValueError(f"way: {way} classes asked for, the {split} split has {len(classes)}: ask for fewer")
         labels = bank.labels.numpy()
         counts = np.bincount(labels, minlength=len(bank.class_names))
         self.split, self.way = split, way

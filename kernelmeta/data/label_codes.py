@@ -42,8 +42,9 @@ class LabelCodes:
             keys: Sequence[int | str] = [_key(value, self.n + i) for i, value in enumerate(values.tolist())]
             codes = np.fromiter((self._code(key) for key in keys), np.int64, len(keys))
         else:
-            distinct, inverse = np.unique(values, return_inverse=True)
-            own = [self._code(_key(value, self.n)) for value in distinct.tolist()]
+            distinct, first, inverse = np.unique(values, return_index=True, return_inverse=True)
+            pairs = zip(distinct.tolist(), first.tolist(), strict=True)
+            own = [self._code(_key(value, self.n + row)) for value, row in pairs]
             codes = np.asarray(own, np.int64)[inverse.reshape(-1)]
         self._parts.append(codes)
         self.n += len(codes)

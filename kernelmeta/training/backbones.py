@@ -37,7 +37,7 @@ def check_backbone(name: str) -> None:
     if name.startswith(PREFIX):
         parse_backbone(name)
     elif name not in BACKBONES:
-        raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, got {name!r}")
+        raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, or {NAMES}, got {name!r}")
 
 
 def load_backbone(path: str | os.PathLike[str] | None, name: str | None, channels: int, size: int) -> ImageBackbone:
@@ -66,7 +66,9 @@ def load_backbone(path: str | os.PathLike[str] | None, name: str | None, channel
             raise ValueError(f"{path}: the weights of {found}, not of {name}")
         name, weights = str(found), dict(checkpoint.tensors["backbone"])
     elif name is None:
-        raise ValueError(f"{path}: which backbone are these weights of? Give one of {', '.join(BACKBONES)}")
+        raise ValueError(
+            f"{path}: which backbone are these weights of? Give --backbone, one of {', '.join(BACKBONES)}, or {NAMES}"
+        )
     weights = xfer.unwrapped(weights)
     backbone = make_backbone(name, channels, size)
     published = "netFeat" in weights or any(key.startswith(("conv_blocks.", "bn1.")) for key in weights)

@@ -20,7 +20,7 @@ from kernelmeta.ranks import Ranks
 from kernelmeta.training.foreign_backbones import Prepare
 
 # Images a file, where features are kept as they come.
-PER_PART = 1024
+PER_PART = 256
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def extract(
         else:
             checksum = _checksum([torch.tensor(rows), *backbone.state_dict().values()])
             key = f"{source} {dtype} {images.fingerprint()} {checksum}"
-            features = _by_parts(parts, key, rows, features_of, ranks, bar)
+            features = _by_parts(parts, key, rows, features_of, ranks, bar, say)
     bank = FeatureBank(
         features,
         labels[rows],
@@ -116,18 +116,23 @@ def _by_parts(
     features_of: Callable[[list[int]], Iterator[Tensor]],
     ranks: Ranks,
     bar: Any,
+    say: Callable[[str], None],
 ) -> Tensor:
     """The features of all rows, from the files of a folder; those of them that are this process' and aren't there yet
     are made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"part-{i:06d}.safetensors" for i in range(-(-len(rows) // PER_PART))]
+    there = [_holds(file, key) for file in files]
+    if any(there):
+        say(f"going on: {min(PER_PART * sum(there), len(rows))} of {len(rows)} images were done before")
     for i, file in list(enumerate(files))[ranks.rank :: ranks.size]:
         chosen = rows[i * PER_PART : (i + 1) * PER_PART]
-        if _holds(file, key):
+        if there[i]:
             bar.update(len(chosen))
-        else:
-            write_tensors(file, {"features": torch.cat(list(features_of(chosen)))}, {"of": key})
+            continue
+        features = torch.cat(list(features_of(chosen)))
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(file, {"features": features}, {"of": key})
     ranks.barrier()
     found = [read_tensors(file)[0]["features"].clone() for file in files]
     ranks.barrier()  # all have read them

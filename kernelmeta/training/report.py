@@ -34,6 +34,12 @@ def write_report(path: str | os.PathLike[str], prediction: Prediction) -> None:
     settings = "".join(_row(name, value) for name, value in prediction.settings.items())
     if prediction.accuracy is not None:
         settings += _row("right, of the rows that were labelled already", f"{prediction.accuracy:.1f} %")
+    fitted = prediction.settings.get("temperature", "1") != "1"
+    calibrated = (
+        ", with the temperature that was fitted on validation episodes"
+        if fitted
+        else ", and not calibrated: look at the order, not at the number"
+    )
     with_images = prediction.query.files is not None
     lines = "".join(_line(prediction, rows[i], i) for i in order)
     counts = dict.fromkeys(prediction.classes, 0)
@@ -56,7 +62,7 @@ def write_report(path: str | os.PathLike[str], prediction: Prediction) -> None:
 <h2>Settings</h2>
 <table>{settings}</table>
 <h2>The least certain first</h2>
-<p>A probability is the method's own, and not calibrated: look at the order, not at the number.{shown}</p>
+<p>A probability is the method's own{calibrated}.{shown}</p>
 <table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>
 </body></html>
 """,

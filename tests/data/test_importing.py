@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import tracemalloc
 
@@ -69,6 +70,7 @@ def test_numbers_are_classes_in_their_order():
         ({"y": np.linspace(0, 1, 12)}, "expected whole numbers or names"),
         ({"y": [*Y[:11], ""]}, "row 11 has none"),
         ({"y": [*Y[:11], None]}, "got none in row 11"),
+        ({"y": [0.0, 1.0, 2.0, math.nan, *range(4, 12)]}, "got nan in row 3"),
         ({"class_names": NAMES}, "class_names: expected a name for each"),
         ({"split": "60/40"}, "split: expected shares"),
         ({"split": "60/20/30"}, r"expected shares that sum to 100 \(or to 1\), got 60/20/30, which sum to 110"),

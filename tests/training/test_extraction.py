@@ -178,8 +178,10 @@ def test_a_killed_run_goes_on(photos: Path, tmp_path: Path, monkeypatch: pytest.
     want = extract(images, Counts(1000), "a test", batch_size=4)
     with pytest.raises(Killed):
         extract(images, Counts(24), "a test", batch_size=4, parts=parts)
+    said: list[str] = []
     again = Counts(1000)
-    got = extract(images, again, "a test", batch_size=4, parts=parts)
+    got = extract(images, again, "a test", batch_size=4, parts=parts, say=said.append)
+    assert said == ["going on: 20 of 35 images were done before"]
     assert again.seen == len(images.paths) - 20
     assert torch.equal(got.features, want.features)
     assert torch.equal(got.labels, want.labels)
