@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 
 from kernelmeta.command_line import HELP, Add, at_option, check_outputs, machine_options, say_of
+from kernelmeta.data.words import counted
 from kernelmeta.training.answers import UNTRAINED
+from kernelmeta.training.foreign_backbones import is_foreign
 from kernelmeta.training.prediction import Backbone, backbone_of, predict, read_rows
 from kernelmeta.training.report import write_report
 
@@ -34,12 +36,17 @@ def add_commands(add: Add) -> None:
     command.option("learner", "--alone", action="store_true", help="judge each row alone, not all of them together")
     command.option("data", "--weights", metavar="FILE", help=HELP["weights"] + " (default: those of the run)")
     command.option("data", "--backbone", help=HELP["backbone"])
-    machine_options(command, skips=False)
+    machine_options(command)
 
 
 def _predict(args: argparse.Namespace) -> None:
-    weights, name = (args.weights, args.backbone) if args.weights is not None else backbone_of(args.what)
-    backbone = Backbone(weights, name, args.device, args.workers, not args.quiet)
+    weights, name = args.weights, args.backbone
+    if weights is None and not is_foreign(name):
+        weights, name = backbone_of(args.what)
+        if args.backbone is not None and args.backbone != name:
+            own = f"; that of the run is {name}" if name else ""
+            raise ValueError(f"--backbone: {args.backbone} needs --weights{own}")
+    backbone = Backbone(weights, name, args.device, args.workers, not args.quiet, args.skip_bad)
     check_outputs({"--out": args.out, "--report": args.report}, [args.support, args.query])
     support = read_rows(args.support, label=args.label, backbone=backbone, say=say_of(args))
     query = read_rows(
@@ -54,4 +61,4 @@ def _predict(args: argparse.Namespace) -> None:
     if answers.which:
         say_of(args)(f"weights of {args.what}: {answers.which}")
     right = "" if answers.accuracy is None else f"; {answers.accuracy:.1f} % of those that were labelled are right"
-    print(f"{args.out}: {len(query.ids)} labels by {answers.method}{right}")
+    print(f"{args.out}: {counted(len(query.ids), 'label')} by {answers.method}{right}")

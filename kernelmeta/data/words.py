@@ -18,6 +18,11 @@ def listing(items: Sequence[object], most: int = 20) -> str:
     return ", ".join(map(str, items[:most])) + more
 
 
+def counted(n: int, what: str) -> str:
+    """ "1 row", "2 rows"."""
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
 def printable(path: str | os.PathLike[str]) -> str:
     """A file's name as UTF-8; bytes that are none are written as ``\\xe9``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernelmeta.data import FeatureBank
+from kernelmeta.data.bank import SPLITS
 from kernelmeta.data.file_kinds import is_safetensors
 from kernelmeta.data.files import write_text
 from kernelmeta.data.folders import scan_classes
@@ -21,7 +22,7 @@ from kernelmeta.data.images import FolderImages
 from kernelmeta.data.label_codes import LabelCodes
 from kernelmeta.data.tables import open_table, read_all
 from kernelmeta.data.tensor_files import read_metadata
-from kernelmeta.data.words import listing, printable
+from kernelmeta.data.words import counted, listing, printable
 from kernelmeta.training.answers import METHODS, doubts, make_learner, probabilities
 from kernelmeta.training.backbones import load_backbone
 from kernelmeta.training.extraction import extract
@@ -58,6 +59,7 @@ class Backbone(NamedTuple):
         device: where it runs.
         workers: processes that decode images.
         progress: show a bar.
+        skip_bad: go on without images that cannot be read.
     """
 
     weights: str | None = None
@@ -65,6 +67,7 @@ class Backbone(NamedTuple):
     device: str = "cpu"
     workers: int = 0
     progress: bool = False
+    skip_bad: bool = False
 
 
 def read_rows(
@@ -97,7 +100,8 @@ def read_rows(
         pass
     if is_safetensors(path) and "kernelmeta-bank" in read_metadata(path).get("format", ""):
         bank = FeatureBank.load(path)
-        names = [bank.class_names[c] for c in bank.labels.tolist()]
+        classes = _without_split(bank)
+        names = [classes[c] for c in bank.labels.tolist()]
         return Rows(bank.features, [str(row) for row in range(len(names))], names)
     table = open_table(path, label, labelled=labelled, columns=columns)
     for note in table.notes:
@@ -110,7 +114,7 @@ def read_rows(
         raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
     bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"{source}: {len(bad)} rows hold NaN or infinite features: {listing(bad)}")
+        raise ValueError(f"{source}: {counted(len(bad), 'row')} with NaN or infinite features: {listing(bad)}")
     labels = None if table.labels is None else _texts(part for piece in table.labels() for part in piece)
     ids = (
         [str(row) for row in range(len(features))]
@@ -118,6 +122,15 @@ def read_rows(
         else _texts(part for piece in table.ids() for part in piece)
     )
     return Rows(features, ids, labels, columns=table.columns)
+
+
+def _without_split(bank: FeatureBank) -> Sequence[str]:
+    """The classes' names, without the folder of their split before it where they came from one."""
+    splits = {number: f"{split}/" for split, number in SPLITS.items()}
+    own = [splits.get(number, "/") for number in bank.class_split.tolist()]
+    plain = [name.removeprefix(split) for name, split in zip(bank.class_names, own, strict=True)]
+    alone = len(set(plain)) == len(plain)
+    return plain if alone and all(map(str.startswith, bank.class_names, own)) else bank.class_names
 
 
 def _texts(values: Any) -> list[str]:
@@ -134,6 +147,8 @@ def _images(source: str, backbone: Backbone, say: Callable[[str], None]) -> Rows
     if backbone.weights is None and not is_foreign(backbone.name):
         raise ValueError(f"{source} is a folder of images: give the --weights of a backbone, or --backbone timm:NAME")
     images = FolderImages(source, scan=scan_classes)
+    if backbone.skip_bad:
+        images.check(skip_bad=True, workers=backbone.workers, progress=backbone.progress)
     eyes = load_backbone(backbone.weights, backbone.name, images.channels, images.size)
     bank = extract(
         images, eyes.module, eyes.name, prepare=eyes.prepare, device=backbone.device, workers=backbone.workers,

@@ -19,6 +19,7 @@ from runs import make_bank
 import kernelmeta as km
 from kernelmeta.cli import main
 from kernelmeta.data import FeatureBank
+from kernelmeta.training import prediction
 
 rng = np.random.default_rng(1)
 CENTRES = 3 * rng.normal(size=(3, 6))
@@ -220,7 +221,7 @@ def test_photos_in_folders(tmp_path, capsys):
         ({"what": "nothing"}, "nothing"),
         ({"support": "query.csv"}, "support: no labels"),
         ({"query": "wide.csv"}, "expected the same columns of features as in the file before, got them with f6"),
-        ({"query": "nan.csv"}, "1 rows hold NaN or infinite features: 2"),
+        ({"query": "nan.csv"}, "1 row with NaN or infinite features: 2"),
         ({"support": "one.csv"}, "expected at least two classes, got 'otter' alone"),
         ({"query": "empty.csv"}, "empty.csv"),
         ({"query": "missing.csv"}, "missing.csv"),
@@ -327,3 +328,41 @@ def test_from_arrays_with_names_to_labels_for_photos(tmp_path):
     )  # fmt: skip
     assert len(found) == 9
     assert all(row["id"].startswith(row["label"]) for row in found)
+
+
+def test_a_backbone_is_used_or_refused_and_images_that_cannot_be_read_are_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("looks_at_colours.py").write_text(
+        "import torch\n"
+        "class Colours(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return x.flatten(2).mean(-1)\n"
+        "def colours():\n"
+        "    return Colours()\n"
+    )
+    for colour, name in enumerate(("red", "green", "blue")):
+        for i in range(2):
+            paint(tmp_path / "known" / name / f"{i}.png", colour)
+            paint(tmp_path / "photos" / f"{name}-{i}.png", colour)
+    rows = ["--support", "known", "--query", "photos"]
+    found = answers(tmp_path, "soft_kmeans", *rows, "--backbone", "looks_at_colours:colours")
+    assert len(found) == 6 and all(row["id"].startswith(row["label"]) for row in found)
+    assert main(["predict", "soft_kmeans", *rows, "--backbone", "conv4", "--out", "out.csv"]) == 2
+    assert "--backbone: conv4 needs --weights" in capsys.readouterr().err
+    (tmp_path / "photos" / "broken.png").write_bytes(b"no image")
+    command = ["predict", "soft_kmeans", *rows, "--backbone", "looks_at_colours:colours", "--out", "out.csv"]
+    assert main(command) == 2
+    assert "--skip-bad goes on without" in capsys.readouterr().err
+    again = answers(tmp_path, "soft_kmeans", *rows, "--backbone", "looks_at_colours:colours", "--skip-bad")
+    assert [row["id"] for row in again] == [row["id"] for row in found]
+
+
+def test_classes_of_a_bank_of_photos_are_called_as_their_folders_are():
+    split = torch.tensor([0, 2], dtype=torch.uint8)
+    for given, want in (
+        (("train/red", "test/blue"), ["red", "blue"]),
+        (("train/red", "test/red"), ["train/red", "test/red"]),  # which would be one
+        (("red", "test/blue"), ["red", "test/blue"]),
+    ):
+        bank = FeatureBank(torch.randn(4, 3), torch.tensor([0, 0, 1, 1]), split, given, "a test")
+        assert list(prediction._without_split(bank)) == want
