@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", help="of kernelmeta train, 5-way, or methods")
     parser.add_argument("--tasks", type=int, default=1000)
     parser.add_argument("--shot", type=int, default=1)
+    parser.add_argument("--only", default="", metavar="TEXT", help="query sets whose titles hold this")
     parser.add_argument("--told", action="store_true")
     parser.add_argument("--counted", type=int, metavar="N")
     args = parser.parse_args()
@@ -52,6 +53,8 @@ def main() -> None:
     titles = [f"{chosen.method}, {what}" if what else chosen.method for chosen, what in columns]
     print("| query set |", " | ".join(titles), "| warned |\n|---|" + "---|" * (len(columns) + 1))
     for title, (balance, taken) in QUERY_SETS.items():
+        if args.only not in title:
+            continue
         sampler = km.data.EpisodeSampler(bank, "test", way=WAY, shot=args.shot, query=QUERY, balance=balance, seed=0)
         right: list[list[float]] = [[] for _ in columns]
         warned = 0
