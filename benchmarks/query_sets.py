@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--counted", type=int, metavar="N")
     args = parser.parse_args()
     bank = km.data.FeatureBank.load(args.bank)
-    named = [("prototypes", None), ("soft_kmeans", None)]
+    named: list[tuple[str | None, str | None]] = [("prototypes", None), ("soft_kmeans", None)]
     named += [(name, None) if name in METHODS else (None, name) for name in args.runs]
     # method, what it is told of the proportions
     columns: list[tuple[Chosen, str]] = []
@@ -62,10 +62,11 @@ def main() -> None:
             support_index, labels, query_index, answers = (drawn[0] for drawn in sampler.draw(task, 1))
             rows = taken(answers)
             support, query = bank.features[support_index].float(), bank.features[query_index[rows]].float()
-            shares = {"": None, "told": torch.bincount(answers[rows], minlength=WAY).double() / int(rows.sum())}
+            true = torch.bincount(answers[rows], minlength=WAY).double() / int(rows.sum())
+            shares = {"": None, "told": true}
             if args.counted is not None:
                 generator = torch.Generator().manual_seed(task)
-                drawn = torch.multinomial(shares["told"], args.counted, replacement=True, generator=generator)
+                drawn = torch.multinomial(true, args.counted, replacement=True, generator=generator)
                 shares["counted"] = (torch.bincount(drawn, minlength=WAY).double() + 2) / (args.counted + 2 * WAY)
             for found, (chosen, what) in zip(right, columns, strict=True):
                 given = probabilities(chosen.learner, support, labels, query, proportions=shares[what]).argmax(-1)
