@@ -1,8 +1,9 @@
-"""What the query set does to a transductive answer: ``python -m benchmarks.query_sets BANK [RUN ...]``.
+"""What the query set does to a transductive answer: ``python -m benchmarks.query_sets BANK [RUN|METHOD ...]``.
 
 5-way tasks of the bank's test classes, with query rows of all classes, unevenly spread, of one class alone, or a single
-row; prototypes, soft k-means and the trained runs on the same tasks. For each kind of query set also how often
-`kernelmeta.FewShotClassifier` warns.
+row; prototypes, soft k-means and what else is named on the same tasks. For each kind of query set also how often
+`kernelmeta.FewShotClassifier` warns. ``--told`` adds a column for each method that takes proportions, which is told
+those of the query rows; ``--counted N`` another one, told (count + 2) / (N + 2 * ways) of N rows drawn with these.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import kernelmeta as km
-from kernelmeta.training.answers import doubts, make_learner, probabilities
+from kernelmeta.training.answers import METHODS, Chosen, doubts, make_learner, probabilities
 
 WAY, QUERY = 5, 15  # query rows of each class, on average
 # How the query rows are spread over the classes, and which of them are taken.
@@ -32,30 +33,45 @@ QUERY_SETS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.query_sets", description=__doc__)
     parser.add_argument("bank")
-    parser.add_argument("runs", nargs="*", help="of kernelmeta train, 5-way")
+    parser.add_argument("runs", nargs="*", help="of kernelmeta train, 5-way, or methods")
     parser.add_argument("--tasks", type=int, default=1000)
     parser.add_argument("--shot", type=int, default=1)
+    parser.add_argument("--only", default="", metavar="TEXT", help="query sets whose titles hold this")
+    parser.add_argument("--told", action="store_true")
+    parser.add_argument("--counted", type=int, metavar="N")
     args = parser.parse_args()
     bank = km.data.FeatureBank.load(args.bank)
-    methods = [make_learner(name, None, WAY, bank.n_features) for name in ("prototypes", "soft_kmeans")]
-    methods += [make_learner(None, run, WAY, bank.n_features) for run in args.runs]
-    print(
-        "| query set |",
-        " | ".join(chosen.method for chosen in methods),
-        "| warned |\n|---|" + "---|" * (len(methods) + 1),
-    )
+    named: list[tuple[str | None, str | None]] = [("prototypes", None), ("soft_kmeans", None)]
+    named += [(name, None) if name in METHODS else (None, name) for name in args.runs]
+    # method, what it is told of the proportions
+    columns: list[tuple[Chosen, str]] = []
+    for method, run in named:
+        chosen = make_learner(method, run, WAY, bank.n_features)
+        takes = getattr(chosen.learner, "takes_proportions", False)
+        told = ["told"] * args.told + ["counted"] * (args.counted is not None) if takes else []
+        columns += [(chosen, what) for what in ["", *told]]
+    titles = [f"{chosen.method}, {what}" if what else chosen.method for chosen, what in columns]
+    print("| query set |", " | ".join(titles), "| warned |\n|---|" + "---|" * (len(columns) + 1))
     for title, (balance, taken) in QUERY_SETS.items():
+        if args.only not in title:
+            continue
         sampler = km.data.EpisodeSampler(bank, "test", way=WAY, shot=args.shot, query=QUERY, balance=balance, seed=0)
-        right: list[list[float]] = [[] for _ in methods]
+        right: list[list[float]] = [[] for _ in columns]
         warned = 0
         for task in range(args.tasks):
             support_index, labels, query_index, answers = (drawn[0] for drawn in sampler.draw(task, 1))
             rows = taken(answers)
             support, query = bank.features[support_index].float(), bank.features[query_index[rows]].float()
-            for found, chosen in zip(right, methods, strict=True):
-                given = probabilities(chosen.learner, support, labels, query).argmax(-1)
+            true = torch.bincount(answers[rows], minlength=WAY).double() / int(rows.sum())
+            shares = {"": None, "told": true}
+            if args.counted is not None:
+                generator = torch.Generator().manual_seed(task)
+                drawn = torch.multinomial(true, args.counted, replacement=True, generator=generator)
+                shares["counted"] = (torch.bincount(drawn, minlength=WAY).double() + 2) / (args.counted + 2 * WAY)
+            for found, (chosen, what) in zip(right, columns, strict=True):
+                given = probabilities(chosen.learner, support, labels, query, proportions=shares[what]).argmax(-1)
                 found.append(float((given == answers[rows]).double().mean()))
-            warned += doubts(methods[1].learner, support, labels, query, range(WAY)) is not None
+            warned += doubts(columns[1][0].learner, support, labels, query, range(WAY)) is not None
         cells = []
         for found in right:
             values = 100 * torch.tensor(found)

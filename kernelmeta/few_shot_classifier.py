@@ -20,7 +20,8 @@ except ImportError as error:
     ) from error
 
 from kernelmeta.data.label_codes import as_array
-from kernelmeta.training.answers import doubts, make_learner, probabilities
+from kernelmeta.training.answers import Chosen, check_use, doubts, make_learner, probabilities
+from kernelmeta.training.proportions import shares_of
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
@@ -29,8 +30,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     Features are used as they are: for columns of different scales put a ``StandardScaler`` before it, in a pipeline.
 
     Args:
-        method: "soft_kmeans", "prototypes", "ridge", which need no training, or the learner that the weights are of:
-            "sib", "equivariant", "anil", "combined" too. None: that of the weights, or soft k-means.
+        method: "soft_kmeans", "prototypes", "ridge", "sinkhorn_kmeans", "pt_map", "tim", "alpha_tim", "laplacian_shot",
+            "bd_cspn", "logistic_regression", which need no training, or the learner that the weights are of: "sib",
+            "equivariant", "anil", "combined" too. None: that of the weights, or soft k-means.
         weights: a run folder of ``kernelmeta train``, its checkpoint, or a published one.
         at: which weights of that run: "best", those that were best on its validation classes, or "last". None: the best
             where it has any.
@@ -38,15 +40,20 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             suits the validation classes of the run best, or 1 without a run. It changes no answer.
         transductive: the rows of one `predict` call are judged together, by a method that can (soft k-means, SIB, some
             programs). This is worth several points where they are a fair sample of all classes, and a loss where they
-            are not: a call with one row, or with rows of one class, warns. With False each row is judged alone.
+            are not: a call with one row, or with rows of one class, warns. With False each row is judged alone, which
+            methods that share rows out among the classes ("sinkhorn_kmeans", "pt_map", "tim", "bd_cspn") cannot.
+        proportions: the classes' shares of the rows of one `predict` call, as a mapping, label -> share, or as an array
+            in the order of ``classes_``; they sum to 1. "sinkhorn_kmeans", "pt_map" and "tim" take them. None: these
+            methods take all classes to have equally many rows, and lose many points where that is wrong. For another
+            call, `set_params` sets others; there is no need to fit again.
 
     Attributes:
         classes_: the labels, sorted.
         n_features_in_: D.
 
     Raises:
-        ValueError: by `fit`: no such method, one that must be trained, weights that do not fit; what scikit-learn's
-            checks find in X and y.
+        ValueError: by `fit`: no such method, one that must be trained, weights that do not fit, proportions that the
+            method does not take or that are none; what scikit-learn's checks find in X and y.
     """
 
     def __init__(
@@ -57,12 +64,14 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         at: str | None = None,
         temperature: float | None = None,
         transductive: bool = True,
+        proportions: Any = None,
     ) -> None:
         self.method = method
         self.weights = weights
         self.at = at
         self.temperature = temperature
         self.transductive = transductive
+        self.proportions = proportions
 
     def fit(self, X: Any, y: Any) -> FewShotClassifier:
         """Take the labelled rows.
@@ -81,6 +90,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             chosen = make_learner(self.method, self.weights, len(self.classes_), X.shape[1], self.at)
             self.method_, self.learner_ = chosen.method, chosen.learner
             self.temperature_ = chosen.temperature if self.temperature is None else self.temperature
+        self._shares()
         self.support_ = torch.from_numpy(np.array(X))
         self.support_labels_ = torch.from_numpy(labels.reshape(-1).astype(np.int64))
         return self
@@ -88,19 +98,28 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X: Any) -> np.ndarray[Any, Any]:
         """Probabilities [n, C], in the order of ``classes_``. Warns where a transductive answer is doubtful."""
         check_is_fitted(self)
+        shares = self._shares()
         X = validate_data(self, _array(X), dtype=_DTYPES, reset=False)
         if self.learner_ is None:  # one class
             return np.ones((len(X), 1))
         query = torch.from_numpy(np.array(X)).to(self.support_.dtype)
         if self.transductive:
-            doubt = doubts(self.learner_, self.support_, self.support_labels_, query, self.classes_.tolist())
+            doubt = doubts(self.learner_, self.support_, self.support_labels_, query, self.classes_.tolist(), shares)
             if doubt is not None:
                 warnings.warn(doubt, UserWarning, stacklevel=2)
         found = probabilities(
             self.learner_, self.support_, self.support_labels_, query, transductive=self.transductive,
-            temperature=self.temperature_,
+            temperature=self.temperature_, proportions=shares,
         )  # fmt: skip
         return found.double().numpy()
+
+    def _shares(self) -> Tensor | None:
+        """The proportions, [C], as they are now. Raises ValueError."""
+        given = self.proportions is not None
+        if self.learner_ is not None:
+            chosen = Chosen(str(self.method_), self.learner_, "")
+            check_use(chosen, transductive=self.transductive, proportions=given)
+        return shares_of(self.proportions, self.classes_.tolist()) if given else None
 
     def predict(self, X: Any) -> np.ndarray[Any, Any]:
         """The most probable label of each row, [n]."""

@@ -28,6 +28,7 @@ from sklearn.utils.estimator_checks import check_estimator  # noqa: E402
 rng = np.random.default_rng(0)
 CENTRES = 3 * rng.normal(size=(4, 16))
 NAMES = np.array(["wolf", "bear", "lynx", "deer"])
+TOLD = ("sinkhorn_kmeans", "pt_map", "tim")  # methods that take proportions
 
 
 def rows(of_class: np.ndarray) -> np.ndarray:
@@ -56,12 +57,13 @@ def run(tmp_path_factory) -> str:
         km.FewShotClassifier("ridge"),
         km.FewShotClassifier(),
         km.FewShotClassifier(transductive=False),
+        *map(km.FewShotClassifier, [*TOLD, "alpha_tim", "laplacian_shot", "bd_cspn", "logistic_regression"]),
     ],
     ids=str,
 )
 def test_the_contract(classifier) -> None:
     expected = {}
-    if classifier.method is None and classifier.transductive:
+    if classifier.method not in ("prototypes", "ridge", "logistic_regression") and classifier.transductive:
         expected["check_methods_subset_invariance"] = "the rows of a call are judged together"
     check_estimator(classifier, expected_failed_checks=expected)
 
@@ -180,6 +182,129 @@ def test_rows_alone_are_alone_where_a_call_couples_its_tasks(run, monkeypatch) -
     monkeypatch.setattr("kernelmeta.training.answers.load_learner", lambda path, at: (head, {"learner": "sib"}))
     classifier = km.FewShotClassifier(weights=run, transductive=False).fit(SUPPORT, SUPPORT_CLASSES)
     assert np.abs(classifier.predict_proba(QUERY)[::3] - classifier.predict_proba(QUERY[::3])).max() < 1e-12
+
+
+# Rows of the classes in the order of NAMES, of which there are 60.
+UNEVEN = np.array([33, 3, 18, 6])
+SHARES = dict(zip(NAMES.tolist(), (UNEVEN / 60).tolist(), strict=True))
+
+
+def noisy_task(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """One labelled row of each class, and 60 rows to label, unevenly spread: X, y, X, y."""
+    draw = np.random.default_rng(seed)
+    support, query = np.arange(4), np.repeat(np.arange(4), UNEVEN)
+    X, rest = (CENTRES[own] + 3 * draw.normal(size=(len(own), 16)) for own in (support, query))
+    return X, NAMES[support], rest, NAMES[query]
+
+
+@pytest.mark.parametrize("method", TOLD)
+def test_known_proportions_help(method) -> None:
+    even, told = [], []
+    for seed in range(20):
+        X, y, query, answers = noisy_task(seed)
+        even.append(km.FewShotClassifier(method).fit(X, y).score(query, answers))
+        told.append(km.FewShotClassifier(method, proportions=SHARES).fit(X, y).score(query, answers))
+    assert np.mean(told) > np.mean(even) + 0.05
+
+
+@pytest.mark.parametrize("method", TOLD)
+def test_proportions_in_every_form(method) -> None:
+    X, y, query, _ = noisy_task(0)
+    want = km.FewShotClassifier(method, proportions=SHARES).fit(X, y).predict_proba(query)
+    in_order = np.array([SHARES[name] for name in sorted(SHARES)])
+    for given in (in_order, in_order.tolist(), torch.from_numpy(in_order), in_order.astype(np.float32)):
+        found = km.FewShotClassifier(method, proportions=given).fit(X, y).predict_proba(query)
+        assert np.abs(found - want).max() < 1e-4
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    series = pandas.Series(SHARES).sort_values()  # in another order than the classes
+    found = km.FewShotClassifier(method, proportions=series).fit(X, y).predict_proba(query)
+    assert np.abs(found - want).max() < 1e-12
+    if method != "tim":  # it only leans towards the proportions
+        assert np.abs(want.mean(0) - in_order).max() < 0.02
+    of_numbers = km.FewShotClassifier(method, proportions={1: 0.1, 0: 0.55, 3: 0.05, 2: 0.3}).fit(X, [0, 3, 2, 1])
+    named = km.FewShotClassifier(method, proportions={"1": 0.1, "0": 0.55, "3": 0.05, "2": 0.3}).fit(X, list("0321"))
+    assert np.array_equal(of_numbers.predict(query).astype(str), named.predict(query))
+
+
+def test_proportions_of_another_call() -> None:
+    X, y, query, answers = noisy_task(1)
+    classifier = km.FewShotClassifier("pt_map", proportions=SHARES).fit(X, y)
+    first = classifier.predict_proba(query)
+    part = answers != "wolf"
+    other = {name: float(np.mean(answers[part] == name)) for name in NAMES.tolist()}
+    classifier.set_params(proportions=other)
+    found = classifier.predict(query[part])
+    assert "wolf" not in found  # of which there are none
+    assert np.array_equal(found, clone(classifier).fit(X, y).predict(query[part]))
+    again = pickle.loads(pickle.dumps(classifier.set_params(proportions=SHARES)))
+    assert np.array_equal(again.predict_proba(query), first)
+    classifier.set_params(proportions={**SHARES, "wolf": 0.5})
+    with pytest.raises(ValueError, match="proportions: expected shares of 0 or more that sum to 1"):
+        classifier.predict(query)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"wolf": 0.5, "bear": 0.5}, "no share of 'deer', 'lynx'; the classes are 'bear', 'deer', 'lynx', 'wolf'"),
+        ({**SHARES, "fox": 0.0}, "there is no class 'fox'"),
+        ({"wolf": 0.4, "bear": 0.2, "lynx": 0.2, "deer": 0.1}, r"got \[0.2, 0.1, 0.2, 0.4\], whose sum is 0.9"),
+        ([0.5, 0.5, 0.5, -0.5], r"0 or more that sum to 1, got \[0.5, 0.5, 0.5, -0.5\]"),
+        ([0.25, 0.25, 0.25, 0.25 + 3e-6], "whose sum is 1.000003"),
+        ([0.5, 0.5, np.nan, 0.0], "whose sum is nan"),
+        ([0.5, 0.5, np.inf, 0.0], "whose sum is inf"),
+        (
+            [0.5, 0.5],
+            r"expected 4 shares, one for each of the classes 'bear', 'deer', 'lynx', 'wolf', got \[0.5, 0.5\]",
+        ),
+        (1.0, "expected 4 shares"),
+        ("wolf=1", "expected a mapping, label -> share, or numbers, got 'wolf=1'"),
+        ({"wolf": "many", "bear": 0.2, "lynx": 0.2, "deer": 0.1}, "or numbers, got"),
+    ],
+)
+def test_proportions_that_are_none(given, message) -> None:
+    classifier = km.FewShotClassifier("pt_map", proportions=given)  # nothing is looked at before fit
+    with pytest.raises(ValueError, match=f"proportions: .*{message}"):
+        classifier.fit(SUPPORT, NAMES[SUPPORT_CLASSES])
+
+
+def test_who_takes_no_proportions(run) -> None:
+    takes = "these do: tim, sinkhorn_kmeans, pt_map"
+    for options in ({}, {"method": "prototypes"}, {"method": "laplacian_shot"}, {"weights": run}):
+        with pytest.raises(ValueError, match=f"proportions: [a-z_]* takes none; {takes}"):
+            km.FewShotClassifier(**options, proportions=SHARES).fit(SUPPORT, NAMES[SUPPORT_CLASSES])
+    with pytest.raises(ValueError, match="proportions: with transductive=False each row is judged alone"):
+        km.FewShotClassifier("tim", proportions=SHARES, transductive=False).fit(SUPPORT, NAMES[SUPPORT_CLASSES])
+    for method in (*TOLD, "bd_cspn"):
+        with pytest.raises(ValueError, match=f"transductive=False: {method} shares the rows of a call out"):
+            km.FewShotClassifier(method, transductive=False).fit(SUPPORT, SUPPORT_CLASSES)
+    for method in ("alpha_tim", "laplacian_shot"):
+        alone = km.FewShotClassifier(method, transductive=False).fit(SUPPORT, SUPPORT_CLASSES)
+        assert np.abs(alone.predict_proba(QUERY)[::3] - alone.predict_proba(QUERY[::3])).max() < 1e-9
+        assert alone.score(QUERY, QUERY_CLASSES) > 0.9
+    one_class = km.FewShotClassifier("tim", proportions={"wolf": 1.0}).fit(SUPPORT, ["wolf"] * len(SUPPORT))
+    assert (one_class.predict(QUERY) == "wolf").all()
+
+
+@pytest.mark.parametrize("method", TOLD)
+def test_doubts_where_proportions_are_known(method) -> None:
+    bears, of_bears = QUERY[QUERY_CLASSES == 1], {"wolf": 0.0, "bear": 1.0, "lynx": 0.0, "deer": 0.0}
+    told = km.FewShotClassifier(method, proportions=of_bears).fit(SUPPORT, NAMES[SUPPORT_CLASSES])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert (told.predict(bears) == "bear").all()
+    with pytest.warns(UserWarning, match="a single row has no others to be judged together with; prototypes and ridge"):
+        assert np.isfinite(told.predict_proba(bears[:1])).all()
+    with pytest.warns(UserWarning, match=r"belong to one class \(bear\), whose proportion is given as 5 %"):
+        told.set_params(proportions=SHARES).predict(bears)
+    with pytest.warns(UserWarning, match="over all 4 classes; proportions= tells it how many rows each class has"):
+        told.set_params(proportions=None).predict(bears)
+
+
+def test_rows_that_are_not_finite_are_named_with_proportions_too() -> None:
+    classifier = km.FewShotClassifier("pt_map", proportions=SHARES).fit(SUPPORT, NAMES[SUPPORT_CLASSES])
+    with pytest.raises(ValueError, match="NaN"):
+        classifier.predict(np.where(np.arange(16) == 3, np.nan, QUERY))
 
 
 def test_without_scikit_learn_it_says_what_is_missing() -> None:

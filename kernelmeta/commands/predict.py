@@ -9,7 +9,9 @@ from kernelmeta.command_line import HELP, Add, at_option, check_outputs, machine
 from kernelmeta.data.words import counted
 from kernelmeta.training.answers import UNTRAINED
 from kernelmeta.training.foreign_backbones import is_foreign
+from kernelmeta.training.peers import TAKE_PROPORTIONS
 from kernelmeta.training.prediction import Backbone, backbone_of, predict, read_rows
+from kernelmeta.training.proportions import parse_proportions
 from kernelmeta.training.report import write_report
 
 
@@ -34,12 +36,19 @@ def add_commands(add: Add) -> None:
     )
     at_option(command)
     command.option("learner", "--alone", action="store_true", help="judge each row alone, not all of them together")
+    command.option(
+        "learner",
+        "--proportions",
+        metavar="LABEL=SHARE,...",
+        help=f"the classes' shares of the query rows, which sum to 1; for {', '.join(TAKE_PROPORTIONS)}",
+    )
     command.option("data", "--weights", metavar="FILE", help=HELP["weights"] + " (default: those of the run)")
     command.option("data", "--backbone", help=HELP["backbone"])
     machine_options(command)
 
 
 def _predict(args: argparse.Namespace) -> None:
+    proportions = None if args.proportions is None else parse_proportions(args.proportions)
     weights, name = args.weights, args.backbone
     if weights is None and not is_foreign(name):
         weights, name = backbone_of(args.what)
@@ -52,13 +61,24 @@ def _predict(args: argparse.Namespace) -> None:
     query = read_rows(
         args.query, label=args.label, labelled=False, backbone=backbone, columns=support.columns, say=say_of(args)
     )
-    answers = predict(args.what, support, query, at=args.at, transductive=not args.alone, device=args.device)
+    try:
+        answers = predict(
+            args.what, support, query, at=args.at, transductive=not args.alone, proportions=proportions,
+            device=args.device,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(_as_options(str(error))) from None
     answers.write_csv(args.out)
     if args.report is not None:
         write_report(args.report, answers)
     if answers.doubt is not None:
-        say_of(args)(f"warning: {answers.doubt.replace('transductive=False', '--alone')}")
+        say_of(args)(f"warning: {_as_options(answers.doubt)}")
     if answers.which:
         say_of(args)(f"weights of {args.what}: {answers.which}")
     right = "" if answers.accuracy is None else f"; {answers.accuracy:.1f} % of those that were labelled are right"
     print(f"{args.out}: {counted(len(query.ids), 'label')} by {answers.method}{right}")
+
+
+def _as_options(text: str) -> str:
+    """Arguments as the options that they are here."""
+    return text.replace("transductive=False", "--alone").replace("proportions=", "--proportions")

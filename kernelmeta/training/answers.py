@@ -11,16 +11,25 @@ from torch import Tensor
 
 from kernelmeta import nn
 from kernelmeta.data.words import listing
+from kernelmeta.training.candidates import CANDIDATES
 from kernelmeta.training.learners import LEARNERS, SOFT_KMEANS, tasks_together
 from kernelmeta.training.loading import at_text, for_ways, load_learner
+from kernelmeta.training.peers import PEERS, TAKE_PROPORTIONS, PeerLearner
+
+
+def _peer(name: str) -> Callable[[int, int], PeerLearner]:
+    """With the settings that a comparison tries first: the published ones, or the most usual."""
+    return lambda n_way, n_features: PeerLearner(name, n_way, CANDIDATES[name][0])
+
 
 # Without weights of a training: (ways, features) -> learner.
-UNTRAINED: dict[str, Callable[[int, int], nn.Prototypes | nn.SoftKMeans | nn.RidgeHead]] = {
+UNTRAINED: dict[str, Callable[[int, int], nn.Prototypes | nn.SoftKMeans | nn.RidgeHead | PeerLearner]] = {
     SOFT_KMEANS: nn.SoftKMeans,
     "prototypes": nn.Prototypes,
     "ridge": nn.RidgeHead,
+    **{name: _peer(name) for name in PEERS},
 }
-METHODS = (SOFT_KMEANS, *(name for name in LEARNERS if name != "maml"))
+METHODS = (SOFT_KMEANS, *(name for name in LEARNERS if name != "maml"), *PEERS)
 SMALLEST, LARGEST = 1e-10, 1e18  # of a row's largest feature
 _ROWS, _TASKS = 4096, 256  # that a call takes
 
@@ -85,6 +94,24 @@ def make_learner(
     return Chosen(trained, learner, at_text(settings), settings.get("temperature", 1.0))
 
 
+def check_use(chosen: Chosen, *, transductive: bool, proportions: bool) -> None:
+    """Raise a ValueError where a method cannot be used like that.
+
+    Args:
+        transductive: the query rows are judged together; else each alone.
+        proportions: those of the query rows are given.
+    """
+    if proportions and not getattr(chosen.learner, "takes_proportions", False):
+        raise ValueError(f"proportions: {chosen.method} takes none; these do: {', '.join(TAKE_PROPORTIONS)}")
+    if proportions and not transductive:
+        raise ValueError("proportions: with transductive=False each row is judged alone, and one row has none")
+    if not transductive and getattr(chosen.learner, "assumes_even", False):
+        raise ValueError(
+            f"transductive=False: {chosen.method} shares the rows of a call out among all classes, and cannot judge a"
+            " row alone; prototypes and ridge do"
+        )
+
+
 @torch.no_grad()
 def probabilities(
     learner: Any,
@@ -94,6 +121,7 @@ def probabilities(
     *,
     transductive: bool = True,
     temperature: float = 1.0,
+    proportions: Tensor | None = None,
 ) -> Tensor:
     """Of each class, [Q, N], for the rows of one task.
 
@@ -103,6 +131,7 @@ def probabilities(
         query: [Q, D].
         transductive: a learner that looks at the query rows sees all of them at once; else each alone.
         temperature: by which the logits are divided.
+        proportions: [N], the classes' shares of the query rows, for a learner that takes them.
 
     Raises:
         ValueError: rows too large or too small to be compared, or without a finite answer.
@@ -112,7 +141,8 @@ def probabilities(
     if not len(query):
         return query.new_zeros(0, learner.n_way)
     if learner.transductive and transductive:
-        return _finite(torch.softmax(learner(support[None], labels[None], query[None])[0] / temperature, -1))
+        told = {} if proportions is None else {"proportions": proportions[None].to(query.device)}
+        return _finite(torch.softmax(learner(support[None], labels[None], query[None], **told)[0] / temperature, -1))
     found = []
     if not learner.transductive:
         for rows in query.split(_ROWS):
@@ -147,23 +177,46 @@ def _finite(found: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def doubts(learner: Any, support: Tensor, labels: Tensor, query: Tensor, classes: Sequence[object]) -> str | None:
+def doubts(
+    learner: Any,
+    support: Tensor,
+    labels: Tensor,
+    query: Tensor,
+    classes: Sequence[object],
+    proportions: Tensor | None = None,
+) -> str | None:
     """Why a transductive answer for these query rows is doubtful, or None.
 
-    A transductive learner takes the query rows for a fair sample of all classes. One row alone is none, and neither are
-    rows of one class: those of which prototypes, which look at each row alone, give one class more than a share of
-    0.6 + 0.4 / N (benchmarks/query_sets.py: how often that is so). ``classes``: the names of the N classes.
+    A transductive learner takes the query rows for a fair sample of all classes, or of classes with the proportions p
+    that it is told. One row alone is none, and neither are rows of one class: those of which prototypes, which look at
+    each row alone, give a class more than a share of 0.6 + 0.4 p, where p is 1 / N if nobody knows better
+    (benchmarks/query_sets.py: how often that is so). ``classes``: the names of the N classes.
     """
     if not learner.transductive or not len(query) or learner.n_way < 2:
         return None
-    advice = "transductive=False judges each row alone, as do prototypes and ridge"
+    alone = "prototypes and ridge"
+    advice = (
+        f"{alone} judge each row alone"
+        if getattr(learner, "assumes_even", False)
+        else f"transductive=False judges each row alone, as do {alone}"
+    )
     if len(query) == 1:
         return f"a single row has no others to be judged together with; {advice}"
-    alone = probabilities(nn.Prototypes(learner.n_way), support, labels, query).argmax(-1)
-    share, largest = (torch.bincount(alone, minlength=learner.n_way) / len(query)).max(0)
-    if float(share) <= 0.6 + 0.4 / learner.n_way:
+    best = probabilities(nn.Prototypes(learner.n_way), support, labels, query).argmax(-1)
+    shares = torch.bincount(best, minlength=learner.n_way).double().cpu() / len(query)
+    told = torch.full_like(shares, 1 / learner.n_way) if proportions is None else proportions.cpu()
+    excess, largest = (shares - (0.6 + 0.4 * told)).max(0)
+    if float(excess) <= 0:
         return None
+    share, name = f"{100 * float(shares[largest]):.0f} %", classes[int(largest)]
+    if proportions is not None:
+        return (
+            f"judged alone, {share} of these rows belong to one class ({name}), whose proportion is given as"
+            f" {100 * float(told[largest]):.3g} %; {advice}"
+        )
+    if getattr(learner, "takes_proportions", False):
+        advice = f"proportions= tells it how many rows each class has, and {advice}"
     return (
-        f"judged alone, {100 * float(share):.0f} % of these rows belong to one class ({classes[int(largest)]}), and a "
-        f"method that judges them together would rather spread them over all {learner.n_way} classes; {advice}"
+        f"judged alone, {share} of these rows belong to one class ({name}), and a method that judges them together "
+        f"would rather spread them over all {learner.n_way} classes; {advice}"
     )

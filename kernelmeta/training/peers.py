@@ -1,4 +1,5 @@
-"""Methods without anything to train, as `kernelmeta compare` sets them beside the learners.
+"""Methods without anything to train: `kernelmeta compare` sets them beside the learners, and they answer for rows that
+nobody has labelled.
 
 To add one: a function in `kernelmeta.transductive` and an entry in `PEERS`, with settings to choose from in
 `candidates.py`.
@@ -27,16 +28,18 @@ class PeerKind:
         method: f(support, support_labels, query, n_way=...) -> scores, other keywords are its settings.
         assumes_even: it takes the classes to have equally many query rows.
         takes_proportions: it takes their proportions instead, where they are known.
+        transductive: it looks at the query rows.
     """
 
     title: str
     method: Callable[..., Tensor]
     assumes_even: bool = False
     takes_proportions: bool = False
+    transductive: bool = True
 
 
 PEERS: dict[str, PeerKind] = {
-    "logistic_regression": PeerKind("logistic regression", transductive.logistic_regression),
+    "logistic_regression": PeerKind("logistic regression", transductive.logistic_regression, transductive=False),
     "laplacian_shot": PeerKind("LaplacianShot", transductive.laplacian_shot),
     "bd_cspn": PeerKind("BD-CSPN", transductive.bd_cspn, assumes_even=True),
     "alpha_tim": PeerKind("alpha-TIM", transductive.alpha_tim),
@@ -46,6 +49,7 @@ PEERS: dict[str, PeerKind] = {
     ),
     "pt_map": PeerKind("PT-MAP", transductive.pt_map, assumes_even=True, takes_proportions=True),
 }
+TAKE_PROPORTIONS = tuple(name for name, kind in PEERS.items() if kind.takes_proportions)
 # Settings of the features, which every method without training takes.
 TRANSFORM = ("transform", "center")
 
@@ -93,6 +97,43 @@ class Transformed:
         self.head, self.transform = head, transform
         self.takes_proportions = getattr(head, "takes_proportions", False)
 
-    def __call__(self, support: Tensor, labels: Tensor, query: Tensor, **more: Tensor) -> Tensor:
-        support, query = self.transform(support, query)
+    def __call__(self, support: Tensor, labels: Tensor, query: Tensor, **more: Any) -> Tensor:
+        support, query = self.transform(support, query, more.get("ragged"))
         return self.head(support, labels, query, **more)
+
+
+class PeerLearner(Transformed):
+    """A method with its settings and those of the features, as modules of `kernelmeta.nn` are called.
+
+    Args:
+        name: in `PEERS`.
+        n_way: N.
+        settings: of the method and of `TRANSFORM`, but for ``center="train"``, for which there are no training rows.
+
+    Attributes:
+        n_way: N.
+        assumes_even, takes_proportions, transductive: see `PeerKind`.
+        takes_ragged: it takes tasks of unequal size.
+
+    Raises:
+        ValueError, TypeError, ImportError: see `Peer` and `Transform`.
+    """
+
+    takes_ragged = True
+
+    def __init__(self, name: str, n_way: int, settings: Mapping[str, Any]) -> None:
+        own = {setting: value for setting, value in settings.items() if setting not in TRANSFORM}
+        of_features = {setting: value for setting, value in settings.items() if setting in TRANSFORM}
+        super().__init__(Peer(name, n_way, own), Transform(**of_features))
+        kind = PEERS[name]
+        self.n_way, self.assumes_even, self.transductive = n_way, kind.assumes_even, kind.transductive
+
+    def from_bank(self, bank: Tensor, support: Tensor, labels: Tensor, query: Tensor, **more: Any) -> Tensor:
+        """Rows by their numbers in the bank [n, D]."""
+        return self(bank[support], labels, bank[query], **more)
+
+    def eval(self) -> PeerLearner:
+        return self
+
+    def to(self, device: object) -> PeerLearner:
+        return self

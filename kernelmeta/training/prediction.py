@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,11 +23,12 @@ from kernelmeta.data.label_codes import LabelCodes
 from kernelmeta.data.tables import open_table, read_all
 from kernelmeta.data.tensor_files import read_metadata
 from kernelmeta.data.words import counted, listing, printable
-from kernelmeta.training.answers import METHODS, doubts, make_learner, probabilities
+from kernelmeta.training.answers import METHODS, check_use, doubts, make_learner, probabilities
 from kernelmeta.training.backbones import load_backbone
 from kernelmeta.training.extraction import extract
 from kernelmeta.training.foreign_backbones import is_foreign
 from kernelmeta.training.loading import load_learner
+from kernelmeta.training.proportions import shares_of
 
 COLUMNS = ("id", "label", "probability", "runner_up")
 
@@ -209,6 +210,7 @@ def predict(
     *,
     at: str | None = None,
     transductive: bool = True,
+    proportions: Mapping[str, float] | None = None,
     device: str = "cpu",
 ) -> Prediction:
     """Answers for the query rows from the labelled support rows.
@@ -217,11 +219,13 @@ def predict(
         what: one of `METHODS` that needs no training, or a run folder, its checkpoint or a published one.
         at: which weights of a run: "best" on its validation classes, "last", or None for the best if there are any.
         transductive: whether a method that can judges the query rows together.
+        proportions: the classes' shares of the query rows, label -> share, for a method that takes them.
         device: where the learner runs.
 
     Raises:
         OSError: the weights cannot be read.
-        ValueError: rows without a label, of other numbers of features, or a learner that does not fit them.
+        ValueError: rows without a label, of other numbers of features, a learner that does not fit them, or
+            proportions that are none or that it does not take.
     """
     if support.labels is None:
         raise ValueError("support: no labels; --label names their column, or put images into a folder for each class")
@@ -240,13 +244,16 @@ def predict(
     if len(classes) < 2:
         raise ValueError(f"support: expected at least two classes, got {classes[0]!r} alone")
     named = what in METHODS and not Path(what).exists()
-    method, learner, which, temperature = make_learner(
-        what if named else None, None if named else what, len(classes), D, at
-    )
+    chosen = make_learner(what if named else None, None if named else what, len(classes), D, at)
+    check_use(chosen, transductive=transductive, proportions=proportions is not None)
+    shares = None if proportions is None else shares_of(proportions, classes)
+    method, learner, which, temperature = chosen
     dtype = torch.promote_types(torch.promote_types(support.features.dtype, query.features.dtype), torch.float32)
     rows, of_query = (r.features.to(device, dtype) for r in (support, query))
     learner, labels = learner.to(device), labels.to(device)
-    found = probabilities(learner, rows, labels, of_query, transductive=transductive, temperature=temperature).cpu()
+    found = probabilities(
+        learner, rows, labels, of_query, transductive=transductive, temperature=temperature, proportions=shares
+    ).cpu()
     accuracy = None
     if query.labels is not None:
         known = [i for i, name in enumerate(query.labels) if name in classes]
@@ -263,7 +270,12 @@ def predict(
         "features": D,
         "temperature": f"{temperature:.3g}",
     }
-    doubt = doubts(learner, rows, labels, of_query, classes) if transductive else None
+    if shares is not None:
+        told = [f"{name} {share:.4g}" for name, share in zip(classes, shares.tolist(), strict=True)]
+        settings["proportions"] = ", ".join(told)
+    elif getattr(learner, "assumes_even", False):
+        settings["proportions"] = "taken to be equal"
+    doubt = doubts(learner, rows, labels, of_query, classes, shares) if transductive else None
     return Prediction(method, classes, found, query, doubt, accuracy, settings, which)
 
 

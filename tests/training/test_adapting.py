@@ -76,7 +76,7 @@ def answers(out: Path) -> dict[str, list[Any]]:
     return pa.concat_tables([pq.read_table(file) for file in files]).to_pydict()
 
 
-@pytest.mark.parametrize("what", ["prototypes", "soft_kmeans", "ridge", "sib", "anil"])
+@pytest.mark.parametrize("what", ["prototypes", "soft_kmeans", "ridge", "bd_cspn", "sib", "anil"])
 @pytest.mark.parametrize("text", [True, False])
 def test_every_task_gets_what_it_would_get_alone(folder, tmp_path, monkeypatch, what, text):
     monkeypatch.setattr("kernelmeta.training.adapting.ELEMENTS", 3000)  # several calls a piece

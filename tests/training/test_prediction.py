@@ -125,6 +125,58 @@ def test_doubts_are_said(tmp_path, support, capsys):
     assert "warning" not in capsys.readouterr().err
 
 
+def test_known_proportions(tmp_path, capsys):
+    """Of rows of which most are of one class; a label holds a comma."""
+    draw = np.random.default_rng(3)
+    of_class = np.repeat(np.arange(3), [30, 3, 7])
+    near = (CENTRES[of_class] + 3 * draw.normal(size=(40, 6))).astype(np.float32)
+    of_support = table(tmp_path / "s.csv", SUPPORT, [NAMES[c] for c in SUPPORT_CLASSES])
+    rows = table(tmp_path / "uneven.csv", near, [NAMES[c] for c in of_class])
+
+    def right(*options):
+        found = answers(tmp_path, "pt_map", "--support", of_support, "--query", rows, *options)
+        return np.mean([row["label"] == NAMES[c] for row, c in zip(found, of_class, strict=True)])
+
+    report = tmp_path / "report.html"
+    told = right("--proportions", "otter=0.75,bad,ger=0.175, marten=0.075", "--report", report)
+    assert "bad,ger 0.175, marten 0.075, otter 0.75" in report.read_text()
+    assert told > right("--report", report) + 0.05
+    assert "taken to be equal" in report.read_text()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["pt_map", "--proportions", "otter=0.5"], "no share of 'bad,ger', 'marten'"),
+        (["pt_map", "--proportions", "otter=0.5,marten,bad,ger=0.5"], "there is no class 'marten,bad,ger'"),
+        (["pt_map", "--proportions", "otter=0.5,marten=0.5,bad,ger=0.5"], "whose sum is 1.5"),
+        (["pt_map", "--proportions", "otter=0.5,otter=0.5"], "'otter' is given twice"),
+        (["pt_map", "--proportions", "otter=half"], "expected LABEL=SHARE, or several with commas, got 'otter=half'"),
+        (["pt_map", "--proportions", "otter=nan,marten=0.5,bad,ger=0.5"], "whose sum is nan"),
+        (["pt_map", "--proportions", ""], "no share of"),
+        (["ridge", "--proportions", "otter=1"], "ridge takes none; these do: tim, sinkhorn_kmeans, pt_map"),
+        (["tim", "--proportions", "otter=1", "--alone"], "with --alone each row is judged alone, and one row has none"),
+        (["tim", "--alone"], "--alone: tim shares the rows of a call out"),
+    ],
+)
+def test_proportions_that_cannot_be(tmp_path, support, query, given, message, capsys):
+    out = tmp_path / "labels.csv"
+    assert main(["predict", *given, "--support", support, "--query", query, "--out", str(out), "--quiet"]) == 2
+    assert message in capsys.readouterr().err and not out.exists()
+
+
+def test_a_single_row_with_proportions(tmp_path, support, capsys):
+    one = table(tmp_path / "one.csv", QUERY[:1])
+    shares = "otter=0.7,marten=0.2,bad,ger=0.1"
+    (row,) = answers(tmp_path, "sinkhorn_kmeans", "--support", support, "--query", one, "--proportions", shares)
+    assert (row["label"], float(row["probability"])) == ("otter", 0.7)  # it is told so
+    assert "a single row has no others to be judged together with" in capsys.readouterr().err
+    all_of_one = table(tmp_path / "all.csv", QUERY[QUERY_CLASSES == 0])
+    answers(tmp_path, "sinkhorn_kmeans", "--support", support, "--query", all_of_one)
+    assert "--proportions tells it how many rows each class has" in capsys.readouterr().err
+
+
 class Page(html.parser.HTMLParser):
     """Looks at a page as a browser does: which tags are open, what is asked for from elsewhere."""
 
