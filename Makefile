@@ -26,7 +26,7 @@ demo bench docs test: export KERNELMETA_BUILD ?= $(if $(wildcard kernelmeta/_nat
 demo bench docs test test-rare: export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: help install test test-rare lint cpp-test cpp-test-rare cuda-rare py-test triton-test format demo bench docs gpu-check clean
+.PHONY: help install test test-rare lint cpp-test cpp-test-rare cuda-rare arm-test py-test triton-test format demo bench docs gpu-check clean
 
 help:
 	@echo "make test    install, then linters, C++ tests under the sanitizers, Python tests"
@@ -74,6 +74,16 @@ cpp-test-rare:
 	$(call build,cpp_tests_rare)
 	"$(BIN)/ctest" --test-dir $(BUILD) --output-on-failure -j $(JOBS) -L rare
 endif
+
+# The CPU kernels for Arm, cross-compiled and run by an emulator: Debian's g++-aarch64-linux-gnu and qemu-user. (The
+# sanitizer that looks for leaks does not run there.)
+arm-test: install
+	"$(BIN)/cmake" -S . -B build/arm -G Ninja -DCMAKE_MAKE_PROGRAM="$$(cd "$(BIN)" && pwd)/ninja" -DKERNELMETA_TESTS=ON \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu" > /dev/null
+	"$(BIN)/cmake" --build build/arm --target dispatch_test engine_test anew_test -- --quiet
+	ASAN_OPTIONS=detect_leaks=0 "$(BIN)/ctest" --test-dir build/arm --output-on-failure \
+	  -R '^(dispatch_test|engine_test|anew_test)$$'
 
 py-test:
 	"$(BIN)/python" -m pytest -m 'not rare' --ignore tests/triton_kernels

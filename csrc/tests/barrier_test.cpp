@@ -136,9 +136,12 @@ int main() {
   status |= check_problem("two blocks, one task", {1, 3, 9, 3, 11, 6, 1}, false, false, {}, 0.02, 0, 2);
   status |= check_episode(HeadEpisode(head_cases().front()), 1 + head_cases().front().s.T);
   for (const HeadCase& c : head_cases()) status |= check_episode(HeadEpisode(c));
-  // Several times: which of their tasks are done anew in D dimensions depends on what was drawn.
-  for (int draws = 0; draws < 3; ++draws) {
-    for (const ProgramCase& c : program_cases()) status |= check_episode(ProgramEpisode(c));
+  for (const ProgramCase& c : program_cases()) status |= check_episode(ProgramEpisode(c));
+  // Often: which tasks are done anew in D dimensions depends on what was drawn.
+  for (int draws = 0; draws < 16; ++draws) {
+    for (const ProgramCase& c : program_cases()) {
+      if (c.along) status |= check_episode(ProgramEpisode(c));
+    }
   }
   for (const RidgeCase& c : ridge_cases()) status |= check_episode(RidgeEpisode(c));
   for (const DistillationCase& c : distillation_cases()) status |= check_episode(DistillationEpisode(c));
