@@ -81,6 +81,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             y: [n] labels of any type; every class that there is must be among them.
         """
         X, y = validate_data(self, _array(X), _labels(y), dtype=_DTYPES)
+        kinds = {type(label).__name__ for label in y} if y.dtype == object else set()
+        if len(kinds) > 1:  # which have no order
+            raise ValueError(f"y: expected labels of one type, got {', '.join(sorted(kinds))}")
         check_classification_targets(y)
         self.classes_, labels = np.unique(y, return_inverse=True)
         if self.temperature is not None and not 0 < self.temperature < np.inf:

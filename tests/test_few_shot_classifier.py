@@ -311,3 +311,10 @@ def test_without_scikit_learn_it_says_what_is_missing() -> None:
     code = "import sys; sys.modules['sklearn'] = None; import kernelmeta as km; km.ops; km.FewShotClassifier"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode != 0 and "pip install 'kernelmeta[sklearn]'" in done.stderr
+
+
+@pytest.mark.parametrize("odd", [None, 3.0])
+def test_labels_of_several_types_are_one_clear_error(odd):
+    y = np.array(["cat", "dog", odd, "cat"], object)
+    with pytest.raises(ValueError, match=f"y: expected labels of one type, got {type(odd).__name__}, str"):
+        km.FewShotClassifier().fit(np.eye(4), y)
