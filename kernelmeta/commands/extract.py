@@ -46,7 +46,8 @@ def add_commands(add: Add) -> None:
 def _extract(args: argparse.Namespace) -> None:
     with ranks(args.device) as processes:
         images = open_images(args.data, args.style)
-        if args.weights is not None or is_foreign(args.backbone):
+        trained = args.weights is not None or is_foreign(args.backbone)
+        if trained:
             eyes = load_backbone(args.weights, args.backbone, images.channels, images.size)
             source = f"{images.source}, {eyes.name}"
             source += f", weights of {printable(args.weights)}" if args.weights is not None else ""
@@ -56,8 +57,6 @@ def _extract(args: argparse.Namespace) -> None:
             name = args.backbone or "conv4"
             eyes = ImageBackbone(make_backbone(name, images.channels, images.size), name)
             source = f"{images.source}, {name}, untrained, seed {args.seed}"
-            if processes.first:
-                say_of(args)(f"warning: {name} is untrained; with --weights, or another library's, features are better")
         parts = args.out.with_name(args.out.name + ".parts")
         settings = reading(args) if processes.first else reading(args) | {"progress": False, "say": lambda line: None}
         bank = extract(
@@ -67,3 +66,5 @@ def _extract(args: argparse.Namespace) -> None:
         if processes.first:
             bank.save(args.out)
             tell_bank(args.out, bank)
+            if not trained:
+                say_of(args)("warning: the backbone is untrained; with --weights its features are better")
