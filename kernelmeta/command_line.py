@@ -71,6 +71,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())} (see {self.prog} --help)\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for word in args or ():
+            if word.startswith("--") and word.endswith("=--"):  # which argparse would take for an empty list
+                self.error(f"argument {word[:-3]}: expected a value, got --")
+        return super().parse_known_args(args, namespace)
+
 
 class Command(Parser):
     """The parser of one command, its options in the parts of `GROUPS`.

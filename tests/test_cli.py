@@ -226,6 +226,13 @@ def test_ctrl_c_while_the_command_is_imported_is_no_traceback():
         assert (process.returncode, out, errors) == (130, "", "")
 
 
+@pytest.mark.parametrize("option", ["--device", "--out", "--way", "--data"])
+def test_two_dashes_are_no_value(capsys, bank_file, option):
+    assert f"argument {option}: expected a value, got --" in refused(
+        capsys, "train", "--data", bank_file, f"{option}=--"
+    )
+
+
 def test_a_shell_completes_commands_and_options(capsys):
     pytest.importorskip("shtab", reason="shtab is not installed")
     assert main(["completion", "bash"]) == 0
