@@ -167,6 +167,24 @@ def test_steps_may_be_lowered() -> None:
     assert_close([head(*episode[:3])], [other(*episode[:3])], 0)
 
 
+@pytest.mark.parametrize("norm", [1e-10, 1e19])
+def test_rows_of_extreme_norm_are_the_same_rows(norm: float) -> None:
+    torch.manual_seed(0)
+    head, labels = km.nn.EquivariantSIB(3, 13), torch.arange(3).expand(2, 3)
+    support, query = torch.randn(2, 3, 13), torch.randn(2, 9, 13)
+    assert_close([head(support * norm, labels, query * norm)], [head(support, labels, query)], 1e-4)
+
+
+def test_compiled_or_mapped_it_is_the_same() -> None:
+    torch.manual_seed(0)
+    head, labels = km.nn.EquivariantSIB(3, 13).double(), torch.arange(3).expand(2, 3)
+    support, query = torch.randn(2, 3, 13).double(), torch.randn(2, 9, 13).double()
+    want = head(support, labels, query)
+    compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
+    mapped = torch.func.vmap(lambda s, q: head(s[None], labels[:1], q[None])[0])
+    assert_close([compiled(support, labels, query), mapped(support, query)], [want, want], 1e-12)
+
+
 BAD: list[tuple[Any, str]] = [
     (lambda: km.nn.EquivariantGradientMLP(0), "hidden: expected at least 1, got 0"),
     (lambda: km.nn.EquivariantSIB(3, 13, norm_stats="batch"), "norm_stats: expected one of task, running"),
