@@ -14,5 +14,5 @@ To add a target: one file in this folder, named as the target, with
 which draws one case from ``random``, may write into the empty ``folder``, and raises (an AssertionError with the case
 in its message) if what the project does is not what another, independent way to the same result gives. It must leave
 nothing behind in the process: environment, working folder, signal handlers are as they were. ``LIMIT``, if the file has
-it, is how many seconds a case may take, instead of 60.
+it, is how many seconds a case may take, instead of 60; more where the machine has more processes to run than cores.
 """

@@ -62,7 +62,7 @@ def _one_process(name: str, first: int, end: float, limit: float, most: int | No
     done, text = 0, b""
     try:
         while True:
-            ready, _, _ = select.select([read], [], [], limit)
+            ready, _, _ = select.select([read], [], [], limit * _crowding())
             if not ready:
                 os.kill(child, signal.SIGKILL)
                 break
@@ -83,6 +83,11 @@ def _one_process(name: str, first: int, end: float, limit: float, most: int | No
     if status:
         return passed + 1, [_told(name, first + passed, f"the process ended with {os.waitstatus_to_exitcode(status)}")]
     return passed, []
+
+
+def _crowding() -> float:
+    """By how much others on this machine slow a process down, at least 1."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def _draw(name: str, first: int, end: float, most: int | None, folder: Path, write: int) -> None:
