@@ -90,13 +90,19 @@ class SIB(TrainsAtOnce):
     def _trained(self) -> Sequence[Tensor]:
         return (self.weight, self.scale, self.bias, *self.mlp.tensors())
 
+    def _options(self) -> dict[str, Any]:
+        """What both ops below take by name, the same at every call."""
+        return {
+            "steps": self.steps, "inner_lr": self.inner_lr, "reduction": self.reduction,
+            "norm_stats": self.norm_stats, "running_stats": self.mlp.running_stats,
+        }  # fmt: skip
+
     def _gradients(
         self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, **index: Any
     ) -> tuple[ops.SIBGradients, Sequence[Tensor]]:
         results = ops.sib_gradients(
             support, support_labels, query, query_labels, self.weight, self.scale, self.bias, self.mlp.tensors(),
-            steps=self.steps, inner_lr=self.inner_lr, reduction=self.reduction, norm_stats=self.norm_stats,
-            running_stats=self.mlp.running_stats, return_norm_stats=self._tracks(support_labels), **index,
+            return_norm_stats=self._tracks(support_labels), **self._options(), **index,
         )  # fmt: skip
         if results.norm_stats is not None:
             self._update_running_stats(results.norm_stats)
@@ -114,13 +120,11 @@ class SIB(TrainsAtOnce):
         ragged: Ragged | None = None,
     ) -> Tensor | tuple[Tensor, Classifier]:
         check_even(self, ragged)
-        mlp = self.mlp
         tracks = self._tracks(support_labels)
         results: Any = ops.sib(
-            support, support_labels, query, self.weight, self.scale, self.bias, mlp.tensors(), steps=self.steps,
-            inner_lr=self.inner_lr, reduction=self.reduction, norm_stats=self.norm_stats,
-            running_stats=mlp.running_stats, return_weights=return_weights, return_norm_stats=tracks,
-            support_index=support_index, query_index=query_index,
+            support, support_labels, query, self.weight, self.scale, self.bias, self.mlp.tensors(),
+            return_weights=return_weights, return_norm_stats=tracks, support_index=support_index,
+            query_index=query_index, **self._options(),
         )  # fmt: skip
         if tracks:
             *results, stats = results

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.ops import _checks, _training_step
 from kernelmeta.ops._signature import Signature, mlp_of
-from kernelmeta.ops.sib_op import FEATURES, OPTIONS, PARAMETERS, fake, sib
+from kernelmeta.ops.sib_op import FEATURES, OPTIONS, PARAMETERS, fake, loop_arguments, sib
 from kernelmeta.reference.task_rows import as_labels
 
 
@@ -75,35 +75,27 @@ def sib_gradients(
     Raises:
         ValueError, TypeError: as :func:`sib`, and for query labels that do not fit; features that require a gradient.
     """
-    parameters = (weight, scale, bias, *mlp)
-    options: dict[str, Any] = {
-        "steps": steps, "inner_lr": inner_lr, "reduction": reduction, "norm_stats": norm_stats,
-        "running_stats": running_stats, "return_norm_stats": return_norm_stats, "support_index": support_index,
-        "query_index": query_index,
-    }  # fmt: skip
     support_labels, query_labels = as_labels(support_labels), as_labels(query_labels)
+    given = dict(locals())
     _checks.frozen(support=support, query=query)
     try:
         if (
             norm_stats == "task"
             and (support_index is None) is (query_index is None)
-            and _training_step.is_fused(query, support, parameters)
+            and _training_step.is_fused(query, support, (weight, scale, bias, *mlp))
         ):
             rows = query if query_index is None else query_index
             args = _SIGNATURE.pack(
                 start=support, start_index=support_index, query=query, query_index=query_index,
-                support_labels=support_labels, query_labels=query_labels, weight=weight, scale=scale, bias=bias,
-                mlp=mlp, running_stats=None, steps=steps,
-                inner_lr=_checks.step_size(steps, inner_lr, reduction, rows.shape[1]), return_stats=return_norm_stats,
+                support_labels=support_labels, query_labels=query_labels, weight=weight, **loop_arguments(given, rows),
             )  # fmt: skip
             with torch._C._AutoDispatchBelowAutograd():
                 measures, logits, stats, *gradients = _RAW(*args)
             loss, accuracy = measures.unbind()
             return SIBGradients(loss, accuracy, logits, stats if return_norm_stats else None, tuple(gradients))
     except Exception as error:
-        given = {"support": support, "support_labels": support_labels, "query": query, "query_labels": query_labels}
-        _checks.explain(error, _one_after_the_other, given | {"parameters": parameters, "options": options})
-    return _one_after_the_other(support, support_labels, query, query_labels, parameters, options)
+        _checks.explain(error, _one_after_the_other, given)
+    return _one_after_the_other(**given)
 
 
 def _one_after_the_other(
@@ -111,10 +103,12 @@ def _one_after_the_other(
     support_labels: Tensor,
     query: Tensor,
     query_labels: Tensor,
-    parameters: tuple[Tensor, ...],
-    options: dict[str, Any],
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    mlp: MLPParameters,
+    **options: Any,
 ) -> SIBGradients:
-    weight, scale, bias, *mlp = parameters
     _checks.tensors(support=support, query=query, weight=weight, scale=scale, bias=bias)
     _checks.mlp(mlp)
 
@@ -123,6 +117,6 @@ def _one_after_the_other(
         results = sib(support.detach(), support_labels, query.detach(), own, s, b, of_mlp, **options)
         return results if isinstance(results, tuple) else (results,)
 
-    *found, stats = _training_step.one_after_the_other(forward, parameters, query_labels)
+    *found, stats = _training_step.one_after_the_other(forward, (weight, scale, bias, *mlp), query_labels)
     loss, accuracy, logits, gradients = found
     return SIBGradients(loss, accuracy, logits, stats[0] if stats else None, gradients)

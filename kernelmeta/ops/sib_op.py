@@ -177,9 +177,7 @@ def sib_inner_loop(
             _check_inner_loop(**given)
         args = OP.arguments(
             start=theta0, start_index=None, query=query, query_index=None, support_labels=None, weight=None,
-            scale=scale, bias=bias, mlp=mlp, running_stats=running_stats if norm_stats == "running" else None,
-            steps=steps, inner_lr=_checks.step_size(steps, inner_lr, reduction, query.shape[1]),
-            return_weights=return_weights, return_stats=return_norm_stats,
+            return_weights=return_weights, **loop_arguments(given, query),
         )  # fmt: skip
         return _run(backend, args, norm_stats, query.shape[0])
     except Exception as error:
@@ -252,17 +250,27 @@ def sib(
         clear = clear and (support_index is None) is (query_index is None)
         if not clear or not _checks.by_kernel(backend):
             _check_episode(**given)
-        T, Q = query.shape[:2] if query_index is None else query_index.shape
+        rows = query if query_index is None else query_index
         args = OP.arguments(
             start=support, start_index=support_index, query=query, query_index=query_index,
-            support_labels=support_labels, weight=weight, scale=scale, bias=bias, mlp=mlp,
-            running_stats=running_stats if norm_stats == "running" else None, steps=steps,
-            inner_lr=_checks.step_size(steps, inner_lr, reduction, Q), return_weights=return_weights,
-            return_stats=return_norm_stats,
+            support_labels=support_labels, weight=weight, return_weights=return_weights, **loop_arguments(given, rows),
         )  # fmt: skip
-        return _run(backend, args, norm_stats, T)
+        return _run(backend, args, norm_stats, rows.shape[0])
     except Exception as error:
         _checks.explain(error, _check_episode, given)
+
+
+def loop_arguments(given: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Of what a public function was given, by name: what the raw ops `sib` and `sib_gradients` take beside features.
+
+    ``rows`` is [T, Q, ...].
+    """
+    return {
+        "scale": given["scale"], "bias": given["bias"], "mlp": given["mlp"], "steps": given["steps"],
+        "inner_lr": _checks.step_size(given["steps"], given["inner_lr"], given["reduction"], rows.shape[1]),
+        "running_stats": given["running_stats"] if given["norm_stats"] == "running" else None,
+        "return_stats": given["return_norm_stats"],
+    }  # fmt: skip
 
 
 def _check_inner_loop(
@@ -301,20 +309,17 @@ def _check_options(
     scale: Tensor,
     bias: Tensor,
     mlp: MLPParameters,
+    *,
     running_stats: Tensor | None,
-    steps: int,
-    inner_lr: float,
-    reduction: str,
     norm_stats: str,
-    return_weights: bool,
     return_norm_stats: bool,
+    **_: Any,
 ) -> None:
     if Q == 0 or query.shape[-1] == 0:
         raise ValueError(f"query: expected at least one row and one feature, got {_checks.shape_text(query)}")
     _checks.one_value("scale", scale)
     _checks.one_value("bias", bias)
     _checks.norm_stats(norm_stats, running_stats, mlp[0].shape[0], return_norm_stats)
-    _checks.step_size(steps, inner_lr, reduction, Q)
 
 
 def _run(backend: str, args: Args, norm_stats: str, T: int) -> Any:

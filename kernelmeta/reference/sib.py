@@ -46,11 +46,7 @@ def sib_inner_loop(
 ) -> Any:
     """K synthetic-gradient steps on unlabelled query rows. See :func:`kernelmeta.ops.sib_inner_loop`."""
     if torch.is_inference_mode_enabled():  # where nothing can be differentiated: the same without autograd
-        return explicit.sib_inner_loop(
-            theta0, query, scale, bias, mlp, steps=steps, inner_lr=inner_lr, reduction=reduction,
-            norm_stats=norm_stats, running_stats=running_stats, return_weights=return_weights,
-            return_norm_stats=return_norm_stats,
-        )  # fmt: skip
+        return explicit.sib_inner_loop(**locals())
     theta0, query, scale, bias, *parameters = promoted(theta0, query, scale, bias, *mlp)
     mlp = MLPParameters(*parameters)
     given = (theta0, query, scale, bias, *mlp)

@@ -71,7 +71,7 @@ def forward(call: Any) -> tuple[Tensor, ...]:
     T, Q, N, D, H, K = _sizes(call)
     scale, bias, weight, labels = call.scale, call.bias, call.weight, call.support_labels
     query_index, start_index, running_stats = call.query_index, call.start_index, call.running_stats
-    return_weights, return_stats, lr, mlp = call.return_weights, call.return_stats, call.inner_lr, mlp_of(call)
+    return_weights, return_stats, mlp = call.return_weights, call.return_stats, mlp_of(call)
     if T == 0 or not mlp_kernels.fits(Q, N, H, scale.dtype):
         results: tuple[Tensor, ...] = OP.plain_forward(*call)
         return results
@@ -101,7 +101,7 @@ def forward(call: Any) -> tuple[Tensor, ...]:
         loop_forward_kernel, T, trace_data, trace_data if gram is None else gram,
         work, mlp_kernels.pack((scale, bias, *mlp)),
         trace_data if running_stats is None else running_stats.contiguous(),
-        logits, stats, Q, N, H, K, lr, work.stride(0), *_layout(trace, gram, Q),
+        logits, stats, Q, N, H, K, call.inner_lr, work.stride(0), *_layout(trace, gram, Q),
         FIXED=running_stats is not None, STATS=return_stats, WEIGHTS=return_weights, in_place=True,
         **tiles, **precision(logits),
     )  # fmt: skip
@@ -137,7 +137,7 @@ def backward(call: Any) -> tuple[Tensor, ...]:
     T, Q, N, D, H, K = _sizes(call)
     scale, bias, weight, labels = call.scale, call.bias, call.weight, call.support_labels
     query_index, start_index, running_stats = call.query_index, call.start_index, call.running_stats
-    grad_logits, grad_weights, lr, mlp = call.grad_logits, call.grad_weights, call.inner_lr, mlp_of(call)
+    grad_logits, grad_weights, mlp = call.grad_logits, call.grad_weights, mlp_of(call)
     need_query, need_start = call.need_query, call.need_start
     if T == 0 or not mlp_kernels.fits(Q, N, H, scale.dtype):
         results: tuple[Tensor, ...] = plain(OP.plain_backward, *call)
@@ -167,7 +167,7 @@ def backward(call: Any) -> tuple[Tensor, ...]:
     launch(
         loop_backward_kernel, T, trace_data, trace_data if gram is None else gram, work, packed,
         trace_data if running_stats is None else running_stats.contiguous(), grad_logits.contiguous(), gp, ga,
-        partial, gc, gn0, gs, gag, Q, N, H, K, packed.numel(), lr, work.stride(0),
+        partial, gc, gn0, gs, gag, Q, N, H, K, packed.numel(), call.inner_lr, work.stride(0),
         *_layout(trace, gram, Q),
         FIXED=running_stats is not None, WEIGHTS=grad_weights is not None, ROWS=need_query,
         in_place=True, **tiles, **precision(packed),
