@@ -82,4 +82,24 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a dict of tensors, got {type(content).__name__}")
+    for name, value in content.items():
+        if isinstance(value, torch.Tensor):
+            check_dense(path, str(name), value)
     return content
+
+
+def check_dense(path: str | os.PathLike[str], name: str, tensor: torch.Tensor) -> None:
+    """A tensor that a file holds has elements, as they are, in memory.
+
+    Raises:
+        ValueError: it is sparse, quantized, nested or on the meta device, which torch.save all writes.
+    """
+    faults = [
+        ("nested", tensor.is_nested),
+        ("quantized", tensor.is_quantized),
+        ("on the meta device, without elements", tensor.is_meta),
+        ("sparse", tensor.layout is not torch.strided),
+    ]
+    for fault, found in faults:
+        if found:
+            raise ValueError(f"{path}: {name or 'the tensor'} is {fault}; expected a plain one")

@@ -16,7 +16,7 @@ def as_array(labels: Any) -> np.ndarray[Any, Any]:
     """
     if isinstance(labels, Tensor):
         labels = labels.detach().cpu()
-        return (labels.float() if labels.dtype is torch.bfloat16 else labels).numpy()
+        return (labels.double() if labels.is_floating_point() else labels).numpy()  # which knows few floating types
     if hasattr(labels, "dtype"):  # an array, a column of a table
         return np.asarray(labels)
     values = list(labels)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kernelmeta.data.bank import FEATURE_DTYPES
-from kernelmeta.data.files import read_weights
+from kernelmeta.data.files import check_dense, read_weights
 from kernelmeta.data.label_codes import as_array
 from kernelmeta.data.tensor_files import read_tensors
 from kernelmeta.data.whole_numbers import check_whole
@@ -121,11 +121,23 @@ def _torch(file: Path) -> dict[str, Any]:
     except Exception:  # nearly anything
         content = read_weights(file)  # which says what is wrong
     if isinstance(content, Tensor):
-        return {"": content}
+        content = {"": content}
     if isinstance(content, (tuple, list)):
         content = dict(zip(("X", "y"), content, strict=False))
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a tensor, a list or a dict of them, got {type(content).__name__}")
     arrays = {str(name): value for name, value in content.items() if isinstance(value, (Tensor, list, tuple))}
-    return {name: value if isinstance(value, Tensor) else as_array(value) for name, value in arrays.items()}
+    return {name: _array(file, name, value) for name, value in arrays.items()}
+
+
+def _array(file: Path, name: str, values: Any) -> Any:
+    if isinstance(values, Tensor):
+        check_dense(file, name, values)
+        return values
+    try:
+        return as_array(values)
+    except ValueError as error:  # rows of unequal lengths
+        raise ValueError(f"{file}: {name}: {one_line(error)}") from None
 
 
 def _of_arrays(file: Path, arrays: dict[str, Any], label: str | None, labelled: bool) -> Table:

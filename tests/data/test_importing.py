@@ -297,6 +297,25 @@ def test_what_is_wrong_with_arrays_is_said(tmp_path):
         import_files(tmp_path, "nowhere.npy")
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("text", "expected a tensor, a list or a dict of them, got str"),
+        (None, "expected a tensor, a list or a dict of them, got NoneType"),
+        ({"X": torch.eye(6).to_sparse(), "y": torch.arange(6)}, "X is sparse"),
+        ({"X": torch.eye(6), "y": torch.arange(6).to_sparse()}, "y is sparse"),
+        ({"X": torch.eye(6).to("meta"), "y": torch.arange(6)}, "X is on the meta device"),
+        ({"X": torch.quantize_per_tensor(torch.eye(6), 1.0, 0, torch.qint8)}, "X is quantized"),
+        ({"X": torch.nested.nested_tensor([torch.eye(2), torch.eye(3)])}, "X is nested"),
+        ({"X": torch.eye(6), "y": [[1], [2, 3]]}, "y: setting an array element with a sequence"),
+    ],
+)
+def test_what_torch_saves_that_is_no_plain_tensor_is_named(tmp_path, content, said):
+    torch.save(content, tmp_path / "rows.pt")
+    with pytest.raises(ValueError, match=f"rows.pt: {re.escape(said)}"):
+        import_files(tmp_path, "rows.pt")
+
+
 def test_the_command_and_then_training(tmp_path, capsys):
     rng = np.random.default_rng(0)
     np.save(tmp_path / "X.npy", (rng.normal(size=(30, 1, 8)) + 0.3 * rng.normal(size=(30, 20, 8))).reshape(600, 8))
