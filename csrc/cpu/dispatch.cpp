@@ -81,6 +81,9 @@ void* scratch(int64_t bytes) {
     if (!buffer.memory) throw OutOfMemory("no memory for " + std::to_string(size) + " bytes of scratch");
     buffer.size = size;
   }
+#ifdef KERNELMETA_POISON
+  std::memset(buffer.memory.get(), 0xff, static_cast<size_t>(bytes));  // NaN in every precision
+#endif
   return buffer.memory.get();
 }
 

@@ -16,15 +16,11 @@ namespace {
 
 using namespace kernelmeta;
 
-// Lays a workspace out twice: to count its size, then in this thread's scratch memory. With
-// KERNELMETA_POISON (tests) that memory holds NaN, so that reading what nobody wrote shows.
+// Lays a workspace out twice: to count its size, then in this thread's scratch memory.
 template <class Workspace, class C, class... Args>
 Workspace in_scratch(const Args&... args) {
   const int64_t size = size_of<Workspace, C>(args...);
   C* memory = static_cast<C*>(scratch(size * int64_t(sizeof(C))));
-#ifdef KERNELMETA_POISON
-  for (int64_t i = 0; i < size; ++i) memory[i] = __builtin_nan("");
-#endif
   Arena<C> arena(memory);
   return Workspace(arena, args...);
 }

@@ -202,7 +202,8 @@ struct ProgramLoop {
 
   // ---- what both forms of a step use
 
-  // adj.gz = grad_logits [Q][ways] of the query rows, transposed; sums, gu and gr2 begin at zero.
+  // adj.gz = grad_logits [Q][ways] of the query rows, transposed; sums, gu and gr2 begin at zero, and gag, of
+  // which a step writes the rows of each part but not what pads them.
   KERNELMETA_INLINE void begin_backward(const C* grad_logits, int64_t ways, const Adjoint& adj) {
     const int64_t N = s.N, ld = s.ld();
     const RowRange query = s.query();
@@ -214,6 +215,9 @@ struct ProgramLoop {
         adj.gtarget.clear(n);
       });
       row.each([&](auto q) { q.store(adj.gu + n * ld, q.zero()); });
+    });
+    block.unfenced().rows(s.K * N, ld, [&](int64_t i, auto row) {
+      row.each([&](auto q) { q.store(adj.gag + i * ld, q.zero()); });
     });
     block.rows(N, query.ld(), [&](int64_t n, auto row) {
       row.each([&](auto q) { q.store(adj.gz + n * query.ld(), q.zero()); });
