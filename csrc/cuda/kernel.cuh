@@ -88,16 +88,19 @@ Plan make_plan(const void* kernel, const Sizes& sizes, int device, const Args&..
 // Memory for a BlockMemory.
 template <class B, class Layout>
 __device__ __forceinline__ void* block_memory() {
-  __shared__ __align__(16) unsigned char place[sizeof(BlockMemory<B, Layout>)];
+  static __shared__ __align__(16) unsigned char place[sizeof(BlockMemory<B, Layout>)];
   return place;
 }
 
 template <class B, class Kernel, class... Args>
 void launch(const char* name, Kernel* kernel, const Plan& plan, const Stream& stream, Args... args) {
   if (plan.blocks == 0) return;
-  kernel<<<unsigned(plan.blocks), unsigned(B::kThreads), size_t(plan.shared_bytes),
-           static_cast<cudaStream_t>(stream.handle)>>>(args...);
-  check(cudaGetLastError(), name);
+  cudaLaunchConfig_t config{};
+  config.gridDim = unsigned(plan.blocks);
+  config.blockDim = unsigned(B::kThreads);
+  config.dynamicSmemBytes = size_t(plan.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream.handle);
+  check(cudaLaunchKernelEx(&config, kernel, args...), name);
 }
 
 // As many threads as registers allow: a task has one block to itself on a multiprocessor, so that nothing but

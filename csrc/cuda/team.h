@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/block.h"
+#include "cuda/instructions.h"
 #include "cuda/tensor_core.h"
 
 namespace kernelmeta {
@@ -17,9 +18,9 @@ struct CudaTeam {
     return 0;
 #endif
   }
-  static KERNELMETA_INLINE void sync(SourceLine) {
+  static KERNELMETA_INLINE void sync([[maybe_unused]] SourceLine line) {
 #ifdef __CUDA_ARCH__
-    __syncthreads();
+    sync_block(line);
 #endif
   }
   static KERNELMETA_INLINE bool any(bool value) {
@@ -29,9 +30,9 @@ struct CudaTeam {
     return value;
 #endif
   }
-  static KERNELMETA_INLINE void sync_warp() {
+  static KERNELMETA_INLINE void sync_warp([[maybe_unused]] KERNELMETA_CALLER) {
 #ifdef __CUDA_ARCH__
-    __syncwarp();
+    sync_lanes({file, line});
 #endif
   }
   template <class C>
@@ -50,9 +51,7 @@ struct CudaTeam {
   static KERNELMETA_INLINE void copy_pack(const C* from, C* to) {
 #ifdef __CUDA_ARCH__
     if (__isGlobal(from)) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to))),
-                   "l"(__cvta_generic_to_global(from))
-                   : "memory");
+      copy_async_16(from, to);
       return;
     }
 #endif
@@ -60,12 +59,12 @@ struct CudaTeam {
   }
   static KERNELMETA_INLINE void end_copies() {
 #ifdef __CUDA_ARCH__
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
 #endif
   }
   static KERNELMETA_INLINE void await_copies() {
 #ifdef __CUDA_ARCH__
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    wait_for_all_copies_but<1>();
 #endif
   }
   // What the lane with this bit of its number flipped gives.

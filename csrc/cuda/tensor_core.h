@@ -9,6 +9,8 @@
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include "cuda/instructions.h"
 #endif
 
 namespace kernelmeta {
@@ -65,19 +67,10 @@ __device__ __forceinline__ void mma(float (&sums)[MmaLanes::kSums], const MmaLef
                                     const MmaRight<F>& b) {
   static_assert(std::is_same_v<F, __nv_bfloat16> || std::is_same_v<F, __half>);
 #ifdef __CUDA_ARCH__
-  if constexpr (std::is_same_v<F, __nv_bfloat16>) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a.pairs[0]), "r"(a.pairs[1]), "r"(a.pairs[2]), "r"(a.pairs[3]), "r"(b.pairs[0]),
-          "r"(b.pairs[1]));
-  } else {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a.pairs[0]), "r"(a.pairs[1]), "r"(a.pairs[2]), "r"(a.pairs[3]), "r"(b.pairs[0]),
-          "r"(b.pairs[1]));
-  }
+  if constexpr (std::is_same_v<F, __nv_bfloat16>)
+    mma_m16n8k16_bf16(sums, a.pairs, b.pairs);
+  else
+    mma_m16n8k16_f16(sums, a.pairs, b.pairs);
 #endif
 }
 #endif

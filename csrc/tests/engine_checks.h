@@ -6,10 +6,12 @@
 #include <cstdlib>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/kernel_table.h"
 #include "engine/serial_block.h"
+#include "tests/narrow_float.h"
 
 namespace kernelmeta {
 namespace {
@@ -193,11 +195,11 @@ std::vector<C> exactly(const Vec& v) {
   return std::vector<C>(v.begin(), v.end());
 }
 
-// How features are stored, by their size: which type of 16 bits, the kernels were compiled for.
 template <class F>
-constexpr Storage kStorage = sizeof(F) == 8   ? Storage::kFloat64
-                             : sizeof(F) == 4 ? Storage::kFloat32
-                                              : Storage::kBFloat16;
+constexpr Storage kStorage = sizeof(F) == 8                 ? Storage::kFloat64
+                             : sizeof(F) == 4               ? Storage::kFloat32
+                             : std::is_same_v<F, BrainFloat> ? Storage::kBFloat16
+                                                            : Storage::kFloat16;
 
 template <class C>
 struct Results {
