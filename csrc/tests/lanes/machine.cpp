@@ -114,7 +114,13 @@ void complete(Fiber& fiber, size_t keep) {
   }
 }
 
-[[gnu::noinline]] void wait_at_end() { wait(); }
+// Below the kernel's parameters, which other lanes may go on to read.
+[[gnu::noinline]] void wait_at_end() {
+  volatile unsigned char gap[kStack / 4];
+  gap[0] = 0;
+  wait();
+  gap[0] = 0;
+}
 
 void live() {
   const int me = current;
@@ -124,9 +130,6 @@ void live() {
     complete(fibers[me], 0);
     fibers[me].waits = Operation::kNone;
     fibers[me].done = true;
-    // Below the parameters, which other lanes may go on to read.
-    auto* const gap = static_cast<volatile unsigned char*>(__builtin_alloca(kStack / 4));
-    gap[0] = 0;
     wait_at_end();
   }
 }
