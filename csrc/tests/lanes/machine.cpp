@@ -178,7 +178,7 @@ void meet_block(Operation operation, const Place* place) {
     }
     vote_result = voted;
     voted = false;
-    ++(place ? counts.block_barriers : counts.votes);
+    ++(place ? counted->block_barriers : counted->votes);
     Barrier* const barrier = place ? barrier_at(*place) : nullptr;
     for (int w = 0; w < threads_now / int(kWarp); ++w) count_banks(w);
     if (!place || !sabotage.no_block_barriers) {
@@ -205,11 +205,11 @@ void meet_warp(Operation operation, size_t bytes, const Place* place) {
     }
     count_banks(index);
     if (operation == Operation::kWarpBarrier) {
-      ++counts.warp_barriers;
+      ++counted->warp_barriers;
       Barrier* const barrier = barrier_at(*place);
       if (!sabotage.no_warp_barriers) begin_warp_epoch(index, barrier);
     } else {
-      ++(operation == Operation::kMma ? counts.products : counts.shuffles);
+      ++(operation == Operation::kMma ? counted->products : counted->shuffles);
       ++warps[index].exchanges;
     }
   }
@@ -310,7 +310,7 @@ const Slot* exchange(Operation operation, const void* own, size_t bytes) {
 }
 
 void copy_async_16(const void* from, void* to) {
-  ++counts.copies;
+  ++counted->copies;
   load(from, 16);
   store(to, 16);
   set_pending(to, 16, true);
@@ -357,6 +357,8 @@ void set_parameters(const void* frame, size_t bytes) {
   now.parameters = reinterpret_cast<uintptr_t>(frame) - uintptr_t(current) * kStack - bytes - kRegisters;
 }
 
+void count_as(const char* name) { counted = &counts[name]; }
+
 void seed(uint64_t of_order) { order.seed(unsigned(of_order)); }
 
 bool launch(unsigned blocks, unsigned threads, size_t shared, void (*body)(const void*), const void* of) {
@@ -371,8 +373,8 @@ bool launch(unsigned blocks, unsigned threads, size_t shared, void (*body)(const
   }
   now.host_stack = reinterpret_cast<uintptr_t>(__builtin_frame_address(0)) - (16 << 10);
   now.host_stack_end = now.host_stack + (8 << 20);
-  ++counts.launches;
-  counts.shared_bytes = std::max(counts.shared_bytes, long(shared));
+  *counted = Counts{};
+  counted->shared_bytes = long(shared);
   threads_now = int(threads);
   blocks_now = blocks;
   body_now = body;
@@ -382,7 +384,7 @@ bool launch(unsigned blocks, unsigned threads, size_t shared, void (*body)(const
   std::iota(turns.begin(), turns.end(), 0u);
   for (unsigned i = blocks; i > 1; --i) std::swap(turns[i - 1], turns[order() % i]);
   for (const unsigned block : turns) {
-    ++counts.blocks;
+    ++counted->blocks;
     begin_block(shared);
     run_block(block);
   }

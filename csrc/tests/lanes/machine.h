@@ -76,18 +76,21 @@ void seed(uint64_t of_order);
 // What is wrong, by kind, and how often; the first of each kind was printed in words.
 inline std::map<std::string, long> faults;
 
-// Of all blocks since they were last cleared.
+// Of all blocks of the last launch that was counted under a name.
 struct Counts {
-  long launches, blocks;
-  long block_barriers, votes;               // of each block
-  long warp_barriers, shuffles, products;   // of each warp
-  long copies;                              // asynchronous ones, of 16 bytes, of each lane
-  long shared_bytes;                        // dynamic, the most of a launch
-  long shared_loads, shared_stores;         // instructions of a warp, where `banks` is set,
-  long wavefronts, least_wavefronts;        // how often shared memory is asked for them, and would be without conflicts
+  long blocks;
+  long block_barriers, votes;              // of each block
+  long warp_barriers, shuffles, products;  // of each warp
+  long copies;                             // asynchronous ones, of 16 bytes, of each lane
+  long shared_bytes;                       // dynamic
+  // Where `banks` is set: instructions of a warp, how often they ask shared memory for something, and how often they
+  // would if no two words that they want lay in one bank.
+  long shared_loads, shared_stores, wavefronts, least_wavefronts;
 };
-inline Counts counts{};
+inline std::map<std::string, Counts> counts;
 inline bool banks = false;
+// What is launched next.
+void count_as(const char* name);
 
 // Barriers by where they stand: how often they were met, and whether two accesses were kept apart by one alone.
 struct Barrier {

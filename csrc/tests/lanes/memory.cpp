@@ -331,7 +331,7 @@ void count_banks(int warp) {
     of_lane.clear();
   }
   for (const auto& [at, one] : instructions) {
-    ++(one.store ? counts.shared_stores : counts.shared_loads);
+    ++(one.store ? counted->shared_stores : counted->shared_loads);
     const unsigned together = one.bytes <= 4 ? 32 : one.bytes == 8 ? 16 : 8;  // lanes of one request
     for (unsigned first = 0; first < kWarp; first += together) {
       std::vector<uint32_t> words[32];
@@ -346,8 +346,8 @@ void count_banks(int warp) {
           if (of_bank.size() > most) most = of_bank.size();
         }
       }
-      counts.wavefronts += long(most);
-      counts.least_wavefronts += most > 0;
+      counted->wavefronts += long(most);
+      counted->least_wavefronts += most > 0;
     }
   }
 }

@@ -24,6 +24,8 @@ struct Now {
   uintptr_t host_stack = 0, host_stack_end = 0;  // of who launches
 };
 inline Now now;
+inline Counts uncounted;
+inline Counts* counted = &uncounted;
 
 unsigned char* shared_memory();
 void begin_block(size_t shared_bytes);
