@@ -1,5 +1,5 @@
-// Instructions of the PTX ISA that CUDA has no words for, and barriers that know where they stand. Tests execute
-// them on the host, in their own way: csrc/tests/lanes/cuda/instructions.h.
+// Instructions of the PTX ISA that CUDA has no words for, and barriers that know where they stand. Tests
+// execute them on the host, in their own way: csrc/tests/lanes/cuda/instructions.h.
 #pragma once
 
 #include <cstdint>

@@ -17,19 +17,21 @@ template <class Team, class C>
 struct Products {
   static constexpr int kThreads = Team::kThreads, kLanes = Team::kLanes;
 
-  // out[i] += sum_j w(i, j) in(j), over rows of D features; out is [m][D].
+  // out[i] += sum_j w(i, j) in(j), over rows of D features; out is [m][D]. Which thread takes a column
+  // depends on m and D alone, so that no barrier need part two of these that add to the same rows.
   template <class X>
   static __host__ __device__ KERNELMETA_NOINLINE void features_mm_add(int64_t m, int64_t k, int64_t D,
                                                                       Matrix<C> w, FeatureRows<X> in,
                                                                       C* out) {
-    const bool pairs =
-        D % 2 == 0 && in.stride % 2 == 0 && reinterpret_cast<uintptr_t>(in.data) % (2 * sizeof(X)) == 0;
+    const bool aligned = in.stride % 2 == 0 && reinterpret_cast<uintptr_t>(in.data) % (2 * sizeof(X)) == 0;
     if (m > 5)
-      feature_tiles<15, 1>(int(m), int(k), int(D), w, in, out);
-    else if (pairs)
-      feature_tiles<5, 2>(int(m), int(k), int(D), w, in, out);
+      feature_tiles<15, 1, false>(int(m), int(k), int(D), w, in, out);
+    else if (D % 2 != 0)
+      feature_tiles<5, 1, false>(int(m), int(k), int(D), w, in, out);
+    else if (aligned)
+      feature_tiles<5, 2, true>(int(m), int(k), int(D), w, in, out);
     else
-      feature_tiles<5, 1>(int(m), int(k), int(D), w, in, out);
+      feature_tiles<5, 2, false>(int(m), int(k), int(D), w, in, out);
   }
 
   // out[i] = sum_j w(i, j) in[j] + bias[i] (or null), over rows of Q entries; with kAdd added to out.
@@ -61,10 +63,11 @@ struct Products {
   static KERNELMETA_INLINE int clamp(int i, int m) { return i < m ? i : m - 1; }
 
   // A thread takes V neighbouring features of R rows, kDeep rows of `in` at a time, whose loads overlap.
-  template <int R, int V, class X>
+  // kAligned: V features of `in` are loaded at once.
+  template <int R, int V, bool kAligned, class X>
   static KERNELMETA_INLINE void feature_tiles(int m, int k, int D, Matrix<C> w, FeatureRows<X> in, C* out) {
     constexpr int kDeep = R > 5 ? 4 : 8, P = Pack<C>::kSize;
-    struct alignas(V * sizeof(X)) Some {
+    struct alignas((kAligned ? V : 1) * sizeof(X)) Some {
       X v[V];
     };
     const int row = int(w.row), column = int(w.column);

@@ -163,7 +163,9 @@ struct LinearHead {
       block.unfenced().features_mm_add(S, N, D, {t.coefficients, 1, ld}, FeatureRows<C>{t.gtheta, D, nullptr},
                                        gsupport);
       block.unfenced().features_mm_add(S, N, D, {t.gz0, 1, ld}, FeatureRows<C>{weight, D, nullptr}, gsupport);
-      block.unfenced().features_mm_add(S, S, D, {t.gram, ld, 1}, support, gsupport);
+      // (parts the loads of gtheta from what is stored there next, column by column, but not by the same
+      // threads)
+      block.features_mm_add(S, S, D, {t.gram, ld, 1}, support, gsupport);
     } else if (gsupport) {
       block.unfenced().features_zero(S, D, gsupport);
     }

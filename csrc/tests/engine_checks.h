@@ -196,10 +196,10 @@ std::vector<C> exactly(const Vec& v) {
 }
 
 template <class F>
-constexpr Storage kStorage = sizeof(F) == 8                 ? Storage::kFloat64
-                             : sizeof(F) == 4               ? Storage::kFloat32
+constexpr Storage kStorage = sizeof(F) == 8                  ? Storage::kFloat64
+                             : sizeof(F) == 4                ? Storage::kFloat32
                              : std::is_same_v<F, BrainFloat> ? Storage::kBFloat16
-                                                            : Storage::kFloat16;
+                                                             : Storage::kFloat16;
 
 template <class C>
 struct Results {

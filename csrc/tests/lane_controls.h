@@ -66,10 +66,10 @@ void outside_kernel(float* out, bool fits) {
 }
 // The next lane's local memory.
 void local_memory_kernel(float* out, bool own) {
-  float local = 1;
+  float local[64] = {1};  // (so many that the first is not taken for a parameter)
   float** const shared = ControlTeam::stage<float*>();
   const int lane = ControlTeam::thread();
-  shared[lane] = &local;
+  shared[lane] = local;
   ControlTeam::sync({__builtin_FILE(), __builtin_LINE()});
   out[lane] = *shared[own ? lane : lane ^ 1];
   ControlTeam::sync({__builtin_FILE(), __builtin_LINE()});
@@ -92,12 +92,12 @@ void copies_kernel(const float* from, float* out, bool awaited) {
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = shared[(lane ^ 32) * 4 + i];
 }
 
-// Whether a kind of fault whose name begins so was seen, and nothing else; forgets it.
+// Whether faults of this kind were seen; forgets all.
 bool seen(const std::string& kind) {
-  bool found = false, other = false;
-  for (const auto& [what, times] : lanes::faults) (what.rfind(kind, 0) == 0 ? found : other) = true;
+  bool found = false;
+  for (const auto& [what, times] : lanes::faults) found = found || what.find(kind) != std::string::npos;
   lanes::faults.clear();
-  return found && !other;
+  return found;
 }
 
 void expect_seen(const std::string& what, bool holds) {
@@ -127,26 +127,29 @@ void check_control_kernels() {
   std::vector<float> out(kElements), four(4 * kElements);
   const auto simple = [&](auto kernel, int64_t blocks = 1) {
     return [&out, kernel, blocks, plan_of](bool right) {
-      cuda::launch<ControlBlock>("control", kernel, plan_of(blocks, kElements * 8), lane_stream, out.data(), right);
+      cuda::launch<ControlBlock>("control", kernel, plan_of(blocks, kElements * 8), lane_stream, out.data(),
+                                 right);
     };
   };
-  control("a missing __syncwarp", "a race: a load after a store", simple(&warp_barrier_kernel));
-  control("a missing __syncthreads", "a race: a load after a store", simple(&block_barrier_kernel));
-  control("a missing __syncthreads before a store", "a race: a store after a load", simple(&store_after_load_kernel));
+  control("a missing __syncwarp", "a race", simple(&warp_barrier_kernel));
+  control("a missing __syncthreads", "a race", simple(&block_barrier_kernel));
+  control("a missing __syncthreads before a store", "a race", simple(&store_after_load_kernel));
   control("a store beyond an array", "outside of any array", simple(&outside_kernel));
-  control("a store that two blocks do", "a race: two stores", simple(&blocks_kernel, 2));
+  control("a store that two blocks do", "a race", simple(&blocks_kernel, 2));
   control("a load of another lane's local memory", "memory of another lane", simple(&local_memory_kernel));
   control("a store beyond shared memory", "beyond the block's shared memory", [&](bool right) {
-    cuda::launch<ControlBlock>("control", &overrun_kernel, plan_of(1, kElements * 4), lane_stream, out.data(), right,
-                               kElements);
+    cuda::launch<ControlBlock>("control", &overrun_kernel, plan_of(1, kElements * 4), lane_stream, out.data(),
+                               right, kElements);
   });
-  control("an asynchronous copy that is not waited for", "a load of what is still being copied", [&](bool right) {
-    cuda::launch<ControlBlock>("control", &copies_kernel, plan_of(1, kElements * 16), lane_stream,
-                               static_cast<const float*>(from), four.data(), right);
-  });
+  control("an asynchronous copy that is not waited for", "a load of what is still being copied",
+          [&](bool right) {
+            cuda::launch<ControlBlock>("control", &copies_kernel, plan_of(1, kElements * 16), lane_stream,
+                                       static_cast<const float*>(from), four.data(), right);
+          });
   for (const bool cleared : {true, false}) {
     std::vector<float> sums(9);
-    cuda::launch<ControlBlock>("control", &padding_kernel, plan_of(1, 48 * 4), lane_stream, sums.data(), cleared);
+    cuda::launch<ControlBlock>("control", &padding_kernel, plan_of(1, 48 * 4), lane_stream, sums.data(),
+                               cleared);
     bool all_right = true, all_nan = true;
     for (const float x : sums) all_right = all_right && x == 5, all_nan = all_nan && std::isnan(x);
     expect_seen(cleared ? "padding that was cleared" : "a read of padding that was not",
@@ -164,7 +167,8 @@ void check_sabotage() {
   NtkEpisode ntk(network_cases()[0]);
   const Episode sib({2, 7, 11, 3, 13, 5, 2}, true, false, 0.02);
   const Vec weights_z = draw(2 * 11 * 3), weights_theta = draw(2 * 3 * 13);
-  const auto every = [&](const std::string& what, const char* kind) {
+  // warps: among kernels whose warps need barriers alone.
+  const auto every = [&](const std::string& what, const char* kind, bool warps = false) {
     const auto one = [&](const std::string& kernel, auto call) {
       call();
       expect_seen(what + ", " + kernel, seen(kind));
@@ -173,15 +177,16 @@ void check_sabotage() {
     const auto of_episode = [&](const auto& episode) {
       one(episode.text(), [&] { episode.template run<float>(kLaneTable); });
     };
-    of_episode(head);
     of_episode(ridge);
     of_episode(program);
+    if (warps) return;
+    of_episode(head);
     of_episode(mlp);
     of_episode(descent);
     of_episode(ntk);
   };
   lanes::sabotage.no_warp_barriers = true;
-  every("no __syncwarp", "a race");
+  every("no __syncwarp", "a race", true);
   lanes::sabotage = {};
   lanes::sabotage.no_block_barriers = true;
   every("no __syncthreads", "a race");
@@ -192,10 +197,9 @@ void check_sabotage() {
   lanes::sabotage.no_waits_for_copies = true;
   HeadEpisode wide({{1, 4, 9, 2, 64, 0, 1}, Oracle::kCrossEntropy, false, true, true, true, false});
   wide.run<float>(kLaneTable);
-  expect_seen("no waits for copies", seen("a load of what is still being copied") || !lanes::faults.empty());
+  expect_seen("no waits for copies", seen("what is still being copied"));
   lanes::sabotage = {};
 
-  const int before = failures;
   wide.round_features<BrainFloat>();
   const Named right = wide.run<float, BrainFloat>(kLaneTable);
   lanes::sabotage.fragments = true;
@@ -205,7 +209,6 @@ void check_sabotage() {
   for (size_t i = 0; i < right.size(); ++i) {
     differs = differs || largest_error(wrong[i].second, right[i].second) > 0.01;
   }
-  failures = before;
   expect_seen("a wrong fragment index", differs && lanes::faults.empty());
 }
 

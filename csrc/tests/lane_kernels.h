@@ -1,4 +1,5 @@
-// The CUDA kernels, planned and launched as on a GPU and executed lane by lane (lanes/machine.h), as a table of kernels.
+// The CUDA kernels, planned and launched as on a GPU and executed lane by lane (lanes/machine.h), as a table
+// of kernels.
 #pragma once
 
 #include <algorithm>
@@ -56,31 +57,36 @@ void sums_on_lanes(const char* name, const cuda::Plan& plan, int64_t size, C* to
 template <class C>
 void lane_sib_forward(const SibForward<C>& f, const FoldedMlp<C>&, int64_t, int64_t) {
   const cuda::Plan plan = cuda::plan_sib_forward(f, 0);
-  on_lanes<C>("sib", plan, [&](C* workspace) { cuda::launch_sib_forward<C>(f, plan, workspace, lane_stream); });
+  on_lanes<C>("sib", plan,
+              [&](C* workspace) { cuda::launch_sib_forward<C>(f, plan, workspace, lane_stream); });
 }
 
 template <class C>
 void lane_sib_backward(const SibBackward<C>& f, const FoldedMlp<C>&, const SibParameterGrad<C>& grad, int64_t,
                        int64_t) {
   const cuda::Plan plan = cuda::plan_sib_backward(f, 0);
-  sums_on_lanes<C>("sib_backward", plan, size_of<SibParameterGrad<C>, C>(f.problem.s), grad.mlp.w1t, [&](C* workspace, C* partials) {
-    cuda::launch_sib_backward<C>(f, plan, workspace, partials, lane_stream);
-  });
+  sums_on_lanes<C>("sib_backward", plan, size_of<SibParameterGrad<C>, C>(f.problem.s), grad.mlp.w1t,
+                   [&](C* workspace, C* partials) {
+                     cuda::launch_sib_backward<C>(f, plan, workspace, partials, lane_stream);
+                   });
 }
 
 template <class C>
 void lane_mlp_forward(const MlpProblem<C>& p, const FoldedMlp<C>&, C* out, int64_t, int64_t) {
   const cuda::Plan plan = cuda::plan_mlp(p, false, 0);
-  on_lanes<C>("synthetic_gradient_mlp", plan, [&](C* workspace) { cuda::launch_mlp_forward<C>(p, out, plan, workspace, lane_stream); });
+  on_lanes<C>("synthetic_gradient_mlp", plan,
+              [&](C* workspace) { cuda::launch_mlp_forward<C>(p, out, plan, workspace, lane_stream); });
 }
 
 template <class C>
 void lane_mlp_backward(const MlpProblem<C>& p, const FoldedMlp<C>&, const C* grad_out, C* grad_logits,
                        const FoldedMlpGrad<C>& grad, int64_t, int64_t) {
   const cuda::Plan plan = cuda::plan_mlp(p, true, 0);
-  sums_on_lanes<C>("synthetic_gradient_mlp_backward", plan, size_of<FoldedMlpGrad<C>, C>(p.s), grad.w1t, [&](C* workspace, C* partials) {
-    cuda::launch_mlp_backward<C>(p, grad_out, grad_logits, plan, workspace, partials, lane_stream);
-  });
+  sums_on_lanes<C>("synthetic_gradient_mlp_backward", plan, size_of<FoldedMlpGrad<C>, C>(p.s), grad.w1t,
+                   [&](C* workspace, C* partials) {
+                     cuda::launch_mlp_backward<C>(p, grad_out, grad_logits, plan, workspace, partials,
+                                                  lane_stream);
+                   });
 }
 
 template <class C>
@@ -92,24 +98,27 @@ void lane_class_means_forward(const ClassMeansProblem<C>& p, C* theta0, int64_t,
 }
 
 template <class C>
-void lane_class_means_backward(const ClassMeansProblem<C>& p, const C* grad_theta0, C* grad_support, C* grad_weight,
-                               int64_t, int64_t) {
+void lane_class_means_backward(const ClassMeansProblem<C>& p, const C* grad_theta0, C* grad_support,
+                               C* grad_weight, int64_t, int64_t) {
   const cuda::Plan plan = cuda::plan_class_means(p, true, 0);
   if (!grad_weight) {
     on_lanes<C>("class_means_backward", plan, [&](C* workspace) {
-      cuda::launch_class_means_backward<C>(p, grad_theta0, grad_support, plan, workspace, nullptr, lane_stream);
+      cuda::launch_class_means_backward<C>(p, grad_theta0, grad_support, plan, workspace, nullptr,
+                                           lane_stream);
     });
     return;
   }
   sums_on_lanes<C>("class_means_backward", plan, p.s.D, grad_weight, [&](C* workspace, C* partials) {
-    cuda::launch_class_means_backward<C>(p, grad_theta0, grad_support, plan, workspace, partials, lane_stream);
+    cuda::launch_class_means_backward<C>(p, grad_theta0, grad_support, plan, workspace, partials,
+                                         lane_stream);
   });
 }
 
 template <class C>
 void lane_linear_head_forward(const HeadForward<C>& f, int64_t, int64_t) {
   const cuda::Plan plan = cuda::plan_linear_head_forward(f, 0);
-  on_lanes<C>("linear_head", plan, [&](C* workspace) { cuda::launch_linear_head_forward<C>(f, plan, workspace, lane_stream); });
+  on_lanes<C>("linear_head", plan,
+              [&](C* workspace) { cuda::launch_linear_head_forward<C>(f, plan, workspace, lane_stream); });
 }
 
 template <class C>
@@ -121,7 +130,8 @@ void lane_linear_head_backward(const HeadBackward<C>& f, const HeadParameterGrad
                    });
 }
 
-// plan(run, tasks) of kernels whose tasks may differ: with sizes that the host knows, or with the largest there may be.
+// plan(run, tasks) of kernels whose tasks may differ: with sizes that the host knows, or with the largest
+// there may be.
 template <class Run, class Make>
 cuda::Plan plan_of_tasks(const Run& run, Make plan) {
   Run known = run;
@@ -166,9 +176,10 @@ void lane_program_backward(const ProgramBackward<C>& f, const KernelCall<C>& cal
   const cuda::Plan plan = plan_of_tasks(f, [&](const auto& known, const auto& tasks) {
     return cuda::plan_program_backward<C>(known, own, tasks, 0);
   });
-  sums_on_lanes<C>("program_backward", plan, size_of<ProgramGrad<C>, C>(f.problem), grad.theta0, [&](C* workspace, C* partials) {
-    cuda::launch_program_backward<C>(f, own, plan, workspace, partials, lane_stream);
-  });
+  sums_on_lanes<C>("program_backward", plan, size_of<ProgramGrad<C>, C>(f.problem), grad.theta0,
+                   [&](C* workspace, C* partials) {
+                     cuda::launch_program_backward<C>(f, own, plan, workspace, partials, lane_stream);
+                   });
 }
 
 template <class C>
@@ -188,9 +199,10 @@ void lane_ridge_backward(const RidgeBackward<C>& f, const int64_t* trace_offsets
   const cuda::Plan plan = plan_of_tasks(f, [&](const auto& known, const auto& tasks) {
     return cuda::plan_ridge_backward<C>(known, stride, tasks, 0);
   });
-  sums_on_lanes<C>("ridge_backward", plan, size_of<RidgeGrad<C>, C>(), grad.lambda, [&](C* workspace, C* partials) {
-    cuda::launch_ridge_backward<C>(f, stride, plan, workspace, partials, lane_stream);
-  });
+  sums_on_lanes<C>("ridge_backward", plan, size_of<RidgeGrad<C>, C>(), grad.lambda,
+                   [&](C* workspace, C* partials) {
+                     cuda::launch_ridge_backward<C>(f, stride, plan, workspace, partials, lane_stream);
+                   });
 }
 
 template <class C>
@@ -220,34 +232,39 @@ void lane_descent_forward(const DescentForward<C>& f, int64_t, int64_t) {
 template <class C>
 void lane_descent_backward(const DescentBackward<C>& f, const DescentGrad<C>& grad, int64_t, int64_t) {
   const cuda::Plan plan = cuda::plan_linearised_descent_backward(f, 0);
-  sums_on_lanes<C>("linearised_descent_backward", plan, size_of<DescentGrad<C>, C>(f.problem.net), grad.parameters, [&](C* workspace, C* partials) {
-    cuda::launch_linearised_descent_backward<C>(f, plan, workspace, partials, lane_stream);
-  });
+  sums_on_lanes<C>("linearised_descent_backward", plan, size_of<DescentGrad<C>, C>(f.problem.net),
+                   grad.parameters, [&](C* workspace, C* partials) {
+                     cuda::launch_linearised_descent_backward<C>(f, plan, workspace, partials, lane_stream);
+                   });
 }
 
 template <class C>
 void lane_ntk_forward(const NtkForward<C>& f, int64_t, int64_t) {
   const cuda::Plan plan = cuda::plan_ntk_gram_forward(f, 0);
-  on_lanes<C>("ntk_gram", plan, [&](C* workspace) { cuda::launch_ntk_gram_forward<C>(f, plan, workspace, lane_stream); });
+  on_lanes<C>("ntk_gram", plan,
+              [&](C* workspace) { cuda::launch_ntk_gram_forward<C>(f, plan, workspace, lane_stream); });
 }
 
 template <class C>
 void lane_ntk_backward(const NtkBackward<C>& f, const NtkGrad<C>& grad, int64_t, int64_t) {
   const cuda::Plan plan = cuda::plan_ntk_gram_backward(f, 0);
-  sums_on_lanes<C>("ntk_gram_backward", plan, size_of<NtkGrad<C>, C>(f.problem.net), grad.parameters, [&](C* workspace, C* partials) {
-    cuda::launch_ntk_gram_backward<C>(f, plan, workspace, partials, lane_stream);
-  });
+  sums_on_lanes<C>("ntk_gram_backward", plan, size_of<NtkGrad<C>, C>(f.problem.net), grad.parameters,
+                   [&](C* workspace, C* partials) {
+                     cuda::launch_ntk_gram_backward<C>(f, plan, workspace, partials, lane_stream);
+                   });
 }
 
 template <class C>
 constexpr Kernels<C> kLaneKernels = {.sib_forward = lane_sib_forward<C>,
                                      .sib_backward = lane_sib_backward<C>,
+                                     .sib_training = nullptr,  // on a CPU alone
                                      .mlp_forward = lane_mlp_forward<C>,
                                      .mlp_backward = lane_mlp_backward<C>,
                                      .class_means_forward = lane_class_means_forward<C>,
                                      .class_means_backward = lane_class_means_backward<C>,
                                      .linear_head_forward = lane_linear_head_forward<C>,
                                      .linear_head_backward = lane_linear_head_backward<C>,
+                                     .linear_head_training = nullptr,
                                      .program_forward = lane_program_forward<C>,
                                      .program_backward = lane_program_backward<C>,
                                      .ridge_forward = lane_ridge_forward<C>,

@@ -1,10 +1,11 @@
-// The CUDA kernels' own sources, compiled as C++ and executed lane by lane: right results, no race, nothing read or
-// written that is not the kernel's. See lanes/machine.h.
+// The CUDA kernels' own sources, compiled as C++ and executed lane by lane: right results, no race, nothing
+// read or written that is not the kernel's. See lanes/machine.h.
 //
-//   lane_test [seed]       every kernel, in every precision, with much and with little shared memory
-//   lane_test controls     what is wrong on purpose is seen
-//   lane_test counts       what each kernel does for a task of the published sizes, within limits
-//   lane_test barriers     which barriers nothing was seen to need
+//   lane_test                 every kernel, in every precision, with much and with little shared memory
+//   lane_test rare            ... with other amounts of it, in other orders of the lanes
+//   lane_test controls        what is wrong on purpose is seen
+//   lane_test counts [table]  what each kernel does for a task of the published sizes; not more than the
+//   table says lane_test barriers        which barriers something was seen to need
 #include <cstdio>
 
 #include "cpu/dispatch.h"
@@ -60,16 +61,16 @@ int check_precisions(int shared_bytes) {
   int status = check_all(name, kLaneKernels<double>, kLaneKernels<float>, true);
   status |= check_learners(name, kernel_table(), kLaneTable);
   status |= check_sizes(name, kLaneTable);
-  for_each_part([&](const auto& episode, auto) { compare_episode(name, episode, kernel_table(), kLaneTable); });
+  for_each_part(
+      [&](const auto& episode, auto) { compare_episode(name, episode, kernel_table(), kLaneTable); });
   check_unfold(name);
   return status | (failures != 0);
 }
 
 template <class F>
 int check_precision_of_16_bits(const std::string& name) {
-  int status =
-      check_narrow<F>(name, kLaneKernels<double>, kLaneKernels<float>, kLaneKernels<float>) |
-      check_narrow_learners<F>(name, kernel_table(), kLaneTable);
+  int status = check_narrow<F>(name, kLaneKernels<double>, kLaneKernels<float>, kLaneKernels<float>) |
+               check_narrow_learners<F>(name, kernel_table(), kLaneTable);
   check_narrow_parts<F>(name);
   return status | (failures != 0);
 }
@@ -80,7 +81,8 @@ constexpr int kMuch = 232448, kLittle = 57344, kLeast = 45056;
 int check_kernels() {
   int status = check_precisions(kMuch) | check_precisions(kLittle);
   lanes::device.shared_bytes = kMuch;
-  status |= check_precision_of_16_bits<BrainFloat>("bfloat16:") | check_precision_of_16_bits<Half>("float16:");
+  status |=
+      check_precision_of_16_bits<BrainFloat>("bfloat16:") | check_precision_of_16_bits<Half>("float16:");
   return status;
 }
 
@@ -103,7 +105,8 @@ int print_barriers() {
   check_kernels();
   count_published_sizes();
   for (const auto& [place, barrier] : lanes::barriers) {
-    std::printf("%s %s, met %ld times\n", barrier.needed ? "needed     " : "not needed?", place.c_str(), barrier.met);
+    std::printf("%s %s, met %ld times\n", barrier.needed ? "needed     " : "not needed?", place.c_str(),
+                barrier.met);
   }
   return report_faults();
 }
@@ -113,7 +116,7 @@ int print_barriers() {
 int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
   if (what == "controls") return check_controls();
-  if (what == "counts") return check_counts(argc > 2);
+  if (what == "counts") return check_counts(argc > 2 ? argv[2] : "") | report_faults();
   if (what == "barriers") return print_barriers();
   const int status = what == "rare" ? check_rarely() : check_kernels();
   return report_faults() | status;

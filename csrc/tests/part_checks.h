@@ -1,4 +1,5 @@
-// Kernels of parts of `sib` that are ops of their own: the synthetic gradient's MLP and class means, for learner_checks.h.
+// Kernels of parts of `sib` that are ops of their own: the synthetic gradient's MLP and class means, for
+// learner_checks.h.
 #pragma once
 
 #include <cstring>
@@ -72,7 +73,7 @@ struct ClassMeansEpisode {
   Sizes s;  // T, S, N, D
   bool weighted, need_support;
   Vec support, weight, grad_theta0;
-  std::vector<int64_t> labels;             // row i belongs to class i % N
+  std::vector<int64_t> labels;  // row i belongs to class i % N
   std::vector<int32_t> members, offsets;
 
   ClassMeansEpisode(const Sizes& sizes, bool weighted, bool need_support)
@@ -122,8 +123,8 @@ struct ClassMeansEpisode {
   }
 
   std::string text() const {
-    return "class means, T=" + std::to_string(s.T) + " S=" + std::to_string(s.S) + " N=" + std::to_string(s.N) +
-           " D=" + std::to_string(s.D);
+    return "class means, T=" + std::to_string(s.T) + " S=" + std::to_string(s.S) +
+           " N=" + std::to_string(s.N) + " D=" + std::to_string(s.D);
   }
 };
 

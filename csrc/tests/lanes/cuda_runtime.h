@@ -1,5 +1,5 @@
-// Stands in for CUDA's own header where the kernels' sources are compiled as C++ and run lane by lane: CUDA's words, and
-// as much of its runtime as the launchers use. A kernel is launched as fibers (machine.h).
+// Stands in for CUDA's own header where the kernels' sources are compiled as C++ and run lane by lane: CUDA's
+// words, and as much of its runtime as the launchers use. A kernel is launched as fibers (machine.h).
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,8 @@ struct LaneIndex {
     operator unsigned() const { return get(); }
   } x;
 };
-inline constexpr LaneIndex threadIdx{{lanes::thread_index}}, blockIdx{{lanes::block_index}}, gridDim{{lanes::grid_size}};
+inline constexpr LaneIndex threadIdx{{lanes::thread_index}}, blockIdx{{lanes::block_index}},
+    gridDim{{lanes::grid_size}};
 
 inline int __syncthreads_or(int value) { return lanes::vote(value != 0); }
 

@@ -31,7 +31,7 @@ struct Fiber {
   jmp_buf at;
   bool made = false, done = true;
   Operation waits = Operation::kNone;
-  size_t bytes = 0;                      // that it exchanges
+  size_t bytes = 0;                       // that it exchanges
   std::vector<std::vector<Copy>> copies;  // on their way: groups, the last one not committed
 };
 
@@ -59,11 +59,13 @@ std::minstd_rand order(1);
 std::vector<Barrier*> block_barriers_met;
 
 [[noreturn]] void die(const char* what) {
-  static const char* const names[] = {"nothing", "a barrier", "a vote", "a barrier of the warp", "a shuffle", "a product"};
+  static const char* const names[] = {"nothing",   "a barrier", "a vote", "a barrier of the warp",
+                                      "a shuffle", "a product"};
   std::printf("LANES: %s, in block %u\n", what, block_now);
   for (int i = 0; i < threads_now; ++i) {
     if (i == 0 || fibers[i].waits != fibers[i - 1].waits || fibers[i].done != fibers[i - 1].done)
-      std::printf("  from lane %d on: %s %s\n", i, fibers[i].done ? "ended, after" : "waits for", names[int(fibers[i].waits)]);
+      std::printf("  from lane %d on: %s %s\n", i, fibers[i].done ? "ended, after" : "waits for",
+                  names[int(fibers[i].waits)]);
   }
   std::fflush(stdout);
   std::abort();
@@ -116,10 +118,10 @@ void complete(Fiber& fiber, size_t keep) {
 
 // Below the kernel's parameters, which other lanes may go on to read.
 [[gnu::noinline]] void wait_at_end() {
-  volatile unsigned char gap[kStack / 4];
-  gap[0] = 0;
+  unsigned char gap[kStack / 4];
+  asm volatile("" : : "r"(gap) : "memory");
   wait();
-  gap[0] = 0;
+  asm volatile("" : : "r"(gap) : "memory");
 }
 
 void live() {
@@ -345,7 +347,8 @@ void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[
     double terms[17];
     for (int k = 0; k < 16; ++k) {
       const int holder = k % 8 / 2;
-      terms[k] = element(row % 8 * 4 + holder, row / 8 + k / 8 * 2, k % 2) * element(column * 4 + holder, 4 + k / 8, k % 2);
+      terms[k] = element(row % 8 * 4 + holder, row / 8 + k / 8 * 2, k % 2) *
+                 element(column * 4 + holder, 4 + k / 8, k % 2);
     }
     terms[16] = double(sums[i]);
     sums[i] = cut_off_sum(terms, 17);

@@ -1,9 +1,9 @@
-// A GPU played on the host: the lanes of a block are fibers, which change places at barriers, shuffles and products of a
-// warp, in an order that is drawn. Blocks run one after the other, in an order that is drawn.
+// A GPU played on the host: the lanes of a block are fibers, which change places at barriers, shuffles and
+// products of a warp, in an order that is drawn. Blocks run one after the other, in an order that is drawn.
 //
-// The sources are compiled with -fsanitize=thread, and linked with memory.cpp in the place of the sanitizer's library: it
-// is told of every load and store. Barriers order memory; shuffles, votes of a warp and products do not, as the PTX ISA
-// has it.
+// The sources are compiled with -fsanitize=thread, and linked with memory.cpp in the place of the sanitizer's
+// library: it is told of every load and store. Barriers order memory; shuffles, votes of a warp and products
+// do not, as the PTX ISA has it.
 #pragma once
 
 #include <cstddef>
@@ -29,8 +29,8 @@ struct Sabotage {
   bool no_warp_barriers = false;   // they order nothing
   bool no_block_barriers = false;  // nor do these
   bool no_waits_for_copies = false;
-  bool fragments = false;          // two registers of an operand change places
-  size_t fewer_bytes = 0;          // of shared memory, than was asked for
+  bool fragments = false;  // two registers of an operand change places
+  size_t fewer_bytes = 0;  // of shared memory, than was asked for
 };
 inline Sabotage sabotage;
 
@@ -83,8 +83,8 @@ struct Counts {
   long warp_barriers, shuffles, products;  // of each warp
   long copies;                             // asynchronous ones, of 16 bytes, of each lane
   long shared_bytes;                       // dynamic
-  // Where `banks` is set: instructions of a warp, how often they ask shared memory for something, and how often they
-  // would if no two words that they want lay in one bank.
+  // Where `banks` is set: instructions of a warp, how often they ask shared memory for something, and how
+  // often they would if no two words that they want lay in one bank.
   long shared_loads, shared_stores, wavefronts, least_wavefronts;
 };
 inline std::map<std::string, Counts> counts;
@@ -92,7 +92,8 @@ inline bool banks = false;
 // What is launched next.
 void count_as(const char* name);
 
-// Barriers by where they stand: how often they were met, and whether two accesses were kept apart by one alone.
+// Barriers by where they stand: how often they were met, and whether two accesses were kept apart by one
+// alone.
 struct Barrier {
   long met = 0;
   bool needed = false;

@@ -1,7 +1,6 @@
 // In the place of ThreadSanitizer's library; see memory.h. Compiled without -fsanitize=thread itself.
 #include "lanes/memory.h"
 
-#include <bit>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -25,19 +24,19 @@ constexpr uint8_t kManyWarps = 0xff;
 // What is known of a word, or of a byte where words are not accessed whole.
 struct Cell {
   uint32_t store_epoch, store_warp_epoch, load_epoch, load_warp_epoch;
-  uint32_t earlier_epoch;                 // the block's epoch of the loads before load_epoch
-  uint32_t store_at, load_at;             // in the program
-  uint16_t storer, loader;                // lanes
+  uint32_t earlier_epoch;      // the block's epoch of the loads before load_epoch
+  uint32_t store_at, load_at;  // in the program
+  uint16_t storer, loader;     // lanes
   uint8_t loader_warp, earlier_warp;
-  bool pending;                           // an asynchronous copy is on its way here
-  bool many_blocks;                       // of this launch: loaded by others before load_epoch too
+  bool pending;      // an asynchronous copy is on its way here
+  bool many_blocks;  // of this launch: loaded by others before load_epoch too
 };
 
 constexpr size_t kPage = 4096, kWords = kPage / 4;
 
 struct Page {
   Cell words[kWords];
-  Cell* bytes;               // [kPage], of words that are split
+  Cell* bytes;  // [kPage], of words that are split
   uint64_t split[kWords / 64];
   uint64_t valid[kPage / 64];  // bytes that belong to an array
 };
@@ -175,7 +174,8 @@ void on_store(Cell& cell, uint32_t at, const void* address) {
   if (cell.pending) race("a store into what is still being copied", at, cell.storer, cell.store_at, address);
   if (follows_badly<kShared>(cell.storer, cell.store_epoch, cell.store_warp_epoch))
     race("a race: two stores", at, cell.storer, cell.store_at, address);
-  if (follows_loads_badly<kShared>(cell)) race("a race: a store after a load", at, cell.loader, cell.load_at, address);
+  if (follows_loads_badly<kShared>(cell))
+    race("a race: a store after a load", at, cell.loader, cell.load_at, address);
   cell.store_epoch = now.block_epoch;
   cell.store_warp_epoch = now.warp_epoch;
   cell.storer = uint16_t(now.lane);
@@ -254,7 +254,8 @@ void access(const void* address, size_t bytes, uint32_t at) {
     return;
   }
   if (place >= now.host_stack && place < now.host_stack_end) return;
-  const bool of_image = place >= image && place < image_end, of_dynamic = place >= dynamic && place < dynamic_end;
+  const bool of_image = place >= image && place < image_end,
+             of_dynamic = place >= dynamic && place < dynamic_end;
   if (of_image && !of_dynamic && !kStore) {
     const Page* page = page_of(place, false);
     if (!page || (page->words[place % kPage / 4].store_epoch == 0 &&
@@ -361,16 +362,16 @@ uint32_t caller(void* from) { return uint32_t(static_cast<char*>(from) - &__exec
 }  // namespace
 
 #define LANES_CALLER caller(__builtin_return_address(0))
-#define LANES_ACCESSES(bytes)                                                                              \
-  void __tsan_read##bytes(void* p) {                                                                       \
-    lanes::expect_aligned(p, bytes, LANES_CALLER);                                                         \
-    lanes::access<false>(p, bytes, LANES_CALLER);                                                          \
-  }                                                                                                        \
-  void __tsan_write##bytes(void* p) {                                                                      \
-    lanes::expect_aligned(p, bytes, LANES_CALLER);                                                         \
-    lanes::access<true>(p, bytes, LANES_CALLER);                                                           \
-  }                                                                                                        \
-  void __tsan_unaligned_read##bytes(void* p) { lanes::access<false>(p, bytes, LANES_CALLER); }             \
+#define LANES_ACCESSES(bytes)                                                                  \
+  void __tsan_read##bytes(void* p) {                                                           \
+    lanes::expect_aligned(p, bytes, LANES_CALLER);                                             \
+    lanes::access<false>(p, bytes, LANES_CALLER);                                              \
+  }                                                                                            \
+  void __tsan_write##bytes(void* p) {                                                          \
+    lanes::expect_aligned(p, bytes, LANES_CALLER);                                             \
+    lanes::access<true>(p, bytes, LANES_CALLER);                                               \
+  }                                                                                            \
+  void __tsan_unaligned_read##bytes(void* p) { lanes::access<false>(p, bytes, LANES_CALLER); } \
   void __tsan_unaligned_write##bytes(void* p) { lanes::access<true>(p, bytes, LANES_CALLER); }
 
 extern "C" {
@@ -388,21 +389,26 @@ void __tsan_read_range(void* p, size_t bytes) { lanes::access<false>(p, bytes, L
 void __tsan_write_range(void* p, size_t bytes) { lanes::access<true>(p, bytes, LANES_CALLER); }
 }
 
-// Arrays are what somebody asked memory for, to the byte.
+// Arrays are what somebody asked memory for, to the byte: what was asked stands before it.
+namespace {
+constexpr size_t kBefore = 16;
+// (out of the compiler's sight, which knows `new` and has an opinion on what lies before)
+[[gnu::noipa]] void release(unsigned char* p) {
+  size_t bytes;
+  std::memcpy(&bytes, p - kBefore, sizeof(bytes));
+  lanes::set_valid(reinterpret_cast<uintptr_t>(p), bytes, false);
+  std::free(p - kBefore);
+}
+}  // namespace
+
 void* operator new(size_t bytes) {
-  constexpr size_t kHeader = 16;
-  auto* const memory = static_cast<unsigned char*>(std::malloc(bytes + kHeader));
+  auto* const memory = static_cast<unsigned char*>(std::malloc(bytes + kBefore));
   if (!memory) throw std::bad_alloc();
   std::memcpy(memory, &bytes, sizeof(bytes));
-  lanes::set_valid(reinterpret_cast<uintptr_t>(memory + kHeader), bytes, true);
-  return memory + kHeader;
+  lanes::set_valid(reinterpret_cast<uintptr_t>(memory + kBefore), bytes, true);
+  return memory + kBefore;
 }
 void operator delete(void* p) noexcept {
-  if (!p) return;
-  auto* const memory = static_cast<unsigned char*>(p) - 16;
-  size_t bytes;
-  std::memcpy(&bytes, memory, sizeof(bytes));
-  lanes::set_valid(reinterpret_cast<uintptr_t>(p), bytes, false);
-  std::free(memory);
+  if (p) release(static_cast<unsigned char*>(p));
 }
 void operator delete(void* p, size_t) noexcept { operator delete(p); }
