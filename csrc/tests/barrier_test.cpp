@@ -145,6 +145,7 @@ int main() {
   }
   for (const RidgeCase& c : ridge_cases()) status |= check_episode(RidgeEpisode(c));
   for (const DistillationCase& c : distillation_cases()) status |= check_episode(DistillationEpisode(c));
+  for (const HeadCase& c : even_head_rows()) status |= check_episode(HeadEpisode(c));
   // Rows of 16 bits: in one tile, whose features all warps share out, and in three.
   status |= check_problem<BrainFloat>("bfloat16", {1, 3, 9, 3, 72, 6, 1}, true, true, {});
   status |= check_problem<BrainFloat>("bfloat16, three tiles", {1, 3, 33, 2, 72, 6, 3}, true, true, {});
