@@ -66,6 +66,20 @@ std::vector<std::pair<std::string, lanes::Counts>> count_published_sizes() {
   return all;
 }
 
+// The places in the program where lanes are most in each other's way.
+int print_conflicts() {
+  count_published_sizes();
+  std::vector<std::pair<long, uint32_t>> places;
+  for (const auto& [at, c] : lanes::conflicts) places.emplace_back(c.wavefronts - c.least_wavefronts, at);
+  std::sort(places.rbegin(), places.rend());
+  for (size_t i = 0; i < places.size() && i < 20; ++i) {
+    const lanes::Conflicts& c = lanes::conflicts[places[i].second];
+    std::printf("0x%x: %ld times, %ld wavefronts, %ld without conflicts\n", places[i].second, c.times,
+                c.wavefronts, c.least_wavefronts);
+  }
+  return 0;
+}
+
 struct Column {
   const char* name;
   long (*of)(const lanes::Counts&);

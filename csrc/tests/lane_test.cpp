@@ -117,6 +117,7 @@ int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
   if (what == "controls") return check_controls();
   if (what == "counts") return check_counts(argc > 2 ? argv[2] : "") | report_faults();
+  if (what == "conflicts") return print_conflicts();
   if (what == "barriers") return print_barriers();
   const int status = what == "rare" ? check_rarely() : check_kernels();
   return report_faults() | status;

@@ -73,7 +73,8 @@ void seed(uint64_t of_order);
 
 // ---- what was seen
 
-// What is wrong, by kind, and how often; the first of each kind was printed in words.
+// What is wrong, by kind, and how often; the first of each kind was printed in words. (Where in the program:
+// addr2line -iCfe lane_test 0x...)
 inline std::map<std::string, long> faults;
 
 // Of all blocks of the last launch that was counted under a name.
@@ -89,6 +90,12 @@ struct Counts {
 };
 inline std::map<std::string, Counts> counts;
 inline bool banks = false;
+// Of an instruction of a warp on shared memory, by its place in the program: how often, and how often its
+// lanes were in each other's way.
+struct Conflicts {
+  long times, wavefronts, least_wavefronts;
+};
+inline std::map<uint32_t, Conflicts> conflicts;
 // What is launched next.
 void count_as(const char* name);
 

@@ -331,8 +331,9 @@ void count_banks(int warp) {
     }
     of_lane.clear();
   }
-  for (const auto& [at, one] : instructions) {
+  for (const auto& [place, one] : instructions) {
     ++(one.store ? counted->shared_stores : counted->shared_loads);
+    long wavefronts = 0, least = 0;
     const unsigned together = one.bytes <= 4 ? 32 : one.bytes == 8 ? 16 : 8;  // lanes of one request
     for (unsigned first = 0; first < kWarp; first += together) {
       std::vector<uint32_t> words[32];
@@ -347,9 +348,15 @@ void count_banks(int warp) {
           if (of_bank.size() > most) most = of_bank.size();
         }
       }
-      counted->wavefronts += long(most);
-      counted->least_wavefronts += most > 0;
+      wavefronts += long(most);
+      least += most > 0;
     }
+    counted->wavefronts += wavefronts;
+    counted->least_wavefronts += least;
+    Conflicts& here = conflicts[uint32_t(place >> 32)];
+    ++here.times;
+    here.wavefronts += wavefronts;
+    here.least_wavefronts += least;
   }
 }
 
