@@ -6,7 +6,7 @@
 - `km.graceful`: successors that keep what their predecessors do right, and the galleries that those indexed
 - `km.Ragged`, `km.Classifier`, `km.AdaptedClassifier`: tasks of unequal size, what learners make for a task, and that
   as a file; `km.Phase`, `km.MLPParameters`: what programs consist of, and the parameters of the synthetic-gradient MLP;
-  `km.FlipCounts`: rows that flip between two models
+  `km.FlipCounts`: rows that flip between two models; `km.Transform`: what is done to features before a learner
 - `km.FewShotClassifier`: learners for scikit-learn, which it needs
 - `km.backends()`, `km.use_backend()`: what this installation can run, and what to run
 """
@@ -25,6 +25,7 @@ from kernelmeta.flip_counts import FlipCounts
 from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.phases import Phase
 from kernelmeta.tasks import Classifier, Ragged
+from kernelmeta.transforms import Transform
 from kernelmeta.version import __version__
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "MLPParameters",
     "Phase",
     "Ragged",
+    "Transform",
     "__version__",
     "backends",
     "data",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from kernelmeta.data.replacing import replacing
 from kernelmeta.tasks import Classifier
+from kernelmeta.transforms import Transform, parse_power, transformed
 
 FORMATS = (".onnx", ".pt2")
 
@@ -25,6 +27,9 @@ class MakesClassifiers(Protocol):
     @property
     def cosine_terms(self) -> CosineTerms | None: ...
 
+    @property
+    def feature_transform(self) -> Transform | None: ...
+
 
 class AdaptedClassifier(Classifier):
     """What ``head.adapt`` returns: the `Classifier` of each of T tasks, and how its logits are computed.
@@ -36,21 +41,36 @@ class AdaptedClassifier(Classifier):
     """Scale and bias of the learner's cosine classifier; None for a linear one."""
     n_ways: Tensor | None
     """[T], the number of classes of each task, where they differ."""
+    transform: Transform | None
+    """What the learner does to rows; None where they stay as they are."""
+    query_means: Tensor | None
+    """[T, D], what ``center="task"`` takes from each task's rows; None for any other centre."""
 
     @classmethod
-    def of(cls, classifier: Classifier, learner: MakesClassifiers, n_ways: Tensor | None = None) -> AdaptedClassifier:
+    def of(
+        cls,
+        classifier: Classifier,
+        learner: MakesClassifiers,
+        n_ways: Tensor | None = None,
+        query_means: Tensor | None = None,
+    ) -> AdaptedClassifier:
         """With the terms of the learner that made it.
 
         Args:
             classifier: of T tasks.
-            learner: whose scale and bias a cosine classifier has.
+            learner: whose scale and bias a cosine classifier has, and whose transform of the rows.
             n_ways: [T], where they differ.
+            query_means: [T, D], for ``center="task"``.
         """
         # Copies, for the learner may be trained further: its parameters may be part of all of these.
         self = cls(classifier.weight.clone(), classifier.bias.clone())
         terms = learner.cosine_terms
         self.cosine_terms = None if terms is None else (_of_now(terms[0]), _of_now(terms[1]))
-        self.n_ways = n_ways
+        self.n_ways, self.query_means = n_ways, query_means
+        transform = learner.feature_transform
+        if transform is not None and transform.mean is not None:
+            transform = replace(transform, mean=transform.mean.clone())
+        self.transform = transform
         return self
 
     def module(self, task: int | None = None) -> RowClassifier:
@@ -70,10 +90,12 @@ class AdaptedClassifier(Classifier):
             raise ValueError(f"task: expected 0..{T - 1}, got {task}")
         N = self.weight.shape[1] if self.n_ways is None else int(self.n_ways[task])
         weight, bias = self.weight[task, :N].detach(), self.bias[task, :N].detach()
+        means = None if self.query_means is None else self.query_means[task].detach()
         if self.cosine_terms is None:
-            return RowClassifier(weight, bias, unit=False)
+            return RowClassifier(weight, bias, unit=False, transform=self.transform, task_mean=means)
         scale, shift = (float(term) for term in self.cosine_terms)
-        return RowClassifier(scale * F.normalize(weight, dim=1), bias + scale * shift, unit=True)
+        weight, bias = scale * F.normalize(weight, dim=1), bias + scale * shift
+        return RowClassifier(weight, bias, unit=True, transform=self.transform, task_mean=means)
 
     def export(
         self,
@@ -130,13 +152,28 @@ class RowClassifier(nn.Module):
         weight: [N, D].
         bias: [N].
         unit: whether rows are divided by their length.
+        transform: what is done to rows before; None for nothing.
+        task_mean: [D], what ``center="task"`` takes from rows.
     """
 
     weight: Tensor
     bias: Tensor
+    train_mean: Tensor | None
+    task_mean: Tensor | None
 
-    def __init__(self, weight: Tensor, bias: Tensor, unit: bool) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        unit: bool,
+        transform: Transform | None = None,
+        task_mean: Tensor | None = None,
+    ) -> None:
         super().__init__()
+        self.power = None if transform is None else parse_power(transform.transform)
+        self.transforms = transform is not None
+        self.register_buffer("train_mean", None if transform is None else _as(transform.mean, weight))
+        self.register_buffer("task_mean", _as(task_mean, weight))
         self.register_buffer("weight", weight.clone())
         self.register_buffer("bias", bias.clone())
         self.unit = unit
@@ -144,10 +181,16 @@ class RowClassifier(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         """[n, D] -> [n, N]."""
         rows = rows.to(self.weight.dtype)
+        if self.transforms:
+            rows = transformed(rows, self.power, self.train_mean, self.task_mean)
         return F.linear(F.normalize(rows, dim=-1) if self.unit else rows, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"n_way={len(self.bias)}, n_features={self.weight.shape[1]}, unit={self.unit}"
+
+
+def _as(values: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if values is None else values.detach().to(like.dtype).clone()
 
 
 def _of_now(term: Tensor | float) -> Tensor | float:

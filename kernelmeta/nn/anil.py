@@ -30,6 +30,7 @@ class ANIL(TrainsAtOnce, Program):
         first_order: steps are constants, as in first-order MAML: no gradient flows through them.
         learn_rates: learn one rate for each step (Meta-SGD's idea, Li et al. 2017).
         oracle: the loss: "cross_entropy" or "hinge".
+        transform, center: of the features, see :class:`Learner`.
 
     Parameters: ``weight`` [N, D], ``bias`` [N], and with ``learn_rates`` one ``rates`` [K].
 
@@ -49,11 +50,15 @@ class ANIL(TrainsAtOnce, Program):
         learn_rates: bool = False,
         *,
         oracle: str = "cross_entropy",
+        transform: str = "none",
+        center: str = "none",
     ) -> None:
         if oracle not in ("cross_entropy", "hinge"):
             raise ValueError(f"oracle: expected cross_entropy or hinge, got {oracle!r}")
         phase = Phase(oracle, steps, inner_lr, learn_rates=learn_rates)
-        super().__init__(n_way, n_features, [phase], classifier="linear", start="learned")
+        super().__init__(
+            n_way, n_features, [phase], classifier="linear", start="learned", transform=transform, center=center
+        )
         self.steps, self.first_order, self.learn_rates = steps, first_order, learn_rates
         self._constant_rates = KeptNumbers()
 

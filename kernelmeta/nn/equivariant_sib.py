@@ -25,6 +25,7 @@ class EquivariantSIB(Program):
         norm_stats: whose statistics the MLP's BatchNorm uses: "task" (each task its own) or "running" (those in
             ``mlp.running_stats``, which training does not update).
         reduction: "sum" of the guessed gradient over the query rows, as in SIB, or "mean".
+        transform, center: of the features, see :class:`Learner`.
 
     Parameters: ``weight`` [D], ``scale`` [1], ``bias`` [1] and those of ``mlp``.
 
@@ -42,9 +43,14 @@ class EquivariantSIB(Program):
         norm_stats: str = "task",
         *,
         reduction: str = "sum",
+        transform: str = "none",
+        center: str = "none",
     ) -> None:
         phase = Phase("equivariant_gradient", steps, inner_lr)
-        super().__init__(n_way, n_features, [phase], norm_stats=norm_stats, hidden=hidden, reduction=reduction)
+        super().__init__(
+            n_way, n_features, [phase], norm_stats=norm_stats, hidden=hidden, reduction=reduction,
+            transform=transform, center=center,
+        )  # fmt: skip
 
     @property
     def steps(self) -> int:

@@ -30,6 +30,7 @@ class LQF(Learner):
         target_scale: what the right class should get.
         regularization: starting value of the ridge, in units of the kernel's mean over a task's support rows.
         slope: of the leaky ReLU, below zero.
+        transform, center: of the features, see :class:`Learner`.
 
     Parameters: ``weights`` and ``biases``, lists of those of the layers, ``log_regularization`` [1], ``scale`` [1].
 
@@ -48,8 +49,10 @@ class LQF(Learner):
         *,
         regularization: float = 0.1,
         slope: float = 0.01,
+        transform: str = "none",
+        center: str = "none",
     ) -> None:
-        super().__init__()
+        super().__init__(transform, center, n_features)
         hidden = (hidden,) if isinstance(hidden, int) else tuple(hidden)
         if n_way < 1 or n_features < 1 or not hidden or min(hidden) < 1:
             raise ValueError(
@@ -69,7 +72,7 @@ class LQF(Learner):
         self.scale = nn.Parameter(torch.ones(1))
 
     @property
-    def transductive(self) -> bool:
+    def _steps_on_query(self) -> bool:
         return False
 
     def _adapt(

@@ -35,6 +35,7 @@ class Program(Learner):
         reduction: "mean" or "sum" of the losses over a phase's rows; the mean of losses, and the sum of guessed
             gradients, as published, if None.
         scale: of a cosine classifier, the value that ``scale`` starts from.
+        transform, center: of the features, see :class:`Learner`.
 
     Parameters, as far as the phases need them: ``weight`` ([D] for class means, [N, D] for a learned start),
     ``scale`` [1] and ``bias`` [1] (cosine) or ``bias`` [N] (linear), ``target_scale`` [1] (squared error), those of
@@ -60,8 +61,11 @@ class Program(Learner):
         hidden: int | None = None,
         reduction: str | None = None,
         scale: float = 10.0,
+        *,
+        transform: str = "none",
+        center: str = "none",
     ) -> None:
-        super().__init__()
+        super().__init__(transform, center, n_features)
         if n_way < 1 or n_features < 1:
             raise ValueError(f"n_way and n_features: expected at least 1, got {n_way} and {n_features}")
         for phase in phases:
@@ -120,6 +124,10 @@ class Program(Learner):
             running_stats=mlp.running_stats if mlp is not None and self.norm_stats == "running" else None,
             reduction=self.reduction, first_order=self.first_order, return_weights=return_weights, **options,
         )  # fmt: skip
+
+    @property
+    def takes_any_ways(self) -> bool:
+        return self.classifier == "cosine" and self.start != "learned" and not isinstance(self.mlp, SyntheticGradientMLP)
 
     @property
     def cosine_terms(self) -> CosineTerms | None:

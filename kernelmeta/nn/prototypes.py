@@ -17,6 +17,7 @@ class Prototypes(Learner):
     Args:
         n_way: N.
         n_features: D, for learned weights of the features; without it there are none.
+        transform, center: of the features, see :class:`Learner`.
 
     Parameters: ``weight`` [D] (1 at start), ``scale`` [1], ``bias`` [1].
 
@@ -26,8 +27,10 @@ class Prototypes(Learner):
 
     weight: nn.Parameter | None
 
-    def __init__(self, n_way: int, n_features: int | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self, n_way: int, n_features: int | None = None, *, transform: str = "none", center: str = "none"
+    ) -> None:
+        super().__init__(transform, center, n_features)
         if n_way < 1 or (n_features is not None and n_features < 1):
             raise ValueError(f"n_way and n_features: expected at least 1, got {n_way} and {n_features}")
         self.n_way, self.n_features = n_way, n_features
@@ -52,6 +55,10 @@ class Prototypes(Learner):
             bias=self.bias, return_weights=return_weights, support_index=support_index, query_index=query_index,
             ragged=ragged,
         )  # fmt: skip
+
+    @property
+    def takes_any_ways(self) -> bool:
+        return True
 
     @property
     def cosine_terms(self) -> CosineTerms | None:

@@ -21,6 +21,7 @@ class RidgeHead(Learner):
         n_features: D; taken so that learners are built alike, nothing depends on it.
         regularization: starting value of lambda, above 0.
         scale: starting value of the scale of the logits.
+        transform, center: of the features, see :class:`Learner`.
 
     Parameters: ``log_regularization`` [1] (so that lambda stays positive), ``scale`` [1], ``bias`` [1].
 
@@ -29,9 +30,16 @@ class RidgeHead(Learner):
     """
 
     def __init__(
-        self, n_way: int, n_features: int | None = None, regularization: float = 1.0, scale: float = 10.0
+        self,
+        n_way: int,
+        n_features: int | None = None,
+        regularization: float = 1.0,
+        scale: float = 10.0,
+        *,
+        transform: str = "none",
+        center: str = "none",
     ) -> None:
-        super().__init__()
+        super().__init__(transform, center, n_features)
         if n_way < 1 or (n_features is not None and n_features < 1):
             raise ValueError(f"n_way and n_features: expected at least 1, got {n_way} and {n_features}")
         if not 0 < regularization < math.inf:
@@ -70,6 +78,10 @@ class RidgeHead(Learner):
             T = len(ragged.support_offsets) - 1
             weight = products.new_zeros(T, *products.shape[1:]).index_add(0, task, products)
         return logits, Classifier(weight, self.bias.to(weight.dtype).expand(weight.shape[:2]))
+
+    @property
+    def takes_any_ways(self) -> bool:
+        return True
 
     def extra_repr(self) -> str:
         return f"n_way={self.n_way}, n_features={self.n_features}"

@@ -49,6 +49,7 @@ class SIB(TrainsAtOnce):
         momentum: of the running statistics, which are updated in training mode once a step, and which only
             ``norm_stats="running"`` reads. With several tasks and "task" statistics they follow the tasks' average.
             torch.func transforms, which allow no side effects, leave them as they are.
+        transform, center: of the features, see :class:`Learner`.
 
     Parameters: ``weight`` [D], ``scale`` [1], ``bias`` [1] and those of ``mlp``.
 
@@ -67,8 +68,10 @@ class SIB(TrainsAtOnce):
         *,
         reduction: str = "sum",
         momentum: float = 0.1,
+        transform: str = "none",
+        center: str = "none",
     ) -> None:
-        super().__init__()
+        super().__init__(transform, center, n_features)
         if n_features < 1:
             raise ValueError(f"n_features: expected at least 1, got {n_features}")
         if steps < 0:

@@ -23,13 +23,23 @@ class SoftKMeans(Learner):
         n_features: D; taken so that learners are built alike, nothing depends on it.
         steps: refinements; 0 gives plain prototypes.
         scale: of the cosines, in the assignment and in the logits.
+        transform, center: of the features, see :class:`Learner`.
 
     Raises:
         ValueError: ``n_way`` below 1 or ``steps`` below 0.
     """
 
-    def __init__(self, n_way: int, n_features: int | None = None, steps: int = 10, scale: float = 10.0) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        n_way: int,
+        n_features: int | None = None,
+        steps: int = 10,
+        scale: float = 10.0,
+        *,
+        transform: str = "none",
+        center: str = "none",
+    ) -> None:
+        super().__init__(transform, center, n_features)
         if n_way < 1 or steps < 0:
             raise ValueError(f"n_way and steps: expected 1 and 0 or more, got {n_way} and {steps}")
         self.n_way, self.n_features, self.steps, self.scale = n_way, n_features, steps, scale
@@ -54,6 +64,10 @@ class SoftKMeans(Learner):
             support, support_labels, query, self.phases, n_way=self.n_way, scale=scale, return_weights=return_weights,
             support_index=support_index, query_index=query_index, ragged=ragged,
         )  # fmt: skip
+
+    @property
+    def takes_any_ways(self) -> bool:
+        return True
 
     @property
     def cosine_terms(self) -> CosineTerms | None:

@@ -69,9 +69,10 @@ class TrainsAtOnce(Learner):
         for parameter in parameters:
             if parameter.requires_grad:
                 self._check_parameter(parameter, accumulate)
-        results, gradients = self._gradients(
-            support, support_labels, query, query_labels, support_index=support_index, query_index=query_index
+        support, query, index = self._transformed(
+            support, support_labels, query, support_index=support_index, query_index=query_index
         )
+        results, gradients = self._gradients(support, support_labels, query, query_labels, **index)
         wanted = [(p, g) for p, g in zip(parameters, gradients, strict=True) if p.requires_grad]
         if process_group is not None and process_group != "local":
             wanted = _averaged(wanted, process_group)

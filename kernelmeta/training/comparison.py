@@ -41,7 +41,7 @@ from kernelmeta.training.learners import LEARNERS, SOFT_KMEANS, Rows
 from kernelmeta.training.peers import PEERS, TRANSFORM, Peer, Transformed
 from kernelmeta.training.settings import MOST_STEPS, Settings, as_float, check_numbers, check_types
 from kernelmeta.training.trainer import FREE, Trainer
-from kernelmeta.transductive import Transform
+from kernelmeta.transforms import Transform
 
 CONFIG, RESULTS, TABLE, PLOT = "compare.json", "comparison.json", "comparison.md", "comparison.png"
 CONTESTANTS = ("prototypes", SOFT_KMEANS, *PEERS, *(name for name in LEARNERS if name != "prototypes"))

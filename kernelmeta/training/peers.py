@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernelmeta import transductive
-from kernelmeta.transductive import Transform
+from kernelmeta.transforms import Transform
 
 
 @dataclass(frozen=True)
