@@ -172,8 +172,12 @@ class RowClassifier(nn.Module):
         super().__init__()
         self.power = None if transform is None else parse_power(transform.transform)
         self.transforms = transform is not None
-        self.register_buffer("train_mean", None if transform is None else _as(transform.mean, weight))
-        self.register_buffer("task_mean", _as(task_mean, weight))
+        means = {"train_mean": None if transform is None else transform.mean, "task_mean": task_mean}
+        for name, mean in means.items():
+            if mean is None:  # (torch.export stumbles over a buffer that is None)
+                setattr(self, name, None)
+            else:
+                self.register_buffer(name, mean.detach().to(weight.dtype).clone())
         self.register_buffer("weight", weight.clone())
         self.register_buffer("bias", bias.clone())
         self.unit = unit
@@ -187,10 +191,6 @@ class RowClassifier(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n_way={len(self.bias)}, n_features={self.weight.shape[1]}, unit={self.unit}"
-
-
-def _as(values: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if values is None else values.detach().to(like.dtype).clone()
 
 
 def _of_now(term: Tensor | float) -> Tensor | float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,7 +13,7 @@ from kernelmeta.data.bank import SPLITS, FeatureBank
 Ints = NDArray[np.int64]
 
 # What a key is drawn for.
-CLASSES, SAMPLES, PROPORTIONS, WAYS, SHOTS, QUERIES = range(6)
+CLASSES, SAMPLES, PROPORTIONS, WAYS, SHOTS, QUERIES, BALANCES = range(7)
 # Elements of the permutations that are shuffled at a time.
 _SCRATCH = 1 << 21
 # Smaller shares than exp of that are told apart by their order alone.
@@ -143,6 +145,34 @@ def shares(keys: counter.Words, way: int, alpha: float, used: NDArray[np.bool_] 
     if used is not None:
         parts = parts * used
     return np.asarray(parts / parts.sum(1, keepdims=True))
+
+
+def balanced(
+    keys: counter.Words, alphas: Sequence[float | None], even: Ints, limit: Ints, used: NDArray[np.bool_] | None = None
+) -> Ints:
+    """[n] keys -> query rows [n, N] of the classes, as many in each episode as in ``even``.
+
+    Args:
+        alphas: balances, None for an even one; where there are several, every episode has one of them, each equally
+            likely.
+        even: [n, N], where the balance is even.
+        limit: [n, N], the most that there can be.
+        used: [n, N], as of `shares`.
+    """
+    if len(alphas) == 1:
+        chosen = np.zeros(len(keys), dtype=np.int64)
+    else:
+        chosen = counter.below(counter.words(keys, BALANCES), len(alphas))
+    counts = even
+    for i, alpha in enumerate(alphas):
+        here = np.flatnonzero(chosen == i)
+        if alpha is None or not len(here):
+            continue
+        if counts is even:
+            counts = even.copy()
+        own = shares(keys[here], even.shape[1], alpha, None if used is None else used[here])
+        counts[here] = apportion(own, limit[here], even[here].sum(1))
+    return counts
 
 
 def apportion(shares: counter.Floats, limit: Ints, total: Ints | int) -> Ints:

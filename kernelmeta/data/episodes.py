@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernelmeta.data.bank import FeatureBank
-from kernelmeta.data.class_draws import ClassDraws, Ints, apportion, shares
+from kernelmeta.data.class_draws import ClassDraws, Ints, balanced
 
 
 class Episodes(NamedTuple):
@@ -40,6 +40,14 @@ def parse_balance(text: str) -> float | None:
     return alpha
 
 
+def parse_balances(text: str) -> tuple[float | None, ...]:
+    """ "even,dirichlet:2" -> (None, 2.0): balances, as `parse_balance` takes each. Raises ValueError."""
+    found = tuple(parse_balance(word.strip()) for word in text.split(","))
+    if len(set(found)) < len(found):
+        raise ValueError(f"query_balance: expected each once, got {text!r}")
+    return found
+
+
 class EpisodeSampler:
     """Draws episodes from the classes of one split of a bank.
 
@@ -48,10 +56,10 @@ class EpisodeSampler:
         split: "train", "val" or "test".
         way, shot: N classes an episode, support rows a class.
         query: query rows a class; Q = way * query rows an episode.
-        balance: "even": every class has ``query`` rows. "dirichlet:ALPHA": the classes' shares of the Q
-            rows are
-            drawn from Dirichlet(ALPHA) (Veilleux et al., NeurIPS 2021), rounded, and cut where a class has
-            not that many samples left; what is cut goes to the other classes. A class may have no query row.
+        balance: "even": every class has ``query`` rows. "dirichlet:ALPHA": the classes' shares of the Q rows are drawn
+            from Dirichlet(ALPHA) (Veilleux et al., NeurIPS 2021), rounded, and cut where a class has not that many
+            samples left; what is cut goes to the other classes. A class may have no query row. Several, with commas:
+            each episode has one of them, drawn.
         seed: chooses the sequence of episodes.
 
     Raises:
@@ -73,9 +81,9 @@ class EpisodeSampler:
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
         self.way, self.shot, self.query = way, shot, query
-        self.alpha = parse_balance(balance)
+        self.alphas = parse_balances(balance)
         self._draws = ClassDraws(bank, split, way, seed)
-        self._draws.check_samples(shot, query if self.alpha is None else 0)
+        self._draws.check_samples(shot, query if None in self.alphas else 0)
         self._draws.check_left(way, shot, query)
 
     def draw(self, first: int, n: int) -> Episodes:
@@ -93,10 +101,7 @@ class EpisodeSampler:
         keys = draws.keys(first, n)
         chosen = draws.choose_classes(keys)  # [n, N]
         available = draws.count[chosen]
-        if self.alpha is None:
-            counts = np.full((n, N), self.query)
-        else:
-            counts = apportion(shares(keys, N, self.alpha), available - shot, Q)
+        counts = balanced(keys, self.alphas, np.full((n, N), self.query), available - shot)
         picked = draws.choose_samples(keys, available, shot + int(counts.max(initial=0)))  # [n, N, draws]
 
         ends = np.cumsum(counts, axis=1)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kernelmeta.data import counter
 from kernelmeta.data.bank import FeatureBank
-from kernelmeta.data.class_draws import QUERIES, SHOTS, WAYS, ClassDraws, Ints, apportion, shares
-from kernelmeta.data.episodes import Episodes, parse_balance
+from kernelmeta.data.class_draws import QUERIES, SHOTS, WAYS, ClassDraws, Ints, balanced
+from kernelmeta.data.episodes import Episodes, parse_balances
 from kernelmeta.tasks import Ragged
 
 Range = tuple[int, int]
@@ -29,6 +29,23 @@ class RaggedEpisodes(NamedTuple):
     query_index: Tensor  # [all query rows]
     query_labels: Tensor  # [all query rows] in 0..n_ways[t]-1
     ragged: Ragged  # where each task begins, and its ways
+
+    def tasks(self, first: int, n: int) -> RaggedEpisodes:
+        """The tasks first .. first+n-1."""
+        of_support, of_query = (
+            offsets[first : first + n + 1] for offsets in (self.ragged.support_offsets, self.ragged.query_offsets)
+        )
+        support, query = (slice(int(offsets[0]), int(offsets[-1])) for offsets in (of_support, of_query))
+        n_ways = None if self.ragged.n_ways is None else self.ragged.n_ways[first : first + n]
+        return RaggedEpisodes(
+            self.support_index[support],
+            self.support_labels[support],
+            self.query_index[query],
+            self.query_labels[query],
+            self.ragged._replace(
+                support_offsets=of_support - of_support[0], query_offsets=of_query - of_query[0], n_ways=n_ways
+            ),
+        )
 
     def task(self, t: int) -> Episodes:
         """Task t as an even batch of one: [1, S], [1, S], [1, Q], [1, Q]."""
@@ -56,6 +73,7 @@ class RaggedEpisodeSampler:
         balance: "even": every class has the query rows drawn for it. "dirichlet:ALPHA": an episode has as many query
             rows in all, but the classes' shares of them are drawn from Dirichlet(ALPHA), rounded, and cut where a
             class has not that many samples left; what is cut goes to the other classes. A class may have no query row.
+            Several, with commas: each episode has one of them, drawn.
         seed: chooses the sequence of episodes.
 
     Raises:
@@ -78,9 +96,9 @@ class RaggedEpisodeSampler:
             if len(value) != 2 or not least <= value[0] <= value[1]:
                 raise ValueError(f"{name}: expected (least, most) with {least} <= least <= most, got {value}")
         self.ways, self.shots, self.queries = ways, shots, queries
-        self.alpha = parse_balance(balance)
+        self.alphas = parse_balances(balance)
         self._draws = ClassDraws(bank, split, ways[1], seed)
-        self._draws.check_samples(shots[1], queries[1] if self.alpha is None else 0)
+        self._draws.check_samples(shots[1], queries[1] if None in self.alphas else 0)
         # Of the smallest classes: if the fewest that an episode may have suffice, so do more.
         self._draws.check_left(ways[0], shots[1], queries[1])
 
@@ -116,8 +134,7 @@ class RaggedEpisodeSampler:
         available = draws.count[chosen]
         shots = used * _between(counter.words(keys[:, None], SHOTS, np.arange(W)), self.shots)
         queries = used * _between(counter.words(keys[:, None], QUERIES, np.arange(W)), self.queries)
-        if self.alpha is not None:
-            queries = apportion(shares(keys, W, self.alpha, used), used * (available - shots), queries.sum(1))
+        queries = balanced(keys, self.alphas, queries, used * (available - shots), used)
         picked = draws.choose_samples(keys, available, int((shots + queries).max(initial=0)))  # [n, W, draws]
         # Draws beyond a class's samples, which nobody reads, may be beyond all rows.
         rows = draws.rows[np.minimum(picked + draws.first[chosen][:, :, None], len(draws.rows) - 1)]

@@ -52,8 +52,10 @@ class Learner(Pretrained, ABC):
         if center == "train" and n_features is None:
             raise ValueError("center: 'train' needs n_features")
         self.transform, self.center = transform, center
-        mean = torch.full((n_features or 0,), math.nan) if center == "train" else None
-        self.register_buffer("train_mean", mean)
+        if n_features is not None and center == "train":
+            self.register_buffer("train_mean", torch.full((n_features,), math.nan))
+        else:  # (torch.export stumbles over a buffer that is None)
+            self.train_mean = None
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
