@@ -22,16 +22,17 @@ from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.foreign_backbones import NAMES
 from kernelmeta.training.learners import LEARNERS
 from kernelmeta.training.loading import AT
+from kernelmeta.training.settings import Size, as_size
 from kernelmeta.training.sources import open_bank
 
 # The parts of a command's help, in order, and the settings that stand there; others stand in the command's own part.
 GROUPS = ("data", "episodes", "learner", "optimizer", "update", "search", "output", "run")
 _GROUP_OF = {
-    **dict.fromkeys(("data", "backbone", "weights", "style", "holdout"), "data"),
+    **dict.fromkeys(("data", "backbone", "weights", "style", "holdout", "transform", "center"), "data"),
     **dict.fromkeys(("way", "shot", "query", "query_balance", "episodes"), "episodes"),
     **dict.fromkeys(
         ("epochs", "warmup_epochs", "milestone", "batch_size", "final_epochs", "tasks_per_step", "optimizer", "lr",
-         "momentum", "weight_decay", "average"), "optimizer",
+         "schedule", "clip", "momentum", "weight_decay", "average"), "optimizer",
     ),
     **dict.fromkeys(("validate_every", "seed"), "run"),
 }  # fmt: skip
@@ -48,7 +49,11 @@ HELP = {
     "way": "classes in an episode",
     "shot": "support rows of each class",
     "query": "query rows for each class",
-    "query_balance": "how the query rows are divided among the classes: even, or dirichlet:ALPHA",
+    "query_balance": "how the query rows are divided among the classes: even, or dirichlet:ALPHA; several with commas:"
+    " each episode has one of them",
+    "transform": "of the features: none, or power:P",
+    "center": "what is taken from the features: none, task (the mean of the task's rows) or train (that of the training"
+    " classes)",
     "seed": "seed of everything random",
 }
 # Settings of a training of backbones, as the commands' help tells of them.
@@ -148,10 +153,25 @@ def settings_options(
         if type_name == "bool":
             command.option(where, option, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
-        kind = {"int": int, "float": float}.get(type_name, str)
+        kind = {"int": int, "float": float, "Size": size}.get(type_name, str)
         command.option(where, option, type=kind, default=argparse.SUPPRESS, metavar="X", help=text)
     command.option("run", "--out", type=Path, metavar="DIR", help="run folder (default: a new one below runs/)")
     command.option("run", "--resume", action="store_true", help="go on with the run in --out, bit for bit")
+
+
+def size(text: str) -> Size:
+    """A number or LEAST:MOST, as argparse takes types."""
+    try:
+        return as_size("", text, least=0)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix(": ")) from None
+
+
+def feature_options(command: Command) -> None:
+    """The settings of the features of a method that needs no training."""
+    for name in ("transform", "center"):
+        text = HELP[name].replace(" or train (that of the training classes)", "").replace("none, task", "none or task")
+        command.option("data", f"--{name}", help=f"{text}; of a method without training (default: the method's own)")
 
 
 def _defaults(setting: str) -> str:

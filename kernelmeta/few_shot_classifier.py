@@ -46,6 +46,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             in the order of ``classes_``; they sum to 1. "sinkhorn_kmeans", "pt_map" and "tim" take them. None: these
             methods take all classes to have equally many rows, and lose many points where that is wrong. For another
             call, `set_params` sets others; there is no need to fit again.
+        transform: of the features, for a method without weights: "none", or "power:P", which takes the power of each,
+            see :class:`kernelmeta.Transform`. None: the method's own. Weights come with theirs.
+        center: likewise: "none", or "task", which takes from the rows of a call their mean, so that they are judged
+            together.
 
     Attributes:
         classes_: the labels, sorted.
@@ -65,6 +69,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         temperature: float | None = None,
         transductive: bool = True,
         proportions: Any = None,
+        transform: str | None = None,
+        center: str | None = None,
     ) -> None:
         self.method = method
         self.weights = weights
@@ -72,6 +78,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.temperature = temperature
         self.transductive = transductive
         self.proportions = proportions
+        self.transform = transform
+        self.center = center
 
     def fit(self, X: Any, y: Any) -> FewShotClassifier:
         """Take the labelled rows.
@@ -90,7 +98,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
         self.method_, self.learner_, self.temperature_ = None, None, 1.0
         if len(self.classes_) > 1:
-            chosen = make_learner(self.method, self.weights, len(self.classes_), X.shape[1], self.at)
+            chosen = make_learner(
+                self.method, self.weights, len(self.classes_), X.shape[1], self.at, transform=self.transform,
+                center=self.center,
+            )  # fmt: skip
             self.method_, self.learner_ = chosen.method, chosen.learner
             self.temperature_ = chosen.temperature if self.temperature is None else self.temperature
         self._shares()

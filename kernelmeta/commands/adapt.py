@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kernelmeta.command_line import Add, at_option, claimed_by_first, machine_options
+from kernelmeta.command_line import Add, at_option, claimed_by_first, feature_options, machine_options
 from kernelmeta.data.files import read_json, write_json
 from kernelmeta.data.task_tables import Piece
 from kernelmeta.ranks import Ranks, ranks
@@ -46,6 +46,7 @@ def add_commands(add: Add) -> None:
         help="Parquet, or a folder of such files: columns task, support_rows, support_labels, query_rows (lists)",
     )
     command.option("data", "--bank", required=True, metavar="BANK", help="whose rows the tasks name by their numbers")
+    feature_options(command)
     at_option(command)
     command.option("output", "--out", type=Path, required=True, metavar="DIR", help="folder of the answers, Parquet")
     command.option(
@@ -69,7 +70,7 @@ def _adapt(args: argparse.Namespace) -> None:
     # From any folder: workers may be elsewhere.
     what = os.path.abspath(args.what) if os.path.exists(args.what) else args.what
     tasks, bank, out = (os.path.abspath(path) for path in (args.tasks, args.bank, args.out))
-    job = Job(tasks, bank, what, out, args.tasks_per_file, args.at, args.device)
+    job = Job(tasks, bank, what, out, args.tasks_per_file, args.at, args.device, args.transform, args.center)
     with ranks(args.device) as processes, claimed_by_first(args.out, processes):
         _adapt_in(args, job, processes)
 

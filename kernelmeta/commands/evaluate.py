@@ -11,6 +11,7 @@ from kernelmeta.data.files import write_json
 from kernelmeta.training.evaluation import evaluate, table, title
 from kernelmeta.training.loading import for_ways, learner_text, load_learner
 from kernelmeta.training.plots import steps_plot
+from kernelmeta.training.settings import bounds
 
 
 def add_commands(add: Add) -> None:
@@ -56,20 +57,21 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     if bank.n_features != head.n_features:
         raise ValueError(f"--data: the learner takes {head.n_features} features, {data} has {bank.n_features}")
-    way = trained["way"] if args.way is None else args.way
+    # Of sizes that were drawn for every episode, the most ways, the fewest shots, the most query rows.
+    way = bounds(trained["way"])[1] if args.way is None else args.way
     if way < 2:
         raise ValueError(f"--way: expected at least 2, got {way}")
     try:
-        head = for_ways(head, trained, way)
+        head = for_ways(head, way)
     except ValueError as error:
         raise ValueError(f"--way: {args.checkpoint} {error}") from None
-    balance = args.query_balance or trained.get("query_balance", "even")
+    balance = args.query_balance or trained.get("query_balance", "even").partition(",")[0]
     sampler = EpisodeSampler(
         bank,
         args.split,
         way=way,
-        shot=trained.get("shot", 1) if args.shot is None else args.shot,
-        query=trained.get("query", 15) if args.query is None else args.query,
+        shot=bounds(trained.get("shot", 1))[0] if args.shot is None else args.shot,
+        query=bounds(trained.get("query", 15))[1] if args.query is None else args.query,
         balance=balance,
         seed=args.seed,
     )

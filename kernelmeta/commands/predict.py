@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kernelmeta.command_line import HELP, Add, at_option, check_outputs, machine_options, say_of
+from kernelmeta.command_line import HELP, Add, at_option, check_outputs, feature_options, machine_options, say_of
 from kernelmeta.data.words import counted
 from kernelmeta.training.answers import UNTRAINED
 from kernelmeta.training.foreign_backbones import is_foreign
@@ -34,6 +34,7 @@ def add_commands(add: Add) -> None:
     command.option(
         "data", "--label", metavar="NAME", help="the column or array of the labels (default: label, class, y)"
     )
+    feature_options(command)
     at_option(command)
     command.option("learner", "--alone", action="store_true", help="judge each row alone, not all of them together")
     command.option(
@@ -64,7 +65,7 @@ def _predict(args: argparse.Namespace) -> None:
     try:
         answers = predict(
             args.what, support, query, at=args.at, transductive=not args.alone, proportions=proportions,
-            device=args.device,
+            transform=args.transform, center=args.center, device=args.device,
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(_as_options(str(error))) from None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kernelmeta.command_line import (
+    HELP,
     PRETRAIN_HELP,
     Add,
     at_option,
@@ -28,6 +29,7 @@ from kernelmeta.training import runs
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.evaluation import evaluate, table, title
 from kernelmeta.training.learners import LEARNERS
+from kernelmeta.training.loading import for_ways
 from kernelmeta.training.plots import steps_plot, training_plot
 from kernelmeta.training.predecessor import flips_line, load_predecessor, paired_flips, percentages
 from kernelmeta.training.trainer import FREE, Trainer
@@ -48,6 +50,8 @@ _HELP = {
     "norm_stats": "statistics that the MLP's BatchNorm uses: task, batch or running",
     "episodes": "episodes to train on",
     "tasks_per_step": "episodes in each step of the optimizer",
+    "schedule": "of the learning rate: constant, or one_cycle, which rises for a tenth of the run and falls to 0",
+    "clip": "largest norm of the gradient of all parameters, to which a larger one is cut (default: any)",
     "optimizer": "a name in torch.optim",
     "average": "evaluate a running mean of the weights over this many steps of the optimizer; 0: the last weights",
     "validate_every": "episodes between validations, by default a tenth of the run; 0: never",
@@ -57,8 +61,11 @@ _HELP = {
     "update_alpha": "weight of every row in it (default, with --update-from: 1)",
     "update_beta": "what rows that the old learner gets right have more (default, with --update-from: 5)",
     "update_tau": "temperature of kl (default, with --update-from: 100)",
+    **{name: f"{HELP[name]}, or LEAST:MOST: {what}" for name, what in (
+        ("way", "drawn for every episode"), ("shot", "drawn for every class"), ("query", "drawn for every class"),
+    )},
     **PRETRAIN_HELP,
-}
+}  # fmt: skip
 
 
 def add_commands(add: Add) -> None:
@@ -86,7 +93,8 @@ def _train(args: argparse.Namespace) -> None:
     if args.eval_episodes < 0 or args.eval_episodes == 1:
         raise ValueError(f"--eval-episodes: expected 0 or at least 2, got {args.eval_episodes}")
     with ranks(args.device) as processes:
-        out = run_folder(args, f"{given.get('learner', 'sib')}-{given.get('way', 5)}way-{given.get('shot', 1)}shot")
+        way, shot = (str(given.get(name, default)).replace(":", "-") for name, default in (("way", 5), ("shot", 1)))
+        out = run_folder(args, f"{given.get('learner', 'sib')}-{way}way-{shot}shot")
         with claimed_by_first(out, processes):
             _train_in(out, args, given, processes)
 
@@ -102,9 +110,9 @@ def _train_in(out: Path, args: argparse.Namespace, given: dict[str, Any], proces
             open_bank=lambda old: bank_of(args, old["data"], old["weights"], old["backbone"], old["learner"]),
         )  # fmt: skip
     trainer = Trainer(config, bank, device=args.device, ranks=processes, predecessor=predecessor)
-    test = None
+    test: dict[str, EpisodeSampler] = {}
     if args.eval_episodes and len(bank.classes("test")):
-        test = trainer.make_sampler(bank, "test")
+        test = config.cells(bank, "test")
     if checkpoint:
         trainer.restore(checkpoint)
         if config.episodes < checkpoint.state["config"]["episodes"] and config.n_steps <= trainer.step:
@@ -121,36 +129,42 @@ def _train_in(out: Path, args: argparse.Namespace, given: dict[str, Any], proces
         raise KeyboardInterrupt
 
 
-def _finish(args: argparse.Namespace, out: Path, trainer: Trainer, test: EpisodeSampler | None, finished: bool) -> None:
+def _finish(
+    args: argparse.Namespace, out: Path, trainer: Trainer, test: dict[str, EpisodeSampler], finished: bool
+) -> None:
     if not finished:
         print(f"stopped after {trainer.seen} episodes; to go on: --out {out} --resume", file=sys.stderr)
         return
     at, loss, accuracy = zip(*trainer.history, strict=True)
     validation = [(seen, value) for seen, value, _ in trainer.validations]
     training_plot(out / "training.png", "episodes", at, loss, accuracy, validation)
-    if test is None:
+    if not test:
         print(f"{out}: not evaluated" + ("" if args.eval_episodes == 0 else "; the bank has no test classes"))
         return
     learner, of_run = trainer.learner_at(args.at or "best")
     temperature = of_run.pop("temperature")
-    results = evaluate(
-        learner,
-        trainer.features,
-        test,
-        args.eval_episodes,
-        learner=trainer.config.learner,
-        temperature=temperature,
-        progress=not args.quiet,
-    )
-    results |= {"query_balance": trainer.config.query_balance, "seed": trainer.config.seed, "split": "test"}
-    results |= {"data": trainer.config.data, **of_run}
+    cells = {}
+    for name, sampler in test.items():
+        cells[name] = evaluate(
+            for_ways(learner, sampler.way), trainer.features, sampler, args.eval_episodes,
+            learner=trainer.config.learner, temperature=temperature, progress=not args.quiet,
+        )  # fmt: skip
+        cells[name] |= {"query_balance": name.partition(", ")[2].removesuffix(" queries"), **of_run}
+        cells[name] |= {"seed": trainer.config.seed, "split": "test", "data": trainer.config.data}
+        if len(test) > 1:
+            print(f"{name}:\n{table(cells[name])}\n")
+    results = dict(next(iter(cells.values())))
+    if len(test) > 1:
+        results["cells"] = cells
     flipped = None
     if trainer.predecessor is not None:
-        flipped = paired_flips(learner, trainer.features, trainer.predecessor, test, args.eval_episodes)
+        sampler = next(iter(test.values()))
+        flipped = paired_flips(learner, trainer.features, trainer.predecessor, sampler, args.eval_episodes)
         results |= {"update_from": trainer.config.update_from, "flips": percentages(flipped)}
     write_json(out / runs.RESULTS, results)
     steps_plot(out / "accuracy_over_steps.png", results, title(results))
-    print(table(results))
+    if len(test) == 1:
+        print(table(results))
     if flipped is not None:
         print(flips_line(flipped, str(trainer.config.update_from)))
     print(f"{out / runs.RESULTS}")

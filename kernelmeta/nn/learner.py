@@ -20,7 +20,6 @@ from kernelmeta.reference.task_rows import as_labels, gathered
 from kernelmeta.tasks import Classifier, Ragged
 from kernelmeta.transforms import Transform, check_center, parse_power
 
-
 Kind = TypeVar("Kind", bound="Learner")
 
 
@@ -116,7 +115,7 @@ class Learner(Pretrained, ABC):
             ValueError, TypeError: what does not fit, named.
         """
         check_tensors(bank=bank, support_index=support_index, support_labels=support_labels, query_index=query_index)
-        index: dict[str, Tensor] = {"support_index": support_index, "query_index": query_index}
+        index: dict[str, Any] = {"support_index": support_index, "query_index": query_index}
         support = query = bank
         if self.feature_transform is not None:
             support, query, index = self._transformed(bank, support_labels, bank, ragged=ragged, **index)

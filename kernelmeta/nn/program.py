@@ -127,7 +127,9 @@ class Program(Learner):
 
     @property
     def takes_any_ways(self) -> bool:
-        return self.classifier == "cosine" and self.start != "learned" and not isinstance(self.mlp, SyntheticGradientMLP)
+        return (
+            self.classifier == "cosine" and self.start != "learned" and not isinstance(self.mlp, SyntheticGradientMLP)
+        )
 
     @property
     def cosine_terms(self) -> CosineTerms | None:

@@ -37,15 +37,26 @@ class Learners:
         n_features: D of the bank.
         at: which weights of a run.
         device: where it runs.
+        transform, center: of the features, for a method that needs no training.
 
     Raises:
         OSError, ValueError: it cannot be read, or does not fit; it couples the tasks of a call.
     """
 
-    def __init__(self, what: str, n_features: int, at: str | None = None, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        what: str,
+        n_features: int,
+        at: str | None = None,
+        device: str = "cpu",
+        *,
+        transform: str | None = None,
+        center: str | None = None,
+    ) -> None:
         named = what in METHODS and not Path(what).exists()
         self._given = (what if named else None, None if named else what)
         self._n_features, self._at, self._device = n_features, at, device
+        self._features = {"transform": transform, "center": center}
         self._made: dict[int, Any] = {}
         self.temperature = 1.0
         """Of the run: by which logits are divided for probabilities."""
@@ -53,7 +64,7 @@ class Learners:
     def for_ways(self, n_way: int) -> Any:
         """The learner for so many classes, or for as many at most. Raises ValueError."""
         if n_way not in self._made:
-            chosen = make_learner(*self._given, n_way, self._n_features, self._at)
+            chosen = make_learner(*self._given, n_way, self._n_features, self._at, **self._features)
             if tasks_together(chosen.learner):
                 raise ValueError("norm_stats: with 'batch' tasks are coupled, and their answers depend on each other")
             self._made[n_way] = chosen.learner.to(self._device)
@@ -71,6 +82,7 @@ class Job:
         out: the folder of the answers.
         per_piece: tasks a file of answers.
         device: where learners run.
+        transform, center: of the features, see `Learners`.
     """
 
     tasks: str
@@ -80,6 +92,8 @@ class Job:
     per_piece: int
     at: str | None = None
     device: str = "cpu"
+    transform: str | None = None
+    center: str | None = None
 
 
 class Adapter:
@@ -91,7 +105,9 @@ class Adapter:
         # Rows are looked at when they are used: the bank may be larger than memory.
         self.bank = FeatureBank.load(job.bank, non_finite="keep")
         self._features = self.bank.features.to(job.device)
-        self._learners = Learners(job.what, self.bank.n_features, job.at, job.device)
+        self._learners = Learners(
+            job.what, self.bank.n_features, job.at, job.device, transform=job.transform, center=job.center
+        )
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -104,6 +120,8 @@ class Adapter:
             "bank": [len(self.bank.labels), self.bank.n_features, file and file.size, file and file.checksum],
             "method": zlib.crc32(weights.read_bytes()) if weights.is_file() else self.job.what,
             "at": self.job.at,
+            "transform": self.job.transform,
+            "center": self.job.center,
             "tasks_per_file": self.job.per_piece,
         }
 

@@ -17,13 +17,13 @@ from kernelmeta.training.loading import at_text, for_ways, load_learner
 from kernelmeta.training.peers import PEERS, TAKE_PROPORTIONS, PeerLearner
 
 
-def _peer(name: str) -> Callable[[int, int], PeerLearner]:
+def _peer(name: str) -> Callable[..., PeerLearner]:
     """With the settings that a comparison tries first: the published ones, or the most usual."""
-    return lambda n_way, n_features: PeerLearner(name, n_way, CANDIDATES[name][0])
+    return lambda n_way, n_features, **features: PeerLearner(name, n_way, {**CANDIDATES[name][0], **features})
 
 
-# Without weights of a training: (ways, features) -> learner.
-UNTRAINED: dict[str, Callable[[int, int], nn.Prototypes | nn.SoftKMeans | nn.RidgeHead | PeerLearner]] = {
+# Without weights of a training: (ways, features, transform=..., center=...) -> learner.
+UNTRAINED: dict[str, Callable[..., nn.Prototypes | nn.SoftKMeans | nn.RidgeHead | PeerLearner]] = {
     SOFT_KMEANS: nn.SoftKMeans,
     "prototypes": nn.Prototypes,
     "ridge": nn.RidgeHead,
@@ -51,6 +51,9 @@ def make_learner(
     n_way: int,
     n_features: int,
     at: str | None = None,
+    *,
+    transform: str | None = None,
+    center: str | None = None,
 ) -> Chosen:
     """A learner for so many classes, in evaluation mode.
 
@@ -59,6 +62,8 @@ def make_learner(
         weights: a run folder of ``kernelmeta train``, its checkpoint, or a published one; None for a method that has to
             be trained for nothing.
         at: which weights of the training: "best", "last", or None, see `load_learner`.
+        transform, center: of the features, see :class:`kernelmeta.Transform`, for a method without weights; None for
+            the method's own. There are no training rows for "train".
 
     Raises:
         OSError: the weights cannot be read.
@@ -67,6 +72,8 @@ def make_learner(
     """
     if method is not None and method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
+    of_features = {"transform": transform, "center": center}
+    features = {name: value for name, value in of_features.items() if value is not None}
     if weights is None:
         if at is not None:
             raise ValueError(f"at: {at!r} says which weights of a training, and none are given")
@@ -76,7 +83,12 @@ def make_learner(
                 f"method: {method} must be trained; give the weights of a run of 'kernelmeta train --learner {method}',"
                 f" or one of {', '.join(UNTRAINED)}, which need none"
             )
-        return Chosen(method, UNTRAINED[method](n_way, n_features).eval(), "")
+        if center == "train":
+            raise ValueError("center: 'train' is for the weights of a training; a method without any has no such rows")
+        return Chosen(method, UNTRAINED[method](n_way, n_features, **features).eval(), "")
+    if features:
+        name, value = next(iter(features.items()))
+        raise ValueError(f"{name}: {value!r}, but weights of a training come with a {name} of their own")
     head, settings = load_learner(weights, at)
     trained: str = settings["learner"]
     if method is not None and method != trained:
@@ -88,7 +100,7 @@ def make_learner(
             f"weights: {os.fspath(weights)} was trained on {head.n_features} features, but the rows have {n_features}"
         )
     try:
-        learner = for_ways(head, settings, n_way).eval()
+        learner = for_ways(head, n_way).eval()
     except ValueError as error:
         raise ValueError(f"weights: {os.fspath(weights)} {error}") from None
     return Chosen(trained, learner, at_text(settings), settings.get("temperature", 1.0))
@@ -105,11 +117,25 @@ def check_use(chosen: Chosen, *, transductive: bool, proportions: bool) -> None:
         raise ValueError(f"proportions: {chosen.method} takes none; these do: {', '.join(TAKE_PROPORTIONS)}")
     if proportions and not transductive:
         raise ValueError("proportions: with transductive=False each row is judged alone, and one row has none")
-    if not transductive and getattr(chosen.learner, "assumes_even", False):
-        raise ValueError(
-            f"transductive=False: {chosen.method} shares the rows of a call out among all classes, and cannot judge a"
-            " row alone; prototypes and ridge do"
+    if not transductive and _only_together(chosen.learner):
+        why = (
+            "shares the rows of a call out among all classes"
+            if getattr(chosen.learner, "assumes_even", False)
+            else "takes from each row the mean of a call's rows (center task)"
         )
+        raise ValueError(
+            f"transductive=False: {chosen.method} {why}, and cannot judge a row alone; prototypes and ridge do"
+        )
+
+
+def _only_together(learner: Any) -> bool:
+    """Whether a learner has no answer for a row alone."""
+    return getattr(learner, "assumes_even", False) or _center(learner) == "task"
+
+
+def _center(learner: Any) -> str:
+    found: str = learner.transform.center if isinstance(learner, PeerLearner) else getattr(learner, "center", "none")
+    return found
 
 
 @torch.no_grad()
@@ -197,7 +223,7 @@ def doubts(
     alone = "prototypes and ridge"
     advice = (
         f"{alone} judge each row alone"
-        if getattr(learner, "assumes_even", False)
+        if _only_together(learner)
         else f"transductive=False judges each row alone, as do {alone}"
     )
     if len(query) == 1:

@@ -37,7 +37,8 @@ class Calibration:
 
     def temperature(self) -> float:
         """Between `LEAST` and `MOST`; 1 where there is nothing to go by."""
-        logits = np.concatenate(self._logits) if self._logits else np.zeros((0, 1))
+        widest = max((own.shape[1] for own in self._logits), default=1)  # tasks of other numbers of classes
+        logits = np.concatenate([np.zeros((0, widest)), *(_widened(own, widest) for own in self._logits)])
         if not len(logits):
             return 1.0
         logits = logits - logits.max(1, keepdims=True)
@@ -50,6 +51,11 @@ class Calibration:
             slope = ((weights * logits).sum(1) / weights.sum(1)).mean() - right
             low, high = (low, middle) if slope > 0 else (middle, high)
         return float(np.exp(-(low + high) / 2))
+
+
+def _widened(logits: _Floats, n: int) -> _Floats:
+    """With classes that have no probability beyond its own, [rows, n]."""
+    return np.pad(logits, ((0, 0), (0, n - logits.shape[1])), constant_values=-1e30)
 
 
 class CalibrationError:

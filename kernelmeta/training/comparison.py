@@ -28,7 +28,7 @@ from kernelmeta import nn
 from kernelmeta.backends import select
 from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.bank import SPLITS
-from kernelmeta.data.episodes import parse_balance
+from kernelmeta.data.episodes import parse_balances
 from kernelmeta.data.files import parse_json, read_json, write_json
 from kernelmeta.data.tensor_files import read_tensors, write_tensors
 from kernelmeta.training import learners
@@ -38,6 +38,7 @@ from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.evaluation import Learner, episode_accuracies, interval
 from kernelmeta.training.finite import NotFiniteError
 from kernelmeta.training.learners import LEARNERS, SOFT_KMEANS, Rows
+from kernelmeta.training.loading import checksum, for_ways, load_learner
 from kernelmeta.training.peers import PEERS, TRANSFORM, Peer, Transformed
 from kernelmeta.training.settings import MOST_STEPS, Settings, as_float, check_numbers, check_types
 from kernelmeta.training.trainer import FREE, Trainer
@@ -104,7 +105,7 @@ class CompareConfig(Settings):
             if learner not in CONTESTANTS:
                 raise ValueError(f"learners: expected some of {', '.join(CONTESTANTS)}, got {learner!r}")
         for balance in self.balances:
-            parse_balance(balance.removeprefix(KNOWN))
+            parse_balances(balance.removeprefix(KNOWN))
         least = {"way": 2, "query": 1, "episodes": 1, "trial_episodes": 1, "finalists": 1, "seed": 0}
         least |= {"validation_episodes": 2, "eval_episodes": 2, "most_candidates": 1}
         check_numbers(self, least, ())
@@ -178,15 +179,29 @@ class Comparison:
 
     def _check(self, learner: str, shot: int, balance: str, candidate: Candidate) -> None:
         try:
-            if learner in UNTRAINED:
+            if "run" in candidate:
+                self._of_run(learner, candidate)
+            elif learner in UNTRAINED:
                 self._untrained(learner, candidate)
             else:
                 config = self._train_config(learner, shot, balance, candidate, self.config.episodes)
                 config.make_sampler(self.bank, "train")
                 with torch.device("meta"):
-                    LEARNERS[learner].make(config, Rows(self.bank.n_features, self.bank.image_shape))
-        except (TypeError, ValueError) as error:
+                    head = LEARNERS[learner].make(config, Rows(self.bank.n_features, self.bank.image_shape))
+                config.check_learner(head)
+        except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"candidates: {learner} {describe(candidate)}: {error}") from None
+
+    def _of_run(self, learner: str, candidate: Candidate) -> Any:
+        """What a run of `kernelmeta train` left, for this number of ways. Raises OSError, ValueError."""
+        if set(candidate) != {"run"}:
+            raise ValueError("run: a learner that is trained already takes no other settings")
+        head, settings = load_learner(candidate["run"])
+        if settings["learner"] != learner:
+            raise ValueError(f"run: a learner of the kind {settings['learner']!r}")
+        if head.n_features != self.bank.n_features:
+            raise ValueError(f"run: it takes {head.n_features} features, the bank has {self.bank.n_features}")
+        return for_ways(head, self.config.way).to(self.device).eval()
 
     def _untrained(self, learner: str, candidate: Candidate) -> Learner:
         own = {name: value for name, value in candidate.items() if name not in TRANSFORM}
@@ -331,6 +346,9 @@ class Comparison:
         self, folder: Path, learner: str, shot: int, balance: str, candidate: Candidate, episodes: int, told: bool
     ) -> tuple[dict[str, Any], Learner]:
         """One candidate trained on so many episodes: its accuracy on the validation classes, and itself."""
+        if "run" in candidate:
+            found = {**candidate, "checksum": checksum(candidate["run"])}
+            return self._validated(None, learner, shot, balance, found, 0, self._of_run(learner, candidate))
         if learner in UNTRAINED:
             head = self._untrained(learner, candidate)
             return self._validated(None, learner, shot, balance, candidate, 0, head, told)
@@ -351,6 +369,8 @@ class Comparison:
         steps = trainer.config.n_steps
         saved = [finished / CHECKPOINT, *(path / CHECKPOINT for path in out.glob("*-episodes"))]
         states = [Checkpoint.load(path, "train") for path in saved if path.exists()]
+        if trainer.config.schedule != "constant":  # to another end, every step is another
+            states = [state for state in states if state.state["config"]["episodes"] == trainer.config.episodes]
         states = [state for state in states if state.state["step"] <= steps]
         if states:
             trainer.restore(max(states, key=lambda state: state.state["step"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,29 +13,38 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from kernelmeta.data import EpisodeSampler, FeatureBank
-from kernelmeta.data.episodes import parse_balance
+from kernelmeta.data import EpisodeSampler, FeatureBank, RaggedEpisodeSampler
+from kernelmeta.data.episodes import parse_balances
 from kernelmeta.reference.focal_distillation import DISTANCES
 from kernelmeta.training.learners import LEARNERS, SETTINGS, Rows, parse_phases, with_defaults
 from kernelmeta.training.settings import (
     MOST_EPISODES,
     MOST_STEPS,
     Settings,
+    Size,
     as_float,
+    as_size,
+    bounds,
     check_memory,
     check_numbers,
     check_types,
 )
+from kernelmeta.transforms import check_center, parse_power
 
 # Where a setting is None and the learner has no default of its own.
 _DEFAULTS: dict[str, Any] = {"tasks_per_step": 1, "optimizer": "SGD", "lr": 1e-3}
 _FILLED_IN: Any = None
+SCHEDULES = ("constant", "one_cycle")
+# Of the training, in which the rate of one_cycle rises, and how far below its most it begins.
+_RISE, _BELOW = 0.1, 25.0
+# Settings that are one number for all episodes, or drawn for each, and the least that they can be.
+SIZES = {"way": 2, "shot": 1, "query": 1}
 # Where another run is updated: of `focal_distillation`.
 _UPDATE: dict[str, Any] = {
     "update_distance": "kl", "update_weight": 1.0, "update_alpha": 1.0, "update_beta": 5.0, "update_tau": 100.0,
 }  # fmt: skip
 _LEAST = {
-    "way": 2, "shot": 1, "query": 1, "steps": 0, "tasks_per_step": 1, "episodes": 1, "seed": 0, "hidden": 1,
+    "steps": 0, "tasks_per_step": 1, "episodes": 1, "seed": 0, "hidden": 1,
     "channels": 1, "validate_every": 0, "average": 0,
 }  # fmt: skip
 
@@ -53,9 +63,9 @@ class TrainConfig(Settings):
     data: str = "glyphs"
     backbone: str | None = None
     weights: str | None = None
-    way: int = 5
-    shot: int = 1
-    query: int = 15
+    way: Size = 5
+    shot: Size = 1
+    query: Size = 15
     query_balance: str = "even"
     learner: str = "sib"
     steps: int | None = None
@@ -69,10 +79,14 @@ class TrainConfig(Settings):
     first_order: bool | None = None
     learn_rates: bool | None = None
     channels: int | None = None
+    transform: str | None = None
+    center: str | None = None
     episodes: int = 50_000
     tasks_per_step: int = _FILLED_IN
     optimizer: str = _FILLED_IN
     lr: float = _FILLED_IN
+    schedule: str = "constant"
+    clip: float | None = None
     momentum: float = 0.9
     weight_decay: float = 5e-4
     average: int = 0
@@ -95,10 +109,15 @@ class TrainConfig(Settings):
                 object.__setattr__(self, name, value)
             elif self.update_from is None and getattr(self, name) is not None:
                 raise ValueError(f"{name}: there is no run to update; give update_from too")
+        for name, least in SIZES.items():
+            object.__setattr__(self, name, as_size(name, getattr(self, name), least))
+        if self.uneven and self.update_from is not None:
+            raise ValueError("update_from: expected episodes of one size; way, shot and query must be one number each")
         check_types(self)
         check_numbers(
             self, _LEAST,
-            ("inner_lr", "lr", "momentum", "weight_decay", "scale", "update_weight", "update_alpha", "update_beta"),
+            ("inner_lr", "lr", "clip", "momentum", "weight_decay", "scale", "update_weight", "update_alpha",
+             "update_beta"),
         )  # fmt: skip
         if self.update_distance not in (None, *DISTANCES):
             raise ValueError(f"update_distance: expected one of {', '.join(DISTANCES)}, got {self.update_distance!r}")
@@ -108,10 +127,21 @@ class TrainConfig(Settings):
             value = getattr(self, name)
             if value is not None and value > high:
                 raise ValueError(f"{name}: expected at most {high}, got {value}")
-        parse_balance(self.query_balance)
+        parse_balances(self.query_balance)
+        parse_power(self.transform or "none")
+        check_center(self.center or "none")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"clip: expected a number above 0, got {self.clip}")
         if self.phases is not None:
             parse_phases(self.phases)
         _optimizer_class(self.optimizer)
+
+    @property
+    def uneven(self) -> bool:
+        """Whether episodes differ in size: some of `SIZES` are ranges."""
+        return any(isinstance(getattr(self, name), str) for name in SIZES)
 
     @property
     def n_steps(self) -> int:
@@ -158,17 +188,68 @@ class TrainConfig(Settings):
         """Of `focal_distillation`, where another run is updated."""
         return {name.removeprefix("update_"): getattr(self, name) for name in _UPDATE}
 
-    def make_sampler(self, bank: FeatureBank, split: str) -> EpisodeSampler:
-        """The episodes of a split. Raises ValueError if the bank has not enough for them."""
-        return EpisodeSampler(
-            bank,
-            split,
-            way=self.way,
-            shot=self.shot,
-            query=self.query,
-            balance=self.query_balance,
-            seed=self.seed,
-        )
+    def make_sampler(self, bank: FeatureBank, split: str) -> EpisodeSampler | RaggedEpisodeSampler:
+        """The episodes to train on, of a split. Raises ValueError if the bank has not enough for them."""
+        if self.uneven:
+            return RaggedEpisodeSampler(
+                bank, split, ways=bounds(self.way), shots=bounds(self.shot), queries=bounds(self.query),
+                balance=self.query_balance, seed=self.seed,
+            )  # fmt: skip
+        return self._cell(bank, split, int(self.way), int(self.shot), self.query_balance)
+
+    def cells(self, bank: FeatureBank, split: str) -> dict[str, EpisodeSampler]:
+        """The episodes to judge by, of a split: name -> those of one size and balance.
+
+        Where episodes are drawn between two sizes, these are the least and the most ways (as many classes as the split
+        has, at most) and one between them, the least and the most shots, and the most query rows; and where there are
+        several balances, each of them. One cell else.
+
+        Raises:
+            ValueError: the bank has not enough for them.
+        """
+        (fewest, most), shots = bounds(self.way), sorted(set(bounds(self.shot)))
+        ways = [fewest]
+        if most > fewest:
+            most = max(fewest, min(most, len(bank.classes(split))))
+            ways = sorted({fewest, round(math.sqrt(fewest * most)), most})
+        balances = [word.strip() for word in self.query_balance.split(",")]
+        return {
+            f"{way}-way {shot}-shot, {balance} queries": self._cell(bank, split, way, shot, balance)
+            for way, shot, balance in itertools.product(ways, shots, balances)
+        }
+
+    def _cell(self, bank: FeatureBank, split: str, way: int, shot: int, balance: str) -> EpisodeSampler:
+        query = bounds(self.query)[1]
+        return EpisodeSampler(bank, split, way=way, shot=shot, query=query, balance=balance, seed=self.seed)
+
+    def check_learner(self, learner: Any) -> None:
+        """Raise a ValueError where a learner cannot take episodes of these sizes."""
+        if isinstance(self.way, str) and not getattr(learner, "takes_any_ways", False):
+            raise ValueError(
+                f"way: the parameters of this {self.learner} are those of a fixed number of classes, not of"
+                f" {self.way}; equivariant, prototypes, ridge, and combined without synthetic gradients take any"
+            )
+        if self.uneven and not getattr(learner, "takes_ragged", False):
+            size = next(name for name in SIZES if isinstance(getattr(self, name), str))
+            raise ValueError(
+                f"{size}: {self.learner} takes episodes of one size only, not {getattr(self, size)}; equivariant,"
+                " prototypes, ridge, anil and combined take any"
+            )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step of the optimizer.
+
+        "one_cycle" rises along a cosine from a 25th for a tenth of the training, and then falls to 0 (Smith and Topin
+        2019).
+        """
+        if self.schedule == "constant":
+            return self.lr
+        rise = max(1, round(_RISE * self.n_steps))
+        if step < rise:
+            low, place = self.lr / _BELOW, 1 - step / rise
+        else:
+            low, place = 0.0, (step - rise) / max(1, self.n_steps - rise)
+        return low + (self.lr - low) * (1 + math.cos(math.pi * place)) / 2
 
     def make_optimizer(self, parameters: Iterable[Tensor]) -> Optimizer:
         """Any optimizer of torch.optim; SGD is Nesterov's. Fused where there is such a kernel."""

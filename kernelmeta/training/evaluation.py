@@ -141,10 +141,15 @@ def evaluate(
         raise ValueError(f"episodes: expected at least 2, got {episodes}")
     began = time.perf_counter()
     D = features.shape[1]
-    learners: dict[str, Learner] = {
-        "prototypes": nn.Prototypes(sampler.way, D).to(features.device),
-        "soft_kmeans": nn.SoftKMeans(sampler.way, D),
+    # On the same features as the learner.
+    of_features: dict[str, Any] = {name: getattr(head, name, "none") for name in ("transform", "center")}
+    untrained: dict[str, nn.Prototypes | nn.SoftKMeans] = {
+        "prototypes": nn.Prototypes(sampler.way, D, **of_features),
+        "soft_kmeans": nn.SoftKMeans(sampler.way, D, **of_features),
     }
+    for baseline in untrained.values():
+        baseline.train_mean = getattr(head, "train_mean", None)
+    learners: dict[str, Learner] = {name: baseline.to(features.device) for name, baseline in untrained.items()}
     last = inner_steps(head)
     counts = _counts(last) if LEARNERS[learner].over_steps else [last]
     for steps in counts:
@@ -177,6 +182,7 @@ def evaluate(
     curve = [(steps, *interval(values[f"steps {steps}"])) for steps in counts]
     return {
         "learner": learner,
+        **of_features,
         "episodes": episodes,
         "way": sampler.way,
         "shot": sampler.shot,
@@ -238,7 +244,8 @@ def table(results: dict[str, Any]) -> str:
     """Lines to read: the learner and its two baselines; what was not finite."""
     own = title(results)
     width = max(14, len(own) + 2)
-    lines = []
+    features = [f"{name} {results[name]}" for name in ("transform", "center") if results.get(name, "none") != "none"]
+    lines = [f"features of all: {', '.join(features)}"] if features else []
     for name, row in results["baselines"].items():
         lines.append(
             f"{TITLES[name]:<{width}}{row['accuracy']:7.2f} ± {row['ci95']:.2f} %"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from kernelmeta import nn as km_nn
-from kernelmeta.training.settings import MOST_STEPS
+from kernelmeta.training.settings import MOST_STEPS, bounds
 
 # Settings of a run that only some learners take.
 SETTINGS = (
@@ -27,6 +27,8 @@ SETTINGS = (
     "first_order",
     "learn_rates",
     "channels",
+    "transform",
+    "center",
 )
 
 
@@ -58,20 +60,22 @@ class LearnerKind:
     whole_network: bool = False
 
     def make(self, config: Any, rows: Rows) -> Any:
-        """The module for a configuration, an object with ``way`` and those settings as attributes."""
-        return self.build(rows, config.way, **{name: getattr(config, name) for name in self.defaults})
+        """The module for a configuration, an object with ``way`` and those settings as attributes; for as many classes
+        as an episode has at most.
+        """
+        return self.build(rows, bounds(config.way)[1], **{name: getattr(config, name) for name in self.defaults})
 
 
-def _prototypes(rows: Rows, way: int) -> nn.Module:
-    return km_nn.Prototypes(way, rows.n_features)
+def _prototypes(rows: Rows, way: int, **features: str) -> nn.Module:
+    return km_nn.Prototypes(way, rows.n_features, **features)
 
 
-def _anil(rows: Rows, way: int, steps: int, inner_lr: float, first_order: bool, learn_rates: bool) -> nn.Module:
-    return km_nn.ANIL(way, rows.n_features, steps, inner_lr, first_order=first_order, learn_rates=learn_rates)
+def _anil(rows: Rows, way: int, **settings: Any) -> nn.Module:
+    return km_nn.ANIL(way, rows.n_features, **settings)
 
 
-def _ridge(rows: Rows, way: int) -> nn.Module:
-    return km_nn.RidgeHead(way, rows.n_features)
+def _ridge(rows: Rows, way: int, **features: Any) -> nn.Module:
+    return km_nn.RidgeHead(way, rows.n_features, **features)
 
 
 def parse_phases(text: str, learn_rates: bool = False) -> list[km_nn.Phase]:
@@ -95,8 +99,8 @@ def _program(rows: Rows, way: int, phases: str, learn_rates: bool, **settings: A
     return km_nn.Program(way, rows.n_features, parse_phases(phases, learn_rates), **settings)
 
 
-def _lqf(rows: Rows, way: int, hidden: int) -> nn.Module:
-    return km_nn.LQF(way, rows.n_features, hidden)
+def _lqf(rows: Rows, way: int, **settings: Any) -> nn.Module:
+    return km_nn.LQF(way, rows.n_features, **settings)
 
 
 def _sib(rows: Rows, way: int, **settings: Any) -> nn.Module:
@@ -131,12 +135,13 @@ def _network(rows: Rows, way: int, channels: int, hidden: int) -> nn.Module:
 
 
 _ADAM = {"optimizer": "Adam", "tasks_per_step": 4}
+_FEATURES = {"transform": "none", "center": "none"}
 LEARNERS: dict[str, LearnerKind] = {
-    "prototypes": LearnerKind("prototypes", _prototypes),
+    "prototypes": LearnerKind("prototypes", _prototypes, _FEATURES),
     "anil": LearnerKind(
         "ANIL",
         _anil,
-        {"steps": 20, "inner_lr": 0.5, "first_order": False, "learn_rates": False},
+        {"steps": 20, "inner_lr": 0.5, "first_order": False, "learn_rates": False, **_FEATURES},
         _ADAM,
     ),
     "maml": LearnerKind(
@@ -153,18 +158,18 @@ LEARNERS: dict[str, LearnerKind] = {
         _ADAM,
         whole_network=True,
     ),
-    "ridge": LearnerKind("ridge", _ridge, {}, _ADAM),
-    "lqf": LearnerKind("LQF", _lqf, {"hidden": 64}, _ADAM),
+    "ridge": LearnerKind("ridge", _ridge, _FEATURES, _ADAM),
+    "lqf": LearnerKind("LQF", _lqf, {"hidden": 64, **_FEATURES}, _ADAM),
     "sib": LearnerKind(
         "SIB",
         _sib,
-        {"steps": 3, "inner_lr": 1e-3, "hidden": None, "norm_stats": "task"},
+        {"steps": 3, "inner_lr": 1e-3, "hidden": None, "norm_stats": "task", **_FEATURES},
         over_steps=True,
     ),
     "equivariant": LearnerKind(
         "equivariant SIB",
         _equivariant,
-        {"steps": 3, "inner_lr": 1e-2, "hidden": 16, "norm_stats": "task"},
+        {"steps": 3, "inner_lr": 1e-2, "hidden": 16, "norm_stats": "task", **_FEATURES},
         {"optimizer": "Adam", "lr": 1e-3, "tasks_per_step": 16},
         over_steps=True,
     ),
@@ -179,6 +184,7 @@ LEARNERS: dict[str, LearnerKind] = {
             "learn_rates": False,
             "hidden": None,
             "norm_stats": "task",
+            **_FEATURES,
         },
     ),
 }

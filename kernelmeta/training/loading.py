@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from kernelmeta.training.checkpoint import AVERAGED, BEST, CHECKPOINT, Checkpoin
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.finite import check_weights
 from kernelmeta.training.learners import SOFT_KMEANS, TITLES
+from kernelmeta.training.settings import as_size, size_words
 
 AT = ("best", "last")
 # Classes of `kernelmeta.nn` -> learners of `kernelmeta train`.
@@ -83,7 +85,9 @@ def _shared(folder: Path) -> tuple[Any, dict[str, Any]]:
     if name is None:
         raise ValueError(f"{folder}: a {type(learner).__name__} needs no weights; name the method instead")
     settings = read_json(folder / CONFIG).get("settings", {})
-    return learner, {**settings, "learner": name, "way": learner.n_way}
+    # (a learner for any number of classes may have been trained on several)
+    way = settings.get("way", learner.n_way) if learner.takes_any_ways else learner.n_way
+    return learner, {**settings, "learner": name, "way": as_size("way", way)}
 
 
 def _temperature(state: dict[str, Any], at: str) -> float:
@@ -94,26 +98,27 @@ def _temperature(state: dict[str, Any], at: str) -> float:
     return found
 
 
-def for_ways(learner: Any, settings: dict[str, Any], n_way: int) -> Any:
-    """A trained learner for another number of classes than it was trained on.
+def checksum(path: str | os.PathLike[str]) -> int:
+    """CRC-32 of the weights of a run folder, or of its checkpoint. Raises OSError."""
+    file = Path(path)
+    within = (file / name for name in (CHECKPOINT, MODEL) if (file / name).exists())
+    return zlib.crc32((next(within, file / CHECKPOINT) if file.is_dir() else file).read_bytes())
 
-    Args:
-        learner, settings: what `load_learner` returned.
+
+def for_ways(learner: Any, n_way: int) -> Any:
+    """A trained learner for another number of classes than it was trained on.
 
     Raises:
         ValueError: its parameters are those of a fixed number of classes.
     """
     if learner.n_way == n_way:
         return learner
-    try:
-        other = TrainConfig.from_dict({**settings, "way": n_way}).make_learner(learner.n_features)
-        other.load_state_dict(learner.state_dict())
-    except (KeyError, RuntimeError, TypeError, ValueError):
+    if not getattr(learner, "takes_any_ways", False):
         raise ValueError(
             f"was trained for {learner.n_way} classes at a time, not {n_way}; equivariant, prototypes, ridge and"
             f" {SOFT_KMEANS} take any number"
-        ) from None
-    return other.eval()
+        )
+    return learner.for_ways(n_way)
 
 
 def learner_text(settings: dict[str, Any]) -> str:
@@ -121,7 +126,7 @@ def learner_text(settings: dict[str, Any]) -> str:
     title = TITLES[settings["learner"]]
     if "trained_episodes" not in settings:
         return f"a published checkpoint of {title}, {settings['way']}-way"
-    tasks = f"{settings['way']}-way {settings['shot']}-shot episodes"
+    tasks = f"{size_words(settings['way'])}-way {size_words(settings['shot'])}-shot episodes"
     of = f" of {settings['data']}" if settings.get("data") else ""
     return f"{title}, trained on {settings['trained_episodes']:,} {tasks}{of}"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from kernelmeta.training.learners import TITLES
 from kernelmeta.training.loading import at_text
+from kernelmeta.training.settings import size_words
 from kernelmeta.version import __version__
 
 _WHERE = ("data", "weights", "backbone", "update_from")  # paths on the machine of the training
@@ -20,11 +21,11 @@ def model_card(name: str, settings: Mapping[str, Any], results: Mapping[str, Any
         settings: what `kernelmeta.training.loading.load_learner` returned.
         results: what `kernelmeta.training.evaluation.evaluate` returned; None if it was not evaluated.
     """
-    title = TITLES[settings["learner"]]
+    title, ways = TITLES[settings["learner"]], size_words(settings["way"])
     lines = [
         "---", "library_name: kernelmeta", "tags: [few-shot-learning, meta-learning]", "---", "",
-        f"# {title}, {settings['way']} classes", "",
-        f"A few-shot learner: from a few labelled rows of each of {settings['way']} classes to labels for other rows.",
+        f"# {title}, {ways} classes", "",
+        f"A few-shot learner: from a few labelled rows of each of {ways} classes to labels for other rows.",
         "Rows are features, not images: they must come from the backbone that it was trained on.", "",
         "```py", "import kernelmeta as km  # pip install kernelmeta", "",
         f'head = km.nn.{name}.from_pretrained("THIS FOLDER")',

@@ -126,7 +126,8 @@ class PeerLearner(Transformed):
         of_features = {setting: value for setting, value in settings.items() if setting in TRANSFORM}
         super().__init__(Peer(name, n_way, own), Transform(**of_features))
         kind = PEERS[name]
-        self.n_way, self.assumes_even, self.transductive = n_way, kind.assumes_even, kind.transductive
+        self.n_way, self.assumes_even = n_way, kind.assumes_even
+        self.transductive = kind.transductive or self.transform.center == "task"
 
     def from_bank(self, bank: Tensor, support: Tensor, labels: Tensor, query: Tensor, **more: Any) -> Tensor:
         """Rows by their numbers in the bank [n, D]."""

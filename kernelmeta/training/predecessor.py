@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from torch import Tensor
 from kernelmeta.data import EpisodeSampler, FeatureBank
 from kernelmeta.data.files import read_json
 from kernelmeta.graceful.flips import Flips, flip_rates
-from kernelmeta.training.checkpoint import CHECKPOINT, fingerprint
+from kernelmeta.training.checkpoint import fingerprint
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.evaluation import TASKS_PER_CALL
 from kernelmeta.training.learners import tasks_together
-from kernelmeta.training.loading import load_learner
+from kernelmeta.training.loading import checksum, for_ways, load_learner
 from kernelmeta.training.runs import CONFIG, found
 
 
@@ -69,8 +68,12 @@ def load_predecessor(
     except (OSError, ValueError) as error:
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
         raise ValueError(f"update_from: {reason}") from None
-    if trained["way"] != config.way:
-        raise ValueError(f"update_from: {path} was trained on {trained['way']} ways, this run is on {config.way}")
+    try:
+        learner = for_ways(learner, int(config.way))
+    except ValueError:
+        raise ValueError(
+            f"update_from: {path} was trained on {trained['way']} ways, this run is on {config.way}"
+        ) from None
     together = tasks_together(learner)
     if together not in (None, config.tasks_per_step):
         raise ValueError(
@@ -81,7 +84,7 @@ def load_predecessor(
     if own.n_features != learner.n_features:
         raise ValueError(f"update_from: {path} takes {learner.n_features} features, its bank has {own.n_features}")
     return Predecessor(
-        learner.to(device), own.features.to(device), {"checkpoint": _crc32(path), "bank": fingerprint(own)}
+        learner.to(device), own.features.to(device), {"checkpoint": checksum(path), "bank": fingerprint(own)}
     )
 
 
@@ -116,11 +119,6 @@ def _own_bank(
             f"({len(own.labels)} and {len(bank.labels)}; the labels must match row by row)"
         )
     return own
-
-
-def _crc32(path: str | os.PathLike[str]) -> int:
-    file = Path(path)
-    return zlib.crc32((file / CHECKPOINT if file.is_dir() else file).read_bytes())
 
 
 @torch.no_grad()

@@ -211,6 +211,8 @@ def predict(
     at: str | None = None,
     transductive: bool = True,
     proportions: Mapping[str, float] | None = None,
+    transform: str | None = None,
+    center: str | None = None,
     device: str = "cpu",
 ) -> Prediction:
     """Answers for the query rows from the labelled support rows.
@@ -220,6 +222,7 @@ def predict(
         at: which weights of a run: "best" on its validation classes, "last", or None for the best if there are any.
         transductive: whether a method that can judges the query rows together.
         proportions: the classes' shares of the query rows, label -> share, for a method that takes them.
+        transform, center: of the features, for a method without training, see `make_learner`.
         device: where the learner runs.
 
     Raises:
@@ -244,7 +247,9 @@ def predict(
     if len(classes) < 2:
         raise ValueError(f"support: expected at least two classes, got {classes[0]!r} alone")
     named = what in METHODS and not Path(what).exists()
-    chosen = make_learner(what if named else None, None if named else what, len(classes), D, at)
+    chosen = make_learner(
+        what if named else None, None if named else what, len(classes), D, at, transform=transform, center=center
+    )
     check_use(chosen, transductive=transductive, proportions=proportions is not None)
     shares = None if proportions is None else shares_of(proportions, classes)
     method, learner, which, temperature = chosen

@@ -16,7 +16,10 @@ MOST_STEPS = 10_000
 # Numbers of episodes are those of 64-bit words.
 MOST_EPISODES = 2**60
 
-_TYPES: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bool": bool}
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+
+Size = int | str
+"""A whole number, or "LEAST:MOST" where every episode draws one between them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,37 @@ def check_types(config: Any) -> None:
             continue
         if not isinstance(value, _TYPES[name]) or (isinstance(value, bool) and name != "bool"):
             raise ValueError(f"{field.name}: expected {name}, got {str(value)[:40]!r}")
+
+
+def as_size(name: str, value: object, least: int = 1) -> Size:
+    """A number as an int, whatever it is written as; a range of several numbers as "LEAST:MOST".
+
+    Raises:
+        ValueError: it is neither, or begins below ``least``; ``name`` is the setting's.
+    """
+    first, colon, last = str(value).partition(":")
+    try:
+        if isinstance(value, (bool, float)):
+            raise ValueError
+        low, high = int(first), int(last if colon else first)
+    except ValueError:
+        raise ValueError(f"{name}: expected a number, or LEAST:MOST, got {str(value)[:40]!r}") from None
+    if low < least:
+        raise ValueError(f"{name}: expected at least {least}, got {low}")
+    if high < low:
+        raise ValueError(f"{name}: expected LEAST:MOST, got {value!r}")
+    return low if low == high else f"{low}:{high}"
+
+
+def bounds(size: Size) -> tuple[int, int]:
+    """The least and the most of what `as_size` returned."""
+    first, _, last = str(size).partition(":")
+    return int(first), int(last or first)
+
+
+def size_words(size: Size) -> str:
+    """ "3 to 20", or "5"."""
+    return str(size).replace(":", " to ")
 
 
 def check_numbers(config: Any, least: Mapping[str, int], rates: tuple[str, ...]) -> None:

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from kernelmeta.data import EpisodeSampler, FeatureBank
+from kernelmeta.data import FeatureBank, RaggedEpisodes
+from kernelmeta.data.bank import SPLITS
 from kernelmeta.data.words import one_line
 from kernelmeta.nn.training_step import TrainsAtOnce
 from kernelmeta.ops import focal_distillation
 from kernelmeta.ranks import Ranks
+from kernelmeta.tasks import Ragged
 from kernelmeta.training.calibration import Calibration
 from kernelmeta.training.checkpoint import (
     AVERAGED,
@@ -38,7 +40,7 @@ from kernelmeta.training.evaluation import episode_accuracies, interval
 from kernelmeta.training.finite import NotFiniteError, not_finite
 from kernelmeta.training.interruptions import interruptions
 from kernelmeta.training.learners import LEARNERS
-from kernelmeta.training.settings import check_memory
+from kernelmeta.training.settings import bounds, check_memory
 
 if TYPE_CHECKING:
     from kernelmeta.training.predecessor import Predecessor
@@ -52,6 +54,8 @@ BLOCK_EPISODES_WHOLE_NETWORK = 64
 AVERAGE_EVERY = 32
 CHECKPOINT_SECONDS = 5.0
 VALIDATION_EPISODES = 400
+# Of each cell, where there are several.
+LEAST_VALIDATION_EPISODES = 100
 # Validation episodes come from the far end of their sequence, apart from any evaluation on the same classes.
 VALIDATION_FIRST = 1 << 40
 
@@ -96,21 +100,25 @@ class Trainer:
         self.first_task, self.tasks = self.ranks.share(config.tasks_per_step)
         if self.ranks.size > 1 and config.norm_stats == "batch":
             raise ValueError('norm_stats: "batch" couples the tasks of a step; they cannot be split over processes')
-        self.sampler = self.make_sampler(bank, "train")
-        self.validation = None
+        self.sampler = config.make_sampler(bank, "train")
+        self.validation = {}
         if config.validate_every != 0 and len(bank.classes("val")):
-            self.validation = self.make_sampler(bank, "val")
+            self.validation = config.cells(bank, "val")
         self.fingerprint = fingerprint(bank)
         self.kind = LEARNERS[config.learner]
         block = BLOCK_EPISODES_WHOLE_NETWORK if self.kind.whole_network else BLOCK_EPISODES
         self.block_steps = max(1, min(BLOCK_STEPS, block // config.tasks_per_step))
-        index_bytes = 16 * config.way * (config.shot + config.query)  # of an episode: rows and labels
+        way, shot, query = (bounds(size)[1] for size in (config.way, config.shot, config.query))
+        index_bytes = 16 * way * (shot + query)  # of an episode: rows and labels
         check_memory(f"tasks_per_step: {config.tasks_per_step}", self.block_steps * config.tasks_per_step * index_bytes)
         self.features = bank.features.to(device)
         self.image_shape = bank.image_shape
         # Parameters, their gradients, an optimizer's two numbers each; the best so far.
-        copies = 4 if self.validation is None else 5
+        copies = 5 if self.validation else 4
         self.head = config.make_learner(bank.n_features, bank.image_shape, copies=copies).to(device)
+        config.check_learner(self.head)
+        if config.center == "train":
+            self.head.center_on(self.features[(bank.class_split[bank.labels] == SPLITS["train"]).to(device)])
         self.head.train()
         # What counts: the running mean of the weights, or the weights as they are.
         self.learner = copy.deepcopy(self.head) if config.average else self.head
@@ -118,7 +126,11 @@ class Trainer:
         self.optimizer = config.make_optimizer(self.parameters)
         self.step = 0
         self.history: list[tuple[int, float, float]] = []  # episodes, loss, accuracy in percent
-        self.validations: list[tuple[int, float, float]] = []  # episodes, accuracy in percent, ci95
+        self.validations: list[tuple[int, float, float]] = []  # episodes, accuracy in percent, ci95; the cells' mean
+        # Of each cell, where there are several.
+        self.cell_validations: dict[str, list[tuple[int, float, float]]] = (
+            {name: [] for name in self.validation} if len(self.validation) > 1 else {}
+        )
         # The validation that was the best so far, the later one of equals, and the weights of then.
         self.best: tuple[int, float, float] | None = None
         self.best_weights: dict[str, Tensor] = {}
@@ -129,10 +141,6 @@ class Trainer:
     def seen(self) -> int:
         """Episodes trained on so far."""
         return self.step * self.config.tasks_per_step
-
-    def make_sampler(self, bank: FeatureBank, split: str) -> EpisodeSampler:
-        """The episodes of a split, as the configuration has them. Raises ValueError if the bank has not enough."""
-        return self.config.make_sampler(bank, split)
 
     def checkpoint(self) -> Checkpoint:
         """All that the run needs to go on."""
@@ -153,6 +161,7 @@ class Trainer:
                 "image_shape": self.image_shape,
                 "history": self.history,
                 "validations": self.validations,
+                "cell_validations": self.cell_validations,
                 "best": self.best,
                 "temperatures": self.temperatures,
             },
@@ -173,10 +182,11 @@ class Trainer:
                 raise ValueError(
                     f"update_from: not the run, on its bank, that this one began with ({state.get('updates')})"
                 )
-            trained = dict(state["config"])
+            trained = TrainConfig.from_dict(state["config"]).to_dict()
+            # A rate that depends on how far the end is, is another one for another end.
+            free = set(FREE) - ({"episodes"} if self.config.schedule != "constant" else set())
             for name, value in self.config.to_dict().items():
-                # (settings that are younger than the checkpoint are None there)
-                if name not in FREE and trained.get(name) != value:
+                if name not in free and trained.get(name) != value:
                     raise ValueError(f"{name}: the checkpoint was trained with {trained.get(name)!r}, not {value!r}")
             step, history, validations = count(state, "step"), rows(state, "history"), rows(state, "validations")
             self.head.load_state_dict(checkpoint.tensors["model"])
@@ -188,6 +198,8 @@ class Trainer:
                 if best_weights[name].shape != tensor.shape:
                     raise KeyError(f"{BEST}.{name}")
             restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"])
+            of_cells = state.get("cell_validations", {})
+            self.cell_validations = {name: rows(of_cells, name) for name in self.cell_validations}
             self.step, self.history, self.validations = step, history, validations
             self.temperatures = {name: float(state.get("temperatures", {}).get(name, 1)) for name in self.temperatures}
             self.best = None if best is None else rows({"best": [best]}, "best")[0]
@@ -241,6 +253,8 @@ class Trainer:
                     self._keep_if_best()
                     if report:
                         report("validation accuracy", value[0], seen)
+                        for name, of_cell in self.cell_validations.items():
+                            report(f"validation accuracy/{name}", of_cell[-1][1], seen)
                 stop = self.ranks.any(interrupted())
                 now = time.monotonic()
                 if self.ranks.first and (stop or self.step == total or now - saved_at >= CHECKPOINT_SECONDS):
@@ -256,18 +270,19 @@ class Trainer:
 
     def _run_block(self, n: int) -> tuple[float, float]:
         """``n`` steps. Returns their mean loss and accuracy (percent), over all processes."""
-        T = self.config.tasks_per_step
-        episodes = self.sampler.draw(self.step * T, n * T)
-        device, mine = self.features.device, slice(self.first_task, self.first_task + self.tasks)
-        support_index, support_labels, query_index, answers = (t.view(n, T, -1)[:, mine].to(device) for t in episodes)
-        at_once = isinstance(self.head, TrainsAtOnce) and self.predecessor is None
+        at_once = isinstance(self.head, TrainsAtOnce) and self.predecessor is None and not self.config.uneven
         step = self._step_at_once if at_once else self._step_by_autograd
         measures = []
-        for episode in zip(support_index, support_labels, query_index, answers, strict=True):
-            measures.append(step(*episode))
+        for episodes in self._steps(n):
+            measures.append(step(*episodes))
             if self.ranks.size > 1:
                 buffers = [b for b in self.head.buffers() if b.is_floating_point()]
                 self.ranks.average([p.grad for p in self.parameters if p.grad is not None] + buffers)
+            if self.config.clip is not None:
+                torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+            if self.config.schedule != "constant":
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.config.rate(self.step)
             self.optimizer.step()
             self.step += 1
             if self.config.average and (self.step < AVERAGE_EVERY or self.step % AVERAGE_EVERY == 0):
@@ -277,6 +292,21 @@ class Trainer:
         self._check_finite(each[0])
         means = each.mean(1)
         return float(means[0]), 100 * float(means[1])
+
+    def _steps(self, n: int) -> Iterator[tuple[Any, ...]]:
+        """The episodes of the next ``n`` steps, this process's share of each: indices and labels of support and query
+        rows, and `Ragged` where their sizes differ.
+        """
+        T, device, first = self.config.tasks_per_step, self.features.device, self.first_task
+        episodes = self.sampler.draw(self.step * T, n * T)
+        if isinstance(episodes, RaggedEpisodes):
+            for step in range(n):
+                *of_rows, ragged = episodes.tasks(step * T + first, self.tasks)
+                assert ragged.n_ways is not None
+                where = (ragged.support_offsets, ragged.query_offsets, ragged.n_ways)
+                yield *(t.to(device) for t in of_rows), Ragged(*[t.to(device) for t in where])
+        else:
+            yield from zip(*(t.view(n, T, -1)[:, first : first + self.tasks].to(device) for t in episodes), strict=True)
 
     def _check_finite(self, losses: Tensor) -> None:
         """Raises NotFiniteError if the steps done last, whose losses these are, led to what is not finite."""
@@ -314,11 +344,23 @@ class Trainer:
         return results.loss, results.accuracy
 
     def _step_by_autograd(
-        self, support_index: Tensor, support_labels: Tensor, query_index: Tensor, answers: Tensor
+        self,
+        support_index: Tensor,
+        support_labels: Tensor,
+        query_index: Tensor,
+        answers: Tensor,
+        ragged: Ragged | None = None,
     ) -> tuple[Tensor, Tensor]:
-        logits = self.head.from_bank(self.features, support_index, support_labels, query_index)
+        even = {} if ragged is None else {"ragged": ragged}
+        logits = self.head.from_bank(self.features, support_index, support_labels, query_index, **even)
         for parameter in self.parameters:
             parameter.grad = None
+        if ragged is not None:  # every task counts alike, however many rows it has
+            counts = ragged.query_offsets.diff()
+            shares = (1 / (len(counts) * counts)).repeat_interleave(counts, output_size=len(answers)).to(logits.dtype)
+            loss = shares @ F.cross_entropy(logits, answers, reduction="none")
+            loss.backward()
+            return loss.detach(), shares @ (logits.detach().argmax(-1) == answers).to(shares.dtype)
         if self.predecessor is None:
             loss = F.cross_entropy(logits.flatten(0, -2), answers.flatten())
         else:
@@ -342,7 +384,7 @@ class Trainer:
         """Whether the ``n`` steps done last passed a multiple of ``validate_every`` (default: a tenth of
         the run), or were the last.
         """
-        if self.validation is None:
+        if not self.validation:
             return False
         if self.step == self.config.n_steps:
             return True
@@ -351,21 +393,30 @@ class Trainer:
         return self.step * T // every > (self.step - n) * T // every
 
     def _validate(self) -> tuple[float, float]:
-        """Accuracy and its interval on the validation classes; computed by the first process for all."""
-        assert self.validation is not None
+        """Accuracy and its interval on the validation classes, the mean of all cells; computed by the first process for
+        all.
+        """
         if not self.ranks.first:
             return 0.0, 0.0  # only the first process writes a history
         self.learner.eval()
         calibration = Calibration()
-        values = episode_accuracies(
-            {"own": self.learner}, self.features, self.validation, VALIDATION_EPISODES, first=VALIDATION_FIRST,
-            each=lambda name, logits, answers: calibration.add(logits, answers),
-        )  # fmt: skip
+        found = []
+        episodes = max(LEAST_VALIDATION_EPISODES, VALIDATION_EPISODES // len(self.validation))
+        for name, sampler in self.validation.items():
+            learner = self.learner if sampler.way == self.learner.n_way else self.learner.for_ways(sampler.way)
+            values = episode_accuracies(
+                {"own": learner}, self.features, sampler, episodes, first=VALIDATION_FIRST,
+                each=lambda _, logits, answers: calibration.add(logits, answers),
+            )  # fmt: skip
+            found.append(interval(values["own"]))
+            if self.cell_validations:
+                self.cell_validations[name].append((self.seen, *found[-1]))
+            if values.not_finite["own"]:
+                tqdm.write(f"validation after {self.seen} episodes, {name}: {values.warning()}", file=sys.stderr)
         self.temperatures["last"] = calibration.temperature()
         self.head.train()
-        if values.not_finite["own"]:
-            tqdm.write(f"validation after {self.seen} episodes: {values.warning()}", file=sys.stderr)
-        return interval(values["own"])
+        accuracies, halves = zip(*found, strict=True)
+        return sum(accuracies) / len(found), math.hypot(*halves) / len(found)
 
     def _keep_if_best(self) -> None:
         if self.ranks.first and (self.best is None or self.validations[-1][1] >= self.best[1]):

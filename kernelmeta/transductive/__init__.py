@@ -9,8 +9,8 @@ from kernelmeta.transductive.logistic_regression import logistic_regression
 from kernelmeta.transductive.pt_map import pt_map
 from kernelmeta.transductive.sinkhorn_kmeans import sinkhorn_kmeans
 from kernelmeta.transductive.tim import tim
-from kernelmeta.transforms import Transform, power_transform
 from kernelmeta.transductive.transport import transport
+from kernelmeta.transforms import Transform, power_transform
 
 __all__ = [
     "Transform",

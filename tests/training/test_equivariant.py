@@ -44,7 +44,7 @@ def test_predicts_any_number_of_classes(run: Path) -> None:
     names = ["a", "b", "c", "d", "e"]
     found = predict(str(run), Rows(support, list("0123456789"), names * 2), Rows(query, [str(i) for i in range(20)]))
     assert [row[1] for row in found.rows()] == names * 4
-    own = for_ways(head, settings, 5)
+    own = for_ways(head, 5)
     z = own(support[None], torch.arange(5).repeat(2)[None], query[None])[0] / settings["temperature"]
     assert (found.probabilities - z.softmax(-1)).abs().max() < 1e-5
 
