@@ -20,6 +20,7 @@ from kernelmeta.training.evaluation import TASKS_PER_CALL
 from kernelmeta.training.learners import tasks_together
 from kernelmeta.training.loading import checksum, for_ways, load_learner
 from kernelmeta.training.runs import CONFIG, found
+from kernelmeta.training.settings import bounds
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,10 @@ def load_predecessor(
     except (OSError, ValueError) as error:
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
         raise ValueError(f"update_from: {reason}") from None
-    try:
-        learner = for_ways(learner, int(config.way))
-    except ValueError:
-        raise ValueError(
-            f"update_from: {path} was trained on {trained['way']} ways, this run is on {config.way}"
-        ) from None
+    fewest, most = bounds(trained["way"])
+    if not fewest <= int(config.way) <= most:
+        raise ValueError(f"update_from: {path} was trained on {trained['way']} ways, this run is on {config.way}")
+    learner = for_ways(learner, int(config.way))
     together = tasks_together(learner)
     if together not in (None, config.tasks_per_step):
         raise ValueError(
