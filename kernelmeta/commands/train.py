@@ -62,7 +62,7 @@ _HELP = {
     "update_beta": "what rows that the old learner gets right have more (default, with --update-from: 5)",
     "update_tau": "temperature of kl (default, with --update-from: 100)",
     **{name: f"{HELP[name]}, or LEAST:MOST: {what}" for name, what in (
-        ("way", "drawn for every episode"), ("shot", "drawn for every class"), ("query", "drawn for every class"),
+        ("way", "drawn for every episode"), ("shot", "drawn for every episode"), ("query", "drawn for every class"),
     )},
     **PRETRAIN_HELP,
 }  # fmt: skip

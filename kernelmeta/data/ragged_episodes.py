@@ -74,6 +74,7 @@ class RaggedEpisodeSampler:
             rows in all, but the classes' shares of them are drawn from Dirichlet(ALPHA), rounded, and cut where a
             class has not that many samples left; what is cut goes to the other classes. A class may have no query row.
             Several, with commas: each episode has one of them, drawn.
+        same_shots: the classes of an episode have as many support rows each, drawn once for the episode.
         seed: chooses the sequence of episodes.
 
     Raises:
@@ -90,12 +91,13 @@ class RaggedEpisodeSampler:
         shots: Range = (1, 10),
         queries: Range = (1, 15),
         balance: str = "even",
+        same_shots: bool = False,
         seed: int = 0,
     ) -> None:
         for name, value, least in (("ways", ways, 2), ("shots", shots, 1), ("queries", queries, 1)):
             if len(value) != 2 or not least <= value[0] <= value[1]:
                 raise ValueError(f"{name}: expected (least, most) with {least} <= least <= most, got {value}")
-        self.ways, self.shots, self.queries = ways, shots, queries
+        self.ways, self.shots, self.queries, self.same_shots = ways, shots, queries, same_shots
         self.alphas = parse_balances(balance)
         self._draws = ClassDraws(bank, split, ways[1], seed)
         self._draws.check_samples(shots[1], queries[1] if None in self.alphas else 0)
@@ -132,7 +134,8 @@ class RaggedEpisodeSampler:
         used = np.arange(W) < n_ways[:, None]  # [n, W]
         chosen = draws.choose_classes(keys)
         available = draws.count[chosen]
-        shots = used * _between(counter.words(keys[:, None], SHOTS, np.arange(W)), self.shots)
+        of_shots = np.zeros(1, dtype=np.int64) if self.same_shots else np.arange(W)
+        shots = used * _between(counter.words(keys[:, None], SHOTS, of_shots), self.shots)
         queries = used * _between(counter.words(keys[:, None], QUERIES, np.arange(W)), self.queries)
         queries = balanced(keys, self.alphas, queries, used * (available - shots), used)
         picked = draws.choose_samples(keys, available, int((shots + queries).max(initial=0)))  # [n, W, draws]

@@ -193,7 +193,7 @@ class TrainConfig(Settings):
         if self.uneven:
             return RaggedEpisodeSampler(
                 bank, split, ways=bounds(self.way), shots=bounds(self.shot), queries=bounds(self.query),
-                balance=self.query_balance, seed=self.seed,
+                balance=self.query_balance, same_shots=True, seed=self.seed,
             )  # fmt: skip
         return self._cell(bank, split, int(self.way), int(self.shot), self.query_balance)
 

@@ -163,3 +163,16 @@ def test_small_classes_are_no_error_and_give_none_but_their_own_rows():
     # Two classes, the smallest, have (6 - 2) + (5 - 2) rows left; three would have more than enough.
     with pytest.raises(ValueError, match="2 classes of the train split may have only 7 samples left for 2 x 4"):
         RaggedEpisodeSampler(bank, "train", ways=(2, 3), shots=(1, 2), queries=(1, 4), balance="dirichlet:0.1")
+
+
+def test_classes_of_an_episode_with_the_same_shots():
+    bank = make_bank([20] * 8)
+    episodes = RaggedEpisodeSampler(bank, "train", **SMALL, same_shots=True, seed=3).draw(0, 200)
+    counts = {tuple(set(torch.bincount(episodes.task(t).support_labels[0]).tolist())) for t in range(200)}
+    assert counts == {(1,), (2,), (3,), (4,)}
+
+
+def test_tasks_out_of_a_batch_are_those_drawn_alone():
+    sampler = RaggedEpisodeSampler(make_bank([20] * 8), "train", **SMALL, seed=3)
+    for a, b in zip(tensors(sampler.draw(0, 30).tasks(7, 5)), tensors(sampler.draw(7, 5)), strict=True):
+        assert torch.equal(a, b)
