@@ -26,7 +26,7 @@ import torch
 
 from kernelmeta.data import FeatureBank
 
-ROWS = 40  # of a class
+ROWS, ENOUGH = 40, 100  # of a class; texts after which no more files are read
 WORDS = (6, 25)  # of a text
 CLASSES = 3  # of a package
 SHARES = (0, 0, 0, 1, 2, 2)  # a half of the packages are for training, a sixth for validation, a third for testing
@@ -53,7 +53,7 @@ def classes(folders: list[Path]) -> dict[str, list[str]]:
         for file in sorted(folder.rglob("*.py")):
             parts = file.relative_to(folder).with_suffix("").parts
             name = ".".join(part for part in parts[:2] if part != "__init__")
-            if "site-packages" in parts or SKIPPED.search(".".join(parts)):
+            if "site-packages" in parts or SKIPPED.search(".".join(parts)) or len(of_class[name]) >= ENOUGH:
                 continue
             of_class[name].update(texts(file))
     seen: dict[str, int] = defaultdict(int)

@@ -22,9 +22,10 @@ _ADAM = {"optimizer": ("Adam",), "lr": (1e-3,), "tasks_per_step": (4,)}
 # The weights of the last step depend on the last few episodes; a mean over some thousand does not.
 _SGD = {"tasks_per_step": (4,), "lr": (1e-2,), "average": (2000,)}
 _SLOW = {"tasks_per_step": (16,), "lr": (1e-3,), "optimizer": ("Adam",), "weight_decay": (0.0,), "average": (2000,)}
-# With a rate of 3e-3 the training may settle where the first step is one back, above all on features whose cosines
-# differ little.
-_EQUIVARIANT = {"tasks_per_step": (16,), "optimizer": ("Adam",), "weight_decay": (0.0,), "average": (500,)}
+# With a rate of 3e-3 all the way the training may settle where the first step is one back, above all on features whose
+# cosines differ little.
+_EQUIVARIANT = {"tasks_per_step": (16,), "optimizer": ("Adam",), "weight_decay": (0.0,)}
+_CYCLE = {"lr": (3e-3,), "schedule": ("one_cycle",), "clip": (1.0,), **_EQUIVARIANT}
 
 # Features as they are, square-rooted, centred.
 _PLAIN = {"transform": ("none",), "center": ("none",)}
@@ -91,8 +92,8 @@ CANDIDATES: dict[str, tuple[dict[str, Any], ...]] = {
         ),
     ),
     "equivariant": (
-        *_grid(steps=(3, 5), inner_lr=(1e-2,), lr=(3e-3, 1e-3), **_EQUIVARIANT),
-        *_grid(steps=(3,), inner_lr=(3e-3,), lr=(3e-3,), **_EQUIVARIANT),
+        *_grid(steps=(5,), inner_lr=(1e-2,), hidden=(16, 24), **_ROOTED, **_CYCLE),
+        *_grid(steps=(3, 5), inner_lr=(1e-2,), lr=(1e-3,), average=(500,), **_EQUIVARIANT),
     ),
     "maml": _grid(inner_lr=(0.1, 0.03, 0.3), **_ADAM),
     "sib": (
