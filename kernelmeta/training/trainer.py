@@ -303,8 +303,10 @@ class Trainer:
             for step in range(n):
                 *of_rows, ragged = episodes.tasks(step * T + first, self.tasks)
                 assert ragged.n_ways is not None
-                where = (ragged.support_offsets, ragged.query_offsets, ragged.n_ways)
-                yield *(t.to(device) for t in of_rows), Ragged(*[t.to(device) for t in where])
+                where = Ragged(
+                    ragged.support_offsets.to(device), ragged.query_offsets.to(device), ragged.n_ways.to(device)
+                )
+                yield *(t.to(device) for t in of_rows), where
         else:
             yield from zip(*(t.view(n, T, -1)[:, first : first + self.tasks].to(device) for t in episodes), strict=True)
 
