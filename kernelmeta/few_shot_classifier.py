@@ -46,9 +46,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             in the order of ``classes_``; they sum to 1. "sinkhorn_kmeans", "pt_map" and "tim" take them. None: these
             methods take all classes to have equally many rows, and lose many points where that is wrong. For another
             call, `set_params` sets others; there is no need to fit again.
-        transform: of the features, for a method without weights: "none", or "power:P", which takes the power of each,
+        feature_transform: of the features, for a method without weights: "none", or "power:P", which takes the power of each,
             see :class:`kernelmeta.Transform`. None: the method's own. Weights come with theirs.
-        center: likewise: "none", or "task", which takes from the rows of a call their mean, so that they are judged
+        feature_center: likewise: "none", or "task", which takes from the rows of a call their mean, so that they are judged
             together.
 
     Attributes:
@@ -69,8 +69,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         temperature: float | None = None,
         transductive: bool = True,
         proportions: Any = None,
-        transform: str | None = None,
-        center: str | None = None,
+        feature_transform: str | None = None,
+        feature_center: str | None = None,
     ) -> None:
         self.method = method
         self.weights = weights
@@ -78,8 +78,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.temperature = temperature
         self.transductive = transductive
         self.proportions = proportions
-        self.transform = transform
-        self.center = center
+        self.feature_transform = feature_transform
+        self.feature_center = feature_center
 
     def fit(self, X: Any, y: Any) -> FewShotClassifier:
         """Take the labelled rows.
@@ -99,8 +99,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.method_, self.learner_, self.temperature_ = None, None, 1.0
         if len(self.classes_) > 1:
             chosen = make_learner(
-                self.method, self.weights, len(self.classes_), X.shape[1], self.at, transform=self.transform,
-                center=self.center,
+                self.method, self.weights, len(self.classes_), X.shape[1], self.at, transform=self.feature_transform,
+                center=self.feature_center,
             )  # fmt: skip
             self.method_, self.learner_ = chosen.method, chosen.learner
             self.temperature_ = chosen.temperature if self.temperature is None else self.temperature

@@ -277,7 +277,10 @@ def test_a_classifier_of_scikit_learn_transforms(run: Path) -> None:
     means = 2 * torch.randn(4, 24, generator=g)
     rows = (means.repeat(5, 1) + torch.randn(20, 24, generator=g) / 2).numpy()
     labels = torch.arange(4).repeat(5).numpy()
-    for given in ({"weights": run}, {"method": "soft_kmeans", "transform": "power:0.5", "center": "task"}):
+    for given in (
+        {"weights": run},
+        {"method": "soft_kmeans", "feature_transform": "power:0.5", "feature_center": "task"},
+    ):
         classifier = km.FewShotClassifier(**given).fit(rows[:8], labels[:8])
         assert (classifier.predict(rows[8:]) == labels[8:]).all()
         head = classifier.learner_
