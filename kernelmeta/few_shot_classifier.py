@@ -46,10 +46,10 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             in the order of ``classes_``; they sum to 1. "sinkhorn_kmeans", "pt_map" and "tim" take them. None: these
             methods take all classes to have equally many rows, and lose many points where that is wrong. For another
             call, `set_params` sets others; there is no need to fit again.
-        feature_transform: of the features, for a method without weights: "none", or "power:P", which takes the power of each,
-            see :class:`kernelmeta.Transform`. None: the method's own. Weights come with theirs.
-        feature_center: likewise: "none", or "task", which takes from the rows of a call their mean, so that they are judged
-            together.
+        feature_transform: for a method without weights: "none", or "power:P", which takes a power of each, see
+            :class:`kernelmeta.Transform`. None: the method's own. Weights come with theirs.
+        feature_center: likewise: "none", or "task", which takes from the rows of a call their mean, so that they are
+            judged together.
 
     Attributes:
         classes_: the labels, sorted.
