@@ -38,6 +38,7 @@ from kernelmeta.training.checkpoint import (
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.evaluation import episode_accuracies, interval
 from kernelmeta.training.finite import NotFiniteError, not_finite
+from kernelmeta.training.flat_parameters import FlatParameters, can_be_flat
 from kernelmeta.training.interruptions import interruptions
 from kernelmeta.training.learners import LEARNERS
 from kernelmeta.training.settings import bounds, check_memory
@@ -123,7 +124,8 @@ class Trainer:
         # What counts: the running mean of the weights, or the weights as they are.
         self.learner = copy.deepcopy(self.head) if config.average else self.head
         self.parameters = [p for p in self.head.parameters() if p.requires_grad]
-        self.optimizer = config.make_optimizer(self.parameters)
+        self.flat = FlatParameters(self.parameters) if can_be_flat(self.parameters, config.optimizer) else None
+        self.optimizer = config.make_optimizer(self.parameters if self.flat is None else [self.flat.flat])
         self.step = 0
         self.history: list[tuple[int, float, float]] = []  # episodes, loss, accuracy in percent
         self.validations: list[tuple[int, float, float]] = []  # episodes, accuracy in percent, ci95; the cells' mean
@@ -275,11 +277,15 @@ class Trainer:
         measures = []
         for episodes in self._steps(n):
             measures.append(step(*episodes))
+            parameters = self.parameters
+            if self.flat is not None:
+                self.flat.gather()
+                parameters = [self.flat.flat]
             if self.ranks.size > 1:
                 buffers = [b for b in self.head.buffers() if b.is_floating_point()]
-                self.ranks.average([p.grad for p in self.parameters if p.grad is not None] + buffers)
+                self.ranks.average([p.grad for p in parameters if p.grad is not None] + buffers)
             if self.config.clip is not None:
-                torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+                torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
             if self.config.schedule != "constant":
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.config.rate(self.step)
