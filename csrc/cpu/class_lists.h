@@ -5,7 +5,8 @@
 
 namespace kernelmeta::cpu {
 
-// Raises std::invalid_argument for a label that names none of a task's classes and for a class without a row.
+// Raises std::invalid_argument for a label that names none of a task's classes and for a class without a row,
+// where every class needs one.
 class ClassLists {
  public:
   // Of tasks of S rows and N ways each.
@@ -16,13 +17,13 @@ class ClassLists {
     }
     members_.resize(size_t(T * S));
     offsets_.resize(size_t(T * (N + 1)));
-    for (int64_t t = 0; t < T; ++t) sort(t, N, N, labels, t * S, S);
+    for (int64_t t = 0; t < T; ++t) sort(t, N, N, labels, t * S, S, true);
   }
   // Of tasks that may differ; N: the most ways.
   ClassLists(const TaskLabels& labels, const TaskFeatures& support, int64_t N)
       : members_(size_t(support.all_rows())), offsets_(size_t(support.T() * (N + 1))) {
     for (int64_t t = 0; t < support.T(); ++t) {
-      sort(t, N, labels.ways(t), labels.get(), support.first(t), support.count(t));
+      sort(t, N, labels.ways(t), labels.get(), support.first(t), support.count(t), labels.every_class());
     }
   }
   ClassTable table() const { return {nullptr, members_.data(), offsets_.data()}; }
@@ -30,7 +31,8 @@ class ClassLists {
  private:
   std::vector<int32_t> members_, offsets_;
 
-  void sort(int64_t t, int64_t most_ways, int64_t ways, const int64_t* labels, int64_t first, int64_t rows) {
+  void sort(int64_t t, int64_t most_ways, int64_t ways, const int64_t* labels, int64_t first, int64_t rows,
+            bool every_class) {
     const std::string task = "support_labels: task " + std::to_string(t);
     int32_t* offset = offsets_.data() + t * (most_ways + 1);
     labels += first;
@@ -42,7 +44,7 @@ class ClassLists {
       ++offset[labels[i] + 1];
     }
     for (int64_t n = 0; n < ways; ++n) {
-      if (offset[n + 1] == 0) {
+      if (every_class && offset[n + 1] == 0) {
         refuse(task + " has no row of class " + std::to_string(n) +
                "; every class needs at least one support row");
       }

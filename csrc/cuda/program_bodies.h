@@ -73,7 +73,8 @@ KERNELMETA_INLINE bool task_is_invalid(B& block, const Problem& p, int64_t t) {
   }
   const Sizes s{1, p.support.count(t), p.query.count(t), ways, p.D, 0, 0};
   const Features query = p.query.of(t);
-  return is_invalid(block, 0, s, p.classes.table.labels + p.support.first(t), true, p.support.of(t), &query);
+  return is_invalid(block, 0, s, p.classes.table.labels + p.support.first(t), p.every_class(),
+                    p.support.of(t), &query);
 }
 
 // out [first row of t ..][width], of all rows of task t
@@ -172,6 +173,7 @@ KERNELMETA_INLINE void program_backward_body(void* place, const ProgramBackward<
   if (!offsets_rise(block, p)) {
     fill_share_nan(block, f.grad_support, p.support.all * p.D, tasks);
     fill_share_nan(block, f.grad_query, p.query.all * p.D, tasks);
+    fill_share_nan(block, f.grad_start, p.T * p.N * p.D, tasks);
     fill_nan(block, partial, size);
     return;
   }
@@ -179,6 +181,7 @@ KERNELMETA_INLINE void program_backward_body(void* place, const ProgramBackward<
     if (task_is_invalid(block, p, t)) {
       fill_rows_nan(block, p.support, t, p.D, f.grad_support);
       fill_rows_nan(block, p.query, t, p.D, f.grad_query);
+      fill_nan(block, f.grad_start ? f.grad_start + t * p.N * p.D : nullptr, p.N * p.D);
       broken = true;
       continue;
     }

@@ -22,6 +22,13 @@
 
 namespace kernelmeta {
 
+// What the start of a soft assignment weighs in a class: its support rows, or one where (nearly) no row
+// belongs to it, so that it stays where it is.
+template <class C>
+KERNELMETA_INLINE C anchor_weight(C support_rows, C mass) {
+  return support_rows + mass < C(1e-12) ? C(1) : support_rows;
+}
+
 template <class B>
 struct ProgramLoop {
   using C = typename B::Scalar;
@@ -460,8 +467,8 @@ struct ProgramLoop {
 
     template <class Row>
     KERNELMETA_INLINE Assignment(const ProgramTrace<C>& t, const ProgramShape& s, C weight, C rate,
-                                 Row of_part, RowRange part, int64_t start, int64_t k, int64_t n, const C* p)
-        : c(weight) {
+                                 Row of_part, RowRange part, int64_t start, int64_t k, int64_t n,
+                                 const C* p) {
       const int64_t N = s.N, ld = s.ld();
       const C* u = t.u + (k * N + n) * ld + part.first;
       const C* ua = t.u + (start * N + n) * ld + part.first;
@@ -470,7 +477,9 @@ struct ProgramLoop {
       na = t.r2[start * N + n];
       r = B::sqrt(r2);
       ra = B::sqrt(na);
-      m = c + of_part.sum([&](auto q) { return q.load(p); });
+      const C sum = of_part.sum([&](auto q) { return q.load(p); });
+      c = anchor_weight(weight, sum);
+      m = c + sum;
       anchored = ra * of_part.sum([&](auto q) { return q.load(p) * q.load(ua); });
       const C pu = r * of_part.sum([&](auto q) { return q.load(p) * q.load(u); });
       const C pap = of_part.sum([&](auto q) { return q.load(p) * q.load(ap); });

@@ -27,8 +27,9 @@ struct DirectProgram {
   const ProgramParameters<C>& with;
   const ProgramTrace<C>& trace;
   C *unit_support, *unit_query;  // [S][D], [Q][D]: the live rows, normalised
-  C *theta, *w;  // [K+1][N][D], [K][N][D]; of a soft assignment w is the mean that theta moves towards
-  C *h, *scaled, *mass;  // [N][D], [N][ld], [N], scratch
+  C *theta, *w;       // [K+1][N][D], [K][N][D]; of a soft assignment w is the mean that theta moves towards
+  C *h, *scaled;      // [N][D], [N][ld], scratch
+  C *mass, *weights;  // [N]: of a soft assignment, in all and of its start
 
   KERNELMETA_INLINE DirectProgram(Arena<C>& arena, ProgramLoop<B>& loop, const ProgramTrace<C>& trace)
       : block(loop.block),
@@ -42,7 +43,8 @@ struct DirectProgram {
         w(take(arena, s.K * s.N * s.D)),
         h(take(arena, s.N * s.D)),
         scaled(take(arena, s.N * s.ld())),
-        mass(take(arena, s.N)) {}
+        mass(take(arena, s.N)),
+        weights(take(arena, s.N)) {}
 
   // theta[0] and the normalised rows -> theta and w of every step, and the trace. again: U, r2, P and a are
   // there.
@@ -234,11 +236,12 @@ struct DirectProgram {
     const C rate = with.rates[k], kept = C(1) - rate;
     block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
       const int64_t at = k * N + n, at_a = start * N + n;
-      const C c = with.class_sizes[n];
       const C* p = loop.g + n * part.ld();
       const auto own = row.part(part.first, part.count);
-      const C m = c + own.sum([&](auto q) { return q.load(p); });
+      const C sum = own.sum([&](auto q) { return q.load(p); });
+      const C c = anchor_weight(with.class_sizes[n], sum), m = c + sum;
       row.one([&] {
+        weights[n] = c;
         mass[n] = m;
         if (trace.a && !again) trace.a[at + N] = kept * trace.a[at] + rate * c * trace.a[at_a] / m;
       });
@@ -251,7 +254,7 @@ struct DirectProgram {
     block.unfenced().features(N, D, [&](int64_t n, auto row) {
       const C *t = theta + (k * N + n) * D, *ta = theta + (start * N + n) * D;
       C *mean = w + (k * N + n) * D, *next = theta + ((k + 1) * N + n) * D;
-      const C c = with.class_sizes[n], inverse = C(1) / mass[n];
+      const C c = weights[n], inverse = C(1) / mass[n];
       const C squares = row.sum([&](auto d) {
         const auto towards = (d.load(ta) * c + d.load(mean)) * inverse;
         const auto value = d.load(t) * kept + towards * rate;
@@ -269,10 +272,10 @@ struct DirectProgram {
     const C rate = with.rates[k], kept = C(1) - rate;
     block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
       const int64_t at = k * N + n, at_a = start * N + n;
-      const C c = with.class_sizes[n];
       const C* p = adj.gs + n * part.ld();
       const auto own = row.part(part.first, part.count);
-      const C m = c + own.sum([&](auto q) { return q.load(p); });
+      const C sum = own.sum([&](auto q) { return q.load(p); });
+      const C c = anchor_weight(with.class_sizes[n], sum), m = c + sum;
       C moved = 0, stayed = 0;  // along the gradients of P' and a'
       if (adj.gp) {
         C *gp = adj.gp + n * ld, *gpa = adj.gpa + n * ld;
@@ -286,6 +289,7 @@ struct DirectProgram {
         row.one([&] { adj.gaa[n] += rate * c / m * adj.ga[n]; });
       }
       row.one([&] {
+        weights[n] = c;
         adj.m[n] = m;
         adj.dot[n] = -rate * moved / m;
         adj.grate[n] = moved - stayed;
@@ -294,7 +298,7 @@ struct DirectProgram {
     block.features(N, D, [&](int64_t n, auto row) {
       const C *t = theta + (k * N + n) * D, *mean = w + (k * N + n) * D;
       C *g = adj.gtheta + n * D, *gv = adj.gv + n * D, *ga = adj.gtheta_a + n * D;
-      const C c = with.class_sizes[n], share = rate / adj.m[n];
+      const C c = weights[n], share = rate / adj.m[n];
       const C g_mean = row.sum([&](auto d) { return d.load(g) * d.load(mean); });
       const C g_t = row.sum([&](auto d) { return d.load(g) * d.load(t); });
       row.each([&](auto d) {

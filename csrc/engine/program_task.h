@@ -8,7 +8,8 @@
 
 namespace kernelmeta {
 
-enum class Start : int64_t { kClassMeans = 0, kLearned = 1, kZero = 2 };
+// kLearned: one for all tasks; kGiven: each task has its own.
+enum class Start : int64_t { kClassMeans = 0, kLearned = 1, kZero = 2, kGiven = 3 };
 
 template <class C>
 struct ProgramProblem {
@@ -19,12 +20,17 @@ struct ProgramProblem {
   TaskRows support, query;
   TaskClasses classes;
   Start start;
-  const C* theta0;                 // [N][D]; learned start
+  const C* theta0;                 // [N][D] of a learned start, [T][N][D] of a given one
   const C* start_bias;             // [N] or null; linear
   const C* weight;                 // [D] or null; class means
   const C *scale, *bias, *target;  // one value each, or null: 1, 0, 1
   const C* rates;                  // [K]
 
+  // Whether every class needs a support row: not where the start does not come from them.
+  KERNELMETA_INLINE bool every_class() const { return start != Start::kGiven; }
+  KERNELMETA_INLINE const C* start_of(int64_t t) const {
+    return start == Start::kGiven ? theta0 + t * N * D : theta0;
+  }
   // The MLP's, whatever the rows; of nothing where there is none.
   KERNELMETA_INLINE Sizes mlp_sizes() const {
     if (!H) return {1, 1, 1, 0, D, 0, K};
@@ -88,6 +94,7 @@ struct ProgramBackward {
   const C *grad_support_coefficients, *grad_query_coefficients;  // all three or none
   const C* grad_start_coefficients;
   C *grad_support, *grad_query;  // [sum S][D], [sum Q][D] or null
+  C* grad_start;                 // [T][N][D]; given start
 };
 
 // Elements that the trace of a task takes.
@@ -159,7 +166,7 @@ struct ProgramTask {
     trace = ProgramTrace<C>(arena, shape, p.start == Start::kClassMeans);
     features.support_rows = B::task_rows(p.support.of(t), 0, p.D, support_buffer);
     features.query_rows = B::task_rows(p.query.of(t), 0, p.D, query_buffer);
-    features.theta0 = p.start == Start::kClassMeans ? trace.theta0 : p.theta0;
+    features.theta0 = p.start == Start::kClassMeans ? trace.theta0 : p.start_of(t);
   }
 
   __host__ __device__ KERNELMETA_GPU_CALL void forward(const ProgramForward<C>& f) {
@@ -195,7 +202,11 @@ struct ProgramTask {
     C* gsupport = f.grad_support ? f.grad_support + support_first * D : nullptr;
     C* gquery = f.grad_query ? f.grad_query + query_first * D : nullptr;
     C* gstart = from_means ? gtheta0 : p.start == Start::kLearned ? grad.theta0 : nullptr;
-    if (loop.lost(trace)) return backward_anew(grad_logits, grad, of_loop, adjoint, gsupport, gquery);
+    if (p.start == Start::kGiven) {
+      gstart = f.grad_start + t * p.N * D;
+      block.unfenced().features_zero(p.N, D, gstart);
+    }
+    if (loop.lost(trace)) return backward_anew(grad_logits, grad, of_loop, adjoint, gsupport, gquery, gstart);
     loop.backward(trace, grad_logits, p.N, adjoint, of_loop);
     if (from_means) block.unfenced().features_zero(shape.N, D, gstart);
     if (gsupport && !from_means) block.unfenced().features_zero(shape.S, D, gsupport);
@@ -232,7 +243,7 @@ struct ProgramTask {
   __host__ __device__ KERNELMETA_NOINLINE void backward_anew(const C* grad_logits, const ProgramGrad<C>& grad,
                                                              const ProgramLoopGrad<C>& of_loop,
                                                              const typename ProgramLoop<B>::Adjoint& adjoint,
-                                                             C* gsupport, C* gquery) {
+                                                             C* gsupport, C* gquery, C* gstart) {
     const bool from_means = p.start == Start::kClassMeans;
     const int64_t N = shape.N, D = p.D;
     if (gsupport) block.unfenced().features_zero(shape.S, D, gsupport);
@@ -249,7 +260,7 @@ struct ProgramTask {
       class_means().backward(adjoint.gtheta, gsupport, p.weight ? grad.weight : nullptr, true);
     } else {
       block.features(N, D, [&](int64_t n, auto row) {
-        C* to = grad.theta0 + n * D;
+        C* to = gstart + n * D;
         row.each([&](auto d) { d.store(to, d.load(to) + d.load(adjoint.gtheta + n * D)); });
       });
     }

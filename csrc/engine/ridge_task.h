@@ -17,6 +17,7 @@ struct RidgeProblem {
   KERNELMETA_INLINE Sizes sizes(int64_t t) const {
     return {1, support.count(t), query.count(t), classes.count(t, N), D, 0, 0};
   }
+  KERNELMETA_INLINE static bool every_class() { return true; }
 };
 
 template <class C>

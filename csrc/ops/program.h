@@ -71,6 +71,8 @@ inline std::vector<Phase> phases_of(const std::vector<int64_t>& numbers, bool co
   return phases;
 }
 
+inline bool given_start(const ProgramCall& call) { return Start(call.start) == Start::kGiven; }
+
 // Checked, and as the kernels read them.
 template <class C>
 struct ProgramArguments : RaggedArguments {
@@ -81,13 +83,13 @@ struct ProgramArguments : RaggedArguments {
   ProgramProblem<C> problem;
 
   ProgramArguments(const RaggedRowTensors& rows, const ProgramCall& call)
-      : RaggedArguments(rows, call.n_way, call.max_support, call.max_query),
+      : RaggedArguments(rows, call.n_way, call.max_support, call.max_query, !given_start(call)),
         pairs(has_pairs(call.phases)),
         mlp(on, call.mlp, call.running_stats,
             pairs ? pair_sizes(1, 1, 0, 0, 0) : Sizes{1, 0, 1, call.n_way, 0, 0, 0}),
         phases(phases_of(call.phases, call.cosine, mlp.given())) {
     const int64_t D = query.D(), N = call.n_way, T = query.T();
-    require(call.start >= 0 && call.start <= 2, "start must be 0, 1 or 2");
+    require(call.start >= 0 && call.start <= 3, "start must be 0, 1, 2 or 3");
     require(!call.cosine || call.start != 2, "a cosine classifier cannot start at zero");
     require(!call.first_order || !call.cosine, "first_order is for linear classifiers");
     require_storage<C>({&support, &query});
@@ -103,6 +105,17 @@ struct ProgramArguments : RaggedArguments {
     if (problem.start == Start::kLearned) {
       require(call.theta0.has_value(), "a learned start needs theta0");
       theta0 = Parameter<C>(on, call.theta0, {N, D}, "theta0");
+    }
+    if (problem.start == Start::kGiven) {
+      require(call.theta0.has_value(), "a given start needs theta0");
+      Elements().add({T, N, D});
+      theta0 = Parameter<C>(on, call.theta0, {T, N, D}, "theta0");
+      for (const Phase& phase : phases) {
+        for (int64_t t = 0; !phase.query && support.known() && t < T; ++t) {
+          if (support.count(t) > 0) continue;
+          refuse("support: task " + std::to_string(t) + " has no row, and phases of support rows need one");
+        }
+      }
     }
     if (problem.start == Start::kClassMeans) weight = Parameter<C>(on, call.weight, {D}, "weight");
     if (call.cosine) {
@@ -203,6 +216,7 @@ struct ProgramBackwardOp {
       Sums<C, ProgramGrad<C>> sums(a.on_host());
       if (a.mlp.given()) sums.unfold(sums.grad.mlp, a.mlp_sizes(), a.mlp, m);
       // A parameter that was given has a gradient, zeros where nothing depends on it.
+      const bool given = p.start == Start::kGiven;
       const auto gradient = [&](const OptionalTensor& of, const C* part, bool used) {
         if (!of) return empty<C>(a.on, {0});
         Tensor to = empty<C>(a.on, shape_of(*of));
@@ -213,15 +227,17 @@ struct ProgramBackwardOp {
         return to;
       };
       const ProgramGrad<C>& g = sums.grad;
-      const Tensor theta0 = gradient(call.of.theta0, g.theta0, p.start == Start::kLearned);
+      const Tensor theta0 = given ? empty<C>(a.on, {p.T, p.N, p.D})
+                                  : gradient(call.of.theta0, g.theta0, p.start == Start::kLearned);
       const Tensor weight = gradient(call.of.weight, g.weight, p.weight != nullptr);
       const Tensor scale = gradient(call.of.scale, g.scale, p.cosine);
       const Tensor bias = gradient(call.of.bias, p.cosine ? g.bias : g.start_bias, true);
       const Tensor target = gradient(call.of.target_scale, g.target, true);
       const Tensor rates = gradient(call.of.rates, g.rates, true);
-      kernel.backward({p, trace, grad_logits, of_support, of_query, of_start,
-                       data_if<C>(call.need_support, support), data_if<C>(call.need_query, query)},
-                      sums);
+      kernel.backward(
+          {p, trace, grad_logits, of_support, of_query, of_start, data_if<C>(call.need_support, support),
+           data_if<C>(call.need_query, query), data_if<C>(given, theta0)},
+          sums);
       return Tensors<results>{support,   query,   theta0,    weight,   scale,     bias,
                               target,    rates,   m.weight1, m.bias1,  m.gain1,   m.shift1,
                               m.weight2, m.bias2, m.gain2,   m.shift2, m.weight3, m.bias3};

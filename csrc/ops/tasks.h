@@ -182,8 +182,8 @@ inline Sizes even_sizes(const TaskFeatures& support, const TaskFeatures& query, 
 class TaskLabels {
  public:
   TaskLabels(const TensorDevice& on, const Tensor& support_labels, const TaskFeatures& support,
-             const TaskFeatures& query, const OptionalTensor& n_ways, int64_t N)
-      : N_(N), labels_(dense(support_labels)) {
+             const TaskFeatures& query, const OptionalTensor& n_ways, int64_t N, bool every_class)
+      : N_(N), every_class_(every_class), labels_(dense(support_labels)) {
     const int64_t T = support.T();
     require(T == query.T() && support.D() == query.D(), "support and query must have the same T and D");
     require(support.known() == query.known(), "max_support and max_query: both or none");
@@ -204,7 +204,7 @@ class TaskLabels {
       if (own < 1 || own > N) {
         refuse("n_ways: " + task + " has " + std::to_string(own) + " ways; expected 1.." + std::to_string(N));
       }
-      if (rows < own) {
+      if (every_class && rows < own) {
         refuse("support: " + task + " has " + std::to_string(own) + " ways and " + std::to_string(rows) +
                " support rows; every class needs at least one");
       }
@@ -214,6 +214,8 @@ class TaskLabels {
 
   const int64_t* get() const { return integers(labels_); }
   int64_t ways(int64_t t) const { return ways_.empty() ? N_ : ways_[size_t(t)]; }
+  // Whether every class of a task needs a support row.
+  bool every_class() const { return every_class_; }
   // As the kernels read them.
   TaskClasses classes() const {
     return {{get(), nullptr, nullptr}, held_ways_ ? integers(*held_ways_) : nullptr};
@@ -225,6 +227,7 @@ class TaskLabels {
 
  private:
   int64_t N_;
+  bool every_class_;
   Tensor labels_;
   OptionalTensor held_ways_;
   std::vector<int64_t> ways_;
@@ -237,11 +240,12 @@ struct RaggedArguments {
   TaskFeatures support, query;
   TaskLabels labels;
 
-  RaggedArguments(const RaggedRowTensors& rows, int64_t n_way, int64_t max_support, int64_t max_query)
+  RaggedArguments(const RaggedRowTensors& rows, int64_t n_way, int64_t max_support, int64_t max_query,
+                  bool every_class = true)
       : on(rows.query),
         support(on, rows.support, rows.support_index, "support", rows.support_offsets, max_support),
         query(on, rows.query, rows.query_index, "query", rows.query_offsets, max_query),
-        labels(on, rows.support_labels, support, query, rows.n_ways, n_way) {}
+        labels(on, rows.support_labels, support, query, rows.n_ways, n_way, every_class) {}
 
   // A problem's tasks as the host can look at them.
   template <class Problem>

@@ -209,7 +209,7 @@ struct ProgramEpisode {
   explicit ProgramEpisode(const ProgramCase& of)
       : c(of),
         tasks(c.D, c.N, c.S, c.Q, c.ways, c.bank, c.along),
-        theta0(draw_floats(c.N * c.D, c.along - 1, c.along + 1)),
+        theta0(draw_floats((c.start == Start::kGiven ? tasks.T() : 1) * c.N * c.D, c.along - 1, c.along + 1)),
         start_bias(draw_floats(c.N)),
         weight(draw_floats(c.D, 0.5, 1.5)),
         scale{3.5},
@@ -265,7 +265,7 @@ struct ProgramEpisode {
     p.pairs = c.pairs();
     p.support = tasks.of(false, x), p.query = tasks.of(true, q), p.classes = tasks.classes();
     p.start = c.start;
-    if (c.start == Start::kLearned) p.theta0 = th.data();
+    if (c.start == Start::kLearned || c.start == Start::kGiven) p.theta0 = th.data();
     if (c.weight) p.weight = w.data();
     if (c.cosine)
       p.scale = sc.data(), p.bias = b.data();
@@ -283,7 +283,7 @@ struct ProgramEpisode {
 
     const int64_t all_s = tasks.rows(false), all_q = tasks.rows(true);
     Output<C> logits(all_q * N), again(all_q * N), of_support(all_s * N), of_query(all_q * N),
-        of_start(T * N), trace(T * stride), gsupport(all_s * D), gquery(all_q * D);
+        of_start(T * N), trace(T * stride), gsupport(all_s * D), gquery(all_q * D), gstart(T * N * D);
     ProgramForward<C> f{p, again.get(), nullptr, nullptr, nullptr, nullptr};
     if (c.coefficients) {
       f.support_coefficients = of_support.get();
@@ -300,7 +300,7 @@ struct ProgramEpisode {
     kernels.program_backward(
         {p, trace.get(), gz.data(), c.coefficients ? gs.data() : nullptr,
          c.coefficients ? gq.data() : nullptr, c.coefficients ? g0.data() : nullptr,
-         c.need_support ? gsupport.get() : nullptr, c.need_query ? gquery.get() : nullptr},
+         c.need_support ? gsupport.get() : nullptr, c.need_query ? gquery.get() : nullptr, gstart.get()},
         call, grad, 0, T);
     Named all;
     logits.keep(all, "logits");
@@ -312,6 +312,7 @@ struct ProgramEpisode {
     }
     if (c.need_support) gsupport.keep(all, "support");
     if (c.need_query) gquery.keep(all, "query");
+    if (c.start == Start::kGiven) gstart.keep(all, "given start");
     const auto keep = [&](const char* name, const C* from, int64_t rows, int64_t n, int64_t ld) {
       Vec values;
       for (int64_t i = 0; i < rows; ++i) values.insert(values.end(), from + i * ld, from + i * ld + n);
@@ -400,6 +401,17 @@ std::vector<ProgramCase> program_cases() {
   guesses.rate = 0.3, guesses.along = 0.5, guesses.bank = true;
   add("no steps", 8, 2, 0, {3}, {5}, {2}, {}, true, Start::kClassMeans).coefficients = true;
   add("no steps, linear", 8, 2, 0, {3}, {5}, {2}, {}, false, Start::kLearned);
+  add("a given start, no labelled row", 10, 3, 0, {0, 0}, {9, 9}, {3, 3}, {entropy, assigns}, true,
+      Start::kGiven)
+      .coefficients = true;
+  add("a given start, unequal tasks", 9, 4, 0, {0, 2, 7}, {5, 18, 1}, {2, 4, 3}, {entropy, assigns}, true,
+      Start::kGiven)
+      .bank = true;
+  add("a given start, linear", 9, 3, 0, {2, 2}, {9, 9}, {3, 3}, {cross_entropy, entropy}, false,
+      Start::kGiven);
+  auto& rows_alike = add("a given start, rows nearly parallel", 11, 3, 0, {7, 4}, {5, 18}, {3, 2},
+                         {squares, assigns}, true, Start::kGiven);
+  rows_alike.rate = 0.3, rows_alike.along = 3;
   add("support alone", 17, 3, 0, {6}, {5}, {3}, {squares, entropy}, false, Start::kZero).need_query = false;
   return cases;
 }

@@ -59,7 +59,7 @@ class Learner(Pretrained, ABC):
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         # torch.compile counts by code what it has compiled, and stops at eight: every class has code of its own.
-        shared = Learner.forward
+        shared = cls.forward
         own = FunctionType(shared.__code__.replace(), shared.__globals__, shared.__name__, shared.__defaults__)
         own.__kwdefaults__ = shared.__kwdefaults__
         cls.forward = functools.update_wrapper(own, shared)  # type: ignore[method-assign]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from kernelmeta import ops
 from kernelmeta.adapted_classifier import CosineTerms
 from kernelmeta.nn.equivariant_gradient_mlp import EquivariantGradientMLP
-from kernelmeta.nn.learner import Learner
+from kernelmeta.nn.learner import Learner, check_tensors
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
 from kernelmeta.ops.program_op import check_combination
 from kernelmeta.phases import Phase
-from kernelmeta.tasks import Classifier
+from kernelmeta.tasks import Classifier, Ragged
 
 
 class Program(Learner):
@@ -27,8 +27,8 @@ class Program(Learner):
         phases: what is done, in this order.
         classifier: "cosine", ``Z = scale (bias + cos(x, theta))``, or "linear", ``Z = x theta^T + bias``, whose bias
             is adapted too.
-        start: "class_means" (means of the normalised support rows, weighted), "learned" (one start for all tasks) or
-            "zero" (linear only).
+        start: "class_means" (means of the normalised support rows, weighted), "learned" (one start for all tasks),
+            "zero" (linear only) or "given" (with each call, from outside: then a task needs no labelled row).
         norm_stats: whose statistics the BatchNorm of the MLP that guesses gradients uses: "task" (each task its own) or
             "running" (those in ``mlp.running_stats``, e.g. of a trained :class:`SIB`; a program does not update them).
         hidden: hidden units of the MLP; 8 N, or 16 of an equivariant gradient's, if None.
@@ -111,14 +111,60 @@ class Program(Learner):
             [next(learned) if p.learn_rates else self.bias.new_full((p.steps,), p.lr) for p in self.phases]
         )
 
+    def forward(
+        self,
+        support: Tensor | None,
+        support_labels: Tensor | None,
+        query: Tensor,
+        return_weights: bool = False,
+        *,
+        ragged: Ragged | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Classifier]:
+        """Classify the query rows of T tasks.
+
+        Args:
+            support: [T, S, D]; every class needs at least one row, counts may differ. With a given start, classes may
+                have none, and ``support`` and ``support_labels`` may be None where there is no labelled row at all.
+            support_labels: [T, S] int64 in 0..N-1.
+            query: [T, Q, D].
+            return_weights: return the classifiers too.
+            ragged: tasks of unequal size; then features are [all rows, D] and labels [all support rows].
+            start: [T, N, D], or [N, D] for all tasks alike, of a program that starts from what it is given.
+
+        Returns:
+            Logits [T, Q, N] or [all query rows, N]; with ``return_weights`` a pair of them and the `Classifier`.
+
+        Raises:
+            ValueError, TypeError: what does not fit, named.
+        """
+        if (start is not None) != (self.start == "given"):
+            raise ValueError(
+                "start: the program starts from what it is given; expected a tensor [T, N, D] or [N, D], got None"
+                if start is None
+                else f"start: expected None, since the program starts from {self.start!r}"
+            )
+        options: dict[str, Any] = {}
+        if start is not None:
+            check_tensors(query=query, start=start)
+            T = query.shape[0] if ragged is None else ragged.support_offsets.shape[0] - 1
+            options["start"] = start.expand(T, -1, -1) if start.dim() == 2 else start
+            if support is None and support_labels is None:
+                rows = (T, 0) if ragged is None else (0,)
+                support = query.new_empty(*rows, query.shape[-1])
+                support_labels = torch.empty(rows, dtype=torch.int64, device=query.device)
+        check_tensors(support=support, support_labels=support_labels, query=query)
+        assert support is not None and support_labels is not None
+        return self._adapt(support, support_labels, query, return_weights=return_weights, ragged=ragged, **options)
+
     def _adapt(
         self, support: Tensor, support_labels: Tensor, query: Tensor, *, return_weights: bool = False, **options: Any
     ) -> Tensor | tuple[Tensor, Classifier]:
         mlp = self.mlp
+        start = self.weight if self.weight is not None and self.start == "learned" else self.start
         return ops.program(
             support, support_labels, query, self.phases, n_way=self.n_way, rates=self.step_rates(),
-            classifier=self.classifier,
-            start=self.weight if self.weight is not None and self.start == "learned" else self.start,
+            classifier=self.classifier, start=options.pop("start", start),
             weight=self.weight if self.start == "class_means" else None, scale=self.scale, bias=self.bias,
             target_scale=self.target_scale, mlp=None if mlp is None else mlp.tensors(),
             running_stats=mlp.running_stats if mlp is not None and self.norm_stats == "running" else None,
@@ -134,6 +180,10 @@ class Program(Learner):
     @property
     def cosine_terms(self) -> CosineTerms | None:
         return (self.scale, self.bias) if self.scale is not None else None
+
+    if TYPE_CHECKING:
+        # As `Learner` declares it, with what a program's forward takes besides.
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
 
     def extra_repr(self) -> str:
         return (

@@ -197,8 +197,8 @@ def task_rows(
                 raise ValueError("ragged.max_support and max_query must be given together")
         elif isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise TypeError(f"ragged.{name}: expected an int, got {type(value).__name__}")
-        elif value < 1:
-            raise ValueError(f"ragged.{name}: expected at least 1, got {value}")
+        elif value < (least := int(name == "max_query")):
+            raise ValueError(f"ragged.{name}: expected at least {least}, got {value}")
 
 
 def mlp(parameters: Sequence[Tensor], outputs: int | None = None) -> tuple[int, int]:

@@ -29,7 +29,8 @@ from kernelmeta.reference.program import adapt
 from kernelmeta.reference.task_rows import as_labels, gathered
 from kernelmeta.tasks import Classifier, Ragged
 
-STARTS = ("class_means", "learned", "zero")
+STARTS = ("class_means", "learned", "zero", "given")  # in the order of enum Start in csrc/engine/program_task.h
+_OF_TENSORS = ("learned", "given")
 CLASSIFIERS = ("cosine", "linear")
 
 
@@ -68,7 +69,7 @@ def _plain(call: Any) -> tuple[Tensor | None, ...]:
     results = adapt(
         call.support.to(dtype), call.support_labels, call.query.to(dtype), [phase for phase, _ in phases],
         n_way=call.n_way, rates=call.rates, classifier="cosine" if call.cosine else "linear",
-        start=call.theta0 if call.start == STARTS.index("learned") else STARTS[call.start], weight=call.weight,
+        start=call.theta0 if STARTS[call.start] in _OF_TENSORS else STARTS[call.start], weight=call.weight,
         scale=call.scale, bias=call.bias, target_scale=call.target_scale,
         mlp=None if mlp.weight1 is None else mlp, running_stats=call.running_stats,
         reduction=reductions.pop() if len(reductions) == 1 else None, first_order=call.first_order,
@@ -215,7 +216,7 @@ def program(
     The gradient is exact, through all steps, in everything that is a floating-point tensor.
 
     Args:
-        support: [T, S, D]; every class needs at least one row. Classes may have unequal counts.
+        support: [T, S, D]; every class needs at least one row (but see ``start``). Classes may have unequal counts.
         support_labels: [T, S] int64 in 0..N-1.
         query: [T, Q, D], at least one row a task.
         phases: what is done, in this order; see :class:`kernelmeta.nn.Phase`.
@@ -224,7 +225,9 @@ def program(
         classifier: "cosine", ``Z = scale (bias + cos(x, theta))``, or "linear", ``Z = x theta^T + bias``, where the
             bias is adapted too (as in MAML's head; Finn et al. 2017, Raghu et al. 2020).
         start: "class_means" (means of the normalised support rows, times ``weight``), "zero" (linear only), or a
-            tensor [N, D] that all tasks share.
+            tensor: [N, D], that all tasks share, or [T, N, D], each task's own. With each task's own, classes may
+            have no support row, nor need a task have one (S may be 0) where no phase uses support rows: text
+            embeddings of class names, refined on unlabelled rows, for example.
         weight: [D], for class means; ones if None.
         scale: [1], of a cosine classifier.
         bias: [1], of a cosine classifier; [N], the start of a linear one's; zero if None.
@@ -282,8 +285,18 @@ def program(
     phases = [p for p in phases if p.steps]
     if total_steps(phases) > _checks.MOST:
         raise ValueError(f"phases: expected at most 2^31 steps in all, got {total_steps(phases)}")
+    kind = start if isinstance(start, str) else "learned"
+    if theta0 is None and kind in _OF_TENSORS:
+        raise ValueError(f"start: expected the tensor itself of a {kind} start")
     if theta0 is not None:
-        _checks.shape("start", theta0, (n_way, D), "[N, D]")
+        if theta0.dim() == 3:
+            kind = "given"
+            of_tasks = support_labels.shape[0] if ragged is None else ragged.support_offsets.shape[0] - 1
+            _checks.shape("start", theta0, (of_tasks, n_way, D), "[T, N, D]")
+        else:
+            _checks.shape("start", theta0, (n_way, D), "[N, D] or [T, N, D]")
+    if ragged is None and not support_labels.shape[1] and any(p.rows == "support" for p in phases):
+        raise ValueError("support: tasks have no row, and phases of support rows need one")
     if weight is not None:
         _checks.shape("weight", weight, (D,), "[D]")
     if bias is not None and classifier == "linear":
@@ -311,7 +324,7 @@ def program(
         support_labels=support_labels, **_ragged.fields(ragged), theta0=theta0, weight=weight, scale=scale, bias=bias,
         target_scale=target_scale, rates=rates, mlp=mlp or [None] * 10,
         running_stats=None if mlp is None else running_stats, n_way=n_way, phases=encoded,
-        cosine=classifier == "cosine", start=STARTS.index("learned" if theta0 is not None else str(start)),
+        cosine=classifier == "cosine", start=STARTS.index(kind),
         first_order=first_order, coefficients=return_weights,
     )  # fmt: skip
     if precision is not None:
@@ -385,13 +398,15 @@ def _classifiers(call: Any, of_support: Tensor, of_query: Tensor, a: Tensor) -> 
     support = gathered(call.support, call.support_index, "support").to(dtype)
     query = gathered(call.query, call.query_index, "query").to(dtype)
 
-    def one_batch(task: Sequence[Tensor], ways: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def one_batch(
+        task: Sequence[Tensor], ways: int, own: Tensor | None = None, theta0: Tensor | None = call.theta0
+    ) -> tuple[Tensor, Tensor]:
         """``own`` [T, N]: the ways that each task has, if not all ``ways``. Rows that it does not have are zeros."""
         support, labels, query, of_support, of_query, a = task
         if call.start == STARTS.index("class_means"):
             theta = class_means(support, labels, ways, weight) if own is None else _means(support, labels, own, weight)
-        elif call.start == STARTS.index("learned"):
-            theta = call.theta0[:ways].expand(support.shape[0], -1, -1)
+        elif theta0 is not None:
+            theta = theta0[..., :ways, :].expand(support.shape[0], -1, -1)
         else:
             theta = support.new_zeros(support.shape[0], ways, support.shape[-1])
         if call.cosine:
@@ -422,7 +437,8 @@ def _classifiers(call: Any, of_support: Tensor, of_query: Tensor, a: Tensor) -> 
     for t, ways in enumerate(all_ways):
         s, q = (slice(*b[t : t + 2]) for b in bounds)
         task = (support[None, s], labels[None, s], query[None, q], of_support[None, s], of_query[None, q], a[t, None])
-        theta, shift = one_batch(task, ways)
+        given = call.theta0[t, None] if call.start == STARTS.index("given") else call.theta0
+        theta, shift = one_batch(task, ways, None, given)
         thetas.append(pad(theta, (0, 0, 0, n_way - ways)))
         shifts.append(pad(shift, (0, n_way - ways)))
     if not thetas:

@@ -26,9 +26,10 @@ from kernelmeta.reference.equivariant_gradient import equivariant_gradient_mlp
 from kernelmeta.reference.norms import FLOOR, unit, unit_and_length
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.synthetic_gradient_mlp import synthetic_gradient_mlp
-from kernelmeta.reference.task_rows import each_task, gathered
+from kernelmeta.reference.task_rows import check_label_range, each_task, gathered
 from kernelmeta.tasks import Classifier, Ragged
 
+LEAST_MASS = 1e-12  # of a class; one with fewer rows stays where it is in a soft assignment
 FEW = 32  # ways up to which PyTorch is quicker with the classes of many rows in the outer dimension
 
 
@@ -100,6 +101,7 @@ def run_phases(
     """The phases on T tasks of equal size; ``theta0`` is [T, N, D], the rest as in :func:`kernelmeta.ops.program`."""
     T, N, _ = theta0.shape
     y = one_hot(labels, N).to(theta0.dtype)
+    sizes = y.sum(-2)  # support rows of each class, [T, N]
     cosine = classifier == "cosine"
     if cosine:
         support, query = unit(support), unit(query)
@@ -123,16 +125,15 @@ def run_phases(
         assert phase.rows is not None
         rows = support if phase.rows == "support" else query
         start = (theta, a, dict(P))
-        if phase.oracle == "soft_assignment":
-            counts = y.sum(-2)  # [T, N]
-            anchor = counts.unsqueeze(-1) * theta
         for _ in range(phase.steps):
             lr, logits = lrs[k], classify(rows)
             k += 1
             if phase.oracle == "soft_assignment":
                 p = logits.transpose(-1, -2).softmax(-2) if N < FEW else logits.softmax(-1).transpose(-1, -2)
-                mass = counts + p.sum(-1)
-                theta = torch.lerp(theta, (anchor + p @ rows) / mass.unsqueeze(-1), lr)
+                own = p.sum(-1)
+                counts = torch.where(sizes + own < LEAST_MASS, torch.ones_like(sizes), sizes)
+                mass = counts + own
+                theta = torch.lerp(theta, (counts.unsqueeze(-1) * start[0] + p @ rows) / mass.unsqueeze(-1), lr)
                 if coefficients:
                     a = torch.lerp(a, counts * start[1] / mass, lr)
                 for part in P:
@@ -198,20 +199,20 @@ def adapt(
     if rates is None:
         values = [phase.lr for phase in phases for _ in range(phase.steps)]
         rates = support.new_tensor(values, dtype=torch.float64 if support.dtype is torch.float64 else torch.float32)
-    learned = start if isinstance(start, Tensor) else None
-    names = ["learned", "weight", "scale", "bias", "target_scale"]
-    given = [learned, weight, scale, bias, target_scale, *(mlp or ())]
+    theta0 = start if isinstance(start, Tensor) else None
+    given_start = theta0 is not None and theta0.dim() == 3  # each task its own
+    names = ["start", "weight", "scale", "bias", "target_scale"]
+    given = [theta0, weight, scale, bias, target_scale, *(mlp or ())]
     support, query, rates, *rest = promoted(support, query, rates, *(t for t in given if t is not None))
     values_of = iter(rest)
     tensors = {name: None if t is None else next(values_of) for name, t in zip(names, given, strict=False)}
     mlp = None if mlp is None else MLPParameters(*values_of)
 
-    def one_batch(support: Tensor, labels: Tensor, query: Tensor, ways: int) -> Adapted:
+    def one_batch(support: Tensor, labels: Tensor, query: Tensor, ways: int, theta0: Tensor | None) -> Adapted:
         if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-            check_labels(labels, ways)
-        theta0 = tensors["learned"]
+            (check_label_range if given_start else check_labels)(labels, ways)
         if theta0 is not None:
-            theta0 = theta0[:ways].expand(support.shape[0], -1, -1)
+            theta0 = theta0[..., :ways, :].expand(support.shape[0], -1, -1)
         elif start == "zero":
             theta0 = support.new_zeros(support.shape[0], ways, support.shape[-1])
         else:
@@ -229,11 +230,14 @@ def adapt(
         )  # fmt: skip
 
     if ragged is None:
-        return one_batch(support, support_labels, query, n_way)
-    tasks = [
-        _widened(one_batch(support[None, s], support_labels[None, s], query[None, q], own), n_way)
-        for s, q, own in each_task(ragged, n_way)
-    ]
+        return one_batch(support, support_labels, query, n_way, tensors["start"])
+    tasks, theta0 = [], tensors["start"]
+    for t, (s, q, own) in enumerate(each_task(ragged, n_way)):
+        if s.start == s.stop and any(p.rows == "support" and p.steps for p in phases):
+            raise ValueError(f"support: task {t} has no row, and phases of support rows need one")
+        own_start = theta0[t, None] if given_start and theta0 is not None else theta0
+        task = one_batch(support[None, s], support_labels[None, s], query[None, q], own, own_start)
+        tasks.append(_widened(task, n_way))
     return _joined(tasks, support, query, n_way)
 
 

@@ -68,6 +68,12 @@ def _times(matrix, xi, xk, value, work, i, k, n, I, K, N, NP: tl.constexpr, C: t
 
 
 @triton.jit
+def _anchor_weights(sizes, p):
+    """Support rows of every class; one where (nearly) no row belongs to it, so that it stays where it is."""
+    return tl.where(sizes + tl.sum(p, 0) < 1e-12, 1.0, sizes)
+
+
+@triton.jit
 def _assignment(p, u, ua, ap, r2, na, anchor, sizes, rate):
     """Scalars of a step of soft assignment, one a class: m, <theta_a, X^T p>, <theta, new>, |new|^2, <new, theta_a>,
     |theta'|^2. ``a`` marks the classifier at the start of the phase, ``sizes`` is its weight.
@@ -159,22 +165,23 @@ def phase_forward_kernel(
                 combination = combination - rate * g
         elif ORACLE == SOFT_ASSIGNMENT:
             kept = 1 - rate
-            m, anchored, _, _, with_anchor, grown = _assignment(g, u, ua, ag, r2, na, anchor, sizes, rate)
-            terms = sizes * sizes * na + 2 * sizes * tl.abs(anchored) + tl.sum(tl.abs(g * ag), 0)
+            weights = _anchor_weights(sizes, g)
+            m, anchored, _, _, with_anchor, grown = _assignment(g, u, ua, ag, r2, na, anchor, weights, rate)
+            terms = weights * weights * na + 2 * weights * tl.abs(anchored) + tl.sum(tl.abs(g * ag), 0)
             terms = kept * kept * r2 + rate * rate * terms / (m * m)
             of_norm, of_direction, too_much = loses(of_norm, of_direction, tl.sqrt(terms / grown), terms, grown)
             lost = lost | too_much
             grown = tl.where(grown < _FLOOR2, _FLOOR2, grown)
             inverse = 1 / tl.sqrt(grown)
             of_u = kept * tl.sqrt(r2) * inverse
-            of_a = rate * sizes * tl.sqrt(na) / m * inverse
+            of_a = rate * weights * tl.sqrt(na) / m * inverse
             u = of_u[None, :] * u + of_a[None, :] * ua + (rate / m * inverse)[None, :] * ag
             anchor = kept * anchor + rate * with_anchor
             r2 = grown
             tl.store(trace + anchor_at + (k + 1) * n_way + n, anchor, mask=n < N)
             if COEFFICIENTS:
-                a = kept * a + rate * sizes * first_a / m
-                moved = (sizes / m)[None, :] * first_combination + g / m[None, :]
+                a = kept * a + rate * weights * first_a / m
+                moved = (weights / m)[None, :] * first_combination + g / m[None, :]
                 combination = kept * combination + rate * moved
         else:
             u, r2, grown, moved, of_norm, of_direction, too_much = cosine_step(
@@ -314,11 +321,14 @@ def phase_backward_kernel(
                 anchor = na
                 if back < steps - 1:
                     anchor = tl.load(trace + anchor_at + k * n_way + n, mask=n < N, other=1.0)
-                m, anchored, along, norm2, with_anchor, grown = _assignment(g, u, ua, ag, r2, na, anchor, sizes, rate)
+                sizes_now = _anchor_weights(sizes, g)
+                m, anchored, along, norm2, with_anchor, grown = _assignment(
+                    g, u, ua, ag, r2, na, anchor, sizes_now, rate
+                )
                 floored = grown <= _FLOOR2
                 grown = tl.where(floored, _FLOOR2, grown)
                 inverse = 1 / tl.sqrt(grown)
-                weight = sizes / m
+                weight = sizes_now / m
                 # gR' = gU' / r'; with T = (c R_a + A p) / m the state is R' = kept R + rate T.
                 gr = gu * inverse[None, :]
                 gr_u = tl.sum(gr * u, 0)

@@ -28,7 +28,7 @@ from kernelmeta.triton.tasks import Tasks
 from kernelmeta.triton.trace import Trace, size_of
 
 _FLOOR2 = 1e-24  # of a squared norm
-_CLASS_MEANS, _ZERO = 0, 2  # starts
+_CLASS_MEANS, _ZERO, _GIVEN = 0, 2, 3  # starts
 
 
 def _live(call: Any, S: int, Q: int) -> Live:
@@ -39,6 +39,8 @@ def _live(call: Any, S: int, Q: int) -> Live:
 
 def _fits(call: Any, live: Live) -> bool:
     dtype = call.rates.dtype
+    if call.start == _GIVEN and (call.support_offsets is not None or 0 in call.support_labels.shape):
+        return False  # a task may have no support row
     H = 0 if call.weight1 is None else call.weight1.shape[0]
     pairs = call.n_way * max(live.S, live.Q) if EQUIVARIANT_GRADIENT.value in call.phases[::4] else 0
     return (dtype is torch.float32 or interpreted()) and phases.fits(live.ld, call.n_way, H, dtype, pairs)
@@ -70,7 +72,7 @@ class _Program:
         self.theta0, self.weight, self.bias, rates = call.theta0, call.weight, call.bias, call.rates
         self.N, self.cosine, self.start = call.n_way, call.cosine, call.start
         self.first_order, self.coefficients = call.first_order, call.coefficients
-        self.tasks = tasks = Tasks(call)
+        self.tasks = tasks = Tasks(call, every_class=call.start != _GIVEN)
         self.given = (call.theta0, call.weight, call.scale, call.bias, call.target_scale, call.rates)
         scale, bias, target, mlp = call.scale, call.bias, call.target_scale, mlp_of(call)
         self.phases = [
@@ -106,6 +108,8 @@ class _Program:
         for rows, index, at in (("query", "query_index", of_query), ("support", "support_index", of_support)):
             name = rows if getattr(call, index) is None else index
             own[name] = getattr(call, name)[at]
+        if self.start == _GIVEN:
+            own["theta0"] = call.theta0[chosen]
         return call._replace(**own, support_labels=call.support_labels[of_support]), of_support, of_query
 
     def parts(self) -> list[tuple[bool, slice]]:
@@ -286,6 +290,9 @@ def backward(call: Any) -> tuple[Tensor, ...]:
         )  # fmt: skip
         of_lost = plain(OP.plain_backward, *own)
         anew.put(results[:2], (rows_s, rows_q), of_lost[:2])
+        if program.start == _GIVEN:
+            anew.put(results[2:3], [lost], of_lost[2:3])
+            of_lost = (*of_lost[:2], torch.zeros_like(results[2]), *of_lost[3:])
         results = (*results[:2], *anew.add(results[2:], of_lost[2:]))
     return results
 
@@ -362,7 +369,8 @@ def _of_parameters(program: _Program, grad: Gradients, gtheta0: Tensor, gweight:
     numbers = grad.numbers.sum(0)
     given = program.given
     gbias = numbers[1:2].clone() if program.cosine else grad.u.sum((0, 2))
-    found = [gtheta0.sum(0), gweight, numbers[:1].clone(), gbias, numbers[2:].clone(), grad.rates.sum(0)]
+    of_start = gtheta0 if program.start == _GIVEN else gtheta0.sum(0)
+    found = [of_start, gweight, numbers[:1].clone(), gbias, numbers[2:].clone(), grad.rates.sum(0)]
     none = grad.u.new_empty(0)
     of_mlp = [none.clone() for _ in MLPParameters._fields] if mlp is None else mlp_kernels.unpack(grad.mlp, mlp)
     return [*(none.clone() if p is None else g.view(p.shape) for g, p in zip(found, given, strict=True)), *of_mlp]

@@ -59,10 +59,11 @@ class Tasks:
     """The tasks that a call of the raw ops ``program`` and ``ridge`` is about.
 
     ``counts`` [T, 3] holds each task's support rows, query rows and ways, ``ways`` the last of them, [T, 1]; None and
-    ``n_way`` where all tasks are alike.
+    ``n_way`` where all tasks are alike. ``every_class``: whether each needs a support row, as it does in tasks of unequal
+    size.
     """
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, every_class: bool = True) -> None:
         query, query_index, support, support_index = call.query, call.query_index, call.support, call.support_index
         labels, support_offsets, query_offsets = call.support_labels, call.support_offsets, call.query_offsets
         n_way, n_ways, max_support, max_query = call.n_way, call.n_ways, call.max_support, call.max_query
@@ -76,7 +77,7 @@ class Tasks:
         if support_offsets is None:
             self.T, self.S = labels.shape
             self.Q = (query if query_index is None else query_index).shape[1]
-            self.broken = broken(labels, n_way, n_way)
+            self.broken = broken(labels, n_way, n_way) if every_class else foreign(labels, n_way)
             return
         self.T = support_offsets.shape[0] - 1
         if n_ways is None:

@@ -137,7 +137,7 @@ BAD: list[tuple[Any, str]] = [
     (lambda: Phase("soft_assignment", 1, 0.1, rows="support"), "soft_assignment is for query rows"),
     (lambda: km.nn.Program(3, 13, ["entropy"]), "phases: expected kernelmeta.nn.Phase"),  # type: ignore[list-item]
     (lambda: km.nn.Program(3, 13, [], classifier="dot"), "classifier: expected one of cosine, linear"),
-    (lambda: km.nn.Program(3, 13, [], start="random"), "start: expected one of class_means, learned, zero"),
+    (lambda: km.nn.Program(3, 13, [], start="random"), "start: expected one of class_means, learned, zero, given"),
     (lambda: km.nn.Program(3, 13, [], start="zero"), "start: 'zero' has no direction for a cosine"),
     (lambda: km.nn.Program(3, 13, [Phase("soft_assignment", 1, 1.0)], classifier="linear"), "needs a cosine"),
     (lambda: km.nn.Program(3, 13, [], norm_stats="batch"), "norm_stats: expected one of task, running"),
@@ -183,3 +183,32 @@ def test_rates_of_another_length_are_refused() -> None:
             *ARGUMENTS, [Phase("cross_entropy", 2, 0.1)], n_way=3, rates=torch.ones(3).double(),
             scale=torch.ones(1).double(),
         )  # fmt: skip
+
+
+# ---- a start from outside
+
+
+def test_a_program_starts_from_what_it_is_given() -> None:
+    program = km.nn.Program(3, 13, [Phase("soft_assignment", 2, 1.0)], start="given").double()
+    assert {name for name, _ in program.named_parameters()} == {"scale", "bias"}
+    query, start = torch.randn(2, 9, 13).double(), torch.randn(3, 13).double().requires_grad_()
+    z = program(None, None, query, start=start)
+    each = torch.stack([start, start])
+    nothing = query[:, :0], torch.zeros(2, 0, dtype=torch.int64)
+    assert torch.equal(z, program(*nothing, query, start=each))
+    assert torch.equal(z, km.ops.program(*nothing, query, program.phases, n_way=3, start=each, scale=program.scale))
+    (gradient,) = torch.autograd.grad(z.square().sum(), start)
+    assert gradient.abs().min() > 0
+    ragged = km.Ragged(torch.tensor([0, 0, 0]), torch.tensor([0, 9, 18]))
+    rows = program(None, None, query.flatten(0, 1), ragged=ragged, start=start)
+    assert torch.equal(rows, z.flatten(0, 1))
+
+
+def test_where_a_given_start_is_missing_or_too_much() -> None:
+    query, start = torch.randn(2, 9, 13), torch.randn(3, 13)
+    with pytest.raises(ValueError, match=r"start: .* expected a tensor \[T, N, D\] or \[N, D\], got None"):
+        km.nn.Program(3, 13, [], start="given")(None, None, query)
+    with pytest.raises(ValueError, match="start: expected None, since the program starts from 'class_means'"):
+        km.nn.Program(3, 13, [])(query, torch.zeros(2, 9, dtype=torch.int64), query, start=start)
+    with pytest.raises(TypeError, match="support: expected a tensor, got NoneType"):
+        km.nn.Program(3, 13, [])(None, None, query)

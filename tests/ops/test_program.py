@@ -141,6 +141,8 @@ class Problem:
         self.theta0, self.weight = normal(N, D), torch.rand(D, dtype=torch.float64, generator=g) + 0.5
         self.scale, self.target = torch.tensor([3.3]).double(), torch.tensor([1.7]).double()
         self.bias = normal(1) if cosine else normal(N)
+        if start == "given":
+            self.theta0 = normal(T, N, D)
         of_pairs = any(p.oracle == "equivariant_gradient" for p in phases)
         self.mlp = draw_pair_mlp(H, torch.float64, g) if of_pairs else draw_mlp(N, H, torch.float64, g)
 
@@ -155,7 +157,7 @@ class Problem:
         return self
 
     def options(self) -> dict[str, Any]:
-        start = self.theta0 if self.start == "learned" else self.start
+        start = self.theta0 if self.start in ("learned", "given") else self.start
         return {
             "n_way": self.N, "rates": self.rates, "classifier": "cosine" if self.cosine else "linear", "start": start,
             "weight": self.weight, "scale": self.scale, "bias": self.bias, "target_scale": self.target,
@@ -170,8 +172,8 @@ class Problem:
 
     def unrolled(self, stats: Tensor | None = None, **options: Any) -> list[Tensor]:
         tasks = []
-        for x, y, q in zip(self.support, self.labels, self.query, strict=True):
-            theta = self.theta0
+        for t, (x, y, q) in enumerate(zip(self.support, self.labels, self.query, strict=True)):
+            theta = self.theta0[t] if self.start == "given" else self.theta0
             if self.start == "class_means":
                 theta = torch.stack([normalize(x[y == n], dim=1).mean(0) for n in range(self.N)]) * self.weight
             elif self.start == "zero":
@@ -227,8 +229,8 @@ COSINE = {
 }  # fmt: skip
 LINEAR = {name: p for name, p in COSINE.items() if all(phase.oracle != "soft_assignment" for phase in p)}
 CASES = [
-    *((True, name, start) for name in COSINE for start in ("class_means", "learned")),
-    *((False, name, start) for name in LINEAR for start in ("class_means", "learned")),
+    *((True, name, start) for name in COSINE for start in ("class_means", "learned", "given")),
+    *((False, name, start) for name in LINEAR for start in ("class_means", "learned", "given")),
     # All rows alike have no variance that BatchNorm could divide by: not for guessed gradients at the start.
     *((False, name, "zero") for name, p in LINEAR.items() if not p or p[0].oracle not in GUESSED),
 ]
@@ -251,7 +253,7 @@ def test_shapes(data: Any) -> None:
     name = data.draw(st.sampled_from(sorted(COSINE if cosine else LINEAR)))
     N = data.draw(st.integers(2, 7))
     problem = Problem(
-        (COSINE if cosine else LINEAR)[name], cosine, data.draw(st.sampled_from(["class_means", "learned"])),
+        (COSINE if cosine else LINEAR)[name], cosine, data.draw(st.sampled_from(["class_means", "learned", "given"])),
         T=data.draw(st.integers(1, 4)), S=data.draw(st.integers(N, 4 * N)), Q=data.draw(st.integers(2, 40)), N=N,
         D=data.draw(st.integers(2, 70)), H=data.draw(st.integers(1, 24)), seed=data.draw(st.integers(0, 99)),
     ).fresh()  # fmt: skip
@@ -311,6 +313,95 @@ def test_first_order_differs_by_the_loss_s_curvature() -> None:
     assert_close([gradients[1] - gradients[0]], [0.1 * hessian @ gradients[1]], 1e-11)
 
 
+# ---- starts given from outside
+
+WITHOUT_LABELS = [  # (of a cosine classifier?, phases)
+    (True, [Phase("entropy", 2, 0.1), Phase("soft_assignment", 2, 0.5)]),
+    (True, [Phase("synthetic_gradient", 2, 0.1)]),
+    (True, [Phase("equivariant_gradient", 2, 0.1)]),
+    (False, [Phase("entropy", 3, 0.1)]),
+    (False, []),
+]
+
+
+@pytest.mark.parametrize(("cosine", "phases"), WITHOUT_LABELS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_given_start_needs_no_labelled_row(cosine: bool, phases: list[Phase], backend: str) -> None:
+    problem = Problem(phases, cosine, "given", S=5)
+    problem.support, problem.labels = problem.support[:, :0], problem.labels[:, :0]
+    problem.fresh()
+    want = with_gradients(problem, problem.unrolled())
+    with km.use_backend(backend if CPU.available else "reference"):
+        assert_close(with_gradients(problem, problem.run(km.ops.program)), want, 1e-9)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_given_start_needs_no_row_of_every_class(backend: str) -> None:
+    problem = Problem([Phase("cross_entropy", 2, 0.1), Phase("soft_assignment", 2, 1.0)], True, "given")
+    problem.labels = problem.labels.clamp(max=1)
+    problem.fresh()
+    want = with_gradients(problem, problem.unrolled())
+    with km.use_backend(backend if CPU.available else "reference"):
+        assert_close(with_gradients(problem, problem.run(km.ops.program)), want, 1e-9)
+        problem.labels = problem.labels + 2
+        with pytest.raises(ValueError, match=r"has label 3; labels must be in 0\.\.2"):
+            problem.run(km.ops.program)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_ragged_tasks_with_and_without_labelled_rows(backend: str) -> None:
+    phases = [Phase("entropy", 1, 0.1), Phase("soft_assignment", 2, 1.0)]
+    problem = Problem(phases, True, "given", T=3, N=4, D=6).fresh()
+    sizes = [(0, 5), (3, 2), (0, 20)]
+    support, query = torch.randn(3, 6).double(), torch.randn(27, 6).double()
+    labels, ways = torch.tensor([1, 1, 0]), [4, 2, 3]
+    ragged = km.Ragged(torch.tensor([0, 0, 3, 3]), torch.tensor([0, 5, 7, 27]), torch.tensor(ways))
+    options = problem.options()
+    with km.use_backend(backend if CPU.available else "reference"):
+        z = km.ops.program(support, labels, query, phases, ragged=ragged, **options)
+        (got,) = torch.autograd.grad(z.where(z.isfinite(), 0).square().sum(), problem.theta0)
+        total: Any = 0
+        for t, (s, q) in enumerate(zip(support.split([s for s, _ in sizes]), query.split([5, 2, 20]), strict=True)):
+            own = labels[: len(s)][None]
+            one = km.ops.program(s[None], own, q[None], phases, **narrowed(options, t, ways[t]))
+            assert_close([z[sum([5, 2, 20][:t]) :][: len(q), : ways[t]]], [one[0]], 1e-12)
+            total = total + one.square().sum()
+        assert_close([got], list(torch.autograd.grad(total, problem.theta0)), 1e-12)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_class_that_no_row_belongs_to_stays_where_it_is(backend: str) -> None:
+    rows = torch.tensor([[[1.0, 0.1, 0.0], [1.0, -0.1, 0.0], [0.0, 1.0, 0.0]]]).double()
+    start = torch.tensor([[[1.0, 0, 0], [0, 1, 0], [-0.5, -0.5, 0.1]]]).double()
+    nothing = rows[:, :0], torch.zeros(1, 0, dtype=torch.int64)
+    with km.use_backend(backend if CPU.available else "reference"):
+        _, weights = km.ops.program(
+            *nothing, rows, [Phase("soft_assignment", 3, 1.0)], n_way=3, start=start.requires_grad_(),
+            scale=torch.tensor([2000.0]).double(), return_weights=True,
+        )  # fmt: skip
+        assert_close([weights.weight[0, 2]], [start[0, 2]], 1e-14)
+        (gradient,) = torch.autograd.grad(weights.weight.square().sum(), start)
+    assert gradient.isfinite().all() and gradient[0, 2].abs().max() > 0.1
+
+
+BAD_STARTS: list[tuple[dict[str, Any], list[Phase], str]] = [
+    ({"start": torch.ones(3, 3, 12).double()}, [], r"start: expected shape \[T, N, D\] = \[2, 3, 12\]"),
+    ({"start": torch.ones(12).double()}, [], r"start: expected shape \[N, D\] or \[T, N, D\]"),
+    ({"start": "given"}, [], "start: expected the tensor itself of a given start"),
+    ({}, [Phase("cross_entropy", 1, 0.1)], "support: tasks have no row, and phases of support rows need one"),
+    ({"start": torch.ones(3, 12).double()}, [], "3 ways and 0 support rows|no row of class 0"),
+]
+
+
+@pytest.mark.parametrize(("change", "phases", "message"), BAD_STARTS)
+def test_bad_given_starts(change: dict[str, Any], phases: list[Phase], message: str) -> None:
+    problem = Problem(phases, True, "given")
+    with pytest.raises(ValueError, match=message):
+        km.ops.program(
+            problem.support[:, :0], problem.labels[:, :0], problem.query, phases, **problem.options() | change
+        )
+
+
 # ---- ragged tasks
 
 
@@ -345,15 +436,15 @@ def draw_ragged(sizes: list[tuple[int, int, int]], D: int, seed: int = 0, dtype:
 SIZES = [(3, 7, 9), (5, 5, 1), (2, 11, 20), (4, 30, 3), (5, 26, 17)]
 
 
-def narrowed(options: dict[str, Any], ways: int) -> dict[str, Any]:
-    """What is learned for all tasks, for one with fewer ways."""
+def narrowed(options: dict[str, Any], t: int, ways: int) -> dict[str, Any]:
+    """What is learned for all tasks, for one with fewer ways; and what is given for this task."""
     mlp = options["mlp"]
     start = options["start"]
     if mlp.weight3.shape[0] > 1:  # not that of the equivariant gradient
         mlp = mlp._replace(weight1=mlp.weight1[:, :ways], weight3=mlp.weight3[:ways], bias3=mlp.bias3[:ways])
     return options | {
         "n_way": ways,
-        "start": start[:ways] if isinstance(start, Tensor) else start,
+        "start": start if isinstance(start, str) else start[:ways] if start.dim() == 2 else start[t, None, :ways],
         "bias": options["bias"][:ways] if options["classifier"] == "linear" else options["bias"],
         "mlp": mlp,
     }
@@ -368,7 +459,7 @@ def narrowed(options: dict[str, Any], ways: int) -> dict[str, Any]:
 def test_a_ragged_batch_equals_its_tasks_one_by_one(
     cosine: bool, name: str, start: str, bounded: bool, backend: str
 ) -> None:
-    problem = Problem((COSINE if cosine else LINEAR)[name], cosine, start, N=5, D=14).fresh()
+    problem = Problem((COSINE if cosine else LINEAR)[name], cosine, start, T=len(SIZES), N=5, D=14).fresh()
     batch = draw_ragged(SIZES, 14)
     if bounded:
         batch = batch._replace(ragged=batch.ragged._replace(max_support=31, max_query=20))
@@ -386,7 +477,7 @@ def test_a_ragged_batch_equals_its_tasks_one_by_one(
         for t, (s, q, ways) in enumerate(batch.tasks):
             one, one_weights = km.ops.program(
                 batch.support[None, s], batch.labels[None, s], batch.query[None, q], problem.phases,
-                return_weights=True, **narrowed(options, ways),
+                return_weights=True, **narrowed(options, t, ways),
             )  # fmt: skip
             one_theta = one_weights.weight
             assert_close([z[q, :ways], theta[t, :ways]], [one[0], one_theta[0]], 1e-12)

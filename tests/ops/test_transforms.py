@@ -70,6 +70,9 @@ PHASES = [km.nn.Phase("cross_entropy", 2, 0.1), km.nn.Phase("synthetic_gradient"
 CODES = encode(PHASES, None)
 
 
+UNLABELLED = [km.nn.Phase("entropy", 1, 0.1), km.nn.Phase("soft_assignment", 1, 0.5)]
+
+
 def program(
     support: Tensor, query: Tensor, rates: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, *mlp: Tensor
 ) -> Tensor:
@@ -85,6 +88,11 @@ def linear_program(support: Tensor, query: Tensor, rates: Tensor, start: Tensor,
         support, LABELS[: support.shape[0]], query, PHASES[:1], n_way=3, rates=rates, classifier="linear", start=start,
         bias=bias,
     )  # fmt: skip
+
+
+def given_program(query: Tensor, rates: Tensor, start: Tensor, scale: Tensor) -> Tensor:
+    nothing = query[:, :0], torch.zeros(query.shape[0], 0, dtype=torch.int64)
+    return km.ops.program(*nothing, query, UNLABELLED, n_way=3, rates=rates, start=start, scale=scale)
 
 
 def ridge(support: Tensor, query: Tensor, regularization: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -170,6 +178,14 @@ def cases() -> dict[str, Case]:
             {
                 **even, "theta0": start, "bias": shift, "rates": rates[:2], "phases": CODES[:4], "cosine": False,
                 "start": 1, "first_order": False, "coefficients": False,
+            },
+        ),
+        "given_program": Case(
+            given_program, (query, rates[:2], theta0, scale), program_op.OP,
+            {
+                "support": query[:, :0], "query": query, "support_labels": LABELS[:, :0], "n_way": 3, "theta0": theta0,
+                "scale": scale, "rates": rates[:2], "phases": encode(UNLABELLED, None), "cosine": True, "start": 3,
+                "first_order": False, "coefficients": False,
             },
         ),
         "ridge": Case(

@@ -88,6 +88,8 @@ CASES = [
     (True, "equivariant_gradient", "class_means", None),
     (True, "equivariant_gradient of the support rows", "learned", "mean"),
     (True, "nothing", "class_means", None),
+    (True, "four phases", "given", None),
+    (False, "entropy", "given", None),
     (False, "cross_entropy", "zero", None),
     (False, "squared_error", "class_means", None),
     (False, "hinge", "learned", "sum"),
@@ -106,6 +108,14 @@ def check_program(problem: Problem, **options: Any) -> None:
 @pytest.mark.parametrize(("cosine", "name", "start", "reduction"), CASES)
 def test_program(cosine: bool, name: str, start: str, reduction: str | None) -> None:
     check_program(Problem((COSINE if cosine else LINEAR)[name], cosine, start, T=1).fresh(), reduction=reduction)
+
+
+@interpreted
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_given_start_with_few_labelled_rows(rows: int) -> None:
+    problem = Problem([Phase("entropy", 1, 0.1), Phase("soft_assignment", 2, 1.0)], True, "given")
+    problem.support, problem.labels = problem.support[:, :rows], problem.labels[:, :rows].clamp(max=1)
+    check_program(problem.fresh())
 
 
 @interpreted
