@@ -15,9 +15,14 @@ ORACLES = {
     "soft_assignment": "query",
     "synthetic_gradient": "query",
     "equivariant_gradient": "query",
+    "proportions": "query",
+    "assignment": "query",
 }
 LABELLED = ("cross_entropy", "squared_error", "hinge")
 GUESSED = ("synthetic_gradient", "equivariant_gradient")  # by an MLP
+# Those that may know the shares of the query rows that the classes have, and what they take them to be if not told.
+SHARING = {"proportions": "uniform", "assignment": "uniform", "soft_assignment": "none"}
+MARGINALS = ("none", "uniform", "given")  # in the order of enum Shares in csrc/engine/marginals.h
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,20 @@ class Phase:
             With ``lr=1`` this is soft k-means (Ren et al. 2018). Cosine classifiers only;
             "synthetic_gradient": an MLP guesses the gradient from the logits (Hu et al. 2020);
             "equivariant_gradient": the same by an MLP that looks at each row and class by themselves, so that it takes
-            any number of classes, numbered in any order (:class:`kernelmeta.nn.EquivariantGradientMLP`).
+            any number of classes, numbered in any order (:class:`kernelmeta.nn.EquivariantGradientMLP`);
+            "proportions": the KL divergence of the mean prediction from the shares of the rows that the classes are
+            known to have;
+            "assignment": the same shares as a constraint: the gradient leads from the predictions to the nearest ones
+            whose mean they are (optimal transport; `kernelmeta.reference.transport`).
         steps: 0 or more.
         lr: the learning rate, the first value of the rates where they are learned.
         rows: "support" or "query"; the oracle's own if None.
         learn_rates: a module that runs the phase learns one rate for each step (Li et al. 2017, Meta-SGD).
+        marginals: what "proportions", "assignment" and "soft_assignment" take the classes' shares of the query rows to
+            be: "uniform", "given" (the ``proportions`` of the call) or, for "soft_assignment", "none": it shares each
+            row out by itself. None: uniform, or of "soft_assignment" none.
+        relax: above 0 and at most 1: how far "assignment" and "soft_assignment" trust the shares. 1: they are met;
+            less, for shares that were counted on a few rows: a KL divergence of weight relax / (1 - relax) from them.
 
     Raises:
         ValueError, TypeError: an argument that is not as above, named.
@@ -49,6 +63,8 @@ class Phase:
     lr: float
     rows: str | None = None
     learn_rates: bool = False
+    marginals: str | None = None
+    relax: float = 1.0
 
     def __post_init__(self) -> None:
         if self.oracle not in ORACLES:
@@ -67,8 +83,20 @@ class Phase:
             raise ValueError(f"rows: expected support, query or None, got {self.rows!r}")
         if self.rows == "query" and self.oracle in LABELLED:
             raise ValueError(f"rows: {self.oracle} needs labels, and the query rows have none; use support")
-        if self.rows == "support" and self.oracle == "soft_assignment":
-            raise ValueError("rows: soft_assignment is for query rows, got support")
+        if self.rows == "support" and self.oracle in SHARING:
+            raise ValueError(f"rows: {self.oracle} is for query rows, got support")
+        if self.marginals is None:
+            object.__setattr__(self, "marginals", SHARING.get(self.oracle, "none"))
+        least = "uniform" if self.oracle in ("proportions", "assignment") else "none"
+        accepted = MARGINALS[MARGINALS.index(least) :] if self.oracle in SHARING else ("none",)
+        if self.marginals not in accepted:
+            raise ValueError(f"marginals: {self.oracle} takes {', '.join(accepted)}, got {self.marginals!r}")
+        if not isinstance(self.relax, (int, float)) or isinstance(self.relax, bool):
+            raise TypeError(f"relax: expected a float, got {type(self.relax).__name__}")
+        if not 0 < self.relax <= 1:
+            raise ValueError(f"relax: expected more than 0 and at most 1, got {self.relax}")
+        if self.relax != 1 and (self.oracle == "proportions" or self.marginals == "none"):
+            raise ValueError(f"relax: there is no constraint of {self.oracle} to relax, got {self.relax}")
 
     def means(self, reduction: str | None) -> bool:
         """Whether the loss is the mean over the rows, rather than the sum.

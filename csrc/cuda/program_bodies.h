@@ -77,6 +77,16 @@ KERNELMETA_INLINE bool task_is_invalid(B& block, const Problem& p, int64_t t) {
                     p.support.of(t), &query);
 }
 
+// Whether the offsets of a program's bags do not rise from 0 to the task's number of query rows.
+template <class B, class C>
+KERNELMETA_INLINE bool bags_are_invalid(B& block, const ProgramProblem<C>& p, int64_t t) {
+  const int64_t* offsets = p.bag_offsets + t * (p.bags + 1);
+  return p.bag_offsets && block.any(p.bags + 1, [&](int64_t b) {
+    if (b == 0) return offsets[0] != 0;
+    return offsets[b] < offsets[b - 1] || (b == p.bags && offsets[b] != p.query.count(t));
+  });
+}
+
 // out [first row of t ..][width], of all rows of task t
 template <class B, class C = typename B::Scalar>
 KERNELMETA_INLINE void fill_rows_nan(B& block, const TaskRows& rows, int64_t t, int64_t width, C* out) {
@@ -118,7 +128,7 @@ KERNELMETA_INLINE void program_forward_body(void* place, const ProgramForward<C>
   for (int64_t t = tasks.first; t < p.T; t += tasks.step) {
     B block;
     C* kept = f.trace ? f.trace + t * call.stride : nullptr;
-    if (task_is_invalid(block, p, t)) {
+    if (task_is_invalid(block, p, t) || bags_are_invalid(block, p, t)) {
       fill_rows_nan(block, p.query, t, p.N, f.logits);
       fill_rows_nan(block, p.support, t, p.N, f.support_coefficients);
       fill_rows_nan(block, p.query, t, p.N, f.query_coefficients);
@@ -174,14 +184,16 @@ KERNELMETA_INLINE void program_backward_body(void* place, const ProgramBackward<
     fill_share_nan(block, f.grad_support, p.support.all * p.D, tasks);
     fill_share_nan(block, f.grad_query, p.query.all * p.D, tasks);
     fill_share_nan(block, f.grad_start, p.T * p.N * p.D, tasks);
+    fill_share_nan(block, f.grad_proportions, p.T * p.bags * p.N, tasks);
     fill_nan(block, partial, size);
     return;
   }
   for (int64_t t = tasks.first; t < p.T; t += tasks.step) {
-    if (task_is_invalid(block, p, t)) {
+    if (task_is_invalid(block, p, t) || bags_are_invalid(block, p, t)) {
       fill_rows_nan(block, p.support, t, p.D, f.grad_support);
       fill_rows_nan(block, p.query, t, p.D, f.grad_query);
       fill_nan(block, f.grad_start ? f.grad_start + t * p.N * p.D : nullptr, p.N * p.D);
+      fill_nan(block, f.grad_proportions ? f.grad_proportions + t * p.bags * p.N : nullptr, p.bags * p.N);
       broken = true;
       continue;
     }

@@ -20,6 +20,8 @@ enum class Oracle : int64_t {
   kSoftAssignment = 4,
   kSyntheticGradient = 5,
   kEquivariantGradient = 6,
+  kProportions = 7,
+  kAssignment = 8,
   kEnd  // their number
 };
 
@@ -229,6 +231,29 @@ struct EquivariantGradient {
   KERNELMETA_INLINE static void backward(const Args&...) {}
 };
 
+// Those that know the classes' shares of the rows (marginals.h).
+struct Proportions {
+  static constexpr Oracle kOracle = Oracle::kProportions;
+  static constexpr const char* kName = "proportions";
+  static constexpr bool kNeedsLabels = false;
+
+  template <class... Args>
+  KERNELMETA_INLINE static void forward(const Args&...) {}
+  template <class... Args>
+  KERNELMETA_INLINE static void backward(const Args&...) {}
+};
+
+struct Assignment {
+  static constexpr Oracle kOracle = Oracle::kAssignment;
+  static constexpr const char* kName = "assignment";
+  static constexpr bool kNeedsLabels = false;
+
+  template <class... Args>
+  KERNELMETA_INLINE static void forward(const Args&...) {}
+  template <class... Args>
+  KERNELMETA_INLINE static void backward(const Args&...) {}
+};
+
 template <class... Each>
 struct OracleList {
   static constexpr int64_t kCount = sizeof...(Each);
@@ -249,7 +274,7 @@ struct OracleList {
 
 // In the order of enum Oracle, and of ORACLES in kernelmeta/phases.py.
 using Oracles = OracleList<CrossEntropy, SquaredError, Hinge, Entropy, SoftAssignment, SyntheticGradient,
-                           EquivariantGradient>;
+                           EquivariantGradient, Proportions, Assignment>;
 static_assert(Oracles::in_order() && Oracles::kCount == int64_t(Oracle::kEnd),
               "every oracle of the enum has its struct in the list, in the same order");
 
@@ -258,7 +283,8 @@ constexpr int64_t kOracles = Oracles::kCount;
 // for rounding.
 constexpr bool blind_to_shift(Oracle oracle) {
   return oracle == Oracle::kCrossEntropy || oracle == Oracle::kHinge || oracle == Oracle::kEntropy ||
-         oracle == Oracle::kSoftAssignment || oracle == Oracle::kEquivariantGradient;
+         oracle == Oracle::kSoftAssignment || oracle == Oracle::kEquivariantGradient ||
+         oracle == Oracle::kProportions || oracle == Oracle::kAssignment;
 }
 constexpr bool needs_labels(Oracle oracle) { return Oracles::needs_labels(oracle); }
 

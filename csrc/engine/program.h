@@ -43,6 +43,7 @@ struct ProgramLoop {
   Mlp<B> support_mlp, query_mlp;           // in the same memory
   C* pair_memory;
   PairInputs<B> support_pairs, query_pairs;  // likewise
+  Marginals<B> marginals;
 
   KERNELMETA_INLINE ProgramLoop(B& block, const ProgramShape& s, const ProgramParameters<C>& with,
                                 Arena<C>& arena)
@@ -59,7 +60,8 @@ struct ProgramLoop {
         query_mlp(mlp_in(block, query_sizes, *with.mlp, mlp_memory)),
         pair_memory(s.pairs ? arena.take(pairs_size(s)) : nullptr),
         support_pairs(pairs_in(block, s.N, s.S, pair_memory)),
-        query_pairs(pairs_in(block, s.N, s.Q, pair_memory)) {}
+        query_pairs(pairs_in(block, s.N, s.Q, pair_memory)),
+        marginals(arena, block, s.shares ? s.N : 0, s.Q) {}
   ProgramLoop(const ProgramLoop&) = delete;
 
   // From trace.u[0] (rows times theta0, plus the bias if linear) and r2[0] on: fills the trace.
@@ -280,6 +282,12 @@ struct ProgramLoop {
       if (phase.mean) scale_rows(to, part, C(1) / C(part.count));
       return;
     }
+    if (phase.shares != Shares::kNone) {
+      each_bag(phase, part, nullptr, [&](const auto& bag, C share) {
+        marginals.forward(phase.oracle, bag, C(phase.tau()), share, z, to);
+      });
+      return;
+    }
     const OracleRows<B> rows = oracle_rows(phase, part);
     with_oracle(phase.oracle, [&](auto oracle) { oracle.forward(rows, z, to); });
   }
@@ -301,6 +309,12 @@ struct ProgramLoop {
       of_pairs.backward(z, adj.gz);
       return;
     }
+    if (phase.shares != Shares::kNone) {
+      each_bag(phase, part, grad.proportions, [&](const auto& bag, C share) {
+        marginals.backward(phase.oracle, bag, C(phase.tau()), share, z, gs, adj.gg, adj.gz);
+      });
+      return;
+    }
     const OracleRows<B> rows = oracle_rows(phase, part);
     if (phase.oracle == Oracle::kSquaredError) {
       block.unfenced().rows(s.N, s.ld(), [&](int64_t n, auto row) {
@@ -312,6 +326,22 @@ struct ProgramLoop {
       });
     }
     with_oracle(phase.oracle, [&](auto oracle) { oracle.backward(rows, z, gs, adj.gg, adj.gz); });
+  }
+
+  // f(bag, what the sum over the rows is multiplied by) for every bag with a row.
+  template <class F>
+  KERNELMETA_INLINE void each_bag(const Phase& phase, RowRange part, C* grad_proportions, F f) const {
+    const C share = phase.mean ? C(1) / C(part.count) : C(1);
+    const bool given = phase.shares == Shares::kGiven;
+    for (int64_t b = 0; b < with.bags; ++b) {
+      const int64_t first = with.bag_offsets ? with.bag_offsets[b] : 0;
+      const int64_t rows = (with.bag_offsets ? with.bag_offsets[b + 1] : part.count) - first;
+      if (rows == 0) continue;
+      const int64_t at = b * with.proportions_ld;
+      f(typename Marginals<B>::Bag{part.ld(), first, rows, given ? with.proportions + at : nullptr,
+                                   given && grad_proportions ? grad_proportions + at : nullptr},
+        share);
+    }
   }
 
   KERNELMETA_INLINE void scale_rows(C* array, RowRange part, C factor) {

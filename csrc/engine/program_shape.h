@@ -3,6 +3,7 @@
 #pragma once
 
 #include "engine/inner_loop.h"
+#include "engine/marginals.h"
 #include "engine/oracles.h"
 #include "engine/pair_inputs.h"
 
@@ -13,6 +14,10 @@ struct Phase {
   bool query;  // uses the query rows; else the support rows
   bool mean;   // the loss is the mean over the rows; else their sum
   int64_t steps;
+  Shares shares = Shares::kNone;  // of the rows, that the classes have
+  double relax = 1;               // how nearly T keeps to them, see marginals.h
+
+  KERNELMETA_INLINE double tau() const { return (1 - relax) / relax; }
 };
 
 // One task's sizes, and the program.
@@ -25,6 +30,7 @@ struct ProgramShape {
   bool uses_support, uses_query;  // some phase does
   bool coefficients;              // P and a are wanted
   bool pairs;                     // the MLP is that of the equivariant gradient
+  bool shares;                    // some phase knows the classes' shares of the rows
 
   KERNELMETA_INLINE RowRange support() const { return {0, uses_support ? S : 0}; }
   KERNELMETA_INLINE RowRange query() const { return {support().ld(), Q}; }
@@ -91,6 +97,9 @@ struct ProgramParameters {
   const C* y;            // [N][padded(S)] one-hot support labels
   const C* class_sizes;  // [N] support rows of each class
   bool first_order;      // steps are constants (linear only)
+  const C* proportions;  // [bags][proportions_ld], the given shares; or null
+  int64_t proportions_ld, bags;
+  const int64_t* bag_offsets;  // [bags + 1], of the query rows; null: one bag
 };
 
 // Gradients of the parameters, added to.
@@ -99,6 +108,7 @@ struct ProgramLoopGrad {
   C *scale, *bias, *target;  // [1] each
   C* rates;                  // [K]
   const FoldedMlpGrad<C>* mlp;
+  C* proportions;  // [bags][proportions_ld] or null
 };
 
 }  // namespace kernelmeta

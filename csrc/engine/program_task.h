@@ -25,6 +25,9 @@ struct ProgramProblem {
   const C* weight;                 // [D] or null; class means
   const C *scale, *bias, *target;  // one value each, or null: 1, 0, 1
   const C* rates;                  // [K]
+  const C* proportions;            // [T][bags][N], what the classes are known to have; or null
+  const int64_t* bag_offsets;      // [T][bags + 1], of a task's query rows; null: one bag
+  int64_t bags = 1;
 
   // Whether every class needs a support row: not where the start does not come from them.
   KERNELMETA_INLINE bool every_class() const { return start != Start::kGiven; }
@@ -49,8 +52,10 @@ struct ProgramProblem {
                    false,
                    false,
                    coefficients,
-                   pairs};
+                   pairs,
+                   false};
     for (int64_t i = 0; i < n_phases; ++i) {
+      if (phases[i].steps > 0 && phases[i].shares != Shares::kNone) s.shares = true;
       if (phases[i].steps > 0) (phases[i].query ? s.uses_query : s.uses_support) = true;
     }
     return s;
@@ -95,6 +100,7 @@ struct ProgramBackward {
   const C* grad_start_coefficients;
   C *grad_support, *grad_query;  // [sum S][D], [sum Q][D] or null
   C* grad_start;                 // [T][N][D]; given start
+  C* grad_proportions;           // [T][bags][N] or null
 };
 
 // Elements that the trace of a task takes.
@@ -151,7 +157,11 @@ struct ProgramTask {
                    &mlp,
                    y,
                    class_sizes,
-                   p.first_order},
+                   p.first_order,
+                   p.proportions ? p.proportions + t * p.bags * p.N : nullptr,
+                   p.N,
+                   p.bags,
+                   p.bag_offsets ? p.bag_offsets + t * (p.bags + 1) : nullptr},
         loop(block, shape, parameters, arena),
         trace(),
         features{block, shape, {}, {}, trace, nullptr, p.start_bias, p.first_order},
@@ -197,7 +207,9 @@ struct ProgramTask {
     const int64_t support_first = p.support.first(t), query_first = p.query.first(t), D = p.D;
     prepare();
     if (p.coefficients) coefficients_backward(f, adjoint);
-    const ProgramLoopGrad<C> of_loop{grad.scale, grad.bias, grad.target, grad.rates, &grad.mlp};
+    C* of_shares = f.grad_proportions ? f.grad_proportions + t * p.bags * p.N : nullptr;
+    if (of_shares) block.unfenced().features_zero(p.bags, p.N, of_shares);
+    const ProgramLoopGrad<C> of_loop{grad.scale, grad.bias, grad.target, grad.rates, &grad.mlp, of_shares};
     const C* grad_logits = f.grad_logits + query_first * p.N;
     C* gsupport = f.grad_support ? f.grad_support + support_first * D : nullptr;
     C* gquery = f.grad_query ? f.grad_query + query_first * D : nullptr;

@@ -2,6 +2,8 @@
 // cuda/program.h.
 #pragma once
 
+#include <cstring>
+
 #include "engine/program_task.h"
 #include "ops/sums.h"
 #include "ops/tasks.h"
@@ -17,6 +19,8 @@ struct ProgramCall {
   Tensor rates = in.take<Tensor>("rates");
   MlpTensors<OptionalTensor> mlp{in};
   OptionalTensor running_stats = in.take<OptionalTensor>("running_stats");
+  OptionalTensor proportions = in.take<OptionalTensor>("proportions");
+  OptionalTensor bag_offsets = in.take<OptionalTensor>("bag_offsets");
   int64_t n_way = in.take<int64_t>("n_way");
   std::vector<int64_t> phases = in.take<std::vector<int64_t>>("phases");
   bool cosine = in.take<bool>("cosine");
@@ -42,19 +46,21 @@ struct ProgramBackwardCall {
   bool need_support = in.take<bool>("need_support"), need_query = in.take<bool>("need_query");
 };
 
+// Of a phase: oracle, of query rows, mean, steps, shares, the bits of `relax`.
+inline constexpr size_t kPhaseNumbers = 6;
+
 // Whether the MLP is that of equivariant gradients.
 inline bool has_pairs(const std::vector<int64_t>& phases) {
-  for (size_t i = 0; i < phases.size(); i += 4) {
+  for (size_t i = 0; i < phases.size(); i += kPhaseNumbers) {
     if (phases[i] == int64_t(Oracle::kEquivariantGradient)) return true;
   }
   return false;
 }
 
-// [oracle, of query rows, mean, steps] of every phase, one after the other.
 inline std::vector<Phase> phases_of(const std::vector<int64_t>& numbers, bool cosine, bool has_mlp) {
-  require(numbers.size() % 4 == 0, "phases: expected four numbers a phase");
+  require(numbers.size() % kPhaseNumbers == 0, "phases: expected six numbers a phase");
   std::vector<Phase> phases;
-  for (size_t i = 0; i < numbers.size(); i += 4) {
+  for (size_t i = 0; i < numbers.size(); i += kPhaseNumbers) {
     require(numbers[i] >= 0 && numbers[i] < kOracles, "phases: unknown oracle");
     const auto oracle = Oracle(numbers[i]);
     const bool query = numbers[i + 1] != 0;
@@ -66,7 +72,16 @@ inline std::vector<Phase> phases_of(const std::vector<int64_t>& numbers, bool co
     require(!asks || has_mlp, "phases: a synthetic or equivariant gradient needs its MLP");
     require(!asks || (oracle == Oracle::kEquivariantGradient) == has_pairs(numbers),
             "phases: a program has one MLP, of synthetic or of equivariant gradients");
-    if (numbers[i + 3] > 0) phases.push_back({oracle, query, numbers[i + 2] != 0, numbers[i + 3]});
+    require(numbers[i + 4] >= 0 && numbers[i + 4] <= 2, "phases: unknown shares");
+    const auto shares = Shares(numbers[i + 4]);
+    const bool of_rows = oracle == Oracle::kProportions || oracle == Oracle::kAssignment;
+    require(shares != Shares::kNone ? query && (of_rows || oracle == Oracle::kSoftAssignment) : !of_rows,
+            "phases: shares are for proportions, assignment and soft assignment, of query rows");
+    double relax;
+    std::memcpy(&relax, &numbers[i + 5], sizeof relax);
+    require(relax > 0 && relax <= 1, "phases: relax must be above 0 and at most 1");
+    if (numbers[i + 3] > 0)
+      phases.push_back({oracle, query, numbers[i + 2] != 0, numbers[i + 3], shares, relax});
   }
   return phases;
 }
@@ -79,7 +94,8 @@ struct ProgramArguments : RaggedArguments {
   bool pairs;
   MlpParameters<C> mlp;
   std::vector<Phase> phases;
-  Parameter<C> theta0, weight, start_bias, rates;
+  Parameter<C> theta0, weight, start_bias, rates, proportions;
+  OptionalTensor bag_offsets;
   ProgramProblem<C> problem;
 
   ProgramArguments(const RaggedRowTensors& rows, const ProgramCall& call)
@@ -125,6 +141,7 @@ struct ProgramArguments : RaggedArguments {
       start_bias = Parameter<C>(on, call.bias, {N}, "bias");
     }
     rates = Parameter<C>(on, call.rates, {K}, "rates");
+    take_proportions(call);
     problem.theta0 = theta0;
     problem.weight = weight;
     problem.start_bias = start_bias;
@@ -154,6 +171,45 @@ struct ProgramArguments : RaggedArguments {
     return p;
   }
   Sizes mlp_sizes() const { return problem.mlp_sizes(); }
+
+ private:
+  void take_proportions(const ProgramCall& call) {
+    const int64_t T = query.T(), N = call.n_way;
+    bool wanted = false, given = false;
+    for (const Phase& phase : phases) {
+      wanted = wanted || phase.shares != Shares::kNone;
+      given = given || phase.shares == Shares::kGiven;
+    }
+    require(!given || call.proportions.has_value(), "phases of given shares need proportions");
+    problem.bags = 1;
+    if (call.bag_offsets) {
+      const Tensor& offsets = *call.bag_offsets;
+      require(on.holds(offsets) && offsets.dim() == 2 && offsets.size(0) == T && offsets.size(1) >= 2 &&
+                  offsets.scalar_type() == ScalarType::Long,
+              "bag_offsets must be a tensor [T, bags + 1] of int64 on the features' device");
+      bag_offsets = dense(offsets);
+      problem.bags = offsets.size(1) - 1;
+      problem.bag_offsets = integers(*bag_offsets);
+      if (on.cpu) check_bags();
+    }
+    Elements().add({T, problem.bags, N});
+    if (wanted) Elements().add({4, N, query.all_rows() + 32}).add({N, N});
+    if (call.proportions) {
+      proportions = Parameter<C>(on, call.proportions, {T, problem.bags, N}, "proportions");
+      problem.proportions = proportions;
+    }
+  }
+
+  void check_bags() const {
+    for (int64_t t = 0; t < query.T(); ++t) {
+      const int64_t* offsets = problem.bag_offsets + t * (problem.bags + 1);
+      bool rising = offsets[0] == 0 && offsets[problem.bags] == query.count(t);
+      for (int64_t b = 0; b < problem.bags; ++b) rising = rising && offsets[b] <= offsets[b + 1];
+      if (rising) continue;
+      refuse("bag_offsets: task " + std::to_string(t) + ": expected numbers that rise from 0 to its " +
+             std::to_string(query.count(t)) + " query rows");
+    }
+  }
 };
 
 struct ProgramOp {
@@ -185,8 +241,8 @@ struct ProgramOp {
 
 struct ProgramBackwardOp {
   static constexpr const char* name = "program_backward";
-  // of support, query, theta0, weight, scale, bias, target_scale, rates, and the MLP's ten
-  static constexpr size_t results = 18;
+  // of support, query, theta0, weight, scale, bias, target_scale, rates, the MLP's ten, and proportions
+  static constexpr size_t results = 19;
   using Call = ProgramBackwardCall;
 
   template <class Device>
@@ -234,13 +290,14 @@ struct ProgramBackwardOp {
       const Tensor bias = gradient(call.of.bias, p.cosine ? g.bias : g.start_bias, true);
       const Tensor target = gradient(call.of.target_scale, g.target, true);
       const Tensor rates = gradient(call.of.rates, g.rates, true);
-      kernel.backward(
-          {p, trace, grad_logits, of_support, of_query, of_start, data_if<C>(call.need_support, support),
-           data_if<C>(call.need_query, query), data_if<C>(given, theta0)},
-          sums);
-      return Tensors<results>{support,   query,   theta0,    weight,   scale,     bias,
-                              target,    rates,   m.weight1, m.bias1,  m.gain1,   m.shift1,
-                              m.weight2, m.bias2, m.gain2,   m.shift2, m.weight3, m.bias3};
+      const Tensor proportions = empty_if<C>(call.of.proportions.has_value(), a.on, {p.T, p.bags, p.N});
+      kernel.backward({p, trace, grad_logits, of_support, of_query, of_start,
+                       data_if<C>(call.need_support, support), data_if<C>(call.need_query, query),
+                       data_if<C>(given, theta0), data_if<C>(call.of.proportions.has_value(), proportions)},
+                      sums);
+      return Tensors<results>{support, query,     theta0,    weight,  scale,      bias,      target,
+                              rates,   m.weight1, m.bias1,   m.gain1, m.shift1,   m.weight2, m.bias2,
+                              m.gain2, m.shift2,  m.weight3, m.bias3, proportions};
     });
   }
 };

@@ -186,6 +186,14 @@ struct ProgramCase {
   bool coefficients = false, first_order = false, running = false, bank = false, weight = false;
   bool need_support = true, need_query = true;
   double rate = 0.02, along = 0;  // the least rate; see Episode
+  int64_t bags = 1;               // of a task's query rows
+
+  bool given_shares() const {
+    for (const Phase& phase : phases) {
+      if (phase.shares == Shares::kGiven) return true;
+    }
+    return false;
+  }
 
   bool pairs() const {
     for (const Phase& phase : phases) {
@@ -204,7 +212,8 @@ struct ProgramEpisode {
   Tasks tasks;
   int64_t K = 0;
   Vec theta0, start_bias, weight, scale, bias, target, rates, mlp, running, grad_logits, grad_support,
-      grad_query, grad_start;
+      grad_query, grad_start, proportions;
+  std::vector<int64_t> bag_offsets;
 
   explicit ProgramEpisode(const ProgramCase& of)
       : c(of),
@@ -223,6 +232,21 @@ struct ProgramEpisode {
     grad_support = draw_floats(tasks.rows(false) * c.N);
     grad_query = draw_floats(tasks.rows(true) * c.N);
     grad_start = draw_floats(tasks.T() * c.N);
+    for (int64_t t = 0; t < tasks.T(); ++t) {
+      const int64_t Q = c.Q[size_t(t)], N = c.ways[size_t(t)];
+      for (int64_t b = 0; b <= c.bags; ++b) bag_offsets.push_back(b == c.bags ? Q : Q * b / c.bags);
+      for (int64_t b = 0; b < c.bags; ++b) {
+        // The first class has no share of the second bag.
+        Vec p = draw_floats(c.N, 0.2, 1);
+        double sum = 0;
+        for (int64_t n = 0; n < c.N; ++n) {
+          if (n >= N || (n == 0 && b == 1 && N > 1)) p[size_t(n)] = 0;
+          sum += p[size_t(n)];
+        }
+        for (double& x : p) x /= sum;
+        proportions.insert(proportions.end(), p.begin(), p.end());
+      }
+    }
   }
 
   template <class F>
@@ -240,6 +264,7 @@ struct ProgramEpisode {
                sc = exactly<C>(scale), b = exactly<C>(bias), ta = exactly<C>(target), r = exactly<C>(rates),
                m = exactly<C>(mlp), ru = exactly<C>(running), gz = exactly<C>(grad_logits),
                gs = exactly<C>(grad_support), gq = exactly<C>(grad_query), g0 = exactly<C>(grad_start);
+    const std::vector<C> shares(proportions.begin(), proportions.end());
     const C* at = m.data();
     const auto next = [&](int64_t n) {
       const C* piece = at;
@@ -272,6 +297,9 @@ struct ProgramEpisode {
     else
       p.start_bias = sb.data();
     p.target = ta.data(), p.rates = r.data();
+    p.bags = c.bags;
+    if (c.given_shares()) p.proportions = shares.data();
+    if (c.bags > 1) p.bag_offsets = bag_offsets.data();
     int64_t stride = 0;
     for (int64_t t = 0; t < T; ++t) {
       stride = std::max(stride, program_trace_size(p, p.shape(t, c.phases.data())));
@@ -283,7 +311,8 @@ struct ProgramEpisode {
 
     const int64_t all_s = tasks.rows(false), all_q = tasks.rows(true);
     Output<C> logits(all_q * N), again(all_q * N), of_support(all_s * N), of_query(all_q * N),
-        of_start(T * N), trace(T * stride), gsupport(all_s * D), gquery(all_q * D), gstart(T * N * D);
+        of_start(T * N), trace(T * stride), gsupport(all_s * D), gquery(all_q * D), gstart(T * N * D),
+        gshares(T * c.bags * N);
     ProgramForward<C> f{p, again.get(), nullptr, nullptr, nullptr, nullptr};
     if (c.coefficients) {
       f.support_coefficients = of_support.get();
@@ -300,7 +329,8 @@ struct ProgramEpisode {
     kernels.program_backward(
         {p, trace.get(), gz.data(), c.coefficients ? gs.data() : nullptr,
          c.coefficients ? gq.data() : nullptr, c.coefficients ? g0.data() : nullptr,
-         c.need_support ? gsupport.get() : nullptr, c.need_query ? gquery.get() : nullptr, gstart.get()},
+         c.need_support ? gsupport.get() : nullptr, c.need_query ? gquery.get() : nullptr, gstart.get(),
+         c.given_shares() ? gshares.get() : nullptr},
         call, grad, 0, T);
     Named all;
     logits.keep(all, "logits");
@@ -313,6 +343,7 @@ struct ProgramEpisode {
     if (c.need_support) gsupport.keep(all, "support");
     if (c.need_query) gquery.keep(all, "query");
     if (c.start == Start::kGiven) gstart.keep(all, "given start");
+    if (c.given_shares()) gshares.keep(all, "proportions");
     const auto keep = [&](const char* name, const C* from, int64_t rows, int64_t n, int64_t ld) {
       Vec values;
       for (int64_t i = 0; i < rows; ++i) values.insert(values.end(), from + i * ld, from + i * ld + n);
@@ -401,6 +432,19 @@ std::vector<ProgramCase> program_cases() {
   guesses.rate = 0.3, guesses.along = 0.5, guesses.bank = true;
   add("no steps", 8, 2, 0, {3}, {5}, {2}, {}, true, Start::kClassMeans).coefficients = true;
   add("no steps, linear", 8, 2, 0, {3}, {5}, {2}, {}, false, Start::kLearned);
+  const Phase divergence{Oracle::kProportions, true, true, 2, Shares::kGiven};
+  const Phase transports{Oracle::kAssignment, true, true, 2, Shares::kGiven};
+  const Phase relaxed{Oracle::kSoftAssignment, true, false, 1, Shares::kGiven, 0.75};
+  const Phase uniform{Oracle::kSoftAssignment, true, false, 1, Shares::kUniform};
+  add("known shares", 11, 3, 0, {4, 4}, {11, 11}, {3, 3}, {divergence, transports}, true, Start::kClassMeans)
+      .coefficients = true;
+  auto& in_bags = add("known shares of bags, unequal tasks", 9, 4, 0, {0, 5, 4}, {21, 18, 3}, {4, 3, 2},
+                      {relaxed, divergence, uniform, transports}, true, Start::kGiven);
+  in_bags.bags = 3, in_bags.coefficients = in_bags.bank = true;
+  add("known shares, linear", 12, 5, 0, {7}, {20}, {5}, {transports, divergence}, false, Start::kLearned);
+  auto& cancelling = add("known shares at rows nearly parallel", 6, 3, 0, {4, 4}, {9, 9}, {3, 3},
+                         {transports, relaxed}, true, Start::kLearned);
+  cancelling.rate = 0.3, cancelling.along = 0.5;
   add("a given start, no labelled row", 10, 3, 0, {0, 0}, {9, 9}, {3, 3}, {entropy, assigns}, true,
       Start::kGiven)
       .coefficients = true;

@@ -19,6 +19,7 @@ DEMOS = {
     "lqf": ("kernelmeta.linear.lqf_demo", "linear-quadratic fine-tuning beside the whole network's"),
     "spinning-lines": ("kernelmeta.demos.spinning_lines", "slopes guessed from unlabelled rows, against the posterior"),
     "domains": ("kernelmeta.demos.domains", "digits of a domain that no training saw, a minibatch at a time"),
+    "proportions": ("kernelmeta.demos.proportions", "rows whose classes' shares are known, counted or of bags"),
     "certificate": ("kernelmeta.linear.certificates", "convergence that is certain, and what happens"),
 }
 

@@ -45,3 +45,27 @@ def domains_plot(path: str | os.PathLike[str], found: dict[str, Any]) -> None:
         axes.set(title=target, xlabel="accuracy, %", yticks=range(len(methods)), yticklabels=methods)
         axes.grid(axis="x", linewidth=0.3)
     save(figure, path)
+
+
+def proportions_plot(path: str | os.PathLike[str], found: dict[str, Any]) -> None:
+    """Gains by how many rows were counted, and accuracy without labels. Raises OSError.
+
+    Args:
+        path: of the file.
+        found: what `kernelmeta.demos.proportions.run` writes as JSON.
+    """
+    figure, (left, right) = new_panels(2)
+    counted = found["counted"]
+    for name in ("relaxed", "hard"):
+        means = [row[name]["gain"] for row in counted]
+        left.errorbar(range(len(counted)), means, [row[name]["ci95"] for row in counted], marker="o", label=name)
+    left.axhline(0, color="grey", linewidth=0.5)
+    left.set(xlabel="rows counted", ylabel="points over soft k-means")
+    left.set(xticks=range(len(counted)), xticklabels=[row["rows"] for row in counted])
+    left.legend()
+    bags = found["bags"]
+    for at, value in enumerate(bags.values()):
+        right.errorbar([value["accuracy"]], [at], xerr=[value["ci95"]], marker="o")
+    right.set(xlabel="accuracy, %", yticks=range(len(bags)), yticklabels=list(bags))
+    right.grid(axis="x", linewidth=0.3)
+    save(figure, path)

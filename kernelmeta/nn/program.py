@@ -28,7 +28,9 @@ class Program(Learner):
         classifier: "cosine", ``Z = scale (bias + cos(x, theta))``, or "linear", ``Z = x theta^T + bias``, whose bias
             is adapted too.
         start: "class_means" (means of the normalised support rows, weighted), "learned" (one start for all tasks),
-            "zero" (linear only) or "given" (with each call, from outside: then a task needs no labelled row).
+            "zero" (linear only), "given" (with each call, from outside) or "mean_map" (from the means of bags of query
+            rows whose proportions are given, :func:`kernelmeta.ops.mean_map`). With the last two a task needs no
+            labelled row.
         norm_stats: whose statistics the BatchNorm of the MLP that guesses gradients uses: "task" (each task its own) or
             "running" (those in ``mlp.running_stats``, e.g. of a trained :class:`SIB`; a program does not update them).
         hidden: hidden units of the MLP; 8 N, or 16 of an equivariant gradient's, if None.
@@ -71,7 +73,7 @@ class Program(Learner):
         for phase in phases:
             if not isinstance(phase, Phase):
                 raise TypeError(f"phases: expected kernelmeta.nn.Phase, got {type(phase).__name__}")
-        check_combination(phases, classifier, start, False)
+        check_combination(phases, classifier, "given" if start == "mean_map" else start, False)
         if norm_stats not in ("task", "running"):
             raise ValueError(f"norm_stats: expected one of task, running, got {norm_stats!r}")
         if reduction not in ("mean", "sum", None):
@@ -120,17 +122,22 @@ class Program(Learner):
         *,
         ragged: Ragged | None = None,
         start: Tensor | None = None,
+        proportions: Tensor | None = None,
+        bag_offsets: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Classifier]:
         """Classify the query rows of T tasks.
 
         Args:
-            support: [T, S, D]; every class needs at least one row, counts may differ. With a given start, classes may
-                have none, and ``support`` and ``support_labels`` may be None where there is no labelled row at all.
+            support: [T, S, D]; every class needs at least one row, counts may differ. Where the start does not come
+                from these rows, classes may have none; without any, ``support`` and ``support_labels`` are None.
             support_labels: [T, S] int64 in 0..N-1.
             query: [T, Q, D].
             return_weights: return the classifiers too.
             ragged: tasks of unequal size; then features are [all rows, D] and labels [all support rows].
             start: [T, N, D], or [N, D] for all tasks alike, of a program that starts from what it is given.
+            proportions: [T, N], the shares of the query rows that the classes have, for phases with
+                ``marginals="given"`` and the start "mean_map"; with bags [T, B, N].
+            bag_offsets: [T, B + 1], or [B + 1] for all tasks alike: where the bags of the query rows begin and end.
 
         Returns:
             Logits [T, Q, N] or [all query rows, N]; with ``return_weights`` a pair of them and the `Classifier`.
@@ -144,7 +151,16 @@ class Program(Learner):
                 if start is None
                 else f"start: expected None, since the program starts from {self.start!r}"
             )
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {} if proportions is None else {"proportions": proportions}
+        if bag_offsets is not None:
+            options["bag_offsets"] = bag_offsets
+        if self.start == "mean_map":
+            if proportions is None or bag_offsets is None:
+                raise ValueError("start: 'mean_map' needs proportions and bag_offsets")
+            check_tensors(query=query, proportions=proportions, bag_offsets=bag_offsets)
+            start = ops.mean_map(query, proportions, bag_offsets, normalize=self.classifier == "cosine")
+            if all(p.marginals != "given" for p in self.phases if p.steps):
+                options = {}  # nothing but the start reads them
         if start is not None:
             check_tensors(query=query, start=start)
             T = query.shape[0] if ragged is None else ragged.support_offsets.shape[0] - 1

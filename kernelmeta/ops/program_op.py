@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -17,13 +18,13 @@ from torch.nn.functional import normalize, pad
 
 from kernelmeta.backends import is_traced, select
 from kernelmeta.mlp_parameters import MLPParameters
-from kernelmeta.ops import _checks, _gram_program, _ragged
+from kernelmeta.ops import _checks, _gram_program, _marginals, _ragged
 from kernelmeta.ops._differentiable import DifferentiableOp
 from kernelmeta.ops._gram_program import Gram
 from kernelmeta.ops._signature import mlp_of, mlp_tensors
 from kernelmeta.ops._trace import elements, padded
 from kernelmeta.ops.class_means_op import class_means
-from kernelmeta.phases import GUESSED, ORACLES, Phase, total_steps
+from kernelmeta.phases import GUESSED, MARGINALS, ORACLES, Phase, total_steps
 from kernelmeta.reference.equivariant_gradient import PAIR_INPUTS
 from kernelmeta.reference.program import adapt
 from kernelmeta.reference.task_rows import as_labels, gathered
@@ -34,24 +35,39 @@ _OF_TENSORS = ("learned", "given")
 CLASSIFIERS = ("cosine", "linear")
 
 
+PHASE_NUMBERS = 6  # of one phase, see `encode`
+
+
 def encode(phases: Sequence[Phase], reduction: str | None) -> list[int]:
-    """Phases as the raw op takes them: oracle, of query rows, mean, steps. Those without a step are left out."""
+    """Phases as the raw op takes them: oracle, of query rows, mean, steps, marginals, ``relax`` as a double's bits.
+
+    Those without a step are left out.
+    """
     oracles = list(ORACLES)
     return [
         number
         for p in phases
         if p.steps
-        for number in (oracles.index(p.oracle), int(p.rows == "query"), int(p.means(reduction)), p.steps)
-    ]
+        for number in (
+            oracles.index(p.oracle), int(p.rows == "query"), int(p.means(reduction)), p.steps,
+            MARGINALS.index(str(p.marginals)), *struct.unpack("<q", struct.pack("<d", p.relax)),
+        )
+    ]  # fmt: skip
 
 
 def _decode(numbers: Sequence[int]) -> list[tuple[Phase, str]]:
     """Phases and the reduction of each."""
     oracles = list(ORACLES)
     return [
-        (Phase(oracles[o], steps, 1.0, "query" if query else "support"), "mean" if mean else "sum")
-        for o, query, mean, steps in zip(*[iter(numbers)] * 4, strict=True)
-    ]
+        (
+            Phase(
+                oracles[o], steps, 1.0, "query" if query else "support", marginals=MARGINALS[marginals],
+                relax=struct.unpack("<d", struct.pack("<q", relax))[0],
+            ),
+            "mean" if mean else "sum",
+        )
+        for o, query, mean, steps, marginals, relax in zip(*[iter(numbers)] * PHASE_NUMBERS, strict=True)
+    ]  # fmt: skip
 
 
 def _fake(call: Any) -> tuple[Tensor, ...]:
@@ -74,7 +90,7 @@ def _plain(call: Any) -> tuple[Tensor | None, ...]:
         mlp=None if mlp.weight1 is None else mlp, running_stats=call.running_stats,
         reduction=reductions.pop() if len(reductions) == 1 else None, first_order=call.first_order,
         support_index=call.support_index, query_index=call.query_index, ragged=_ragged.of_call(call),
-        coefficients=call.coefficients,
+        coefficients=call.coefficients, proportions=call.proportions, bag_offsets=call.bag_offsets,
     )  # fmt: skip
     kept = (results.support_coefficients, results.query_coefficients, results.start_coefficients)
     return results.logits, *(p if call.coefficients else None for p in kept)
@@ -83,7 +99,12 @@ def _plain(call: Any) -> tuple[Tensor | None, ...]:
 def _trace(call: Any) -> Any:
     """``ProgramTrace`` in csrc/engine/program_shape.h, of all tasks."""
     (T, S), (_, Q), _ = _ragged.shapes(call)
-    N, D, K, of_query = call.n_way, call.query.shape[-1], sum(call.phases[3::4]), call.phases[1::4]
+    N, D, K, of_query = (
+        call.n_way,
+        call.query.shape[-1],
+        sum(call.phases[3::PHASE_NUMBERS]),
+        call.phases[1::PHASE_NUMBERS],
+    )
     uses_support, uses_query = not all(of_query), any(of_query)
     ld = padded(Q) + (padded(S) if uses_support else 0)
     arrays: list[tuple[Any, ...]] = [(K + 1, N, ld), (K, N, ld)]
@@ -120,7 +141,8 @@ def _outgrow_gram(T: int, supports: int, queries: int, N: int, D: int, phases: t
     It takes (S + Q)^2 D / 2 multiplications a task, and (S + Q)^2 elements; without it a step takes 2 (S + Q) N D, in
     products that PyTorch's own are good at. Those come with some dozen calls a step.
     """
-    S, Q, of_query, steps = supports // max(T, 1), queries // max(T, 1), phases[1::4], sum(phases[3::4])
+    S, Q = supports // max(T, 1), queries // max(T, 1)
+    of_query, steps = phases[1::PHASE_NUMBERS], sum(phases[3::PHASE_NUMBERS])
     gram = (0 if all(of_query) else S * (S / 2 + Q)) + (Q * Q / 2 if any(of_query) else 0)
     rows = Q + (0 if all(of_query) else S)
     with_gram = gram * D + steps * gram * N
@@ -132,7 +154,8 @@ def _outgrow_gram(T: int, supports: int, queries: int, N: int, D: int, phases: t
 OP = DifferentiableOp(
     "program",
     f"{_ragged.FEATURES}, Tensor? theta0, Tensor? weight, Tensor? scale, Tensor? bias, Tensor? target_scale, "
-    f"Tensor rates, {mlp_tensors('Tensor?')}, Tensor? running_stats, int n_way, int[] phases, bool cosine, int start, "
+    f"Tensor rates, {mlp_tensors('Tensor?')}, Tensor? running_stats, Tensor? proportions, "
+    "Tensor? bag_offsets, int n_way, int[] phases, bool cosine, int start, "
     f"bool first_order, bool coefficients, {_ragged.SIZES}",
     results=("logits", "support_coefficients", "query_coefficients", "start_coefficients"),
     outputs=4,
@@ -146,6 +169,7 @@ OP = DifferentiableOp(
         "target_scale",
         "rates",
         *MLPParameters._fields,
+        "proportions",
     ),
     rows={"support": "support_index", "query": "query_index"},
     trace=_trace,
@@ -164,7 +188,7 @@ def program(
     target_scale: Tensor | None = ..., mlp: MLPParameters | None = ..., running_stats: Tensor | None = ...,
     reduction: str | None = ..., first_order: bool = ..., return_weights: Literal[False] = ...,
     support_index: Tensor | None = ..., query_index: Tensor | None = ..., ragged: Ragged | None = ...,
-    gram: Gram | None = ...,
+    gram: Gram | None = ..., proportions: Tensor | None = ..., bag_offsets: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def program(
@@ -174,7 +198,7 @@ def program(
     target_scale: Tensor | None = ..., mlp: MLPParameters | None = ..., running_stats: Tensor | None = ...,
     reduction: str | None = ..., first_order: bool = ..., return_weights: Literal[True],
     support_index: Tensor | None = ..., query_index: Tensor | None = ..., ragged: Ragged | None = ...,
-    gram: Gram | None = ...,
+    gram: Gram | None = ..., proportions: Tensor | None = ..., bag_offsets: Tensor | None = ...,
 ) -> tuple[Tensor, Classifier]: ...
 @overload
 def program(
@@ -184,7 +208,7 @@ def program(
     target_scale: Tensor | None = ..., mlp: MLPParameters | None = ..., running_stats: Tensor | None = ...,
     reduction: str | None = ..., first_order: bool = ..., return_weights: bool,
     support_index: Tensor | None = ..., query_index: Tensor | None = ..., ragged: Ragged | None = ...,
-    gram: Gram | None = ...,
+    gram: Gram | None = ..., proportions: Tensor | None = ..., bag_offsets: Tensor | None = ...,
 ) -> Tensor | tuple[Tensor, Classifier]: ...
 # fmt: on
 def program(
@@ -210,6 +234,8 @@ def program(
     query_index: Tensor | None = None,
     ragged: Ragged | None = None,
     gram: Gram | None = None,
+    proportions: Tensor | None = None,
+    bag_offsets: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Classifier]:
     """Start a classifier for each task, refine it by phases of steps, and classify the query rows.
 
@@ -251,11 +277,17 @@ def program(
             ``gram`` [T, S, S] and ``cross`` [T, Q, S] of any kernel. It takes ``classifier="linear"``,
             ``start="zero"`` and phases of support rows with losses; a bias is what the kernel has (K + 1). It runs as
             plain PyTorch everywhere.
+        proportions: for phases with ``marginals="given"``: [T, N], the shares of a task's query rows that its classes
+            have, 0 or more; they sum to 1 over the task's own ways. With ``bag_offsets`` [T, B, N], of each bag. A
+            class of share 0 gets no row.
+        bag_offsets: [T, B + 1] int64, or [B + 1] for all tasks alike: the query rows of a task are divided into B bags,
+            each with its own proportions: bag b owns the task's rows offsets[b] .. offsets[b + 1].
 
     Returns:
         Logits, [T, Q, N] or [sum Q, N], minus infinity beyond a task's own ways, in the dtype that all arguments
         promote to (under autocast float32 at least). With ``return_weights`` a pair of them and the refined
-        classifiers.
+        classifiers. A task whose classes' shares are not met within 1e-5 (of float64 1e-10) is NaN, and a warning
+        names it where the numbers can be looked at.
 
     Raises:
         ValueError: shapes, devices, labels or options that do not fit, named; a class without a support row; more
@@ -265,7 +297,8 @@ def program(
     if gram is not None:
         absent = {"support": support, "query": query, "weight": weight, "scale": scale, "bias": bias, "mlp": mlp,
                   "running_stats": running_stats, "support_index": support_index, "query_index": query_index,
-                  "ragged": ragged, "first_order": first_order, "return_weights": return_weights}  # fmt: skip
+                  "ragged": ragged, "first_order": first_order, "return_weights": return_weights,
+                  "proportions": proportions, "bag_offsets": bag_offsets}  # fmt: skip
         return _gram_program.run(
             gram, support_labels, phases, n_way=n_way, rates=rates, target_scale=target_scale, reduction=reduction,
             absent=absent, classifier=classifier, start=start,
@@ -275,7 +308,7 @@ def program(
     theta0 = start if isinstance(start, Tensor) else None
     named: dict[str, Tensor] = {"support": support, "query": query}
     optional = {"rates": rates, "start": theta0, "weight": weight, "scale": scale, "bias": bias,
-                "target_scale": target_scale}  # fmt: skip
+                "target_scale": target_scale, "proportions": proportions}  # fmt: skip
     named |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     _checks.tensors(**named)
     support_labels = as_labels(support_labels)
@@ -285,13 +318,13 @@ def program(
     phases = [p for p in phases if p.steps]
     if total_steps(phases) > _checks.MOST:
         raise ValueError(f"phases: expected at most 2^31 steps in all, got {total_steps(phases)}")
+    of_tasks = support_labels.shape[0] if ragged is None else ragged.support_offsets.shape[0] - 1
     kind = start if isinstance(start, str) else "learned"
     if theta0 is None and kind in _OF_TENSORS:
         raise ValueError(f"start: expected the tensor itself of a {kind} start")
     if theta0 is not None:
         if theta0.dim() == 3:
             kind = "given"
-            of_tasks = support_labels.shape[0] if ragged is None else ragged.support_offsets.shape[0] - 1
             _checks.shape("start", theta0, (of_tasks, n_way, D), "[T, N, D]")
         else:
             _checks.shape("start", theta0, (n_way, D), "[N, D] or [T, N, D]")
@@ -308,6 +341,7 @@ def program(
         _checks.one_value("bias", bias)
     if running_stats is not None and mlp is not None:
         _checks.shape("running_stats", running_stats, (2, 2, mlp[0].shape[0]), "[2, 2, H]")
+    proportions, bag_offsets = _marginals.checked(proportions, bag_offsets, phases, query, ragged, of_tasks, n_way)
     K = total_steps(phases)
     if rates is not None:
         _checks.shape("rates", rates, (K,), "[K], one for each step of all phases,")
@@ -323,7 +357,8 @@ def program(
         support=support, support_index=support_index, query=query, query_index=query_index,
         support_labels=support_labels, **_ragged.fields(ragged), theta0=theta0, weight=weight, scale=scale, bias=bias,
         target_scale=target_scale, rates=rates, mlp=mlp or [None] * 10,
-        running_stats=None if mlp is None else running_stats, n_way=n_way, phases=encoded,
+        running_stats=None if mlp is None else running_stats, proportions=proportions, bag_offsets=bag_offsets,
+        n_way=n_way, phases=encoded,
         cosine=classifier == "cosine", start=STARTS.index(kind),
         first_order=first_order, coefficients=return_weights,
     )  # fmt: skip
@@ -336,6 +371,8 @@ def program(
         if _outgrow_gram(T, support_labels.numel(), queries, n_way, D, tuple(encoded)):
             backend = "reference"
     logits, *coefficients = OP.compute(backend, args)
+    if any(p.marginals != "none" for p in phases):
+        _marginals.warn_of_missed(logits, ragged)
     if not return_weights:
         return logits if result_type is None else logits.to(result_type)
     made = (logits, *_classifiers(OP.signature.call(*args), *coefficients))

@@ -27,6 +27,7 @@ from kernelmeta.reference.norms import FLOOR, unit, unit_and_length
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.synthetic_gradient_mlp import synthetic_gradient_mlp
 from kernelmeta.reference.task_rows import check_label_range, each_task, gathered
+from kernelmeta.reference.transport import Bags, proportions_gradient, transport
 from kernelmeta.tasks import Classifier, Ragged
 
 LEAST_MASS = 1e-12  # of a class; one with fewer rows stays where it is in a soft assignment
@@ -97,6 +98,8 @@ def run_phases(
     reduction: str | None,
     first_order: bool,
     coefficients: bool,
+    proportions: Tensor | None,
+    bag_offsets: Tensor | None,
 ) -> Adapted:
     """The phases on T tasks of equal size; ``theta0`` is [T, N, D], the rest as in :func:`kernelmeta.ops.program`."""
     T, N, _ = theta0.shape
@@ -120,8 +123,12 @@ def run_phases(
             return products + b.unsqueeze(-2)
         return products if bias is None or scale is None else products + scale * bias
 
+    bags = Bags(query, bag_offsets)
+    uniform = theta0.new_full((T, 1, N), 1 / N).expand(T, bags.share.shape[1], N)
+
     k = 0
     for phase in phases:
+        shares = proportions if phase.marginals == "given" else uniform
         assert phase.rows is not None
         rows = support if phase.rows == "support" else query
         start = (theta, a, dict(P))
@@ -129,7 +136,13 @@ def run_phases(
             lr, logits = lrs[k], classify(rows)
             k += 1
             if phase.oracle == "soft_assignment":
-                p = logits.transpose(-1, -2).softmax(-2) if N < FEW else logits.softmax(-1).transpose(-1, -2)
+                if phase.marginals != "none":
+                    assert shares is not None
+                    p = transport(logits, shares, bags, phase.relax).transpose(-1, -2)
+                elif N < FEW:
+                    p = logits.transpose(-1, -2).softmax(-2)
+                else:
+                    p = logits.softmax(-1).transpose(-1, -2)
                 own = p.sum(-1)
                 counts = torch.where(sizes + own < LEAST_MASS, torch.ones_like(sizes), sizes)
                 mass = counts + own
@@ -140,10 +153,18 @@ def run_phases(
                     moved = counts.unsqueeze(-2) * start[2][part] + (p.transpose(-1, -2) if part == "query" else 0)
                     P[part] = torch.lerp(P[part], moved / mass.unsqueeze(-2), lr)
                 continue
-            G = oracle_gradient(
-                phase.oracle, logits, y if phase.rows == "support" else None, mean=phase.means(reduction),
-                target_scale=1.0 if target_scale is None else target_scale, mlp=mlp, running_stats=running_stats,
-            )  # fmt: skip
+            if phase.marginals != "none":
+                assert shares is not None
+                if phase.oracle == "proportions":
+                    G = proportions_gradient(logits, shares, bags)
+                else:
+                    G = logits.softmax(-1) - transport(logits, shares, bags, phase.relax)
+                G = G / logits.shape[-2] if phase.means(reduction) else G
+            else:
+                G = oracle_gradient(
+                    phase.oracle, logits, y if phase.rows == "support" else None, mean=phase.means(reduction),
+                    target_scale=1.0 if target_scale is None else target_scale, mlp=mlp, running_stats=running_stats,
+                )  # fmt: skip
             if first_order:
                 G, rows = G.detach(), rows.detach()
             step = G.transpose(-1, -2) @ rows
@@ -190,6 +211,8 @@ def adapt(
     query_index: Tensor | None = None,
     ragged: Ragged | None = None,
     coefficients: bool = True,
+    proportions: Tensor | None = None,
+    bag_offsets: Tensor | None = None,
 ) -> Adapted:
     """Everything that a program leaves; arguments as :func:`kernelmeta.ops.program`.
 
@@ -199,16 +222,24 @@ def adapt(
     if rates is None:
         values = [phase.lr for phase in phases for _ in range(phase.steps)]
         rates = support.new_tensor(values, dtype=torch.float64 if support.dtype is torch.float64 else torch.float32)
+    if proportions is not None and proportions.dim() == 2:
+        proportions = proportions.unsqueeze(1)  # one bag
+    if bag_offsets is not None and bag_offsets.dim() == 1:
+        tasks_of = support_labels.shape[0] if ragged is None else ragged.support_offsets.shape[0] - 1
+        bag_offsets = bag_offsets.expand(tasks_of, -1)
     theta0 = start if isinstance(start, Tensor) else None
     given_start = theta0 is not None and theta0.dim() == 3  # each task its own
-    names = ["start", "weight", "scale", "bias", "target_scale"]
-    given = [theta0, weight, scale, bias, target_scale, *(mlp or ())]
+    names = ["start", "weight", "scale", "bias", "target_scale", "proportions"]
+    given = [theta0, weight, scale, bias, target_scale, proportions, *(mlp or ())]
     support, query, rates, *rest = promoted(support, query, rates, *(t for t in given if t is not None))
     values_of = iter(rest)
     tensors = {name: None if t is None else next(values_of) for name, t in zip(names, given, strict=False)}
     mlp = None if mlp is None else MLPParameters(*values_of)
 
-    def one_batch(support: Tensor, labels: Tensor, query: Tensor, ways: int, theta0: Tensor | None) -> Adapted:
+    def one_batch(
+        support: Tensor, labels: Tensor, query: Tensor, ways: int, theta0: Tensor | None, shares: Tensor | None,
+        bag_offsets: Tensor | None,
+    ) -> Adapted:  # fmt: skip
         if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
             (check_label_range if given_start else check_labels)(labels, ways)
         if theta0 is not None:
@@ -227,16 +258,20 @@ def adapt(
             support, labels, query, theta0, phases, rates, classifier=classifier, scale=tensors["scale"],
             bias=own_bias, target_scale=tensors["target_scale"], mlp=own_mlp, running_stats=running_stats,
             reduction=reduction, first_order=first_order, coefficients=coefficients,
+            proportions=None if shares is None else shares[..., :ways], bag_offsets=bag_offsets,
         )  # fmt: skip
 
     if ragged is None:
-        return one_batch(support, support_labels, query, n_way, tensors["start"])
-    tasks, theta0 = [], tensors["start"]
+        return one_batch(support, support_labels, query, n_way, tensors["start"], tensors["proportions"], bag_offsets)
+    tasks, theta0, shares = [], tensors["start"], tensors["proportions"]
     for t, (s, q, own) in enumerate(each_task(ragged, n_way)):
         if s.start == s.stop and any(p.rows == "support" and p.steps for p in phases):
             raise ValueError(f"support: task {t} has no row, and phases of support rows need one")
         own_start = theta0[t, None] if given_start and theta0 is not None else theta0
-        task = one_batch(support[None, s], support_labels[None, s], query[None, q], own, own_start)
+        task = one_batch(
+            support[None, s], support_labels[None, s], query[None, q], own, own_start,
+            None if shares is None else shares[t, None], None if bag_offsets is None else bag_offsets[t, None],
+        )  # fmt: skip
         tasks.append(_widened(task, n_way))
     return _joined(tasks, support, query, n_way)
 

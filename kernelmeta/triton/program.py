@@ -11,7 +11,7 @@ from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.ops._ragged import shapes
 from kernelmeta.ops._signature import mlp_of
 from kernelmeta.ops._trace import padded
-from kernelmeta.ops.program_op import OP
+from kernelmeta.ops.program_op import OP, PHASE_NUMBERS
 from kernelmeta.triton import anew, class_means_kernels, mlp_kernels, phases
 from kernelmeta.triton.launch import interpreted, plain
 from kernelmeta.triton.oracle_kernels import EQUIVARIANT_GRADIENT
@@ -33,7 +33,7 @@ _CLASS_MEANS, _ZERO, _GIVEN = 0, 2, 3  # starts
 
 def _live(call: Any, S: int, Q: int) -> Live:
     """The rows that steps and results depend on, of tasks with so many support and query rows."""
-    S = 0 if all(call.phases[1::4]) else S
+    S = 0 if all(call.phases[1::PHASE_NUMBERS]) else S
     return Live(S, Q, padded(S), padded(S) + padded(Q), None)
 
 
@@ -41,14 +41,16 @@ def _fits(call: Any, live: Live) -> bool:
     dtype = call.rates.dtype
     if call.start == _GIVEN and (call.support_offsets is not None or 0 in call.support_labels.shape):
         return False  # a task may have no support row
+    if any(call.phases[4::PHASE_NUMBERS]):
+        return False  # classes' shares of the rows
     H = 0 if call.weight1 is None else call.weight1.shape[0]
-    pairs = call.n_way * max(live.S, live.Q) if EQUIVARIANT_GRADIENT.value in call.phases[::4] else 0
+    pairs = call.n_way * max(live.S, live.Q) if EQUIVARIANT_GRADIENT.value in call.phases[::PHASE_NUMBERS] else 0
     return (dtype is torch.float32 or interpreted()) and phases.fits(live.ld, call.n_way, H, dtype, pairs)
 
 
 def _fields(call: Any, live: Live) -> dict[str, tuple[int, ...]]:
     """What a task's forward pass leaves; a linear classifier does not need A G."""
-    N, K, cosine, coefficients = call.n_way, sum(call.phases[3::4]), call.cosine, call.coefficients
+    N, K, cosine, coefficients = call.n_way, sum(call.phases[3::PHASE_NUMBERS]), call.cosine, call.coefficients
     return {
         "theta0": (N, call.query.shape[-1]) if call.start == _CLASS_MEANS else (),
         "inverse": (live.ld,) if cosine else (),
@@ -56,7 +58,7 @@ def _fields(call: Any, live: Live) -> dict[str, tuple[int, ...]]:
         "u": (K + 1, N, live.ld),
         "ag": (K, N, live.ld) if cosine else (),
         "gram_support": (live.S, live.ld) if live.S else (),
-        "gram_query": (live.Q, live.ld) if any(call.phases[1::4]) else (),
+        "gram_query": (live.Q, live.ld) if any(call.phases[1::PHASE_NUMBERS]) else (),
         "anchor": (K + 1, N) if cosine else (),
         "lost": (N,) if cosine else (),
         "a": (K + 1, N) if coefficients and cosine else (),
@@ -77,7 +79,7 @@ class _Program:
         scale, bias, target, mlp = call.scale, call.bias, call.target_scale, mlp_of(call)
         self.phases = [
             Phase(o, bool(query), bool(mean), steps)
-            for o, query, mean, steps in zip(*[iter(call.phases)] * 4, strict=True)
+            for o, query, mean, steps, *_ in zip(*[iter(call.phases)] * PHASE_NUMBERS, strict=True)
         ]
         self.K = sum(phase.steps for phase in self.phases)
         self.live = _live(call, tasks.S, tasks.Q)._replace(counts=tasks.counts)

@@ -59,8 +59,8 @@ class Tasks:
     """The tasks that a call of the raw ops ``program`` and ``ridge`` is about.
 
     ``counts`` [T, 3] holds each task's support rows, query rows and ways, ``ways`` the last of them, [T, 1]; None and
-    ``n_way`` where all tasks are alike. ``every_class``: whether each needs a support row, as it does in tasks of unequal
-    size.
+    ``n_way`` where all tasks are alike. ``every_class``: whether each needs a support row, as in
+    tasks of unequal size.
     """
 
     def __init__(self, call: Any, every_class: bool = True) -> None:

@@ -25,6 +25,7 @@ SHAPES = {
     "support": "TSD", "start": "TSD", "query": "TQD", "support_labels": "TS", "query_labels": "TQ", "logits": "TQN",
     "support_index": "TS", "start_index": "TS", "query_index": "TQ", "grad_logits": "TQN", "grad_theta0": "TND",
     "grad_gradients": "TQN", "grad_weights": "TND", "grad_coefficients": "TSN", "grad_support_coefficients": "TSN",
+    "proportions": "TBN", "bag_offsets": "TC",
     "grad_query_coefficients": "TQN", "grad_start_coefficients": "TN", "theta0": "ND", "weight": "D", "weight1": "HN",
     "bias1": "H", "gain1": "H", "shift1": "H", "weight2": "HH", "bias2": "H", "gain2": "H", "shift2": "H",
     "new_logits": "QN", "old_logits": "QN", "labels": "Q", "class_weight": "N", "grad_distances": "Q",
@@ -33,7 +34,8 @@ SHAPES = {
     "grad_gram": "TSS", "grad_cross": "TQS", "grad_support_outputs": "TSN", "grad_query_outputs": "TQN",
 }  # fmt: skip
 NUMBERS = {"labels", "support_labels", "query_labels", "support_index", "start_index", "query_index", "n_ways",
-           "support_offsets", "query_offsets"}  # fmt: skip
+           "support_offsets", "query_offsets", "bag_offsets"}  # fmt: skip
+RELAXED = np.array([1.0, 0.5, 0.0]).view(np.int64).tolist()  # as bits
 USUAL = {"max_support": -1, "max_query": -1, "oracle": 0, "start": 0}
 OPS = sorted(
     name.removeprefix("kernelmeta::")
@@ -48,7 +50,7 @@ class Arguments:
     def __init__(self, random: np.random.Generator) -> None:
         self.random = random
         self.sizes = {letter: int(random.choice(choices)) for letter, choices in SIZES.items()}
-        self.sizes |= {"K": int(random.integers(3)), "U": self.sizes["T"] + 1}
+        self.sizes |= {"K": int(random.integers(3)), "U": self.sizes["T"] + 1, "B": 1, "C": 2}
         self.biased, self.widths = bool(random.integers(2)), [self.sizes[letter] for letter in "DHN"]
         self.sizes["P"] = sum(
             padded(units * (padded(inputs) if i else inputs)) + self.biased * padded(units)
@@ -78,6 +80,8 @@ class Arguments:
                 int(self.random.integers(len(ORACLES))),
                 *map(int, self.random.integers(2, size=2)),
                 self.sizes["K"],
+                int(self.random.integers(3)),
+                RELAXED[int(self.random.integers(len(RELAXED)))],
             ]
             return [self.hostile() if self.odd() else n for n in phase * int(self.random.integers(3))]
         if kind == "Optional[Tensor]" and self.random.random() < 0.4:

@@ -95,6 +95,19 @@ def given_program(query: Tensor, rates: Tensor, start: Tensor, scale: Tensor) ->
     return km.ops.program(*nothing, query, UNLABELLED, n_way=3, rates=rates, start=start, scale=scale)
 
 
+SHARING = [
+    km.nn.Phase("assignment", 1, 0.5, marginals="given"), km.nn.Phase("proportions", 1, 0.5, marginals="given"),
+    km.nn.Phase("soft_assignment", 1, 0.5, marginals="given", relax=0.8),
+]  # fmt: skip
+
+
+def sharing_program(query: Tensor, rates: Tensor, start: Tensor, scale: Tensor, shares: Tensor) -> Tensor:
+    nothing = query[:, :0], torch.zeros(query.shape[0], 0, dtype=torch.int64)
+    return km.ops.program(
+        *nothing, query, SHARING, n_way=3, rates=rates, start=start, scale=scale, proportions=shares.softmax(-1)
+    )
+
+
 def ridge(support: Tensor, query: Tensor, regularization: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return km.ops.ridge(support, LABELS[: support.shape[0]], query, regularization, scale, bias, n_way=3)
 
@@ -176,7 +189,7 @@ def cases() -> dict[str, Case]:
         "linear_program": Case(
             linear_program, (support, query, rates[:2], start, shift), program_op.OP,
             {
-                **even, "theta0": start, "bias": shift, "rates": rates[:2], "phases": CODES[:4], "cosine": False,
+                **even, "theta0": start, "bias": shift, "rates": rates[:2], "phases": CODES[:6], "cosine": False,
                 "start": 1, "first_order": False, "coefficients": False,
             },
         ),
@@ -186,6 +199,14 @@ def cases() -> dict[str, Case]:
                 "support": query[:, :0], "query": query, "support_labels": LABELS[:, :0], "n_way": 3, "theta0": theta0,
                 "scale": scale, "rates": rates[:2], "phases": encode(UNLABELLED, None), "cosine": True, "start": 3,
                 "first_order": False, "coefficients": False,
+            },
+        ),
+        "sharing_program": Case(
+            sharing_program, (query, rates, theta0, scale, theta0[..., 0]), program_op.OP,
+            {
+                "support": query[:, :0], "query": query, "support_labels": LABELS[:, :0], "n_way": 3, "theta0": theta0,
+                "scale": scale, "rates": rates, "phases": encode(SHARING, None), "cosine": True, "start": 3,
+                "first_order": False, "coefficients": False, "proportions": theta0[:, None, :, 0].softmax(-1),
             },
         ),
         "ridge": Case(
