@@ -286,6 +286,7 @@ struct ProgramLoop {
       each_bag(phase, part, nullptr, [&](const auto& bag, C share) {
         marginals.forward(phase.oracle, bag, C(phase.tau()), share, z, to);
       });
+      clear_padding(part, to);
       return;
     }
     const OracleRows<B> rows = oracle_rows(phase, part);
@@ -313,6 +314,7 @@ struct ProgramLoop {
       each_bag(phase, part, grad.proportions, [&](const auto& bag, C share) {
         marginals.backward(phase.oracle, bag, C(phase.tau()), share, z, gs, adj.gg, adj.gz);
       });
+      clear_padding(part, adj.gz);
       return;
     }
     const OracleRows<B> rows = oracle_rows(phase, part);
@@ -326,6 +328,12 @@ struct ProgramLoop {
       });
     }
     with_oracle(phase.oracle, [&](auto oracle) { oracle.backward(rows, z, gs, adj.gg, adj.gz); });
+  }
+
+  // Zeros behind the rows, as the other oracles leave them.
+  KERNELMETA_INLINE void clear_padding(RowRange part, C* array) const {
+    const int64_t ld = part.ld(), more = ld - part.count;
+    block.each_item(s.N * more, [&](int64_t i) { array[i / more * ld + part.count + i % more] = C(0); });
   }
 
   // f(bag, what the sum over the rows is multiplied by) for every bag with a row.

@@ -48,19 +48,21 @@ struct TaskClasses {
 template <class B>
 struct TaskMembers {
   using C = typename B::Scalar;
-  const int64_t* labels;  // of the task; null: sorted already
+  const bool sorted;      // already, by who called
+  const int64_t* labels;  // of the task; null, too, where no task has a row
   ClassMembers members;
 
   KERNELMETA_INLINE TaskMembers(Arena<C>& arena, const TaskClasses& classes, int64_t t, int64_t first,
                                 int64_t S, int64_t N, int64_t most_ways)
-      : labels(classes.table.labels ? classes.table.labels + first : nullptr),
-        members{labels ? reinterpret_cast<const int32_t*>(arena.take(S)) : classes.table.members + first,
-                labels ? reinterpret_cast<const int32_t*>(arena.take(N + 1))
-                       : classes.table.offsets + t * (most_ways + 1)} {}
+      : sorted(classes.table.offsets != nullptr),
+        labels(classes.table.labels ? classes.table.labels + first : nullptr),
+        members{sorted ? classes.table.members + first : reinterpret_cast<const int32_t*>(arena.take(S)),
+                sorted ? classes.table.offsets + t * (most_ways + 1)
+                       : reinterpret_cast<const int32_t*>(arena.take(N + 1))} {}
 
   // Without a barrier at the end.
   KERNELMETA_INLINE void sort(B& block, int64_t S, int64_t N) const {
-    if (labels) {
+    if (!sorted) {
       sort_by_class(block, labels, S, N, const_cast<int32_t*>(members.members),
                     const_cast<int32_t*>(members.offsets));
     }

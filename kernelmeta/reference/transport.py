@@ -22,7 +22,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}  # else the task is NaN
 _RIDGE = {torch.float32: 1e-6, torch.float64: 1e-14}
 _LONGEST, _LEAST_MASS = 4.0, 1e-30
 _STEPS, _HALVINGS = 100, 30
-_TRACED_STEPS, _TRACED_HALVINGS = 20, 4  # where nobody can look whether they are enough
+_TRACED_STEPS, _TRACED_HALVINGS = 12, 2  # where nobody can look whether they are enough
 
 
 class Bags:

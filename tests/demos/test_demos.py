@@ -14,7 +14,7 @@ from episodes import assert_close
 
 import kernelmeta as km
 from kernelmeta.cli import main
-from kernelmeta.demos import domains, spinning_lines
+from kernelmeta.demos import domains, proportions, spinning_lines
 from kernelmeta.demos.spinning_lines import Perceptron, SpinningSettings
 
 
@@ -108,6 +108,36 @@ def test_the_command_on_spinning_lines(tmp_path: Path, capsys: pytest.CaptureFix
     assert found["settings"]["seeds"] == len(found["runs"]["with KL"]["kl"]) == 2
     assert set(found["reproduced"].values()) <= {True, False} and len(found["reproduced"]) == 5
     assert (tmp_path / "spinning_lines.png").stat().st_size > 5_000
+
+
+# ---- proportions
+
+
+def test_no_query_row_is_a_support_row() -> None:
+    g = torch.Generator().manual_seed(0)
+    classes = torch.randn(6, 8, 3, generator=g)
+    answers = torch.randint(4, (5, 40), generator=g)
+    support, labels, query = proportions.draw_tasks(classes, answers, 4, 2, g)
+    assert support.shape == (5, 8, 3) and labels[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    for t in range(5):
+        of_class = [
+            {int((classes == row).all(-1).nonzero()[0, 0]) for row in support[t, labels[t] == n]} for n in range(4)
+        ]
+        assert all(len(own) == 1 for own in of_class) and len(set.union(*of_class)) == 4
+        for row, n in zip(query[t], answers[t], strict=True):
+            assert int((classes == row).all(-1).nonzero()[0, 0]) in of_class[n]
+            assert not (support[t] == row).all(-1).any()
+
+
+def test_the_command_on_proportions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proportions, "QUICK", replace(proportions.QUICK, backbone_steps=5, tasks=6))
+    assert "Bags without labels" in demo(capsys, "proportions", tmp_path)
+    found = json.loads((tmp_path / "proportions.json").read_text())
+    assert [row["rows"] for row in found["counted"]] == ["10", "20", "50", "200", "exact"]
+    assert all(0 <= value["accuracy"] <= 100 for value in found["bags"].values()) and len(found["bags"]) == 4
+    assert (tmp_path / "proportions.png").stat().st_size > 5_000
 
 
 # ---- domains

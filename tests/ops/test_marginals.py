@@ -260,6 +260,19 @@ def test_nan_is_confined_to_its_task_and_named(backend: str) -> None:
     assert_close([z[[0, 2]]], [clean[[0, 2]]], 1e-9)
 
 
+@needs_kernel
+@pytest.mark.parametrize("name", sorted(PROGRAMS))
+def test_what_another_call_left_in_memory_is_not_read(name: str) -> None:
+    problem, broken = Problem(PROGRAMS[name]), Problem(PROGRAMS[name], Q=60, N=9)
+    with torch.no_grad():
+        broken.query.fill_(float("nan"))
+    with pytest.warns(UserWarning, match="NaN in task 0, 1"):
+        left = broken.run()
+    got = problem.run()
+    broken.with_gradients(left)
+    assert all(r.isfinite().all() for r in problem.with_gradients(got))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", sorted(PROGRAMS))
 def test_a_ragged_batch_equals_its_tasks_one_by_one(name: str, backend: str) -> None:
