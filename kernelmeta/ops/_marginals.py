@@ -64,6 +64,7 @@ def checked(
 
 def _summing_to_one(p: Tensor, own: Tensor | None) -> Tensor:
     """``own`` [T, 1, N]: which ways a task has; None: all."""
+    p = p.double()  # rounded sums of a narrower type would not be 1 in a wider one
     given, p = p, p if own is None else p.masked_fill(~own, 0)
     sums = p.sum(-1, keepdim=True)
     wrong = ~((sums - 1).abs() <= _OFF) | (p < 0).any(-1, keepdim=True)

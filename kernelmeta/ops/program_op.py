@@ -348,6 +348,7 @@ def program(
     mlp = mlp if any(p.oracle in GUESSED for p in phases) else None
     precision = _checks.precisions([*named.values(), *(mlp or ())])
     compute, result_type = (query.dtype, None) if precision is None else precision
+    proportions = None if proportions is None else proportions.to(compute)
     if rates is None:
         # (not a tensor of numbers: a copy to a GPU waits for it)
         steps = [torch.full((p.steps,), float(p.lr), dtype=compute, device=query.device) for p in phases]

@@ -260,6 +260,18 @@ def test_nan_is_confined_to_its_task_and_named(backend: str) -> None:
     assert_close([z[[0, 2]]], [clean[[0, 2]]], 1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_shares_of_a_narrower_type_are_met(dtype: torch.dtype) -> None:
+    problem = Problem(PROGRAMS["assignment"], N=7)
+    problem.weights = problem.weights.detach()
+    shares = problem.shares()[:, 0].to(dtype)
+    z = km.ops.program(
+        problem.support[:, :0], problem.labels[:, :0], problem.query, problem.phases, n_way=7, start=problem.theta0,
+        scale=problem.scale, proportions=shares if dtype is torch.float32 else shares / shares.float().sum(-1, True),
+    )  # fmt: skip
+    assert z.isfinite().all() and z.dtype is torch.float64
+
+
 @needs_kernel
 @pytest.mark.parametrize("name", sorted(PROGRAMS))
 def test_what_another_call_left_in_memory_is_not_read(name: str) -> None:
