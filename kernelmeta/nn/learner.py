@@ -88,10 +88,16 @@ class Learner(Pretrained, ABC):
         Raises:
             ValueError, TypeError: what does not fit, named.
         """
+        return self._classify(support, support_labels, query, return_weights=return_weights, ragged=ragged)
+
+    def _classify(
+        self, support: Tensor, support_labels: Tensor, query: Tensor, *, ragged: Ragged | None, **options: Any
+    ) -> Tensor | tuple[Tensor, Classifier]:
+        """A call; ``options`` go to `_adapt`."""
         check_tensors(support=support, support_labels=support_labels, query=query)
         if self.feature_transform is not None:
             support, query, _ = self._transformed(support, support_labels, query, ragged=ragged)
-        return self._adapt(support, support_labels, query, return_weights=return_weights, ragged=ragged)
+        return self._adapt(support, support_labels, query, ragged=ragged, **options)
 
     def from_bank(
         self,

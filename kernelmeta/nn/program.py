@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from kernelmeta import ops
 from kernelmeta.adapted_classifier import CosineTerms
@@ -16,6 +17,18 @@ from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
 from kernelmeta.ops.program_op import check_combination
 from kernelmeta.phases import Phase
 from kernelmeta.tasks import Classifier, Ragged
+
+# Starts that come with each call: then a task needs no labelled row.
+FROM_OUTSIDE = ("given", "mean_map")
+
+
+class OfCall(TypedDict, total=False):
+    """What a program's call takes by name."""
+
+    ragged: Ragged | None
+    start: Tensor | None
+    proportions: Tensor | None
+    bag_offsets: Tensor | None
 
 
 class Program(Learner):
@@ -145,53 +158,59 @@ class Program(Learner):
         Raises:
             ValueError, TypeError: what does not fit, named.
         """
-        if (start is not None) != (self.start == "given"):
-            raise ValueError(
-                "start: the program starts from what it is given; expected a tensor [T, N, D] or [N, D], got None"
-                if start is None
-                else f"start: expected None, since the program starts from {self.start!r}"
-            )
-        options: dict[str, Any] = {} if proportions is None else {"proportions": proportions}
-        if bag_offsets is not None:
-            options["bag_offsets"] = bag_offsets
-        if self.start == "mean_map":
-            if proportions is None or bag_offsets is None:
-                raise ValueError("start: 'mean_map' needs proportions and bag_offsets")
-            check_tensors(query=query, proportions=proportions, bag_offsets=bag_offsets)
-            start = ops.mean_map(query, proportions, bag_offsets, normalize=self.classifier == "cosine")
-            if all(p.marginals != "given" for p in self.phases if p.steps):
-                options = {}  # nothing but the start reads them
-        if start is not None:
-            check_tensors(query=query, start=start)
-            T = query.shape[0] if ragged is None else ragged.support_offsets.shape[0] - 1
-            options["start"] = start.expand(T, -1, -1) if start.dim() == 2 else start
-            if support is None and support_labels is None:
-                rows = (T, 0) if ragged is None else (0,)
-                support = query.new_empty(*rows, query.shape[-1])
-                support_labels = torch.empty(rows, dtype=torch.int64, device=query.device)
-        check_tensors(support=support, support_labels=support_labels, query=query)
-        assert support is not None and support_labels is not None
-        return self._adapt(support, support_labels, query, return_weights=return_weights, ragged=ragged, **options)
+        if support is None and support_labels is None and self.start in FROM_OUTSIDE:
+            check_tensors(query=query)
+            rows = (query.shape[0], 0) if ragged is None else (0,)
+            support = query.new_empty(*rows, query.shape[-1])
+            support_labels = torch.empty(rows, dtype=torch.int64, device=query.device)
+        of_call = {"start": start, "proportions": proportions, "bag_offsets": bag_offsets}
+        return self._classify(
+            support, support_labels, query, return_weights=return_weights, ragged=ragged,  # type: ignore[arg-type]
+            **{name: value for name, value in of_call.items() if value is not None},
+        )  # fmt: skip
 
     def _adapt(
-        self, support: Tensor, support_labels: Tensor, query: Tensor, *, return_weights: bool = False, **options: Any
+        self,
+        support: Tensor,
+        support_labels: Tensor,
+        query: Tensor,
+        *,
+        start: Tensor | None = None,
+        return_weights: bool = False,
+        **options: Any,
     ) -> Tensor | tuple[Tensor, Classifier]:
         mlp = self.mlp
-        start = self.weight if self.weight is not None and self.start == "learned" else self.start
         return ops.program(
             support, support_labels, query, self.phases, n_way=self.n_way, rates=self.step_rates(),
-            classifier=self.classifier, start=options.pop("start", start),
+            classifier=self.classifier, start=self._start(query, start, options),
             weight=self.weight if self.start == "class_means" else None, scale=self.scale, bias=self.bias,
             target_scale=self.target_scale, mlp=None if mlp is None else mlp.tensors(),
             running_stats=mlp.running_stats if mlp is not None and self.norm_stats == "running" else None,
             reduction=self.reduction, first_order=self.first_order, return_weights=return_weights, **options,
         )  # fmt: skip
 
-    @property
-    def takes_any_ways(self) -> bool:
-        return (
-            self.classifier == "cosine" and self.start != "learned" and not isinstance(self.mlp, SyntheticGradientMLP)
-        )
+    def _start(self, query: Tensor, given: Tensor | None, options: dict[str, Any]) -> str | Tensor:
+        """Where a call starts from. Of its ``options``, those that the steps do not read are taken out."""
+        if (given is not None) != (self.start == "given"):
+            raise ValueError(
+                "start: the program starts from what it is given; expected a tensor [T, N, D] or [N, D], got None"
+                if given is None
+                else f"start: expected None, since the program starts from {self.start!r}"
+            )
+        if self.start == "mean_map":
+            proportions, bag_offsets = options.get("proportions"), options.get("bag_offsets")
+            if proportions is None or bag_offsets is None:
+                raise ValueError("start: 'mean_map' needs proportions and bag_offsets")
+            check_tensors(proportions=proportions, bag_offsets=bag_offsets)
+            given = ops.mean_map(query, proportions, bag_offsets, normalize=self.classifier == "cosine")
+            if all(p.marginals != "given" for p in self.phases if p.steps):
+                del options["proportions"], options["bag_offsets"]
+        if given is None:
+            return self.weight if self.weight is not None and self.start == "learned" else self.start
+        check_tensors(start=given)
+        ragged = options.get("ragged")
+        T = query.shape[0] if ragged is None else ragged.support_offsets.shape[0] - 1
+        return given.expand(T, -1, -1) if given.dim() == 2 else given
 
     @property
     def cosine_terms(self) -> CosineTerms | None:
@@ -199,7 +218,22 @@ class Program(Learner):
 
     if TYPE_CHECKING:
         # As `Learner` declares it, with what a program's forward takes besides.
-        def __call__(self, *args: Any, **options: Any) -> Any: ...
+        @overload
+        def __call__(
+            self, support: Tensor | None, support_labels: Tensor | None, query: Tensor,
+            return_weights: Literal[False] = ..., **of_call: Unpack[OfCall],
+        ) -> Tensor: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, support: Tensor | None, support_labels: Tensor | None, query: Tensor, return_weights: Literal[True],
+            **of_call: Unpack[OfCall],
+        ) -> tuple[Tensor, Classifier]: ...  # fmt: skip
+        @overload
+        def __call__(
+            self, support: Tensor | None, support_labels: Tensor | None, query: Tensor, return_weights: bool,
+            **of_call: Unpack[OfCall],
+        ) -> Tensor | tuple[Tensor, Classifier]: ...  # fmt: skip
+        def __call__(self, *args: object, **options: object) -> object: ...
 
     def extra_repr(self) -> str:
         return (
