@@ -19,6 +19,7 @@ one = torch.ones(1)
 mlp = km.MLPParameters(*[torch.ones(1)] * 10)
 head: km.nn.SIB = km.nn.SIB(5, 4)
 rows = km.Ragged(torch.tensor([0, 5]), torch.tensor([0, 5]))
+program = km.nn.Program(5, 4, (), start="given")
 
 def right() -> None:
     logits: torch.Tensor = km.ops.program(x, y, x, (), n_way=5, scale=one)
@@ -30,6 +31,8 @@ def right() -> None:
     logits = head(x, y, x)
     logits, classifier = head(x, y, x, return_weights=True)
     logits = km.nn.SoftKMeans(5)(x[0], y[0], x[0], ragged=rows)
+    logits = program(None, None, x, start=x)
+    logits, classifier = program(x, y, x, return_weights=True, start=x)
     logits = head.from_bank(x[0], y, y, y)
     loss: torch.Tensor = head.gradients(x, y, x, y).loss
 """
@@ -45,6 +48,8 @@ WRONG = [
     "km.ops.class_means(x, y, 5).no_such_method()",
     "km.ops.synthetic_gradient_mlp(x, mlp).no_such_method()",
     "km.nn.Prototypes(5)(x, y, x).no_such_method()",
+    "program(None, None, x, start=x).no_such_method()",
+    "program(x, y, x, begin=x)",
     "head(x, y, x, return_weights=True)[1].no_such_field",
     "head.from_bank(x[0], y, y, y).no_such_method()",
     "head.gradients(x, y, x, y).no_such_field",
