@@ -213,6 +213,12 @@ class Program(Learner):
         return given.expand(T, -1, -1) if given.dim() == 2 else given
 
     @property
+    def takes_any_ways(self) -> bool:
+        return (
+            self.classifier == "cosine" and self.start != "learned" and not isinstance(self.mlp, SyntheticGradientMLP)
+        )
+
+    @property
     def cosine_terms(self) -> CosineTerms | None:
         return (self.scale, self.bias) if self.scale is not None else None
 

@@ -27,6 +27,9 @@ SOFT_ASSIGNMENT = _number("soft_assignment")
 SYNTHETIC_GRADIENT = _number("synthetic_gradient")
 EQUIVARIANT_GRADIENT = _number("equivariant_gradient")
 
+# Those of classes' shares of the rows: programs with them run in plain PyTorch.
+WITHOUT_KERNELS = ("proportions", "assignment")
+
 
 @triton.jit
 def softmax(z, ways):

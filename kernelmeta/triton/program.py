@@ -366,7 +366,7 @@ def _finish(program: _Program, trace: Trace, grad: Gradients, need_query: bool, 
 
 
 def _of_parameters(program: _Program, grad: Gradients, gtheta0: Tensor, gweight: Tensor) -> list[Tensor]:
-    """theta0, weight, scale, bias, target_scale, rates and the MLP's; empty where there is none."""
+    """theta0, weight, scale, bias, target_scale, rates, the MLP's and proportions; empty where there is none."""
     mlp = program.learned.mlp
     numbers = grad.numbers.sum(0)
     given = program.given
@@ -375,4 +375,5 @@ def _of_parameters(program: _Program, grad: Gradients, gtheta0: Tensor, gweight:
     found = [of_start, gweight, numbers[:1].clone(), gbias, numbers[2:].clone(), grad.rates.sum(0)]
     none = grad.u.new_empty(0)
     of_mlp = [none.clone() for _ in MLPParameters._fields] if mlp is None else mlp_kernels.unpack(grad.mlp, mlp)
-    return [*(none.clone() if p is None else g.view(p.shape) for g, p in zip(found, given, strict=True)), *of_mlp]
+    of_others = (none.clone() if p is None else g.view(p.shape) for g, p in zip(found, given, strict=True))
+    return [*of_others, *of_mlp, none.clone()]
