@@ -262,7 +262,7 @@ class DifferentiableOp:
                 outputs, gradients = zip(*pairs, strict=True)
                 found = torch.autograd.grad(outputs, list(wanted.values()), gradients, allow_unused=True)
         of = dict(zip(wanted, found, strict=True))
-        return tuple(
+        gradients = tuple(
             grads[0].new_empty(0)
             if n not in wanted
             else torch.zeros_like(wanted[n])
@@ -270,6 +270,7 @@ class DifferentiableOp:
             else of[n].contiguous()
             for n in names
         )
+        return gradients if len(gradients) > 1 else gradients[0]
 
     def _filled(self, results: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
         """Contiguous, and an empty tensor for what was not asked for."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -420,3 +422,21 @@ def test_modified_inputs_are_noticed() -> None:
     query.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.sum().backward()
+
+
+def test_an_op_declared_in_python_alone_has_gradients() -> None:
+    """What steps 1 and 2 of adding an op make of it, with one differentiable argument too."""
+    code = """
+import torch
+from kernelmeta.ops._differentiable import DifferentiableOp
+OP = DifferentiableOp(
+    "lengths", "Tensor rows", results=("lengths",), differentiable=("rows",), rows={"rows": None},
+    fake=lambda call: (call.rows.new_empty(call.rows.shape[:-1]),),
+    plain=lambda call: (call.rows.square().sum(-1).sqrt(),), work=lambda call: call.rows.numel(),
+)
+x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+assert torch.autograd.gradcheck(lambda x: OP(OP.arguments(rows=x)), x)
+torch.library.opcheck(torch.ops.kernelmeta.lengths.default, (x,))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
