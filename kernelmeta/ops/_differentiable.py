@@ -246,7 +246,7 @@ class DifferentiableOp:
         grads, rest = args[: self.n_outputs], args[self.n_outputs + self.has_trace :]
         call = dict(zip(self.shared.names, rest, strict=False))
         needs = dict(zip(self._rows, rest[len(self.shared.names) :], strict=True))
-        with torch.enable_grad():
+        with _where_autograd_is(), torch.enable_grad():
             for row, index in self._rows.items():
                 if index is not None and call[index] is not None:
                     call[row], call[index] = gathered(call[row], call[index], row), None
@@ -486,6 +486,14 @@ def _one_by_one(function: Any, batch_size: int, in_dims: Args, args: Args) -> tu
     ]
     stacked = tuple(torch.stack(results) for results in zip(*calls, strict=True))
     return (stacked, (0,) * len(stacked)) if len(stacked) > 1 else (stacked[0], 0)
+
+
+def _where_autograd_is() -> Any:
+    """Raw ops are called below autograd; a formula that differentiates needs it back."""
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther"):
+        exclude = exclude.remove(getattr(torch._C.DispatchKey, key))
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude)
 
 
 def _second_derivative_error(op: DifferentiableOp) -> RuntimeError:

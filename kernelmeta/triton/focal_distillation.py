@@ -9,7 +9,6 @@ from torch import Tensor
 
 from kernelmeta.ops.focal_distillation_op import OP, ROW_TRACE
 from kernelmeta.triton import focal_distillation_kernels as kernels
-from kernelmeta.triton.launch import plain
 
 
 def trace(call: Any) -> Any:
@@ -28,6 +27,6 @@ def backward(call: Any) -> Tensor:
         none: Tensor = call.grad_distances.new_empty(0)
         return none
     if not kernels.fits(call.new_logits):
-        result: Tensor = plain(OP.plain_backward, *call)
+        result: Tensor = OP.plain_backward(*call)
         return result
     return kernels.backward(call)

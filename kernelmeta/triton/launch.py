@@ -62,12 +62,3 @@ def launch(
 
             options |= TUNER.choose(key, tuning.candidates(default, stages), prepare)
         kernel[(grid,)](*args, **options)
-
-
-def plain(formula: Any, *args: Any) -> Any:
-    """A backward formula in plain PyTorch, which differentiates; the raw ops are called below autograd."""
-    exclude = torch._C._dispatch_tls_local_exclude_set()
-    for key in ("AutogradCPU", "AutogradCUDA", "AutogradOther"):
-        exclude = exclude.remove(getattr(torch._C.DispatchKey, key))
-    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude):
-        return formula(*args)

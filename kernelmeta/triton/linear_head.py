@@ -14,7 +14,6 @@ from torch import Tensor
 from kernelmeta.ops._trace import padded
 from kernelmeta.ops.linear_head_op import OP
 from kernelmeta.triton import phases
-from kernelmeta.triton.launch import plain
 from kernelmeta.triton.phases import Gradients, Learned, Live, Phase
 from kernelmeta.triton.products import combine, dots
 from kernelmeta.triton.tasks import foreign
@@ -83,7 +82,7 @@ def backward(call: Any) -> tuple[Tensor, ...]:
     support_index, query_index, weight, grad_heads = call.support_index, call.query_index, call.weight, call.grad_heads
     first_order, need_support, need_query = call.first_order, call.need_support, call.need_query
     if T == 0 or not phases.fits(padded(S), N, 0, weight.dtype):
-        results: tuple[Tensor, ...] = plain(OP.plain_backward, *call)
+        results: tuple[Tensor, ...] = OP.plain_backward(*call)
         return results
     support, query, grad_logits = call.support.contiguous(), call.query.contiguous(), call.grad_logits.contiguous()
     trace = Trace(call.trace.contiguous().view(T, -1), _fields(S, N, K))

@@ -13,7 +13,7 @@ from kernelmeta.ops._signature import mlp_of
 from kernelmeta.ops._trace import padded
 from kernelmeta.ops.program_op import OP, PHASE_NUMBERS
 from kernelmeta.triton import anew, class_means_kernels, mlp_kernels, phases
-from kernelmeta.triton.launch import interpreted, plain
+from kernelmeta.triton.launch import interpreted
 from kernelmeta.triton.oracle_kernels import EQUIVARIANT_GRADIENT
 from kernelmeta.triton.phases import Gradients, Learned, Live, Phase
 from kernelmeta.triton.products import (
@@ -240,7 +240,7 @@ def backward(call: Any) -> tuple[Tensor, ...]:
     """The raw op ``program_backward``."""
     program = _Program(call)
     if not program.fits:
-        results: tuple[Tensor, ...] = plain(OP.plain_backward, *call)
+        results: tuple[Tensor, ...] = OP.plain_backward(*call)
         return results
     need_query, need_support = call.need_query, call.need_support
     of_support, of_query, of_start = (
@@ -290,7 +290,7 @@ def backward(call: Any) -> tuple[Tensor, ...]:
             grad_logits=call.grad_logits[rows_q], grad_support_coefficients=given[0],
             grad_query_coefficients=given[1], grad_start_coefficients=given[2],
         )  # fmt: skip
-        of_lost = plain(OP.plain_backward, *own)
+        of_lost = OP.plain_backward(*own)
         anew.put(results[:2], (rows_s, rows_q), of_lost[:2])
         if program.start == _GIVEN:
             anew.put(results[2:3], [lost], of_lost[2:3])

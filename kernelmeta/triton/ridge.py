@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernelmeta.ops._trace import padded
 from kernelmeta.ops.ridge_op import OP
-from kernelmeta.triton.launch import cover, interpreted, launch, plain, precision
+from kernelmeta.triton.launch import cover, interpreted, launch, precision
 from kernelmeta.triton.products import combine, dots
 from kernelmeta.triton.ridge_kernels import factorise_kernel, solve_kernel
 from kernelmeta.triton.tasks import Tasks
@@ -104,7 +104,7 @@ def backward(call: Any) -> tuple[Tensor, ...]:
     of_support, need_query, need_support = call.grad_coefficients, call.need_query, call.need_support
     tasks = Tasks(call)
     if tasks.T == 0 or not _fits(tasks.S, tasks.n_way, scale.dtype):
-        results: tuple[Tensor, ...] = plain(OP.plain_backward, *call)
+        results: tuple[Tensor, ...] = OP.plain_backward(*call)
         return results
     S, Q, N = tasks.S, tasks.Q, tasks.n_way
     trace = Trace(call.trace.contiguous().view(tasks.T, -1), _fields(S, Q, N))

@@ -10,7 +10,7 @@ from kernelmeta.ops._signature import mlp_of
 from kernelmeta.ops._trace import padded
 from kernelmeta.ops.sib_op import OP
 from kernelmeta.triton import anew, class_means_kernels, mlp_kernels
-from kernelmeta.triton.launch import launch, plain, precision
+from kernelmeta.triton.launch import launch, precision
 from kernelmeta.triton.loop_kernels import loop_backward_kernel, loop_forward_kernel
 from kernelmeta.triton.products import (
     combine,
@@ -140,7 +140,7 @@ def backward(call: Any) -> tuple[Tensor, ...]:
     grad_logits, grad_weights, mlp = call.grad_logits, call.grad_weights, mlp_of(call)
     need_query, need_start = call.need_query, call.need_start
     if T == 0 or not mlp_kernels.fits(Q, N, H, scale.dtype):
-        results: tuple[Tensor, ...] = plain(OP.plain_backward, *call)
+        results: tuple[Tensor, ...] = OP.plain_backward(*call)
         return results
     query, start = call.query.contiguous(), call.start.contiguous()
     trace_data = call.trace.contiguous().view(T, -1)
@@ -213,7 +213,7 @@ def backward(call: Any) -> tuple[Tensor, ...]:
     if lost is not None:
         of_weights = None if grad_weights is None else grad_weights[lost]
         own = _of_tasks(call, lost)._replace(grad_logits=grad_logits[lost], grad_weights=of_weights)
-        of_lost = plain(OP.plain_backward, *own)
+        of_lost = OP.plain_backward(*own)
         anew.put((gstart, gquery), (lost, lost), of_lost[:2])
         of_parameters = anew.add(of_parameters, of_lost[2:])
     return gstart, gquery, *of_parameters

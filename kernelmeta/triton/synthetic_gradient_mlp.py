@@ -9,7 +9,6 @@ from torch import Tensor
 from kernelmeta.ops._signature import mlp_of
 from kernelmeta.ops.synthetic_gradient_mlp_op import OP
 from kernelmeta.triton import mlp_kernels
-from kernelmeta.triton.launch import plain
 
 
 def _fits(call: Any) -> bool:
@@ -26,6 +25,6 @@ def forward(call: Any) -> Tensor:
 
 def backward(call: Any) -> tuple[Tensor, ...]:
     if not _fits(call):
-        results: tuple[Tensor, ...] = plain(OP.plain_backward, *call)
+        results: tuple[Tensor, ...] = OP.plain_backward(*call)
         return results
     return mlp_kernels.backward(call.grad_gradients, call.logits, mlp_of(call), call.running_stats)
