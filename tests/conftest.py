@@ -11,6 +11,9 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("suite")
 # The C++ tests use the other cores at the same time, and threads that wait for each other take long then.
 torch.set_num_threads(1)
-# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start as well: some send it.
+# A shell that starts the tests in the background has them ignore Ctrl-C, and nohup the end of the terminal, and what
+# they start as well: some send these.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
