@@ -137,7 +137,7 @@ def test_results_say_which_weights_they_are_of(run, bank_file, tmp_path, capsys)
     found = {}
     for at in ("best", "last"):
         out = tmp_path / at
-        assert main([*args, "--optimizer", "Adam", "--lr", "0.3", "--at", at, "--out", str(out)]) == 0
+        assert main([*args, "--optimizer", "SGD", "--lr", "3", "--at", at, "--out", str(out)]) == 0
         results = json.loads((out / "results.json").read_text())
         assert results["at"] == at
         assert (results["at_episodes"] < 300) == (at == "best")
