@@ -115,7 +115,7 @@ def test_trace_of_linearised_descent_and_ntk_gram(sizes: dict[str, Any], steps: 
     )  # fmt: skip
 
 
-ORACLES = ("cross_entropy", "entropy", "soft_assignment", "synthetic_gradient")
+ORACLES = ("cross_entropy", "entropy", "soft_assignment", "synthetic_gradient", "proportions", "assignment")
 
 
 @settings(max_examples=60)
@@ -132,7 +132,8 @@ def test_trace_of_program(
         program_op.OP, support=e.support, support_index=None, query=e.query, query_index=None, support_labels=e.labels,
         **fields(None), theta0=torch.ones(*[sizes["T"]] * (start == 3), N, sizes["D"]).double() if start % 2 else None,
         weight=None, scale=one if cosine else None, bias=None, target_scale=None,
-        rates=torch.ones(sum(p.steps for p in steps)).double(), mlp=e.mlp, running_stats=None, n_way=N,
+        rates=torch.ones(sum(p.steps for p in steps)).double(), mlp=e.mlp, running_stats=None, proportions=None,
+        bag_offsets=None, n_way=N,
         phases=program_op.encode(steps, None), cosine=cosine, start=0 if cosine and start == 2 else start,
         first_order=False, coefficients=coefficients,
     )  # fmt: skip
