@@ -393,8 +393,8 @@ def test_opcheck_and_compile() -> None:
     head = {"weight": weight, "bias": bias, "rates": rates, "oracle": 0, "first_order": False, "return_weights": True}
     ridge = {"regularization": one, "scale": one, "bias": one, "n_way": 3}
     program = {
-        "scale": one, "rates": rates, "n_way": 3, "phases": [0, 0, 1, 1, 3, 1, 1, 1], "first_order": False,
-        "coefficients": True,
+        "scale": one, "rates": rates, "n_way": 3, "first_order": False, "coefficients": True,
+        "phases": program_op.encode([km.nn.Phase("cross_entropy", 1, 0.1), km.nn.Phase("entropy", 1, 0.1)], None),
     }  # fmt: skip
     for op, own in (
         (linear_head_op.OP, head),
