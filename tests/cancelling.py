@@ -92,8 +92,8 @@ def errors(got: Results, want: Results) -> torch.Tensor:
     return torch.stack([of(g, w) for g, w in zip(got, want, strict=True)], 1)
 
 
-def judge(f: Callable[[Episode], torch.Tensor], episode: Episode, backend: str) -> dict[str, Any]:
-    """Complaints by precision; empty if there are none."""
+def judge(f: Callable[[Episode], torch.Tensor], episode: Episode, backend: str, exact: float = 1e-9) -> dict[str, Any]:
+    """Complaints by precision; empty if there are none. ``exact``: what float64 may differ by."""
     want = run(f, episode, torch.float64, "reference")
     plain = errors(run(f, episode, torch.float32, "reference"), want)
     double = errors(run(f, episode, torch.float64, backend), want)
@@ -101,7 +101,7 @@ def judge(f: Callable[[Episode], torch.Tensor], episode: Episode, backend: str) 
     complaints: dict[str, Any] = {}
     # Where float32 loses everything, so does float64 of what it has more, whatever the form.
     ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    most = (30 * plain.amax(1, keepdim=True) * ratio).clamp_min(1e-9)
+    most = (30 * plain.amax(1, keepdim=True) * ratio).clamp_min(exact)
     if (double > most)[torch.isfinite(plain)].any():
         complaints["float64"] = (double.amax(0), most.amax())
     if (torch.isfinite(plain) & ~torch.isfinite(single)).any():
