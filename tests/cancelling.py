@@ -110,7 +110,7 @@ def judge(f: Callable[[Episode], torch.Tensor], episode: Episode, backend: str, 
     plain, single = plain[:, :-10], single[:, :-10]
     # Errors of a few roundings are alike, however they are counted; where most digits are lost, so much hangs on the
     # draw that the median of a few says little.
-    floor = torch.tensor([1e-6, *[1e-5] * (plain.shape[1] - 1)], dtype=plain.dtype)
+    floor = torch.tensor([few, *[1e-5] * (plain.shape[1] - 1)], dtype=plain.dtype)
     usual = plain.median(0).values.maximum(floor)
     most = torch.where(usual < 1e-4, 3, 30)
     if (single.median(0).values > most * usual).any():

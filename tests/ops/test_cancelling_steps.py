@@ -25,11 +25,12 @@ def test_sib(shape: str, rows: str) -> None:
 @pytest.mark.parametrize("oracle", ORACLES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_program(shape: str, oracle: str) -> None:
-    exact = 1e-7 if oracle == "assignment" else 1e-9  # Newton's steps end where they meet the shares, to 1e-10
+    # Newton's steps end where they meet the shares, to 1e-10 and in float32 to 1e-5.
+    exact, few = (1e-7, 1e-5) if oracle == "assignment" else (1e-9, 1e-6)
     for seed, rate in enumerate((1e-3, 0.1, 0.5, 10.0)):
         phase = km.nn.Phase(oracle, 4, rate)
         episode = draw_tasks(shape, ("random", "duplicate")[seed % 2], seed, tasks=24)
-        assert not judge(lambda e, phase=phase: program(e, phase), episode, "cpu", exact), rate
+        assert not judge(lambda e, phase=phase: program(e, phase), episode, "cpu", exact, few), rate
 
 
 def test_errors_over_many_draws() -> None:
