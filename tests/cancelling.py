@@ -92,8 +92,15 @@ def errors(got: Results, want: Results) -> torch.Tensor:
     return torch.stack([of(g, w) for g, w in zip(got, want, strict=True)], 1)
 
 
-def judge(f: Callable[[Episode], torch.Tensor], episode: Episode, backend: str, exact: float = 1e-9) -> dict[str, Any]:
-    """Complaints by precision; empty if there are none. ``exact``: what float64 may differ by."""
+def judge(
+    f: Callable[[Episode], torch.Tensor], episode: Episode, backend: str, exact: float = 1e-9, few: float = 1e-6
+) -> dict[str, Any]:
+    """Complaints by precision; empty if there are none.
+
+    Args:
+        exact: what float64 may differ by.
+        few: the error of logits that a few roundings in float32 make.
+    """
     want = run(f, episode, torch.float64, "reference")
     plain = errors(run(f, episode, torch.float32, "reference"), want)
     double = errors(run(f, episode, torch.float64, backend), want)
