@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <map>
 
@@ -118,6 +119,11 @@ int check_episode(const E& episode, int64_t blocks = 1) {
 
 }  // namespace
 
+bool knows_shares(const ProgramCase& c) {
+  return std::any_of(c.phases.begin(), c.phases.end(),
+                     [](const Phase& phase) { return phase.shares != Shares::kNone; });
+}
+
 int main() {
   int status = 0;
   //                                         T  S  Q   N  D   H  K
@@ -136,11 +142,14 @@ int main() {
   status |= check_problem("two blocks, one task", {1, 3, 9, 3, 11, 6, 1}, false, false, {}, 0.02, 0, 2);
   status |= check_episode(HeadEpisode(head_cases().front()), 1 + head_cases().front().s.T);
   for (const HeadCase& c : head_cases()) status |= check_episode(HeadEpisode(c));
-  for (const ProgramCase& c : program_cases()) status |= check_episode(ProgramEpisode(c));
+  // (The barriers of classes' shares, engine/marginals.h, are not looked at here: lane_test looks for races.)
+  for (const ProgramCase& c : program_cases()) {
+    if (!knows_shares(c)) status |= check_episode(ProgramEpisode(c));
+  }
   // Often: which tasks are done anew in D dimensions depends on what was drawn.
   for (int draws = 0; draws < 16; ++draws) {
     for (const ProgramCase& c : program_cases()) {
-      if (c.along) status |= check_episode(ProgramEpisode(c));
+      if (c.along && !knows_shares(c)) status |= check_episode(ProgramEpisode(c));
     }
   }
   for (const RidgeCase& c : ridge_cases()) status |= check_episode(RidgeEpisode(c));
