@@ -2,10 +2,10 @@
 
 from kernelmeta.ops.class_means_op import class_means
 from kernelmeta.ops.focal_distillation_op import focal_distillation
+from kernelmeta.ops.label_proportions import mean_map, smoothed_proportions
 from kernelmeta.ops.linear_head_gradients_op import HeadGradients, linear_head_gradients
 from kernelmeta.ops.linear_head_op import linear_head
 from kernelmeta.ops.linearised_descent_op import linearised_descent
-from kernelmeta.ops.mean_map import mean_map, smoothed_proportions
 from kernelmeta.ops.ntk_gram_op import TangentKernel, ntk_gram
 from kernelmeta.ops.program_op import program
 from kernelmeta.ops.ridge_op import ridge

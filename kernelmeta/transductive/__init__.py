@@ -10,10 +10,9 @@ from kernelmeta.transductive.pt_map import pt_map
 from kernelmeta.transductive.sinkhorn_kmeans import sinkhorn_kmeans
 from kernelmeta.transductive.tim import tim
 from kernelmeta.transductive.transport import transport
-from kernelmeta.transforms import Transform, power_transform
+from kernelmeta.transforms import power_transform
 
 __all__ = [
-    "Transform",
     "alpha_tim",
     "bd_cspn",
     "laplacian_shot",

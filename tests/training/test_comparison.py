@@ -19,7 +19,8 @@ from kernelmeta.training.comparison_table import markdown
 from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.evaluation import episode_accuracies, interval
 from kernelmeta.training.trainer import Trainer
-from kernelmeta.transductive import Transform, pt_map
+from kernelmeta.transductive import pt_map
+from kernelmeta.transforms import Transform
 
 SMALL = CompareConfig(
     data="a test",

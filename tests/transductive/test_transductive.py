@@ -17,7 +17,8 @@ from torch.nn.functional import normalize, one_hot
 
 import kernelmeta as km
 from kernelmeta import transductive
-from kernelmeta.transductive import Transform, transport
+from kernelmeta.transductive import transport
+from kernelmeta.transforms import Transform
 
 METHODS = {
     "pt_map": transductive.pt_map,
