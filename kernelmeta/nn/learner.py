@@ -94,7 +94,8 @@ class Learner(Pretrained, ABC):
         self, support: Tensor, support_labels: Tensor, query: Tensor, *, ragged: Ragged | None, **options: Any
     ) -> Tensor | tuple[Tensor, Classifier]:
         """A call; ``options`` go to `_adapt`."""
-        check_tensors(support=support, support_labels=support_labels, query=query)
+        if not (isinstance(support, Tensor) and isinstance(support_labels, Tensor) and isinstance(query, Tensor)):
+            check_tensors(support=support, support_labels=support_labels, query=query)
         if self.feature_transform is not None:
             support, query, _ = self._transformed(support, support_labels, query, ragged=ragged)
         return self._adapt(support, support_labels, query, ragged=ragged, **options)

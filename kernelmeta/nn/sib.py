@@ -86,29 +86,29 @@ class SIB(TrainsAtOnce):
         self.scale = nn.Parameter(torch.full((1,), 10.0))
         self.bias = nn.Parameter(torch.zeros(1))
         self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats)
-        self._shares = KeptNumbers()
+        self._shares = KeptNumbers(_shares_of_steps)
 
     takes_ragged = False
 
     def _trained(self) -> Sequence[Tensor]:
         return (self.weight, self.scale, self.bias, *self.mlp.tensors())
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self, mlp: SyntheticGradientMLP) -> dict[str, Any]:
         """What both ops below take by name, the same at every call."""
         return {
+            "mlp": mlp.tensors(), "running_stats": mlp.running_stats, "norm_stats": self.norm_stats,
             "steps": self.steps, "inner_lr": self.inner_lr, "reduction": self.reduction,
-            "norm_stats": self.norm_stats, "running_stats": self.mlp.running_stats,
         }  # fmt: skip
 
     def _gradients(
         self, support: Tensor, support_labels: Tensor, query: Tensor, query_labels: Tensor, **index: Any
     ) -> tuple[ops.SIBGradients, Sequence[Tensor]]:
         results = ops.sib_gradients(
-            support, support_labels, query, query_labels, self.weight, self.scale, self.bias, self.mlp.tensors(),
-            return_norm_stats=self._tracks(support_labels), **self._options(), **index,
+            support, support_labels, query, query_labels, self.weight, self.scale, self.bias,
+            return_norm_stats=self._tracks(support_labels), **self._options(self.mlp), **index,
         )  # fmt: skip
         if results.norm_stats is not None:
-            self._update_running_stats(results.norm_stats)
+            self._update_running_stats(results.norm_stats, self.mlp.running_stats)
         return results, results.gradients
 
     def _adapt(
@@ -123,15 +123,14 @@ class SIB(TrainsAtOnce):
         ragged: Ragged | None = None,
     ) -> Tensor | tuple[Tensor, Classifier]:
         check_even(self, ragged)
-        tracks = self._tracks(support_labels)
+        tracks, mlp = self._tracks(support_labels), self.mlp
         results: Any = ops.sib(
-            support, support_labels, query, self.weight, self.scale, self.bias, self.mlp.tensors(),
-            return_weights=return_weights, return_norm_stats=tracks, support_index=support_index,
-            query_index=query_index, **self._options(),
+            support, support_labels, query, self.weight, self.scale, self.bias, return_weights=return_weights,
+            return_norm_stats=tracks, support_index=support_index, query_index=query_index, **self._options(mlp),
         )  # fmt: skip
         if tracks:
             *results, stats = results
-            self._update_running_stats(stats)
+            self._update_running_stats(stats, mlp.running_stats)
             results = tuple(results) if return_weights else results[0]
         answer: Tensor | tuple[Tensor, Classifier] = results
         return answer
@@ -146,13 +145,12 @@ class SIB(TrainsAtOnce):
             and not torch._C._are_functorch_transforms_active()
         )
 
-    def _update_running_stats(self, stats: Tensor) -> None:
+    def _update_running_stats(self, stats: Tensor, running: Tensor) -> None:
         """One exponential update a step, [K, 2, 2, H], all steps in one product."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             return  # a backward pass that runs the forward pass again (torch.utils.checkpoint)
-        running, K, keep = self.mlp.running_stats, self.steps, 1 - self.momentum
-        # What each step's statistics weigh in the running ones after the last step.
-        shares = self._shares((tuple([self.momentum * keep ** (K - 1 - k) for k in range(K)]),), running)
+        K, keep = self.steps, 1 - self.momentum
+        shares = self._shares((self.momentum, K), running)
         if stats.dtype is not running.dtype:
             stats = stats.to(running.dtype)
         running.view(1, -1).addmm_(shares, stats.view(K, -1), beta=keep**K)
@@ -184,3 +182,8 @@ class SIB(TrainsAtOnce):
             f"n_way={self.n_way}, n_features={self.n_features}, steps={self.steps}, inner_lr={self.inner_lr}, "
             f"norm_stats={self.norm_stats!r}, reduction={self.reduction!r}"
         )
+
+
+def _shares_of_steps(momentum: float, steps: int) -> tuple[tuple[float, ...]]:
+    """What each step's statistics weigh in the running ones after the last step."""
+    return (tuple(momentum * (1 - momentum) ** (steps - 1 - k) for k in range(steps)),)
