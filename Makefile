@@ -86,7 +86,7 @@ arm-test: install
 	  -R '^(dispatch_test|engine_test|anew_test)$$'
 
 py-test:
-	"$(BIN)/python" -m pytest -m 'not rare' --ignore tests/triton_kernels
+	"$(BIN)/python" -m pytest -m 'not rare' --ignore tests/triton_kernels --durations 20 --durations-min 2
 
 triton-test:
 	"$(BIN)/python" -m pytest -m 'not rare' -p no:cacheprovider tests/triton_kernels

@@ -74,6 +74,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("with collision")
     for folder in ("kernelmeta", "csrc"):
         shutil.copytree(ROOT / folder, path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "CMakeLists.txt", path)
     number, struct = blocks("csrc/engine/oracles.h")
     oracles = path / "csrc/engine/oracles.h"
     insert(oracles, ("  kEnd  //", textwrap.indent(number, "  ")), ("// An MLP's guess", struct + "\n"))
@@ -132,17 +133,23 @@ def test_worked_example(copy: Path, backends: tuple[str, ...]) -> None:
 
 
 @sources
+@pytest.mark.rare
 def test_worked_example_compiled(copy: Path) -> None:
-    """Step 1 with nothing forgotten: a CPU core and a team of host threads; and with the list forgotten: an error."""
+    """Step 1 with nothing forgotten: on a CPU core and lane by lane; and with the list forgotten: an error."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    command = [*compiler.split(), "-std=c++20", "-O0", "-Icsrc", "-pthread", "-Wno-unknown-pragmas"]
-    command += ["csrc/tests/worked_oracle.cpp", "-o", "worked_oracle"]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    done = subprocess.run(["./worked_oracle"], cwd=copy, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    build = ["-B", "build", "-G", "Ninja", "-DKERNELMETA_TESTS=ON", "-DKERNELMETA_CUDA=OFF"]
+    for command in (
+        ["cmake", "-S", ".", *build],
+        ["cmake", "--build", "build", "--target", "worked_oracle"],
+        ["build/csrc/tests/worked_oracle"],
+    ):
+        done = subprocess.run(
+            command, cwd=copy, env={**os.environ, "PATH": tools}, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
     oracles = copy / "csrc/engine/oracles.h"
     whole = oracles.read_text()

@@ -1,4 +1,4 @@
-// Block played by a team of threads in warps: a CUDA thread block, or host threads in the tests.
+// Block played by a team of threads in warps: a CUDA thread block.
 // csrc/cpu/block.h says what the words mean.
 //
 // A warp takes a row, its lanes the entries of the row. Products run in register tiles: a thread owns the

@@ -179,11 +179,11 @@ KERNELMETA_INLINE void sib_backward_body(void* place, const SibBackward<C>& f, i
   auto& [block, w] = BlockMemory<B, SibBackwardLayout<B>>::make(place, arena, f.problem.s, f,
                                                                 *f.problem.scale, *f.problem.bias);
   fold(block, f.problem.mlp, f.problem.running, s, w.mlp);
-  block.each_item(w.size, [&](int64_t i) { w.sums[i] = C(0); });
+  block.unfenced().each_item(w.size, [&](int64_t i) { w.sums[i] = C(0); });
   const int64_t start_size = f.problem.start.rows * s.D;
   for (int64_t t = tasks.first; t < s.T; t += tasks.step) {
     if (w.task.invalid(t)) {
-      fill_nan(block, w.sums, w.size);
+      fill_sums_with_nan(block, w.sums, w.size);
       fill_nan(block, f.grad_query ? f.grad_query + t * s.Q * s.D : nullptr, s.Q * s.D);
       fill_nan(block, f.grad_start ? f.grad_start + t * start_size : nullptr, start_size);
       continue;
@@ -244,12 +244,12 @@ KERNELMETA_INLINE void mlp_backward_body(void* place, const MlpProblem<C>& p, co
   const auto& s = as<typename B::Sizes>(p.s);
   auto& [block, w] = BlockMemory<B, MlpLayout<B>>::make(place, arena, p.s, p, true);
   fold(block, p.mlp, p.running, s, w.mlp);
-  block.each_item(w.size, [&](int64_t i) { w.sums[i] = C(0); });
+  block.unfenced().each_item(w.size, [&](int64_t i) { w.sums[i] = C(0); });
   for (int64_t t = tasks.first; t < s.T; t += tasks.step) {
     const int64_t at = t * s.Q * s.N;
     w.task.backward(p.logits + at, grad_out + at, grad_logits + at, w.grad);
   }
-  block.copy(w.size, w.sums, partial);
+  block.unfenced().copy(w.size, w.sums, partial);
 }
 
 template <class B>
@@ -294,17 +294,17 @@ KERNELMETA_INLINE void class_means_backward_body(void* place, const ClassMeansPr
   const auto& s = as<typename B::Sizes>(p.s);
   auto& [block, w] = BlockMemory<B, ClassMeansLayout<B>>::make(place, arena, p.s, true);
   C* sum = p.weight ? w.sum : nullptr;
-  block.each_item(s.D, [&](int64_t d) { w.sum[d] = C(0); });
+  block.unfenced().each_item(s.D, [&](int64_t d) { w.sum[d] = C(0); });
   for (int64_t t = tasks.first; t < s.T; t += tasks.step) {
     C* to = grad_support ? grad_support + t * s.S * s.D : nullptr;
     if (is_invalid(block, t, s, p.classes.labels, true, p.support, nullptr)) {
       fill_nan(block, to, s.S * s.D);
-      fill_nan(block, w.sum, s.D);
+      fill_sums_with_nan(block, w.sum, s.D);
       continue;
     }
     w.task(block, s, p, t).backward(grad_theta0 + t * s.N * s.D, to, sum);
   }
-  if (sum) block.each_item(s.D, [&](int64_t d) { partial[d] = sum[d]; });
+  if (sum) block.unfenced().each_item(s.D, [&](int64_t d) { partial[d] = sum[d]; });
 }
 
 // Where what a task leaves for its backward pass lies: in the block's own memory if that is shared memory, to
@@ -393,7 +393,7 @@ struct BlockSums {
 
   template <class B>
   KERNELMETA_INLINE void clear(B& block) const {
-    block.features_zero(1, size, sums);
+    block.unfenced().features_zero(1, size, sums);
   }
   template <class B>
   KERNELMETA_INLINE void copy_out(B& block, C* partial) const {
@@ -434,7 +434,7 @@ KERNELMETA_INLINE void head_backward_body(void* place, const HeadBackward<C>& f,
   w.sums.clear(block);
   for (int64_t t = tasks.first; t < s.T; t += tasks.step) {
     if (is_invalid(block, t, s, p.labels, false, p.support, &p.query)) {
-      fill_nan(block, w.sums.sums, w.sums.size);
+      fill_sums_with_nan(block, w.sums.sums, w.sums.size);
       fill_nan(block, f.grad_support ? f.grad_support + t * s.S * s.D : nullptr, s.S * s.D);
       fill_nan(block, f.grad_query ? f.grad_query + t * s.Q * s.D : nullptr, s.Q * s.D);
       continue;

@@ -55,7 +55,7 @@ KERNELMETA_INLINE void descent_backward_body(void* place, const DescentBackward<
                                              C* partial, int64_t size, Arena<C> arena, BlockTasks tasks) {
   const Sizes s = f.problem.sizes();
   auto& [block, w] = BlockMemory<B, DescentBackwardLayout<B>>::make(place, arena, s, f);
-  block.features_zero(1, size, partial);
+  block.unfenced().features_zero(1, size, partial);
   Arena<C> of_sums(partial);
   const DescentGrad<C> grad(of_sums, f.problem.net);
   for (int64_t t = tasks.first; t < s.T; t += tasks.step) {
@@ -130,7 +130,7 @@ KERNELMETA_INLINE void ntk_backward_body(void* place, const NtkBackward<C>& f, i
   const NtkProblem<C>& p = f.problem;
   const Sizes s = p.sizes();
   auto& [block, w] = BlockMemory<B, NtkBackwardLayout<B>>::make(place, arena, s, f);
-  block.features_zero(1, size, partial);
+  block.unfenced().features_zero(1, size, partial);
   Arena<C> of_sums(partial);
   const NtkGrad<C> grad(of_sums, p.net);
   for (int64_t t = tasks.first; t < s.T; t += tasks.step) {

@@ -63,7 +63,7 @@ KERNELMETA_INLINE void unfold(B& block, const MlpArrays<const C>& p, const Folde
         outputs, [&](int64_t i, auto j) { return j.load(gw + i * ld) * j.load(weight + i * H); }, grad_gain);
     row.column_sums(outputs, [&](int64_t i, auto j) { return gb[i] * j.load(weight + i * H); }, grad_shift);
   };
-  block.features(H + outputs + 3, H, [&](int64_t i, auto row) {
+  block.unfenced().features(H + outputs + 3, H, [&](int64_t i, auto row) {
     if (i == H + outputs) {
       gain_and_shift(row, H, p.weight2, folded.w2, folded.b2, grad.gain1, grad.shift1);
     } else if (i == H + outputs + 1) {

@@ -89,7 +89,7 @@ struct KernelDescent {
         const C* p = t.checkpoints + (k - first) * ld_;
         step_backward(t, p, gp, t.gf + (k - first) * ld_, gstart, gtargets);
       }
-      block.mm_add(R, end - first, R, {t.gf, 1, ld_}, t.checkpoints, ld_, gkernel_sum, ld_);
+      block.unfenced().mm_add(R, end - first, R, {t.gf, 1, ld_}, t.checkpoints, ld_, gkernel_sum, ld_);
       block.mm_add(R, end - first, R, {t.checkpoints, 1, ld_}, t.gf, ld_, gkernel_sum, ld_);
       end = first;
     }
@@ -148,7 +148,7 @@ struct KernelDescent {
     const int64_t R = N * S, ld_ = ldk(), apart = reach / kBranch;
     C* own = t.checkpoints + level * kBranch * ld_;
     const C* from = level + 1 < levels ? own + (kBranch + base / reach % kBranch) * ld_ : nullptr;
-    block.each_item(R, [&](int64_t i) { own[i] = from ? from[i] : C(0); });
+    block.unfenced().each_item(R, [&](int64_t i) { own[i] = from ? from[i] : C(0); });
     for (int64_t n = 1; n < kBranch && base + n * apart < end; ++n) {
       const C* p = own + (n - 1) * ld_;
       C* to = own + n * ld_;
@@ -199,7 +199,7 @@ struct KernelDescent {
         i.store(gp + c * S, i.load(gp + c * S) * kept);
       });
     });
-    block.mm_add(1, R, R, {gf, 0, 1}, kernel, ldk(), gp, ldk());
+    block.unfenced().mm_add(1, R, R, {gf, 0, 1}, kernel, ldk(), gp, ldk());
   }
 };
 

@@ -223,8 +223,8 @@ struct LinearisedDescent {
       const int64_t at = i % N * ldq + i / N;
       f.outputs[t * Q * N + i] = query_outputs[at] + w.along[at];
     });
-    block.each_item(S * N,
-                    [&](int64_t i) { f.coefficients[t * S * N + i] = trace.pulls[i % N * S + i / N]; });
+    block.unfenced().each_item(
+        S * N, [&](int64_t i) { f.coefficients[t * S * N + i] = trace.pulls[i % N * S + i / N]; });
   }
 
   // Adds to `grad`.
@@ -244,9 +244,9 @@ struct LinearisedDescent {
     zero(1, lds, w.descent.glr);
     zero(1, lds, w.descent.gdecay);
     zero(1, lds, w.descent.gweights);
-    if (gsupport) block.features_zero(S, D, gsupport);
-    if (gquery) block.features_zero(Q, D, gquery);
-    block.each_item(N * S, [&](int64_t i) {
+    if (gsupport) block.unfenced().features_zero(S, D, gsupport);
+    if (gquery) block.unfenced().features_zero(Q, D, gquery);
+    block.unfenced().each_item(N * S, [&](int64_t i) {
       w.gpulls[i] = f.grad_coefficients ? f.grad_coefficients[t * S * N + i % S * N + i / S] : C(0);
       w.gstart[i] = C(0);
     });
@@ -262,7 +262,7 @@ struct LinearisedDescent {
       f.grad_targets[t * S * N + i] = w.gtargets[i % N * lds + i / N];
       if (i < S) f.grad_row_weights[t * S + i] = w.descent.gweights[i];
     });
-    block.each_item(2, [&](int64_t which) {
+    block.unfenced().each_item(2, [&](int64_t which) {
       C* total = which == 0 ? grad.lr : grad.decay;
       const C* each = which == 0 ? w.descent.glr : w.descent.gdecay;
       for (int64_t j = 0; j < S; ++j) *total += each[j];
@@ -391,19 +391,20 @@ struct LinearisedDescent {
       const int64_t units = p.net.widths[l + 1];
       ntk.to_parameters(query, l, w.z, gparameters);
       if (l > 0) {
-        block.outer(units, p.net.widths[l], Q, along, ldq, trace.moved[l], ldq,
-                    gparameters + p.net.weight_at(l), p.net.ld(l));
+        block.unfenced().outer(units, p.net.widths[l], Q, along, ldq, trace.moved[l], ldq,
+                               gparameters + p.net.weight_at(l), p.net.ld(l));
       }
       zero(units, lds, w.glayer);
       const C* moves = layer_moves(l);
-      block.outer(units, S, Q, along, ldq, trace.cross[l], ldq, w.glayer, lds);
+      block.unfenced().outer(units, S, Q, along, ldq, trace.cross[l], ldq, w.glayer, lds);
       block.mm(S, units, Q, {moves, 1, lds}, along, ldq, w.gcross, ldq, nullptr);
       pulls_backward(l, w);
       if (l > 0) {
         const int64_t below = p.net.widths[l];
-        block.outer(below, S, Q, query.a[l], ldq, w.gcross, ldq, w.support[l], lds);
-        block.mm(below, units, Q, {ntk.weight(l), 1, p.net.ld(l)}, along, ldq, w.moved, ldq, nullptr);
-        block.mm(below, units, Q, {ntk.weight(l), 1, p.net.ld(l)}, w.z, ldq, w.a, ldq, nullptr);
+        block.unfenced().outer(below, S, Q, query.a[l], ldq, w.gcross, ldq, w.support[l], lds);
+        block.unfenced().mm(below, units, Q, {ntk.weight(l), 1, p.net.ld(l)}, along, ldq, w.moved, ldq,
+                            nullptr);
+        block.unfenced().mm(below, units, Q, {ntk.weight(l), 1, p.net.ld(l)}, w.z, ldq, w.a, ldq, nullptr);
         block.mm_add(below, S, Q, {support.a[l], lds, 1}, w.gcross, ldq, w.a, ldq);
         block.rows(below, Q, [&](int64_t h, auto row) {
           const C* a = query.a[l] + h * ldq;
@@ -415,11 +416,11 @@ struct LinearisedDescent {
         along = w.along;
       } else {
         if (gquery) {
-          block.features_mm_add(Q, units, D, {w.z, 1, ldq}, FeatureRows<C>{ntk.weight(0), D, nullptr},
-                                gquery);
-          block.features_mm_add(Q, S, D, {w.gcross, 1, ldq}, support.x, gquery);
+          block.unfenced().features_mm_add(Q, units, D, {w.z, 1, ldq},
+                                           FeatureRows<C>{ntk.weight(0), D, nullptr}, gquery);
+          block.unfenced().features_mm_add(Q, S, D, {w.gcross, 1, ldq}, support.x, gquery);
         }
-        if (gsupport) block.features_mm_add(S, Q, D, {w.gcross, ldq, 1}, query.x, gsupport);
+        if (gsupport) block.unfenced().features_mm_add(S, Q, D, {w.gcross, ldq, 1}, query.x, gsupport);
       }
     }
   }
@@ -427,7 +428,7 @@ struct LinearisedDescent {
   // glayer, the gradient of B_l -> of the pulls and of the derivatives.
   KERNELMETA_INLINE void pulls_backward(int l, const Backward& w) const {
     if (l == p.net.layers - 1) {
-      block.features(N, S, [&](int64_t c, auto row) {
+      block.unfenced().features(N, S, [&](int64_t c, auto row) {
         row.each([&](auto i) {
           i.store(w.gpulls + c * S, i.load(w.gpulls + c * S) + i.load(w.glayer + c * lds));
         });
@@ -437,14 +438,14 @@ struct LinearisedDescent {
     const int64_t ldg = padded(N * S), units = p.net.widths[l + 1];
     const C* g = trace.derivatives[l + 1];
     C* gg = w.derivatives[l + 1];
-    block.features(N, S, [&](int64_t c, auto row) {
+    block.unfenced().features(N, S, [&](int64_t c, auto row) {
       row.each([&](auto i) {
         auto sum = i.load(w.gpulls + c * S);
         for (int64_t h = 0; h < units; ++h) sum += i.load(w.glayer + h * lds) * i.load(g + h * ldg + c * S);
         i.store(w.gpulls + c * S, sum);
       });
     });
-    block.features(units, S, [&](int64_t h, auto row) {
+    block.unfenced().features(units, S, [&](int64_t h, auto row) {
       for (int64_t c = 0; c < N; ++c) {
         row.each([&](auto i) {
           const auto own = i.load(w.glayer + h * lds) * i.load(trace.pulls + c * S);

@@ -39,7 +39,8 @@ struct Marginals {
   C *p, *mean, *r;      // [N]: shares of the bag; mean(T), mean(T) - p exp(-tau g)
   C *g, *step, *next;   // [N]
   C* h;                 // [N][N]
-  C* value;             // [3]: of the function, at g and at the next one; of the step's longest part
+  C* value;             // [4]: of the function, at g and at the next one; the step's longest part; what
+                        // it is multiplied by
 
   // N is 0 where nobody asks.
   KERNELMETA_INLINE Marginals(Arena<C>& arena, B& block, int64_t N, int64_t rows)
@@ -58,7 +59,7 @@ struct Marginals {
         step(arena.take(N)),
         next(arena.take(N)),
         h(arena.take(N * N)),
-        value(arena.take(N ? 3 : 0)) {}
+        value(arena.take(N ? 4 : 0)) {}
 
   // Rows first .. first + rows of arrays [N][ldz], and their shares [N] (null: equal).
   struct Bag {
@@ -91,7 +92,7 @@ struct Marginals {
         });
       }
     }
-    block.each_item(N * bag.rows, [&](int64_t i) {
+    block.unfenced().each_item(N * bag.rows, [&](int64_t i) {
       const int64_t n = i / bag.rows, q = i % bag.rows;
       to[bag.at(n, q)] = t[n * ld + q];
     });
@@ -116,7 +117,7 @@ struct Marginals {
       });
       through_transport(bag, tau, both ? -share : C(1), both ? share : C(0));
     }
-    block.each_item(N * bag.rows, [&](int64_t i) {
+    block.unfenced().each_item(N * bag.rows, [&](int64_t i) {
       const int64_t n = i / bag.rows, q = i % bag.rows;
       to[bag.at(n, q)] = gz[n * ld + q];
     });
@@ -173,7 +174,7 @@ struct Marginals {
   // gz = J(T, of_t gg + lambda / rows) + of_pi J(pi, gg); H lambda = -of_t sum_q J(T, gg).
   KERNELMETA_INLINE void through_transport(const Bag& bag, C tau, C of_t, C of_pi) {
     block.columns(bag.rows, [&](auto at) { softmax_backward<B>(at, N, ld, t, gg, of_t, gz); });
-    block.rows(N, bag.rows, [&](int64_t n, auto row) {
+    block.unfenced().rows(N, bag.rows, [&](int64_t n, auto row) {
       const C along = row.sum([&](auto q) { return q.load(gz + n * ld); });
       const C sum = row.sum([&](auto q) { return q.load(t + n * ld); });
       row.one([&] {
@@ -198,7 +199,7 @@ struct Marginals {
       }
     });
     if (!bag.grad_shares) return;
-    block.each_item(N, [&](int64_t n) {
+    block.unfenced().each_item(N, [&](int64_t n) {
       if (p[n] > C(0)) bag.grad_shares[n] -= step[n] * mean[n] / p[n];
     });
   }
@@ -217,26 +218,26 @@ struct Marginals {
     for (int k = 0; k < kSteps; ++k) {
       if (!block.any(N, [&](int64_t n) { return !within(r[n], kTarget); })) break;
       if (block.any(1, [&](int64_t) { return !(value[0] - value[0] == C(0)); })) break;
-      block.each_item(N, [&](int64_t n) { step[n] = -r[n]; });
+      block.unfenced().each_item(N, [&](int64_t n) { step[n] = -r[n]; });
       newton_matrix(rows, tau);
       solve_newton();
       block.each_item(1, [&](int64_t) {
         C longest = 0;
         for (int64_t n = 0; n < N; ++n) longest = B::max(longest, B::max(step[n], -step[n]));
-        for (int64_t n = 0; longest > limit && n < N; ++n) step[n] *= limit / longest;
         value[2] = longest;
+        value[3] = longest > limit ? limit / longest : C(1);
       });
       C length = 1;
       bool descends = false;
       int tried = 0;
       for (; tried < kHalvings && !descends; ++tried, length *= C(0.5)) {
-        block.each_item(N, [&](int64_t n) { next[n] = g[n] + length * step[n]; });
+        block.each_item(N, [&](int64_t n) { next[n] = g[n] + length * value[3] * step[n]; });
         evaluate(rows, tau, next, value + 1);
         descends = block.any(
             1, [&](int64_t) { return value[1] <= value[0] + kSame * (C(1) + B::max(value[0], -value[0])); });
       }
-      block.each_item(N, [&](int64_t n) { g[n] = next[n]; });
-      block.each_item(1, [&](int64_t) { value[0] = value[1]; });
+      block.unfenced().each_item(N, [&](int64_t n) { g[n] = next[n]; });
+      block.unfenced().each_item(1, [&](int64_t) { value[0] = value[1]; });
       if (!descends) break;
       limit = tried == 1 && value[2] > limit ? 2 * limit : kLongest;
     }
@@ -279,7 +280,7 @@ struct Marginals {
         }
       });
     });
-    block.each_item(1, [&](int64_t) {
+    block.unfenced().each_item(1, [&](int64_t) {
       for (int64_t n = 0; n < N; ++n) {
         *found += tau > C(0) ? p[n] * (B::exp(-tau * where[n]) - C(1)) / tau : -p[n] * where[n];
       }

@@ -52,7 +52,7 @@ struct MlpTask {
   }
   KERNELMETA_INLINE void rows_out(const C* from, C* to) {
     const int64_t N = s.N, ld = s.ld();
-    block.each_item(s.Q, [&](int64_t q) {
+    block.unfenced().each_item(s.Q, [&](int64_t q) {
       for (int64_t n = 0; n < N; ++n) to[q * N + n] = from[n * ld + q];
     });
   }

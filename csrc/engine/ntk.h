@@ -194,7 +194,7 @@ struct Ntk {
     if (l == 0)
       block.features_mm_add(units, r.count, net.features(), {z, r.ld, 1}, r.x, gw);
     else
-      block.outer(units, net.widths[l], r.count, z, r.ld, r.a[l], r.ld, gw, net.ld(l));
+      block.unfenced().outer(units, net.widths[l], r.count, z, r.ld, r.a[l], r.ld, gw, net.ld(l));
     if (!net.has_bias) return;
     C* gb = gparameters + net.bias_at(l);
     block.rows(units, r.count, [&](int64_t h, auto row) {
@@ -229,15 +229,15 @@ struct Ntk {
       C* gw = gparameters + net.weight_at(l);
       times_slopes(r, l, gg[l]);
       if (l == net.layers - 1) {
-        block.features(net.widths[l], r.count, [&](int64_t h, auto row) {
+        block.unfenced().features(net.widths[l], r.count, [&](int64_t h, auto row) {
           for (int64_t c = 0; c < N; ++c) {
             const C sum = row.sum([&](auto i) { return i.load(gg[l] + h * ldg + c * r.apart); });
             row.one([&] { gw[c * net.ld(l) + h] += sum; });
           }
         });
       } else {
-        block.outer(net.widths[l + 1], net.widths[l], N * r.apart, r.g[l + 1], ldg, gg[l], ldg, gw,
-                    net.ld(l));
+        block.unfenced().outer(net.widths[l + 1], net.widths[l], N * r.apart, r.g[l + 1], ldg, gg[l], ldg, gw,
+                               net.ld(l));
         block.mm_add(net.widths[l + 1], net.widths[l], N * r.apart, {weight(l), net.ld(l), 1}, gg[l], ldg,
                      gg[l + 1], ldg);
       }

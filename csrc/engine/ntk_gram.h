@@ -160,8 +160,8 @@ struct NtkGram {
       zero(padded(p.net.widths[l]), query.ld, w.query[l]);
       zero(padded(p.net.widths[l]), N * query.ld, w.query_derivatives[l]);
     }
-    if (gsupport) block.features_zero(S, D, gsupport);
-    if (gquery) block.features_zero(Q, D, gquery);
+    if (gsupport) block.unfenced().features_zero(S, D, gsupport);
+    if (gquery) block.unfenced().features_zero(Q, D, gquery);
     ntk.derivatives(support);
     with_support_backward(support, f.grad_gram + t * S * S * p.pair(), w, w.support, w.support_derivatives,
                           gsupport, gsupport);
@@ -194,7 +194,7 @@ struct NtkGram {
   }
 
   KERNELMETA_INLINE void outputs(const Rows& r, C* to) const {
-    block.each_item(r.count * N, [&](int64_t i) { to[i] = r.outputs[i % N * r.ld + i / N]; });
+    block.unfenced().each_item(r.count * N, [&](int64_t i) { to[i] = r.outputs[i % N * r.ld + i / N]; });
   }
   // g [count][N] or null -> to [N][ld]
   KERNELMETA_INLINE void outputs_backward(const Rows& r, const C* g, C* to) const {
@@ -250,7 +250,7 @@ struct NtkGram {
         });
       }
     }
-    block.each_item(r.count * S * p.pair(), [&](int64_t k) { to[k] = sum[inside(r, k)]; });
+    block.unfenced().each_item(r.count * S * p.pair(), [&](int64_t k) { to[k] = sum[inside(r, k)]; });
   }
 
   // gkernel: of the kernel of rows r with the support rows; gr, gg: gradients of the activations and the
@@ -261,7 +261,7 @@ struct NtkGram {
     const int64_t D = p.net.features(), ldr = N * r.ld, ldg = N * lds;
     const int64_t row = p.full ? ldr : r.ld;  // of products
     zero(p.full ? N * S : lds, row, sum);
-    block.each_item(r.count * S * p.pair(), [&](int64_t k) { sum[inside(r, k)] = gkernel[k]; });
+    block.unfenced().each_item(r.count * S * p.pair(), [&](int64_t k) { sum[inside(r, k)] = gkernel[k]; });
     for (int l = 0; l < p.net.layers; ++l) {
       const bool last = l == p.net.layers - 1;
       ntk.input_products(l, support, r, m);
@@ -297,10 +297,10 @@ struct NtkGram {
       }
       if (l > 0) {
         block.mm_add(p.net.widths[l], S, r.count, {support.a[l], lds, 1}, w.gm, r.ld, gr[l], r.ld);
-        block.outer(p.net.widths[l], S, r.count, r.a[l], r.ld, w.gm, r.ld, w.support[l], lds);
+        block.unfenced().outer(p.net.widths[l], S, r.count, r.a[l], r.ld, w.gm, r.ld, w.support[l], lds);
       } else {
-        if (grows) block.features_mm_add(r.count, S, D, {w.gm, 1, r.ld}, support.x, grows);
-        if (gsupport) block.features_mm_add(S, r.count, D, {w.gm, r.ld, 1}, r.x, gsupport);
+        if (grows) block.unfenced().features_mm_add(r.count, S, D, {w.gm, 1, r.ld}, support.x, grows);
+        if (gsupport) block.unfenced().features_mm_add(S, r.count, D, {w.gm, r.ld, 1}, r.x, gsupport);
       }
     }
   }

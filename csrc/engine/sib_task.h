@@ -68,9 +68,15 @@ struct SortedClasses {
   }
 };
 
+// Of results, which nobody reads: without a barrier at its end.
 template <class B>
-KERNELMETA_INLINE void fill_nan(B& block, typename B::Scalar* out, int64_t n) {
-  if (out) block.each_item(n, [&](int64_t i) { out[i] = typename B::Scalar(__builtin_nan("")); });
+KERNELMETA_INLINE void fill_nan(const B& block, typename B::Scalar* out, int64_t n) {
+  if (out) block.unfenced().each_item(n, [&](int64_t i) { out[i] = typename B::Scalar(__builtin_nan("")); });
+}
+// Of sums over the tasks.
+template <class B>
+KERNELMETA_INLINE void fill_sums_with_nan(const B& block, typename B::Scalar* sums, int64_t n) {
+  block.each_item(n, [&](int64_t i) { sums[i] = typename B::Scalar(__builtin_nan("")); });
 }
 
 // What forward and backward both need to work on one task. kKeeps: see InnerLoop.

@@ -5,10 +5,11 @@
 //   lane_test rare            ... with other amounts of it, in other orders of the lanes
 //   lane_test controls        what is wrong on purpose is seen
 //   lane_test counts [table]  what each kernel does for a task of the published sizes; not more than the
-//   table says lane_test barriers        which barriers something was seen to need
+//                             table says
 #include <cstdio>
 
 #include "cpu/dispatch.h"
+#include "tests/lane_barriers.h"
 #include "tests/lane_controls.h"
 #include "tests/lane_counts.h"
 #include "tests/lane_kernels.h"
@@ -106,16 +107,6 @@ int check_rarely() {
   return status;
 }
 
-int print_barriers() {
-  check_kernels();
-  count_published_sizes();
-  for (const auto& [place, barrier] : lanes::barriers) {
-    std::printf("%s %s, met %ld times\n", barrier.needed ? "needed     " : "not needed?", place.c_str(),
-                barrier.met);
-  }
-  return report_faults();
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -123,7 +114,8 @@ int main(int argc, char** argv) {
   if (what == "controls") return check_controls();
   if (what == "counts") return check_counts(argc > 2 ? argv[2] : "") | report_faults();
   if (what == "conflicts") return print_conflicts();
-  if (what == "barriers") return print_barriers();
-  const int status = what == "rare" ? check_rarely() : check_kernels();
+  int status = what == "rare" ? check_rarely() : check_kernels();
+  meet_more_barriers();
+  status |= check_barriers();
   return report_faults() | status;
 }

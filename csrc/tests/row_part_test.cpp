@@ -1,6 +1,5 @@
 // A part of a row belongs to the lanes that the row's entries belong to, in warps as wide as a GPU's: where
-// words on rows follow each other without a barrier, that is what keeps them apart. (The other tests have
-// four lanes, of which any part would start at the first.)
+// words on rows follow each other without a barrier, that is what keeps them apart.
 #include <cstdio>
 #include <vector>
 

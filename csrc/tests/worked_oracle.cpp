@@ -1,8 +1,6 @@
 // The oracle that docs/programs.md adds as its example, in a copy of the sources to which it was added
-// (tests/test_oracles.py): against its loss, and on a CPU core against teams of host threads.
-#include "tests/team_kernels.h"
-
-#include <cstdlib>
+// (tests/test_oracles.py): against its loss, and on a CPU core against the CUDA kernels, executed lane by lane.
+#include "tests/lane_kernels.h"
 
 #include "cpu/block.h"
 #include "cpu/program_kernels.h"
@@ -11,8 +9,8 @@ using namespace kernelmeta;
 
 namespace kernelmeta {
 void* scratch(int64_t bytes) {
-  static std::vector<Pack<double>> memory;
-  memory.resize(size_t(bytes) / sizeof(Pack<double>) + 8);
+  static std::vector<double> memory;
+  memory.resize(size_t(bytes) / sizeof(double) + 8);
   return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
 }
 }  // namespace kernelmeta
@@ -77,16 +75,16 @@ void check_derivatives() {
 
 int main() {
   check_derivatives();
-  KernelTable cpu{}, team{};
+  KernelTable cpu{}, lanes{};
   cpu.f64.program_forward = program_forward<double>;
   cpu.f64.program_backward = program_backward<double>;
-  team.f64.program_forward = team_program_forward<double, double>;
-  team.f64.program_backward = team_program_backward<double, double>;
+  lanes.f64.program_forward = lane_program_forward<double>;
+  lanes.f64.program_backward = lane_program_backward<double>;
   const ProgramCase added{
       "collision",       13, 3, 0, {7, 7}, {11, 11}, {3, 3}, {{Oracle::kCollision, true, true, 3}}, true,
       Start::kClassMeans};
   const ProgramEpisode episode(added);
-  compare_named("collision", episode.run<double>(team), episode.run<double>(cpu), 1e-10);
+  compare_named("collision", episode.run<double>(lanes), episode.run<double>(cpu), 1e-10);
   std::printf(failures ? "%d failed\n" : "all passed\n", failures);
   return failures != 0;
 }

@@ -157,13 +157,14 @@ void begin_warp_epoch(int warp, Barrier* barrier) {
   warps[warp].barriers.push_back(barrier);
 }
 
-Barrier* barrier_at(const Place& place) {
+Barrier* barrier_at(const Place& place, bool of_block) {
   static std::map<std::pair<const char*, int>, Barrier*> known;
   Barrier*& barrier = known[{place.file, place.line}];
   if (!barrier) {
     const char* const file = std::strstr(place.file, "csrc/");
     barrier = &barriers[std::string(file ? file : place.file) + ":" + std::to_string(place.line)];
   }
+  barrier->of_block = of_block;
   ++barrier->met;
   return barrier;
 }
@@ -181,7 +182,7 @@ void meet_block(Operation operation, const Place* place) {
     vote_result = voted;
     voted = false;
     ++(place ? counted->block_barriers : counted->votes);
-    Barrier* const barrier = place ? barrier_at(*place) : nullptr;
+    Barrier* const barrier = place ? barrier_at(*place, true) : nullptr;
     for (int w = 0; w < threads_now / int(kWarp); ++w) count_banks(w);
     if (!place || !sabotage.no_block_barriers) {
       ++now.block_epoch;
@@ -208,7 +209,7 @@ void meet_warp(Operation operation, size_t bytes, const Place* place) {
     count_banks(index);
     if (operation == Operation::kWarpBarrier) {
       ++counted->warp_barriers;
-      Barrier* const barrier = barrier_at(*place);
+      Barrier* const barrier = barrier_at(*place, false);
       if (!sabotage.no_warp_barriers) begin_warp_epoch(index, barrier);
     } else {
       ++(operation == Operation::kMma ? counted->products : counted->shuffles);

@@ -102,6 +102,7 @@ void count_as(const char* name);
 // Barriers by where they stand: how often they were met, and whether two accesses were kept apart by one
 // alone.
 struct Barrier {
+  bool of_block = false;  // or of a warp
   long met = 0;
   bool needed = false;
 };
