@@ -1,5 +1,6 @@
 // The oracle that docs/programs.md adds as its example, in a copy of the sources to which it was added
-// (tests/test_oracles.py): against its loss, and on a CPU core against the CUDA kernels, executed lane by lane.
+// (tests/test_oracles.py): against its loss, and on a CPU core against the CUDA kernels, executed lane by
+// lane.
 #include "tests/lane_kernels.h"
 
 #include "cpu/block.h"
