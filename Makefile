@@ -26,7 +26,7 @@ demo bench docs test: export KERNELMETA_BUILD ?= $(if $(wildcard kernelmeta/_nat
 demo bench docs test test-rare: export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: help install test test-rare lint cpp-test cpp-test-rare cuda-rare arm-test py-test triton-test format demo bench docs gpu-check clean
+.PHONY: help install test test-rare lint cpp-test cpp-test-rare cuda-rare arm-test py-test ops-test triton-test format demo bench docs gpu-check clean
 
 help:
 	@echo "make test    install, then linters, C++ tests under the sanitizers, Python tests"
@@ -47,10 +47,9 @@ install:
 	@echo "compiling and installing kernelmeta"
 	@"$(BIN)/python" -m pip install -q --no-build-isolation -e '.[$(EXTRAS)]'
 
-# The Python tests use one core, so that others can go on beside them: those of the Triton kernels, which are interpreted
-# and take long, apart from the rest.
+# Each of these uses one core, for a share of the time that two cores can divide.
 test: install
-	@$(MAKE) --no-print-directory -j $(JOBS) py-test cpp-test triton-test lint
+	@$(MAKE) --no-print-directory -j $(JOBS) py-test cpp-test ops-test triton-test lint
 
 lint:
 	"$(BIN)/ruff" check .
@@ -85,11 +84,15 @@ arm-test: install
 	ASAN_OPTIONS=detect_leaks=0 "$(BIN)/ctest" --test-dir build/arm --output-on-failure \
 	  -R '^(dispatch_test|engine_test|anew_test)$$'
 
+PYTEST = "$(BIN)/python" -m pytest -m 'not rare' --durations 10 --durations-min 2
 py-test:
-	"$(BIN)/python" -m pytest -m 'not rare' --ignore tests/triton_kernels --durations 20 --durations-min 2
+	$(PYTEST) --ignore tests/ops --ignore tests/triton_kernels
+
+ops-test:
+	$(PYTEST) -p no:cacheprovider tests/ops
 
 triton-test:
-	"$(BIN)/python" -m pytest -m 'not rare' -p no:cacheprovider tests/triton_kernels
+	$(PYTEST) -p no:cacheprovider tests/triton_kernels
 
 test-rare: install
 	@$(MAKE) --no-print-directory cpp-test-rare cuda-rare
