@@ -49,6 +49,22 @@ def test_triton_has_the_numbers() -> None:
     assert set(without) < set(ORACLES)
 
 
+@sources
+def test_those_that_a_shift_of_the_logits_does_not_change_are_the_same() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from kernelmeta.triton import oracle_kernels
+
+    (body,) = re.findall(r"constexpr bool blind_to_shift\(Oracle oracle\) \{(.*?)\}", HEADER.read_text(), re.S)
+    names = dict(re.findall(r'kOracle = Oracle::(\w+);\n.*?kName = "(\w+)";', HEADER.read_text()))
+    blind = {names[oracle] for oracle in re.findall(r"Oracle::(\w+)", body)}
+    (condition,) = re.findall(
+        r"# `blind_to_shift`.*?\n\s+if \((.*?)\):", (ROOT / "kernelmeta/triton/phase_kernels.py").read_text(), re.S
+    )
+    on_triton = {name.lower() for name in re.findall(r"ORACLE != (\w+)", condition)}
+    assert len(blind) > 5
+    assert on_triton == blind - set(oracle_kernels.WITHOUT_KERNELS)
+
+
 # ---- the worked example
 
 
