@@ -10,7 +10,7 @@ from torch import Tensor
 
 import kernelmeta as km
 
-ORACLES = ["cross_entropy", "squared_error", "hinge", "entropy", "soft_assignment", "synthetic_gradient"]
+ORACLES = list(km.phases.ORACLES)
 Rows = tuple[Tensor, Tensor, Tensor]
 
 
@@ -35,13 +35,21 @@ def sib(support: Tensor, labels: Tensor, query: Tensor, own: Sequence[Tensor]) -
 
 
 def program(oracle: str, of_rows: str, classifier: str) -> Callable[..., Tensor]:
+    shares = oracle in ("proportions", "assignment")
+
     def run(support: Tensor, labels: Tensor, query: Tensor, own: Sequence[Tensor]) -> Tensor:
         _, scale, bias, *mlp = own
-        options = {"scale": scale, "bias": bias} if classifier == "cosine" else {}
+        options: dict[str, object] = {"scale": scale, "bias": bias} if classifier == "cosine" else {}
+        if shares:
+            options["proportions"] = torch.tensor([0.5, 0.3, 0.2], dtype=query.dtype).expand(query.shape[0], -1)
+        if oracle == "equivariant_gradient":
+            with torch.random.fork_rng():
+                torch.manual_seed(2)
+                mlp = list(km.nn.EquivariantGradientMLP(4).to(query.dtype).tensors())
+        phase = km.nn.Phase(oracle, 2, 0.01, rows=of_rows, marginals="given" if shares else "none")
         return km.ops.program(
-            support, labels, query, [km.nn.Phase(oracle, 2, 0.01, rows=of_rows)], n_way=3, classifier=classifier,
-            mlp=km.MLPParameters(*mlp), **options,
-        )  # fmt: skip
+            support, labels, query, [phase], n_way=3, classifier=classifier, mlp=km.MLPParameters(*mlp), **options
+        )
 
     return run
 
