@@ -144,8 +144,8 @@ int check_files(const char* path) {
       std::printf("%s: left out, its tasks share statistics, which no kernel does\n", name.c_str());
       continue;
     }
-    check<double>(name, g, 1e-9);
-    check<float>(name, g, 1e-3);
+    check<double>(name, g, 1e-12);  // measured: 2.4e-14 at most, and 2.8e-5
+    check<float>(name, g, 3e-4);
     ++checked;
   }
   if (checked < 3) {
