@@ -135,7 +135,7 @@ def _takes_proportions(learner: Any) -> bool:
     return isinstance(learner, nn.SoftKMeans) or getattr(learner, "takes_proportions", False)
 
 
-def _told(learner: Any, n_features: int, relax: float) -> Any:
+def told(learner: Any, n_features: int, relax: float) -> Any:
     """The learner that is called with proportions: for soft k-means, the program whose soft assignments meet them.
 
     ``relax``: how far they are trusted, for one that can say so.
@@ -187,11 +187,11 @@ def probabilities(
     if not len(query):
         return query.new_zeros(0, learner.n_way)
     if learner.transductive and transductive:
-        told = {}
+        known = {}
         if proportions is not None:
-            learner = _told(learner, query.shape[1], proportions.relax).to(query.device)
-            told["proportions"] = proportions.shares[None].to(query.device)
-        return _finite(torch.softmax(learner(support[None], labels[None], query[None], **told)[0] / temperature, -1))
+            learner = told(learner, query.shape[1], proportions.relax).to(query.device)
+            known["proportions"] = proportions.shares[None].to(query.device)
+        return _finite(torch.softmax(learner(support[None], labels[None], query[None], **known)[0] / temperature, -1))
     found = []
     if not learner.transductive:
         for rows in query.split(_ROWS):
