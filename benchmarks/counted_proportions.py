@@ -1,7 +1,7 @@
 """What counted proportions are worth to soft k-means: ``python -m benchmarks.counted_proportions BANK``.
 
-5-way tasks of the bank's test classes, 75 query rows in shares drawn from Dirichlet(2). Soft k-means without proportions,
-with those of the query rows, and with the counts of n rows that are drawn with the same shares, as
+5-way tasks of the bank's test classes, 75 query rows in shares drawn from Dirichlet(2). Soft k-means without
+proportions, with those of the query rows, and with the counts of n rows that are drawn with the same shares, as
 ``kernelmeta.FewShotClassifier(counts=...)`` takes them; gains in points, paired by task.
 """
 

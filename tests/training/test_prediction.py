@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html.parser
 import re
+import shlex
 import shutil
 import subprocess
 import zlib
@@ -370,33 +371,31 @@ def test_no_output_takes_the_place_of_an_input(tmp_path, support, query, capsys)
     assert Path(support).read_text() == before
 
 
-def test_from_arrays_with_names_to_labels_for_photos(tmp_path):
-    """The commands of the README."""
+def test_from_arrays_with_names_to_labels_for_photos(tmp_path, monkeypatch):
+    """The commands of the README, as they stand there."""
     from kernelmeta.data.images import FolderImages
     from kernelmeta.training.backbones import make_backbone
     from kernelmeta.training.extraction import extract
 
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     backbone = make_backbone("conv4", 3, 32)
-    torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
+    torch.save(backbone.state_dict(), "backbone.pt")
     for colour, name in enumerate(("red", "green", "blue")):
         for i in range(3):
             paint(tmp_path / "known" / "train" / name / f"{i}.png", colour)
             paint(tmp_path / "photos" / f"{name}-{i}.png", colour)
-    bank = extract(FolderImages(str(tmp_path / "known")), backbone, "labelled photos")
-    np.save(tmp_path / "X.npy", bank.features.numpy())
-    np.save(
-        tmp_path / "y.npy",
-        np.array(["red", "green", "blue"])[
-            [("red", "green", "blue").index(bank.class_names[c].rpartition("/")[2]) for c in bank.labels.tolist()]
-        ],
-    )
-    files = [str(tmp_path / name) for name in ("X.npy", "y.npy")]
-    assert main(["import", *files, "--out", str(tmp_path / "bank.safetensors"), "--quiet"]) == 0
-    found = answers(
-        tmp_path, "soft_kmeans", "--support", tmp_path / "bank.safetensors", "--query", tmp_path / "photos",
-        "--weights", tmp_path / "backbone.pt", "--backbone", "conv4",
-    )  # fmt: skip
+    bank = extract(FolderImages("known"), backbone, "labelled photos")
+    np.save("X.npy", bank.features.numpy())
+    np.save("y.npy", np.array([bank.class_names[c].rpartition("/")[2] for c in bank.labels.tolist()]))
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"(?m)^    kernelmeta import X.npy.*\n((?:    .*\n)*)", readme)
+    commands = [shlex.split(line) for line in block[0].splitlines()]
+    assert [words[:2] for words in commands] == [["kernelmeta", "import"], ["kernelmeta", "predict"]]
+    for words in commands:
+        assert main(words[1:]) == 0
+    with open("labels.csv", newline="") as file:
+        found = list(csv.DictReader(file))
     assert len(found) == 9
     assert all(row["id"].startswith(row["label"]) for row in found)
 
