@@ -15,7 +15,7 @@ from torch import Tensor
 
 import kernelmeta as km
 from kernelmeta.training.answers import told
-from kernelmeta.training.proportions import proportions_of
+from kernelmeta.training.proportions import counted_proportions
 
 WAY, COUNTED = 5, (10, 20, 50, 200, 1000)
 
@@ -54,7 +54,7 @@ def main() -> None:
             else:
                 drawn = true.multinomial(n, replacement=True, generator=generator)
                 counts = torch.nn.functional.one_hot(drawn, WAY).sum(1)
-                known = [proportions_of(None, of_task, range(WAY)) for of_task in counts]
+                known = [counted_proportions(of_task, range(WAY)) for of_task in counts]
                 relax, shares = known[0].relax, torch.stack([each.shares for each in known])
             head = told(plain, bank.n_features, relax)
             gain = right(head, support, labels, query, proportions=shares.float()) - without

@@ -1,5 +1,5 @@
-// The numbers of the published implementation (tests/vectors), forward and backward, through the CPU kernels: the test
-// of a machine where no PyTorch runs. They are read from the file that golden_vectors.py writes.
+// The numbers of the published implementation (tests/vectors), forward and backward, through the CPU kernels:
+// the test of a machine where no PyTorch runs. They are read from the file that golden_vectors.py writes.
 #include "tests/engine_checks.h"
 
 #include "cpu/dispatch.h"
@@ -39,8 +39,8 @@ struct Golden {
 };
 
 // In the order of MlpArrays: names in the published state_dict.
-constexpr const char* kMlp[] = {"layer1.0.weight", "layer1.0.bias",   "layer1.2.weight", "layer1.2.bias",
-                                "layer2.0.weight", "layer2.0.bias",   "layer2.2.weight", "layer2.2.bias",
+constexpr const char* kMlp[] = {"layer1.0.weight", "layer1.0.bias", "layer1.2.weight", "layer1.2.bias",
+                                "layer2.0.weight", "layer2.0.bias", "layer2.2.weight", "layer2.2.bias",
                                 "layer3.weight",   "layer3.bias"};
 
 Golden golden(const Arrays& of) {
@@ -62,8 +62,8 @@ Golden golden(const Arrays& of) {
                        &e.bias2,   &e.gain2, &e.shift2, &e.weight3, &e.bias3};
   for (size_t i = 0; i < 10; ++i) *parameters[i] = g[std::string("state.dni.") + kMlp[i]];
   e.statistics.clear();
-  for (const char* name : {"layer1.2.running_mean", "layer1.2.running_var", "layer2.2.running_mean",
-                           "layer2.2.running_var"}) {
+  for (const char* name :
+       {"layer1.2.running_mean", "layer1.2.running_var", "layer2.2.running_mean", "layer2.2.running_var"}) {
     const Vec& values = g[std::string("state.dni.") + name];
     e.statistics.insert(e.statistics.end(), values.begin(), values.end());
   }
@@ -74,8 +74,7 @@ Golden golden(const Arrays& of) {
     for (int64_t n = 0; n < N; ++n) {
       e.offsets.push_back(offset);
       for (int64_t i = 0; i < S; ++i) {
-        if (g["support_labels"][size_t(t * S + i)] == double(n))
-          e.members.push_back(int32_t(i)), ++offset;
+        if (g["support_labels"][size_t(t * S + i)] == double(n)) e.members.push_back(int32_t(i)), ++offset;
       }
     }
     e.offsets.push_back(offset);

@@ -187,11 +187,12 @@ def probabilities(
     if not len(query):
         return query.new_zeros(0, learner.n_way)
     if learner.transductive and transductive:
-        known = {}
-        if proportions is not None:
-            learner = told(learner, query.shape[1], proportions.relax).to(query.device)
-            known["proportions"] = proportions.shares[None].to(query.device)
-        return _finite(torch.softmax(learner(support[None], labels[None], query[None], **known)[0] / temperature, -1))
+        rows = (support[None], labels[None], query[None])
+        if proportions is None:
+            return _finite(torch.softmax(learner(*rows)[0] / temperature, -1))
+        learner = told(learner, query.shape[1], proportions.relax).to(query.device)
+        logits = learner(*rows, proportions=proportions.shares[None].to(query.device))[0]
+        return _finite(torch.softmax(logits / temperature, -1), "or the proportions cannot be met: leave them out, or ")
     found = []
     if not learner.transductive:
         for rows in query.split(_ROWS):
@@ -218,10 +219,10 @@ def check_range(name: str, rows: Tensor) -> None:
         )
 
 
-def _finite(found: Tensor) -> Tensor:
+def _finite(found: Tensor, why: str = "") -> Tensor:
     bad = (~found.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"query: {len(bad)} rows have no finite answer: {listing(bad)}; rescale the features")
+        raise ValueError(f"query: {len(bad)} rows have no finite answer: {listing(bad)}; {why}rescale the features")
     return found
 
 

@@ -14,7 +14,9 @@ from kernelmeta.data.words import listing
 from kernelmeta.ops.label_proportions import smoothed_proportions
 
 TOLERANCE = 1e-6  # of their sum
-_BEFOREHAND, _HALF_TRUSTED = 1.0, 16.0  # rows of each class before any is counted; counted rows (docs/scikit_learn.md)
+# Of counts (docs/scikit_learn.md): rows that each class has before any is counted; how many counted rows are trusted by
+# half; and how many as if the shares were known, because just below 1 few digits are left of what `relax` relaxes.
+_BEFOREHAND, _HALF_TRUSTED, _TRUSTED = 1.0, 16.0, 1000.0
 _PART = re.compile(r"(.*?)=([^=,]*)(?:,|$)", re.DOTALL)
 
 
@@ -70,8 +72,11 @@ def proportions_of(given: Any, counts: Any, classes: Sequence[Any]) -> Proportio
         raise ValueError("counts: expected either proportions or counts, got both")
     if given is not None:
         return Proportions(_shares_of(_in_order("proportions", given, classes)))
-    if counts is None:
-        return None
+    return None if counts is None else counted_proportions(counts, classes)
+
+
+def counted_proportions(counts: Any, classes: Sequence[Any]) -> Proportions:
+    """From counts of a sample, see `proportions_of`. Raises ValueError."""
     numbers = _in_order("counts", counts, classes)
     total = float(numbers.sum())
     if not (numbers >= 0).all() or not 0 < total < np.inf or (numbers != np.round(numbers)).any():
@@ -80,7 +85,7 @@ def proportions_of(given: Any, counts: Any, classes: Sequence[Any]) -> Proportio
             " are given as proportions"
         )
     shares = smoothed_proportions(torch.from_numpy(numbers), by=_BEFOREHAND)
-    return Proportions(shares, total / (total + _HALF_TRUSTED))
+    return Proportions(shares, 1.0 if total > _TRUSTED else total / (total + _HALF_TRUSTED))
 
 
 def _in_order(name: str, given: Any, classes: Sequence[Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
