@@ -187,11 +187,11 @@ def probabilities(
     if not len(query):
         return query.new_zeros(0, learner.n_way)
     if learner.transductive and transductive:
-        rows = (support[None], labels[None], query[None])
+        task = (support[None], labels[None], query[None])
         if proportions is None:
-            return _finite(torch.softmax(learner(*rows)[0] / temperature, -1))
+            return _finite(torch.softmax(learner(*task)[0] / temperature, -1))
         learner = told(learner, query.shape[1], proportions.relax).to(query.device)
-        logits = learner(*rows, proportions=proportions.shares[None].to(query.device))[0]
+        logits = learner(*task, proportions=proportions.shares[None].to(query.device))[0]
         return _finite(torch.softmax(logits / temperature, -1), "or the proportions cannot be met: leave them out, or ")
     found = []
     if not learner.transductive:
