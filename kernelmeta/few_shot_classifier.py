@@ -152,8 +152,9 @@ _DTYPES = (np.float64, np.float32)
 def _labels(y: Any) -> Any:
     """Labels as they are. A list that holds numbers and text, of which NumPy makes text, or None is refused."""
     if isinstance(y, (list, tuple)) and all(np.ndim(value) == 0 for value in y):
-        if None in (values := list(y)):
-            raise ValueError(f"y: row {values.index(None)} has no label (None)")
+        missing = [row for row, label in enumerate(y) if label is None]
+        if missing:
+            raise ValueError(f"y: row {missing[0]} has no label (None)")
         y = as_array(y)
         texts = sum(isinstance(value, str) for value in y.tolist())
         if y.dtype == object and 0 < texts < len(y):
