@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernelmeta.data import FeatureBank
 from kernelmeta.data.bank import SPLITS
+from kernelmeta.data.dataset_folders import is_dataset_folder
 from kernelmeta.data.file_kinds import is_safetensors
 from kernelmeta.data.files import write_text
 from kernelmeta.data.folders import scan_classes
@@ -95,11 +96,9 @@ def read_rows(
         ImportError: a .parquet without pyarrow.
     """
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() and not is_dataset_folder(path):
         return _images(source, backbone or Backbone(), say)
-    with open(path, "rb"):  # the usual errors
-        pass
-    if is_safetensors(path) and "kernelmeta-bank" in read_metadata(path).get("format", ""):
+    if not path.is_dir() and is_safetensors(path) and "kernelmeta-bank" in read_metadata(path).get("format", ""):
         bank = FeatureBank.load(path)
         classes = _without_split(bank)
         names = [classes[c] for c in bank.labels.tolist()]
