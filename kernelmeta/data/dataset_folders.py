@@ -72,7 +72,7 @@ class DatasetFolder:
                     for batch in stream:
                         chosen = batch.select(list(columns))
                         yield from (chosen.slice(first, rows) for first in range(0, batch.num_rows, rows))
-                except (self._pa.ArrowException, KeyError) as error:
+                except (self._pa.ArrowException, KeyError, OSError) as error:
                     raise ValueError(f"{file}: damaged ({one_line(error)})") from None
 
     def _stream(self, file: Path) -> Any:
@@ -80,7 +80,7 @@ class DatasetFolder:
             pass
         try:
             return self._pa.ipc.open_stream(self._pa.memory_map(str(file)))
-        except self._pa.ArrowException as error:
+        except (self._pa.ArrowException, OSError) as error:
             raise ValueError(f"{file}: not a stream of Arrow ({one_line(error)})") from None
 
 
