@@ -252,13 +252,13 @@ def predict(
         what if named else None, None if named else what, len(classes), D, at, transform=transform, center=center
     )
     check_use(chosen, transductive=transductive, proportions=proportions is not None or counts is not None)
-    known = proportions_of(proportions, counts, classes)
+    of_query_rows = proportions_of(proportions, counts, classes)
     method, learner, which, temperature = chosen
     dtype = torch.promote_types(torch.promote_types(support.features.dtype, query.features.dtype), torch.float32)
     rows, of_query = (r.features.to(device, dtype) for r in (support, query))
     learner, labels = learner.to(device), labels.to(device)
     found = probabilities(
-        learner, rows, labels, of_query, transductive=transductive, temperature=temperature, proportions=known
+        learner, rows, labels, of_query, transductive=transductive, temperature=temperature, proportions=of_query_rows
     ).cpu()
     accuracy = None
     if query.labels is not None:
@@ -276,12 +276,12 @@ def predict(
         "features": D,
         "temperature": f"{temperature:.3g}",
     }
-    if known is not None:
-        told = [f"{name} {share:.4g}" for name, share in zip(classes, known.shares.tolist(), strict=True)]
+    if of_query_rows is not None:
+        told = [f"{name} {share:.4g}" for name, share in zip(classes, of_query_rows.shares.tolist(), strict=True)]
         settings["proportions"] = ", ".join(told)
     elif getattr(learner, "assumes_even", False):
         settings["proportions"] = "taken to be equal"
-    doubt = doubts(learner, rows, labels, of_query, classes, known) if transductive else None
+    doubt = doubts(learner, rows, labels, of_query, classes, of_query_rows) if transductive else None
     return Prediction(method, classes, found, query, doubt, accuracy, settings, which)
 
 
