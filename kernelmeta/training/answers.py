@@ -247,7 +247,7 @@ def doubts(
     alone = "prototypes and ridge"
     advice = (
         f"{alone} judge each row alone"
-        if _only_together(learner)
+        if _only_together(learner) or proportions is not None
         else f"transductive=False judges each row alone, as do {alone}"
     )
     if len(query) == 1:
