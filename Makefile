@@ -80,9 +80,9 @@ arm-test: install
 	"$(BIN)/cmake" -S . -B build/arm -G Ninja -DCMAKE_MAKE_PROGRAM="$$(cd "$(BIN)" && pwd)/ninja" -DKERNELMETA_TESTS=ON \
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu" > /dev/null
-	"$(BIN)/cmake" --build build/arm --target dispatch_test engine_test anew_test -- --quiet
+	"$(BIN)/cmake" --build build/arm --target dispatch_test engine_test anew_test golden_test -- --quiet
 	ASAN_OPTIONS=detect_leaks=0 "$(BIN)/ctest" --test-dir build/arm --output-on-failure \
-	  -R '^(dispatch_test|engine_test|anew_test)$$'
+	  -R '^(dispatch_test|engine_test|anew_test|golden_test)$$'
 
 PYTEST = "$(BIN)/python" -m pytest -m 'not rare' --durations 10 --durations-min 2
 py-test:

@@ -3,7 +3,7 @@
 5-way tasks of the bank's test classes, with query rows of all classes, unevenly spread, of one class alone, or a single
 row; prototypes, soft k-means and what else is named on the same tasks. For each kind of query set also how often
 `kernelmeta.FewShotClassifier` warns. ``--told`` adds a column for each method that takes proportions, which is told
-those of the query rows; ``--counted N`` another one, told (count + 2) / (N + 2 * ways) of N rows drawn with these.
+those of the query rows; ``--counted N`` another one, given the counts of N rows drawn with these.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import kernelmeta as km
-from kernelmeta.training.answers import METHODS, Chosen, doubts, make_learner, probabilities
+from kernelmeta.training.answers import METHODS, TAKE_PROPORTIONS, Chosen, doubts, make_learner, probabilities
+from kernelmeta.training.proportions import proportions_of
 
 WAY, QUERY = 5, 15  # query rows of each class, on average
 # How the query rows are spread over the classes, and which of them are taken.
@@ -47,7 +48,7 @@ def main() -> None:
     columns: list[tuple[Chosen, str]] = []
     for method, run in named:
         chosen = make_learner(method, run, WAY, bank.n_features)
-        takes = getattr(chosen.learner, "takes_proportions", False)
+        takes = chosen.method in TAKE_PROPORTIONS
         told = ["told"] * args.told + ["counted"] * (args.counted is not None) if takes else []
         columns += [(chosen, what) for what in ["", *told]]
     titles = [f"{chosen.method}, {what}" if what else chosen.method for chosen, what in columns]
@@ -63,13 +64,13 @@ def main() -> None:
             rows = taken(answers)
             support, query = bank.features[support_index].float(), bank.features[query_index[rows]].float()
             true = torch.bincount(answers[rows], minlength=WAY).double() / int(rows.sum())
-            shares = {"": None, "told": true}
+            known = {"": None, "told": proportions_of(true, None, range(WAY))}
             if args.counted is not None:
                 generator = torch.Generator().manual_seed(task)
                 drawn = torch.multinomial(true, args.counted, replacement=True, generator=generator)
-                shares["counted"] = (torch.bincount(drawn, minlength=WAY).double() + 2) / (args.counted + 2 * WAY)
+                known["counted"] = proportions_of(None, torch.bincount(drawn, minlength=WAY), range(WAY))
             for found, (chosen, what) in zip(right, columns, strict=True):
-                given = probabilities(chosen.learner, support, labels, query, proportions=shares[what]).argmax(-1)
+                given = probabilities(chosen.learner, support, labels, query, proportions=known[what]).argmax(-1)
                 found.append(float((given == answers[rows]).double().mean()))
             warned += doubts(columns[1][0].learner, support, labels, query, range(WAY)) is not None
         cells = []

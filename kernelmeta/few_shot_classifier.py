@@ -21,7 +21,7 @@ except ImportError as error:
 
 from kernelmeta.data.label_codes import as_array
 from kernelmeta.training.answers import Chosen, check_use, doubts, make_learner, probabilities
-from kernelmeta.training.proportions import shares_of
+from kernelmeta.training.proportions import Proportions, proportions_of
 
 
 class FewShotClassifier(ClassifierMixin, BaseEstimator):
@@ -43,9 +43,12 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             are not: a call with one row, or with rows of one class, warns. With False each row is judged alone, which
             methods that share rows out among the classes ("sinkhorn_kmeans", "pt_map", "tim", "bd_cspn") cannot.
         proportions: the classes' shares of the rows of one `predict` call, as a mapping, label -> share, or as an array
-            in the order of ``classes_``; they sum to 1. "sinkhorn_kmeans", "pt_map" and "tim" take them. None: these
-            methods take all classes to have equally many rows, and lose many points where that is wrong. For another
-            call, `set_params` sets others; there is no need to fit again.
+            in the order of ``classes_``; they sum to 1. "soft_kmeans", "sinkhorn_kmeans", "pt_map" and "tim" take them.
+            None: the last three take all classes to have equally many rows, and lose many points where that is wrong.
+            For another call, `set_params` sets others; there is no need to fit again.
+        counts: where the proportions are not known: how many rows of each class there were in a sample of such rows,
+            likewise a mapping, label -> number, or an array. With n rows in all, a class with c of them has the share
+            (c + 1) / (n + C), which soft k-means trusts the more, the more rows were counted.
         feature_transform: for a method without weights: "none", or "power:P", which takes a power of each, see
             :class:`kernelmeta.Transform`. None: the method's own. Weights come with theirs.
         feature_center: likewise: "none", or "task", which takes from the rows of a call their mean, so that they are
@@ -56,8 +59,8 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         n_features_in_: D.
 
     Raises:
-        ValueError: by `fit`: no such method, one that must be trained, weights that do not fit, proportions that the
-            method does not take or that are none; what scikit-learn's checks find in X and y.
+        ValueError: by `fit`: no such method, one that must be trained, weights that do not fit, proportions or
+            counts that the method does not take or that are none; what scikit-learn's checks find in X and y.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         temperature: float | None = None,
         transductive: bool = True,
         proportions: Any = None,
+        counts: Any = None,
         feature_transform: str | None = None,
         feature_center: str | None = None,
     ) -> None:
@@ -78,6 +82,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.temperature = temperature
         self.transductive = transductive
         self.proportions = proportions
+        self.counts = counts
         self.feature_transform = feature_transform
         self.feature_center = feature_center
 
@@ -104,7 +109,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
             )  # fmt: skip
             self.method_, self.learner_ = chosen.method, chosen.learner
             self.temperature_ = chosen.temperature if self.temperature is None else self.temperature
-        self._shares()
+        self._known_proportions()
         self.support_ = torch.from_numpy(np.array(X))
         self.support_labels_ = torch.from_numpy(labels.reshape(-1).astype(np.int64))
         return self
@@ -112,28 +117,28 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
     def predict_proba(self, X: Any) -> np.ndarray[Any, Any]:
         """Probabilities [n, C], in the order of ``classes_``. Warns where a transductive answer is doubtful."""
         check_is_fitted(self)
-        shares = self._shares()
+        known = self._known_proportions()
         X = validate_data(self, _array(X), dtype=_DTYPES, reset=False)
         if self.learner_ is None:  # one class
             return np.ones((len(X), 1))
         query = torch.from_numpy(np.array(X)).to(self.support_.dtype)
         if self.transductive:
-            doubt = doubts(self.learner_, self.support_, self.support_labels_, query, self.classes_.tolist(), shares)
+            doubt = doubts(self.learner_, self.support_, self.support_labels_, query, self.classes_.tolist(), known)
             if doubt is not None:
                 warnings.warn(doubt, UserWarning, stacklevel=2)
         found = probabilities(
             self.learner_, self.support_, self.support_labels_, query, transductive=self.transductive,
-            temperature=self.temperature_, proportions=shares,
+            temperature=self.temperature_, proportions=known,
         )  # fmt: skip
         return found.double().numpy()
 
-    def _shares(self) -> Tensor | None:
-        """The proportions, [C], as they are now. Raises ValueError."""
-        given = self.proportions is not None
+    def _known_proportions(self) -> Proportions | None:
+        """As they are set now. Raises ValueError."""
         if self.learner_ is not None:
             chosen = Chosen(str(self.method_), self.learner_, "")
+            given = self.proportions is not None or self.counts is not None
             check_use(chosen, transductive=self.transductive, proportions=given)
-        return shares_of(self.proportions, self.classes_.tolist()) if given else None
+        return proportions_of(self.proportions, self.counts, self.classes_.tolist())
 
     def predict(self, X: Any) -> np.ndarray[Any, Any]:
         """The most probable label of each row, [n]."""
@@ -145,8 +150,11 @@ _DTYPES = (np.float64, np.float32)
 
 
 def _labels(y: Any) -> Any:
-    """Labels as they are: a list that holds numbers and text is refused, of which NumPy makes text."""
+    """Labels as they are. A list that holds numbers and text, of which NumPy makes text, or None is refused."""
     if isinstance(y, (list, tuple)) and all(np.ndim(value) == 0 for value in y):
+        missing = [row for row, label in enumerate(y) if label is None]
+        if missing:
+            raise ValueError(f"y: row {missing[0]} has no label (None)")
         y = as_array(y)
         texts = sum(isinstance(value, str) for value in y.tolist())
         if y.dtype == object and 0 < texts < len(y):

@@ -28,7 +28,7 @@ from sklearn.utils.estimator_checks import check_estimator  # noqa: E402
 rng = np.random.default_rng(0)
 CENTRES = 3 * rng.normal(size=(4, 16))
 NAMES = np.array(["wolf", "bear", "lynx", "deer"])
-TOLD = ("sinkhorn_kmeans", "pt_map", "tim")  # methods that take proportions
+TOLD = ("soft_kmeans", "sinkhorn_kmeans", "pt_map", "tim")  # methods that take proportions
 
 
 def rows(of_class: np.ndarray) -> np.ndarray:
@@ -57,7 +57,7 @@ def run(tmp_path_factory) -> str:
         km.FewShotClassifier("ridge"),
         km.FewShotClassifier(),
         km.FewShotClassifier(transductive=False),
-        *map(km.FewShotClassifier, [*TOLD, "alpha_tim", "laplacian_shot", "bd_cspn", "logistic_regression"]),
+        *map(km.FewShotClassifier, [*TOLD[1:], "alpha_tim", "laplacian_shot", "bd_cspn", "logistic_regression"]),
     ],
     ids=str,
 )
@@ -133,6 +133,8 @@ def test_what_does_not_fit_is_named(run, given, message) -> None:
 def test_numbers_and_text_among_the_labels_are_not_merged() -> None:
     with pytest.raises(ValueError, match="y: some labels are numbers and some are text"):
         km.FewShotClassifier().fit(SUPPORT, [1, "1", 2, 3] * (len(SUPPORT) // 4))
+    with pytest.raises(ValueError, match=r"y: row 3 has no label \(None\)"):
+        km.FewShotClassifier().fit(SUPPORT, ["a", "b", "c", None] * (len(SUPPORT) // 4))
     mixed = [2.0, 1, 2, 3] * (len(SUPPORT) // 4)
     assert km.FewShotClassifier().fit(SUPPORT, mixed).classes_.tolist() == [1, 2, 3]
 
@@ -219,7 +221,7 @@ def test_proportions_in_every_form(method) -> None:
     series = pandas.Series(SHARES).sort_values()  # in another order than the classes
     found = km.FewShotClassifier(method, proportions=series).fit(X, y).predict_proba(query)
     assert np.abs(found - want).max() < 1e-12
-    if method != "tim":  # it only leans towards the proportions
+    if method in ("sinkhorn_kmeans", "pt_map"):  # the others only lean towards the proportions
         assert np.abs(want.mean(0) - in_order).max() < 0.02
     of_numbers = km.FewShotClassifier(method, proportions={1: 0.1, 0: 0.55, 3: 0.05, 2: 0.3}).fit(X, [0, 3, 2, 1])
     named = km.FewShotClassifier(method, proportions={"1": 0.1, "0": 0.55, "3": 0.05, "2": 0.3}).fit(X, list("0321"))
@@ -246,7 +248,7 @@ def test_proportions_of_another_call() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"wolf": 0.5, "bear": 0.5}, "no share of 'deer', 'lynx'; the classes are 'bear', 'deer', 'lynx', 'wolf'"),
+        ({"wolf": 0.5, "bear": 0.5}, "no number for 'deer', 'lynx'; the classes are 'bear', 'deer', 'lynx', 'wolf'"),
         ({**SHARES, "fox": 0.0}, "there is no class 'fox'"),
         ({"wolf": 0.4, "bear": 0.2, "lynx": 0.2, "deer": 0.1}, r"got \[0.2, 0.1, 0.2, 0.4\], whose sum is 0.9"),
         ([0.5, 0.5, 0.5, -0.5], r"0 or more that sum to 1, got \[0.5, 0.5, 0.5, -0.5\]"),
@@ -255,10 +257,11 @@ def test_proportions_of_another_call() -> None:
         ([0.5, 0.5, np.inf, 0.0], "whose sum is inf"),
         (
             [0.5, 0.5],
-            r"expected 4 shares, one for each of the classes 'bear', 'deer', 'lynx', 'wolf', got \[0.5, 0.5\]",
+            r"expected 4 numbers, one for each of the classes 'bear', 'deer', 'lynx', 'wolf', got \[0.5, 0.5\]",
         ),
-        (1.0, "expected 4 shares"),
-        ("wolf=1", "expected a mapping, label -> share, or numbers, got 'wolf=1'"),
+        (1.0, "expected 4 numbers"),
+        ({"wolf": 6, "bear": 2, "lynx": 1, "deer": 1}, "whose sum is 10; rows that were counted are given as counts"),
+        ("wolf=1", "expected a mapping, label -> number, or numbers, got 'wolf=1'"),
         ({"wolf": "many", "bear": 0.2, "lynx": 0.2, "deer": 0.1}, "or numbers, got"),
     ],
 )
@@ -268,14 +271,59 @@ def test_proportions_that_are_none(given, message) -> None:
         classifier.fit(SUPPORT, NAMES[SUPPORT_CLASSES])
 
 
+@pytest.mark.parametrize("method", TOLD)
+def test_counted_proportions(method) -> None:
+    X, y, query, _ = noisy_task(0)
+    counts = {"wolf": 11, "bear": 0, "lynx": 6, "deer": 3}  # of 20 rows; no bear happened to be among them
+    shares = {name: (count + 1) / 24 for name, count in counts.items()}
+    counted = km.FewShotClassifier(method, counts=counts).fit(X, y).predict_proba(query)
+    in_order = km.FewShotClassifier(method, counts=torch.tensor([0, 3, 6, 11])).fit(X, y).predict_proba(query)
+    assert np.array_equal(counted, in_order)
+    as_known = km.FewShotClassifier(method, proportions=shares).fit(X, y).predict_proba(query)
+    difference = np.abs(counted - as_known).max()
+    assert difference > 1e-3 if method == "soft_kmeans" else difference < 1e-12  # which trusts them less
+    more = {name: 10**7 * count for name, count in counts.items()}
+    many = km.FewShotClassifier(method, counts=more).fit(X, y).predict_proba(query)
+    known = km.FewShotClassifier(method, proportions={name: n / 20 for name, n in counts.items()}).fit(X, y)
+    assert np.abs(many - known.predict_proba(query)).max() < 1e-3
+
+
+def test_counted_proportions_help() -> None:
+    without, counted = [], []
+    for seed in range(40):
+        X, y, query, answers = noisy_task(seed)
+        counts = np.random.default_rng(seed).multinomial(30, [SHARES[name] for name in sorted(SHARES)])
+        without.append(km.FewShotClassifier().fit(X, y).score(query, answers))
+        counted.append(km.FewShotClassifier(counts=counts).fit(X, y).score(query, answers))
+    assert np.mean(counted) > np.mean(without) + 0.02
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"counts": {"wolf": 3, "bear": 1}}, "counts: no number for 'deer', 'lynx'"),
+        ({"counts": [3, 1, -1, 2]}, "counts: expected whole numbers from 0"),
+        ({"counts": [0.5, 0.2, 0.2, 0.1]}, "counts: expected whole numbers from 0.*; shares are given as proportions"),
+        ({"counts": [0, 0, 0, 0]}, "at least one of them above"),
+        ({"counts": [1, 2, 3, np.nan]}, "counts: expected whole numbers"),
+        ({"counts": [1, 2, 3, 4], "proportions": SHARES}, "counts: expected either proportions or counts, got both"),
+        ({"counts": [1, 2, 3, 4], "method": "ridge"}, "proportions: ridge takes none"),
+        ({"counts": [1, 2, 3, 4], "transductive": False}, "each row is judged alone"),
+    ],
+)
+def test_counts_that_are_none(given, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        km.FewShotClassifier(**given).fit(SUPPORT, NAMES[SUPPORT_CLASSES])
+
+
 def test_who_takes_no_proportions(run) -> None:
-    takes = "these do: tim, sinkhorn_kmeans, pt_map"
-    for options in ({}, {"method": "prototypes"}, {"method": "laplacian_shot"}, {"weights": run}):
+    takes = "these do: soft_kmeans, tim, sinkhorn_kmeans, pt_map"
+    for options in ({"method": "ridge"}, {"method": "prototypes"}, {"method": "laplacian_shot"}, {"weights": run}):
         with pytest.raises(ValueError, match=f"proportions: [a-z_]* takes none; {takes}"):
             km.FewShotClassifier(**options, proportions=SHARES).fit(SUPPORT, NAMES[SUPPORT_CLASSES])
     with pytest.raises(ValueError, match="proportions: with transductive=False each row is judged alone"):
         km.FewShotClassifier("tim", proportions=SHARES, transductive=False).fit(SUPPORT, NAMES[SUPPORT_CLASSES])
-    for method in (*TOLD, "bd_cspn"):
+    for method in (*TOLD[1:], "bd_cspn"):
         with pytest.raises(ValueError, match=f"transductive=False: {method} shares the rows of a call out"):
             km.FewShotClassifier(method, transductive=False).fit(SUPPORT, SUPPORT_CLASSES)
     for method in ("alpha_tim", "laplacian_shot"):

@@ -203,7 +203,7 @@ constexpr Storage kStorage = sizeof(F) == 8                  ? Storage::kFloat64
 
 template <class C>
 struct Results {
-  std::vector<C> logits, grad_query, grad_start, weight, scale, bias;
+  std::vector<C> logits, theta, grad_query, grad_start, weight, scale, bias;
   std::vector<std::vector<C>> mlp;  // in the order of MlpArrays
 };
 
@@ -249,10 +249,11 @@ Results<C> run(const Kernels<C>& kernels, const Episode& e, bool as_labels, cons
 
   Results<C> r;
   r.logits.resize(size_t(T * Q * N));
-  std::vector<C> theta(static_cast<size_t>(T * N * D)), stats(static_cast<size_t>(T * K * 4 * H));
+  r.theta.resize(size_t(T * N * D));
+  std::vector<C> stats(static_cast<size_t>(T * K * 4 * H));
   std::vector<C> trace(size_t(T * trace_size<C>(e.s, wanted.theta)), C(NAN));
   kernels.sib_forward(
-      {problem, r.logits.data(), wanted.theta ? theta.data() : nullptr, stats.data(), trace.data()}, mlp, 0,
+      {problem, r.logits.data(), wanted.theta ? r.theta.data() : nullptr, stats.data(), trace.data()}, mlp, 0,
       T);
 
   const auto gz = exactly<C>(weights_z), gt = exactly<C>(weights_theta);

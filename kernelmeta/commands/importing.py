@@ -17,7 +17,12 @@ def add_commands(add: Add) -> None:
         "Turn features and labels from other programs into a feature bank.",
         "import X.npy y.npy --out bank.safetensors",
     )
-    command.add_argument("files", nargs="+", metavar="FILE", help=".npy, .npz, .pt, .safetensors, .csv, .tsv, .parquet")
+    command.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help=".npy, .npz, .pt, .safetensors, .csv, .tsv, .parquet, or a folder of Hugging Face's datasets",
+    )
     command.option("output", "--out", type=Path, required=True, metavar="BANK", help="the bank to write")
     command.option(
         "data", "--label", metavar="NAME", help="the column or array of the labels (default: label, class, y)"

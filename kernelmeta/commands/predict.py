@@ -7,9 +7,8 @@ from pathlib import Path
 
 from kernelmeta.command_line import HELP, Add, at_option, check_outputs, feature_options, machine_options, say_of
 from kernelmeta.data.words import counted
-from kernelmeta.training.answers import UNTRAINED
+from kernelmeta.training.answers import TAKE_PROPORTIONS, UNTRAINED
 from kernelmeta.training.foreign_backbones import is_foreign
-from kernelmeta.training.peers import TAKE_PROPORTIONS
 from kernelmeta.training.prediction import Backbone, backbone_of, predict, read_rows
 from kernelmeta.training.proportions import parse_proportions
 from kernelmeta.training.report import write_report
@@ -43,6 +42,12 @@ def add_commands(add: Add) -> None:
         metavar="LABEL=SHARE,...",
         help=f"the classes' shares of the query rows, which sum to 1; for {', '.join(TAKE_PROPORTIONS)}",
     )
+    command.option(
+        "learner",
+        "--counts",
+        metavar="LABEL=NUMBER,...",
+        help="instead of --proportions: how many rows of each class a sample of such rows had",
+    )
     command.option("data", "--weights", metavar="FILE", help=HELP["weights"] + " (default: those of the run)")
     command.option("data", "--backbone", help=HELP["backbone"])
     machine_options(command)
@@ -50,6 +55,7 @@ def add_commands(add: Add) -> None:
 
 def _predict(args: argparse.Namespace) -> None:
     proportions = None if args.proportions is None else parse_proportions(args.proportions)
+    counts = None if args.counts is None else parse_proportions(args.counts, "counts")
     weights, name = args.weights, args.backbone
     if weights is None and not is_foreign(name):
         weights, name = backbone_of(args.what)
@@ -65,7 +71,7 @@ def _predict(args: argparse.Namespace) -> None:
     try:
         answers = predict(
             args.what, support, query, at=args.at, transductive=not args.alone, proportions=proportions,
-            transform=args.transform, center=args.center, device=args.device,
+            counts=counts, transform=args.transform, center=args.center, device=args.device,
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(_as_options(str(error))) from None

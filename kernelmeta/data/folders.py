@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernelmeta.data.bank import SPLITS
+from kernelmeta.data.class_split import parse_shares, split_classes
 from kernelmeta.data.decoding import extensions
 from kernelmeta.data.words import listing, printable
+
+# Of the classes in a folder without splits.
+_SHARES, _FEWEST = "60/20/20", 3
 
 # Folders and files that programs put beside images.
 _SYSTEM = {
@@ -65,6 +69,9 @@ def scan_classes(root: str | os.PathLike[str]) -> ImageFolder:
 def scan(root: str | os.PathLike[str]) -> ImageFolder:
     """Look into a folder of images. Nothing is decoded.
 
+    Where there is neither train/ nor val/ nor test/, but a folder of images for each of three classes or more, the
+    classes are split 60/20/20, alike among large ones and small ones, always in the same way; a note says so.
+
     Hidden entries, those of systems (``__MACOSX``, ``Thumbs.db``), files that are no images, empty classes and whatever
     lies elsewhere are left out, and counted in a note.
 
@@ -79,6 +86,10 @@ def scan(root: str | os.PathLike[str]) -> ImageFolder:
     others = [entry for entry in left.visible(base) if entry.name not in SPLITS]
     for split in SPLITS:
         _check_spelling(base, split, others)
+    if not any((base / split).is_dir() for split in SPLITS):
+        flat = _flat(base)
+        if flat is not None:
+            return flat
     classes: dict[tuple[str, str], list[Path]] = {}
     for split in SPLITS:
         if not (base / split).is_dir():
@@ -96,11 +107,36 @@ def scan(root: str | os.PathLike[str]) -> ImageFolder:
         left.other("folders beside train, val and test" if entry.is_dir() else "files beside them", entry, named=True)
     if not classes:
         raise ValueError(
-            f"{printable(base)}: expected train/, val/ or test/ with one folder of images a class"
-            + "".join(f"; left out: {note}" for note in left.notes())
+            f"{printable(base)}: expected train/, val/ or test/ with one folder of images a class, or three of"
+            " those without train/, val/ and test/" + "".join(f"; left out: {note}" for note in left.notes())
         )
     notes = [f"{printable(base)}: left out: {note}" for note in left.notes()]
     return ImageFolder(base, classes, notes + _in_two_splits(base, classes))
+
+
+def _flat(base: Path) -> ImageFolder | None:
+    """A folder of class folders, which are split here; None where there are too few of them."""
+    left = _LeftOut(base)
+    found = {}
+    for entry in left.visible(base):
+        if not entry.is_dir():
+            left.other("files outside of class folders", entry)
+        elif files := _images(entry, left):
+            found[entry] = files
+        else:
+            left.other("class folders without an image", entry, named=True)
+    if len(found) < _FEWEST:
+        return None
+    split = split_classes([len(files) for files in found.values()], parse_shares(_SHARES)).tolist()
+    names = {number: name for name, number in SPLITS.items()}
+    # In the order of the splits, as if they were folders.
+    order = sorted(zip(split, found, strict=True), key=lambda own: own[0])
+    classes = {(names[number], _utf8(entry)): found[entry] for number, entry in order}
+    note = (
+        f"{printable(base)}: its {len(found)} classes are split {_SHARES} into train, val and test; folders of these"
+        " names would say otherwise"
+    )
+    return ImageFolder(base, classes, [note, *(f"{printable(base)}: left out: {line}" for line in left.notes())])
 
 
 def _images(folder: Path, left: _LeftOut) -> list[Path]:

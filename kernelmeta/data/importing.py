@@ -34,7 +34,7 @@ def import_bank(
     files or in others.
 
     Args:
-        files: .npy, .npz, .pt, .safetensors, .csv, .tsv or .parquet; see `kernelmeta.data.tables`.
+        files: .npy, .npz, .pt, .safetensors, .csv, .tsv, .parquet, or datasets' folders; see `kernelmeta.data.tables`.
         out: the bank to write, whole or not at all.
         label: the name of the column or array with the labels.
         split: shares of the classes for training, validation and test, drawn with ``seed``, alike among large classes
@@ -49,7 +49,7 @@ def import_bank(
         OSError: a file cannot be read, or the bank cannot be written.
         ValueError: files that do not fit each other, a row without a label or with features that are not finite,
             named.
-        ImportError: a .parquet without pyarrow.
+        ImportError: a .parquet or a dataset without pyarrow.
     """
     shares = parse_shares(split)
     tables: list[Table] = []

@@ -1,7 +1,7 @@
 """Features, labels and names of rows from the files that other programs write, a piece at a time.
 
-.npy, .npz, .pt and .safetensors hold arrays; .csv, .tsv and .parquet hold columns. Names, types and shapes say which
-array or column is what. Nothing in a file is executed.
+.npy, .npz, .pt and .safetensors hold arrays; .csv, .tsv, .parquet and folders of Hugging Face's ``datasets`` hold
+columns. Names, types and shapes say which array or column is what. Nothing in a file is executed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kernelmeta.data.bank import FEATURE_DTYPES
+from kernelmeta.data.dataset_folders import DatasetFolder, is_dataset_folder
 from kernelmeta.data.files import check_dense, read_weights
 from kernelmeta.data.label_codes import as_array
 from kernelmeta.data.tensor_files import read_tensors
@@ -79,9 +80,11 @@ def open_table(
     Raises:
         OSError: there is no such file, or it cannot be read.
         ValueError: of another kind, damaged, it holds no features and no labels, or other features than ``columns``.
-        ImportError: a .parquet without pyarrow.
+        ImportError: a .parquet or a dataset without pyarrow.
     """
     file = Path(path)
+    if file.is_dir() and is_dataset_folder(file):
+        return _dataset(file, label, labelled, columns)
     suffix = file.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"{path}: expected a file {', '.join(SUFFIXES)}")
@@ -329,7 +332,6 @@ def _csv(file: Path, label: str | None, labelled: bool, wanted: Sequence[str]) -
 
 def _parquet(file: Path, label: str | None, labelled: bool, wanted: Sequence[str]) -> Table:
     try:
-        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
         raise ImportError(f"{file}: reading .parquet needs pyarrow: pip install 'kernelmeta[parquet]'") from None
@@ -338,6 +340,38 @@ def _parquet(file: Path, label: str | None, labelled: bool, wanted: Sequence[str
         schema = content.schema_arrow
     except Exception as error:  # some of its errors are no ArrowException
         raise ValueError(f"{file}: not a Parquet file ({one_line(error)})") from None
+
+    def batches(rows: int, columns: Sequence[str]) -> Iterator[Any]:
+        try:
+            yield from content.iter_batches(batch_size=rows, columns=list(columns))
+        except Exception as error:
+            raise ValueError(f"{file}: damaged ({one_line(error)})") from None
+
+    return _of_columns(file, schema, batches, label, labelled, wanted)
+
+
+def _dataset(folder: Path, label: str | None, labelled: bool, wanted: Sequence[str]) -> Table:
+    content = DatasetFolder(folder)
+    return _of_columns(folder, content.schema, content.batches, label, labelled, wanted, content.class_names)
+
+
+def _of_columns(
+    file: Path,
+    schema: Any,
+    batches: Callable[[int, Sequence[str]], Iterator[Any]],
+    label: str | None,
+    labelled: bool,
+    wanted: Sequence[str],
+    class_names: Callable[[str], list[str] | None] = lambda column: None,
+) -> Table:
+    """Of Arrow's record batches.
+
+    Args:
+        batches: (rows, columns) -> batches of at most so many rows.
+        class_names: column -> what its numbers stand for, None if for nothing.
+    """
+    import pyarrow as pa
+
     label_column, id_column = _columns(file, schema.names, label, labelled)
     others = [field for field in schema if field.name not in (label_column, id_column)]
     lists = [f.name for f in others if _is_list(pa, f.type) and _is_plain(pa, f.type.value_type)]
@@ -351,16 +385,7 @@ def _parquet(file: Path, label: str | None, labelled: bool, wanted: Sequence[str
     ignored = [field.name for field in others if field.name not in used]
 
     def pieces(names: Sequence[str], read: Callable[[Any], Any], rows: int) -> Iterator[Any]:
-        batches = iter(content.iter_batches(batch_size=rows, columns=list(names)))
-        while True:
-            try:
-                batch = next(batches, None)
-            except Exception as error:
-                raise ValueError(f"{file}: damaged ({one_line(error)})") from None
-            if batch is None:
-                return
-            if batch.num_rows:
-                yield read(batch)
+        return (read(batch) for batch in batches(rows, names) if batch.num_rows)
 
     def matrix(batch: Any) -> Tensor:
         for name in used:
@@ -382,7 +407,15 @@ def _parquet(file: Path, label: str | None, labelled: bool, wanted: Sequence[str
         return np.asarray(values.cast(pa.float32(), safe=False))
 
     def column(name: str) -> Callable[[], Iterator[list[Any]]]:
-        return lambda: pieces([name], lambda batch: batch.column(name).to_pylist(), 1 << 16)
+        called = class_names(name)
+
+        def values(batch: Any) -> list[Any]:
+            found: list[Any] = batch.column(name).to_pylist()
+            if called is None:
+                return found
+            return [called[i] if i is not None and 0 <= i < len(called) else None for i in found]
+
+        return lambda: pieces([name], values, 1 << 16)
 
     D = len(scalars) if not lists else 0
     if lists:

@@ -14,7 +14,8 @@ from kernelmeta.data.words import listing
 from kernelmeta.training.candidates import CANDIDATES
 from kernelmeta.training.learners import LEARNERS, SOFT_KMEANS, tasks_together
 from kernelmeta.training.loading import at_text, for_ways, load_learner
-from kernelmeta.training.peers import PEERS, TAKE_PROPORTIONS, PeerLearner
+from kernelmeta.training.peers import PEERS, PeerLearner
+from kernelmeta.training.proportions import Proportions
 
 
 def _peer(name: str) -> Callable[..., PeerLearner]:
@@ -29,6 +30,8 @@ UNTRAINED: dict[str, Callable[..., nn.Prototypes | nn.SoftKMeans | nn.RidgeHead 
     "ridge": nn.RidgeHead,
     **{name: _peer(name) for name in PEERS},
 }
+# Those that may be told the classes' shares of the query rows.
+TAKE_PROPORTIONS = (SOFT_KMEANS, *(name for name, kind in PEERS.items() if kind.takes_proportions))
 METHODS = (SOFT_KMEANS, *(name for name in LEARNERS if name != "maml"), *PEERS)
 SMALLEST, LARGEST = 1e-10, 1e18  # of a row's largest feature
 _ROWS, _TASKS = 4096, 256  # that a call takes
@@ -113,7 +116,7 @@ def check_use(chosen: Chosen, *, transductive: bool, proportions: bool) -> None:
         transductive: the query rows are judged together; else each alone.
         proportions: those of the query rows are given.
     """
-    if proportions and not getattr(chosen.learner, "takes_proportions", False):
+    if proportions and not _takes_proportions(chosen.learner):
         raise ValueError(f"proportions: {chosen.method} takes none; these do: {', '.join(TAKE_PROPORTIONS)}")
     if proportions and not transductive:
         raise ValueError("proportions: with transductive=False each row is judged alone, and one row has none")
@@ -126,6 +129,23 @@ def check_use(chosen: Chosen, *, transductive: bool, proportions: bool) -> None:
         raise ValueError(
             f"transductive=False: {chosen.method} {why}, and cannot judge a row alone; prototypes and ridge do"
         )
+
+
+def _takes_proportions(learner: Any) -> bool:
+    return isinstance(learner, nn.SoftKMeans) or getattr(learner, "takes_proportions", False)
+
+
+def told(learner: Any, n_features: int, relax: float) -> Any:
+    """The learner that is called with proportions: for soft k-means, the program whose soft assignments meet them.
+
+    ``relax``: how far they are trusted, for one that can say so.
+    """
+    if not isinstance(learner, nn.SoftKMeans):
+        return learner
+    phase = nn.Phase("soft_assignment", learner.steps, 1.0, marginals="given", relax=relax)
+    return nn.Program(
+        learner.n_way, n_features, [phase], scale=learner.scale, transform=learner.transform, center=learner.center
+    ).eval()
 
 
 def _only_together(learner: Any) -> bool:
@@ -147,7 +167,7 @@ def probabilities(
     *,
     transductive: bool = True,
     temperature: float = 1.0,
-    proportions: Tensor | None = None,
+    proportions: Proportions | None = None,
 ) -> Tensor:
     """Of each class, [Q, N], for the rows of one task.
 
@@ -157,7 +177,7 @@ def probabilities(
         query: [Q, D].
         transductive: a learner that looks at the query rows sees all of them at once; else each alone.
         temperature: by which the logits are divided.
-        proportions: [N], the classes' shares of the query rows, for a learner that takes them.
+        proportions: of the query rows, for a learner that takes them.
 
     Raises:
         ValueError: rows too large or too small to be compared, or without a finite answer.
@@ -167,8 +187,12 @@ def probabilities(
     if not len(query):
         return query.new_zeros(0, learner.n_way)
     if learner.transductive and transductive:
-        told = {} if proportions is None else {"proportions": proportions[None].to(query.device)}
-        return _finite(torch.softmax(learner(support[None], labels[None], query[None], **told)[0] / temperature, -1))
+        task = (support[None], labels[None], query[None])
+        if proportions is None:
+            return _finite(torch.softmax(learner(*task)[0] / temperature, -1))
+        learner = told(learner, query.shape[1], proportions.relax).to(query.device)
+        logits = learner(*task, proportions=proportions.shares[None].to(query.device))[0]
+        return _finite(torch.softmax(logits / temperature, -1), "or the proportions cannot be met: leave them out, or ")
     found = []
     if not learner.transductive:
         for rows in query.split(_ROWS):
@@ -195,10 +219,10 @@ def check_range(name: str, rows: Tensor) -> None:
         )
 
 
-def _finite(found: Tensor) -> Tensor:
+def _finite(found: Tensor, why: str = "") -> Tensor:
     bad = (~found.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"query: {len(bad)} rows have no finite answer: {listing(bad)}; rescale the features")
+        raise ValueError(f"query: {len(bad)} rows have no finite answer: {listing(bad)}; {why}rescale the features")
     return found
 
 
@@ -209,7 +233,7 @@ def doubts(
     labels: Tensor,
     query: Tensor,
     classes: Sequence[object],
-    proportions: Tensor | None = None,
+    proportions: Proportions | None = None,
 ) -> str | None:
     """Why a transductive answer for these query rows is doubtful, or None.
 
@@ -223,14 +247,14 @@ def doubts(
     alone = "prototypes and ridge"
     advice = (
         f"{alone} judge each row alone"
-        if _only_together(learner)
+        if _only_together(learner) or proportions is not None
         else f"transductive=False judges each row alone, as do {alone}"
     )
     if len(query) == 1:
         return f"a single row has no others to be judged together with; {advice}"
     best = probabilities(nn.Prototypes(learner.n_way), support, labels, query).argmax(-1)
     shares = torch.bincount(best, minlength=learner.n_way).double().cpu() / len(query)
-    told = torch.full_like(shares, 1 / learner.n_way) if proportions is None else proportions.cpu()
+    told = torch.full_like(shares, 1 / learner.n_way) if proportions is None else proportions.shares.cpu()
     excess, largest = (shares - (0.6 + 0.4 * told)).max(0)
     if float(excess) <= 0:
         return None
@@ -240,7 +264,7 @@ def doubts(
             f"judged alone, {share} of these rows belong to one class ({name}), whose proportion is given as"
             f" {100 * float(told[largest]):.3g} %; {advice}"
         )
-    if getattr(learner, "takes_proportions", False):
+    if _takes_proportions(learner):
         advice = f"proportions= tells it how many rows each class has, and {advice}"
     return (
         f"judged alone, {share} of these rows belong to one class ({name}), and a method that judges them together "

@@ -49,7 +49,6 @@ PEERS: dict[str, PeerKind] = {
     ),
     "pt_map": PeerKind("PT-MAP", transductive.pt_map, assumes_even=True, takes_proportions=True),
 }
-TAKE_PROPORTIONS = tuple(name for name, kind in PEERS.items() if kind.takes_proportions)
 # Settings of the features, which every method without training takes.
 TRANSFORM = ("transform", "center")
 

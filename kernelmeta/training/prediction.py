@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernelmeta.data import FeatureBank
 from kernelmeta.data.bank import SPLITS
+from kernelmeta.data.dataset_folders import is_dataset_folder
 from kernelmeta.data.file_kinds import is_safetensors
 from kernelmeta.data.files import write_text
 from kernelmeta.data.folders import scan_classes
@@ -28,7 +29,7 @@ from kernelmeta.training.backbones import load_backbone
 from kernelmeta.training.extraction import extract
 from kernelmeta.training.foreign_backbones import is_foreign
 from kernelmeta.training.loading import load_learner
-from kernelmeta.training.proportions import shares_of
+from kernelmeta.training.proportions import proportions_of
 
 COLUMNS = ("id", "label", "probability", "runner_up")
 
@@ -95,11 +96,9 @@ def read_rows(
         ImportError: a .parquet without pyarrow.
     """
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() and not is_dataset_folder(path):
         return _images(source, backbone or Backbone(), say)
-    with open(path, "rb"):  # the usual errors
-        pass
-    if is_safetensors(path) and "kernelmeta-bank" in read_metadata(path).get("format", ""):
+    if not path.is_dir() and is_safetensors(path) and "kernelmeta-bank" in read_metadata(path).get("format", ""):
         bank = FeatureBank.load(path)
         classes = _without_split(bank)
         names = [classes[c] for c in bank.labels.tolist()]
@@ -211,6 +210,7 @@ def predict(
     at: str | None = None,
     transductive: bool = True,
     proportions: Mapping[str, float] | None = None,
+    counts: Mapping[str, float] | None = None,
     transform: str | None = None,
     center: str | None = None,
     device: str = "cpu",
@@ -222,6 +222,7 @@ def predict(
         at: which weights of a run: "best" on its validation classes, "last", or None for the best if there are any.
         transductive: whether a method that can judges the query rows together.
         proportions: the classes' shares of the query rows, label -> share, for a method that takes them.
+        counts: likewise, label -> how many rows of it there were in a sample of such rows.
         transform, center: of the features, for a method without training, see `make_learner`.
         device: where the learner runs.
 
@@ -250,14 +251,14 @@ def predict(
     chosen = make_learner(
         what if named else None, None if named else what, len(classes), D, at, transform=transform, center=center
     )
-    check_use(chosen, transductive=transductive, proportions=proportions is not None)
-    shares = None if proportions is None else shares_of(proportions, classes)
+    check_use(chosen, transductive=transductive, proportions=proportions is not None or counts is not None)
+    of_query_rows = proportions_of(proportions, counts, classes)
     method, learner, which, temperature = chosen
     dtype = torch.promote_types(torch.promote_types(support.features.dtype, query.features.dtype), torch.float32)
     rows, of_query = (r.features.to(device, dtype) for r in (support, query))
     learner, labels = learner.to(device), labels.to(device)
     found = probabilities(
-        learner, rows, labels, of_query, transductive=transductive, temperature=temperature, proportions=shares
+        learner, rows, labels, of_query, transductive=transductive, temperature=temperature, proportions=of_query_rows
     ).cpu()
     accuracy = None
     if query.labels is not None:
@@ -275,12 +276,12 @@ def predict(
         "features": D,
         "temperature": f"{temperature:.3g}",
     }
-    if shares is not None:
-        told = [f"{name} {share:.4g}" for name, share in zip(classes, shares.tolist(), strict=True)]
+    if of_query_rows is not None:
+        told = [f"{name} {share:.4g}" for name, share in zip(classes, of_query_rows.shares.tolist(), strict=True)]
         settings["proportions"] = ", ".join(told)
     elif getattr(learner, "assumes_even", False):
         settings["proportions"] = "taken to be equal"
-    doubt = doubts(learner, rows, labels, of_query, classes, shares) if transductive else None
+    doubt = doubts(learner, rows, labels, of_query, classes, of_query_rows) if transductive else None
     return Prediction(method, classes, found, query, doubt, accuracy, settings, which)
 
 

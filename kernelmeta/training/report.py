@@ -15,6 +15,7 @@ from kernelmeta.training.prediction import COLUMNS, Prediction
 MOST_ROWS = 500
 _THUMBNAIL = 96  # pixels
 _BINS = 10
+_MOST_BARS = 40  # of a plot
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .3rem .6rem; }
@@ -91,7 +92,11 @@ def _thumbnail(path: Path) -> str:
 
 
 def _bars(title: str, counts: dict[str, int]) -> str:
-    """Horizontal bars, drawn as SVG."""
+    """Horizontal bars, drawn as SVG; of very many the longest, in their order."""
+    shown = sorted(counts, key=counts.__getitem__, reverse=True)[:_MOST_BARS]
+    if len(shown) < len(counts):
+        title = f"{title} (the {len(shown)} most frequent of {len(counts)})"
+        counts = {name: n for name, n in counts.items() if name in set(shown)}
     height, left, width = 18, 120, 240
     most = max([1, *counts.values()])
     bars = "".join(

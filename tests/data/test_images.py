@@ -102,6 +102,27 @@ def test_arrays_are_shifted_by_up_to_the_padding():
     assert found == {(y, x) for y in range(12, 17) for x in range(12, 17)}
 
 
+def test_classes_in_a_folder_without_splits_are_split(tmp_path):
+    sizes = {f"class {i}": 1 + i % 3 for i in range(10)}
+    for name, n in sizes.items():
+        (tmp_path / name).mkdir()
+        for i in range(n):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "README.txt").write_text("ten classes")
+    images = FolderImages(tmp_path)
+    assert sorted(name.partition("/")[2] for name in images.class_names) == sorted(sizes)
+    assert images.class_split.bincount().tolist() == [6, 2, 2]
+    split = ("train", "val", "test")
+    for name, number, label in zip(images.class_names, images.class_split.tolist(), range(10), strict=True):
+        assert name.startswith(f"{split[number]}/")
+        assert int((images.labels == label).sum()) == sizes[name.partition("/")[2]]
+    assert "its 10 classes are split 60/20/20" in images.notes[0] and "README" not in images.notes[0]
+    assert FolderImages(tmp_path).class_names == images.class_names  # again the same
+    (tmp_path / "test").mkdir()  # now there are splits, and these are no classes of theirs
+    with pytest.raises(ValueError, match="expected train/, val/ or test/"):
+        FolderImages(tmp_path)
+
+
 def test_what_is_no_data_set_is_refused(tmp_path):
     with pytest.raises(ValueError, match="expected train/, val/ or test/"):
         FolderImages(tmp_path)

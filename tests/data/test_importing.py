@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
 import tracemalloc
@@ -213,7 +214,52 @@ def save_vectors(path):
     return ["v.parquet"]
 
 
-WRITERS = [save_npz, save_npys, save_pieces, save_csv, save_parquet, save_vectors]
+def save_dataset(path):
+    """As save_to_disk of datasets 4 leaves it: streams of record batches, labels as numbers that have names."""
+    pa = pytest.importorskip("pyarrow")
+    folder = path / "dataset"
+    folder.mkdir()
+    names = sorted(set(Y), reverse=True)
+    vectors = pa.array(X.tolist(), type=pa.list_(pa.float32()))
+    whole = pa.table({"embedding": vectors, "label": pa.array([names.index(y) for y in Y], pa.int64()), "text": Y})
+    files = [f"data-0000{i}-of-00002.arrow" for i in range(2)]
+    for name, rows in zip(files, (whole.slice(0, 5), whole.slice(5)), strict=True):
+        with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, whole.schema) as stream:
+            stream.write_table(rows, max_chunksize=3)
+    state = {"_data_files": [{"filename": name} for name in files], "_fingerprint": "0", "_format_type": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    described = {"label": {"names": names, "_type": "ClassLabel"}, "text": {"dtype": "string", "_type": "Value"}}
+    (folder / "dataset_info.json").write_text(json.dumps({"features": described}))
+    return ["dataset"]
+
+
+def test_datasets_that_cannot_be_read_say_why(tmp_path, capsys):
+    pytest.importorskip("pyarrow")
+    save_dataset(tmp_path)
+    folder = tmp_path / "dataset"
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    state = json.loads((folder / "state.json").read_text())
+
+    def refused(source, message):
+        assert main(["import", str(source), "--out", str(tmp_path / "bank"), "--quiet"]) == 2
+        assert message in capsys.readouterr().err
+
+    refused(tmp_path / "splits", "a dataset of several splits; name one or more of them")
+    (folder / "state.json").write_text(json.dumps({**state, "_indices_data_files": [{"filename": "i.arrow"}]}))
+    refused(folder, "its rows have an order of their own")
+    (folder / "state.json").write_text("{")
+    refused(folder, "not JSON")
+    (folder / "state.json").write_text("{}")
+    refused(folder, "does not say which files hold the rows")
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "data-00001-of-00002.arrow").write_bytes(b"nothing of the kind")
+    refused(folder, "data-00001-of-00002.arrow")
+    (folder / "data-00000-of-00002.arrow").unlink()
+    refused(folder, "data-00000-of-00002.arrow")
+
+
+WRITERS = [save_dataset, save_npz, save_npys, save_pieces, save_csv, save_parquet, save_vectors]
 
 
 @pytest.mark.parametrize("write", WRITERS)

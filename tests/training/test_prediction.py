@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html.parser
 import re
+import shlex
 import shutil
 import subprocess
 import zlib
@@ -142,21 +143,29 @@ def test_known_proportions(tmp_path, capsys):
     assert "bad,ger 0.175, marten 0.075, otter 0.75" in report.read_text()
     assert told > right("--report", report) + 0.05
     assert "taken to be equal" in report.read_text()
+    right("--counts", "otter=14,bad,ger=0, marten=3", "--report", report)
+    assert "bad,ger 0.05, marten 0.2, otter 0.75" in report.read_text()
     capsys.readouterr()
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["pt_map", "--proportions", "otter=0.5"], "no share of 'bad,ger', 'marten'"),
+        (["pt_map", "--proportions", "otter=0.5"], "no number for 'bad,ger', 'marten'"),
         (["pt_map", "--proportions", "otter=0.5,marten,bad,ger=0.5"], "there is no class 'marten,bad,ger'"),
         (["pt_map", "--proportions", "otter=0.5,marten=0.5,bad,ger=0.5"], "whose sum is 1.5"),
         (["pt_map", "--proportions", "otter=0.5,otter=0.5"], "'otter' is given twice"),
-        (["pt_map", "--proportions", "otter=half"], "expected LABEL=SHARE, or several with commas, got 'otter=half'"),
+        (["pt_map", "--proportions", "otter=half"], "expected LABEL=NUMBER, or several with commas, got 'otter=half'"),
         (["pt_map", "--proportions", "otter=nan,marten=0.5,bad,ger=0.5"], "whose sum is nan"),
-        (["pt_map", "--proportions", ""], "no share of"),
-        (["ridge", "--proportions", "otter=1"], "ridge takes none; these do: tim, sinkhorn_kmeans, pt_map"),
+        (["pt_map", "--proportions", ""], "no number for"),
+        (
+            ["ridge", "--proportions", "otter=1"],
+            "ridge takes none; these do: soft_kmeans, tim, sinkhorn_kmeans, pt_map",
+        ),
         (["tim", "--proportions", "otter=1", "--alone"], "with --alone each row is judged alone, and one row has none"),
+        (["tim", "--counts", "otter=3,bad,ger=1"], "counts: no number for 'marten'"),
+        (["tim", "--counts", "otter=3,otter=1"], "counts: 'otter' is given twice"),
+        (["tim", "--counts", "otter=3,bad,ger=1,marten=0.5"], "counts: expected whole numbers from 0"),
         (["tim", "--alone"], "--alone: tim shares the rows of a call out"),
     ],
 )
@@ -222,6 +231,17 @@ def test_the_report_is_complete_in_itself(tmp_path, support):
     rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td>", report.read_text().split("The least certain first")[1])
     assert rows[0] == (least["id"], least["label"])
     assert "judged" in shown.text and "together" in shown.text
+
+
+def test_the_report_of_very_many_classes_stays_readable(tmp_path):
+    many = np.random.default_rng(0).normal(size=(300, 6)).astype(np.float32)
+    support = table(tmp_path / "s.csv", many, [f"class <{i}>" for i in range(300)])
+    report = tmp_path / "report.html"
+    found = answers(tmp_path, "prototypes", "--support", support, "--query", support, "--report", report)
+    assert len(found) == 300
+    shown = page(report)
+    assert "the 40 most frequent of 300" in shown.text
+    assert report.read_text().count("<rect") == 40 + 10
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -351,33 +371,31 @@ def test_no_output_takes_the_place_of_an_input(tmp_path, support, query, capsys)
     assert Path(support).read_text() == before
 
 
-def test_from_arrays_with_names_to_labels_for_photos(tmp_path):
-    """The commands of the README."""
+def test_from_arrays_with_names_to_labels_for_photos(tmp_path, monkeypatch):
+    """The commands of the README, as they stand there."""
     from kernelmeta.data.images import FolderImages
     from kernelmeta.training.backbones import make_backbone
     from kernelmeta.training.extraction import extract
 
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     backbone = make_backbone("conv4", 3, 32)
-    torch.save(backbone.state_dict(), tmp_path / "backbone.pt")
+    torch.save(backbone.state_dict(), "backbone.pt")
     for colour, name in enumerate(("red", "green", "blue")):
         for i in range(3):
             paint(tmp_path / "known" / "train" / name / f"{i}.png", colour)
             paint(tmp_path / "photos" / f"{name}-{i}.png", colour)
-    bank = extract(FolderImages(str(tmp_path / "known")), backbone, "labelled photos")
-    np.save(tmp_path / "X.npy", bank.features.numpy())
-    np.save(
-        tmp_path / "y.npy",
-        np.array(["red", "green", "blue"])[
-            [("red", "green", "blue").index(bank.class_names[c].rpartition("/")[2]) for c in bank.labels.tolist()]
-        ],
-    )
-    files = [str(tmp_path / name) for name in ("X.npy", "y.npy")]
-    assert main(["import", *files, "--out", str(tmp_path / "bank.safetensors"), "--quiet"]) == 0
-    found = answers(
-        tmp_path, "soft_kmeans", "--support", tmp_path / "bank.safetensors", "--query", tmp_path / "photos",
-        "--weights", tmp_path / "backbone.pt", "--backbone", "conv4",
-    )  # fmt: skip
+    bank = extract(FolderImages("known"), backbone, "labelled photos")
+    np.save("X.npy", bank.features.numpy())
+    np.save("y.npy", np.array([bank.class_names[c].rpartition("/")[2] for c in bank.labels.tolist()]))
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"(?m)^    kernelmeta import X.npy.*\n((?:    .*\n)*)", readme)
+    commands = [shlex.split(line) for line in block[0].splitlines()]
+    assert [words[:2] for words in commands] == [["kernelmeta", "import"], ["kernelmeta", "predict"]]
+    for words in commands:
+        assert main(words[1:]) == 0
+    with open("labels.csv", newline="") as file:
+        found = list(csv.DictReader(file))
     assert len(found) == 9
     assert all(row["id"].startswith(row["label"]) for row in found)
 
