@@ -9,9 +9,12 @@ import torch
 
 import kernelmeta as km
 from kernelmeta.cli import main
+from kernelmeta.data import FeatureBank
 from kernelmeta.data.files import read_json
+from kernelmeta.training.config import TrainConfig
 from kernelmeta.training.loading import for_ways, load_learner
 from kernelmeta.training.prediction import Rows, predict
+from kernelmeta.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,23 @@ def test_evaluated_on_other_numbers_of_classes(run: Path, way: int, tmp_path: Pa
     # Fewer steps, down to none: the class means.
     assert [row["steps"] for row in results["accuracy_over_steps"]] == [0, 1, 2, 3]
     assert results["accuracy_over_steps"][0]["accuracy"] != results["accuracy"]
+
+
+def test_is_the_program_of_one_phase(bank_file: Path, tmp_path: Path) -> None:
+    # so that `combined` has it among its candidates
+    shared = {"way": 3, "query": 4, "episodes": 64, "tasks_per_step": 16, "optimizer": "Adam", "lr": 3e-3}
+    states = []
+    for own in (
+        {"learner": "equivariant", "steps": 2, "inner_lr": 0.02},
+        {"learner": "combined", "phases": "equivariant_gradient:2:0.02"},
+        {"learner": "combined", "phases": "cross_entropy:2:0.1,equivariant_gradient:2:0.02"},
+    ):
+        trainer = Trainer(TrainConfig(data=str(bank_file), validate_every=0, **shared, **own), FeatureBank.load(bank_file))
+        assert trainer.run(tmp_path)
+        states.append(trainer.head.state_dict())
+    first, same, other = states
+    assert list(first) == list(same) and all(torch.equal(first[name], same[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
 def test_predicts_any_number_of_classes(run: Path) -> None:
