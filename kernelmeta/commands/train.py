@@ -48,6 +48,8 @@ _HELP = {
     "channels": "channels of maml's Conv-4, if the data are pixels",
     "scale": "scale of a cosine classifier at the start",
     "norm_stats": "statistics that the MLP's BatchNorm uses: task, batch or running",
+    "reduction": "what the steps of combined follow: the mean or the sum over rows (default: the mean of losses, and"
+    " the sum of guessed gradients)",
     "episodes": "episodes to train on",
     "tasks_per_step": "episodes in each step of the optimizer",
     "schedule": "of the learning rate: constant, or one_cycle, which rises for a tenth of the run and falls to 0",

@@ -62,7 +62,8 @@ CANDIDATES: dict[str, tuple[dict[str, Any], ...]] = {
     "ridge": _grid(optimizer=("Adam",), lr=(1e-3, 1e-2), tasks_per_step=(4,)),
     "lqf": _grid(hidden=(64, 16), **_ADAM),
     # What the labels say and what was learned about the query rows, in either order; the latter alone; soft k-means,
-    # which sharper logits suit where the query rows are unevenly spread, put right by the labels.
+    # which sharper logits suit where the query rows are unevenly spread, put right by the labels; the labels, and then
+    # the gradient that knows no order, or the latter alone.
     "combined": (
         *_grid(
             phases=(
@@ -89,6 +90,12 @@ CANDIDATES: dict[str, tuple[dict[str, Any], ...]] = {
             ),
             scale=(40.0, 20.0),
             **_SLOW,
+        ),
+        *_grid(
+            phases=("cross_entropy:20:2.5,equivariant_gradient:5:0.01", "equivariant_gradient:5:0.01"),
+            hidden=(16,),
+            **_ROOTED,
+            **_CYCLE,
         ),
     ),
     "equivariant": (

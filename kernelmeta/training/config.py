@@ -76,6 +76,7 @@ class TrainConfig(Settings):
     scale: float | None = None
     hidden: int | None = None
     norm_stats: str | None = None
+    reduction: str | None = None
     first_order: bool | None = None
     learn_rates: bool | None = None
     channels: int | None = None
