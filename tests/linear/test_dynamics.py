@@ -285,6 +285,38 @@ def test_what_does_not_fit_is_named() -> None:
         linear.descent(p.gram, p.targets.long(), steps=1, lr=0.1)
 
 
+def test_a_singular_gram_matrix() -> None:
+    """Equal, collinear and zero rows: paths need no inverse, and a ridge makes one."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 3, dtype=torch.float64, generator=g)
+    x[:, 1], x[:, 2], x[:, 3] = x[:, 0], 0, -2 * x[:, 0]
+    y = torch.randn(2, 6, 2, dtype=torch.float64, generator=g)
+    x.requires_grad_()
+    K = linear.linear_gram(x)
+    near = linear.ridge_path(K, y, K, regularizations=[1e-3, 1.0]).outputs
+    assert_close([near[1]], [linear.kernel_ridge(K, y, K, regularization=1.0).outputs], 1e-10)
+    path = linear.descent_path(K, y, K, steps=[0, 1, 50, 10**9], lr=0.05).outputs
+    assert_close([path[2]], [linear.descent(K, y, K, steps=50, lr=0.05).outputs], 1e-10)
+    assert not path[0].any()
+    assert_close([path[3]], [x @ (torch.linalg.pinv(x) @ y)], 1e-6)  # least squares in the space of the rows
+    for fit in (near, path[:3], linear.posterior(K, y, K, K, noise=1e-3).mean):
+        (gradient,) = torch.autograd.grad(fit.sum(), x, retain_graph=True)
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-100, 1e100])
+def test_kernels_of_rows_out_of_the_ordinary(size: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    x = size * torch.randn(1, 5, 3, dtype=torch.float64, generator=g)
+    x[:, 1], x[:, 2] = x[:, 0], -x[:, 0]
+    x.requires_grad_()
+    for K in (linear.cosine_gram(x), linear.relu_ntk(x, depth=3)):
+        assert K.isfinite().all()
+        assert_close([K[:, 0]], [K[:, 1]], 1e-12)
+        (gradient,) = torch.autograd.grad(K.sum() / K.detach().abs().amax(), x)
+        assert gradient.isfinite().all()
+
+
 def test_kernels_that_need_no_network() -> None:
     x, y = torch.randn(2, 5, 3).double(), torch.randn(2, 4, 3).double()
     apart = x.unsqueeze(2) - y.unsqueeze(1)
