@@ -304,17 +304,27 @@ def test_a_singular_gram_matrix() -> None:
         assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("size", [1.0, 1e-100, 1e100])
-def test_kernels_of_rows_out_of_the_ordinary(size: float) -> None:
-    g = torch.Generator().manual_seed(0)
-    x = size * torch.randn(1, 5, 3, dtype=torch.float64, generator=g)
-    x[:, 1], x[:, 2] = x[:, 0], -x[:, 0]
-    x.requires_grad_()
-    for K in (linear.cosine_gram(x), linear.relu_ntk(x, depth=3)):
-        assert K.isfinite().all()
-        assert_close([K[:, 0]], [K[:, 1]], 1e-12)
-        (gradient,) = torch.autograd.grad(K.sum() / K.detach().abs().amax(), x)
-        assert gradient.isfinite().all()
+@pytest.mark.parametrize("size", [1.0, 2.0**-300, 2.0**300])  # (powers of two: nothing is rounded otherwise)
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_infinite_kernel_of_rows_out_of_the_ordinary(size: float, depth: int) -> None:
+    """It is homogeneous: rows may be huge or tiny. Rows of zeros and rows that are parallel have gradients too."""
+    x = torch.randn(1, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:, 1], x[:, 2], x[:, 3] = x[:, 0], -x[:, 0], 0
+    scaled = (size * x).requires_grad_()
+    K = linear.relu_ntk(scaled, depth=depth)
+    assert_close([K / size / size], [linear.relu_ntk(x, depth=depth)], 1e-12)
+    assert_close([K[:, 0]], [K[:, 1]], 1e-12)
+    assert not K[:, 3].any()
+    (gradient,) = torch.autograd.grad(K.sum() / size, scaled)
+    assert gradient.isfinite().all()
+
+
+def test_the_cosine_of_rows_out_of_the_ordinary() -> None:
+    x = torch.randn(1, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:, 1], x[:, 2], x[:, 3] = x[:, 0], -1e100 * x[:, 0], 0
+    K = linear.cosine_gram(x.requires_grad_())
+    assert_close([K[0, 0, :4]], [torch.tensor([1.0, 1, -1, 0]).double()], 1e-12)
+    assert torch.autograd.grad(K.sum(), x)[0].isfinite().all()
 
 
 def test_kernels_that_need_no_network() -> None:
