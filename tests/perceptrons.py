@@ -44,6 +44,26 @@ def draw(
     return Rows(normal(T, S, widths[0]), normal(T, Q, widths[0]), weights, biases)
 
 
+# How rows may be out of the ordinary: what is done to support and query rows, and the network's widths.
+UNUSUAL = {
+    "one feature": ((1, 5, 3), lambda s, q: (s, q)),
+    "one output": ((11, 13, 1), lambda s, q: (s, q)),
+    "repeated rows": ((11, 13, 4), lambda s, q: (s[:, [0, 0, 1, 1, 2, 2, 2]], torch.cat([s[:, :2], q[:, :1]], 1))),
+    "collinear rows": ((11, 13, 4), lambda s, q: (s[:, :1] * torch.tensor([1.0, 3, -1, 0.5, -2, 7, 2])[:, None], q)),
+    "zero rows": ((11, 13, 4), lambda s, q: (s * (torch.arange(7) > 2)[:, None], q * (torch.arange(9) > 3)[:, None])),
+    "huge rows": ((11, 13, 4), lambda s, q: (1e8 * s, 1e8 * q)),
+    "tiny rows": ((11, 13, 4), lambda s, q: (1e-8 * s, 1e-8 * q)),
+}
+
+
+def unusual(name: str) -> Rows:
+    """Rows of `UNUSUAL`, and a network with biases for them."""
+    widths, change = UNUSUAL[name]
+    rows = draw(widths)
+    support, query = change(rows.support, rows.query)
+    return rows._replace(support=support, query=query).fresh()
+
+
 @st.composite
 def sizes(draw: Any) -> dict[str, Any]:
     """Arguments of `draw`, and ``slope``."""

@@ -239,6 +239,14 @@ def _by_vectors(
     return columns.view(len(x2), C, len(x1)).sum(1).T
 
 
+def _geometric_mean(a: Tensor, b: Tensor) -> Tensor:
+    """sqrt(a b) of numbers of at least 0, whose product may be out of range; exact where they are equal, and with a
+    gradient of 0 where one is 0.
+    """
+    both = (a > 0) & (b > 0)
+    return torch.where(both, b * torch.where(both, a / torch.where(b > 0, b, 1), 1).sqrt(), 0)
+
+
 def relu_ntk(x1: Tensor, x2: Tensor | None = None, *, depth: int = 1, bias: float = 0.0) -> Tensor:
     """The neural tangent kernel of an infinitely wide ReLU network, by the arc-cosine recursion (Cho & Saul 2009).
 
@@ -267,7 +275,7 @@ def relu_ntk(x1: Tensor, x2: Tensor | None = None, *, depth: int = 1, bias: floa
     own1, own2 = (x.square().sum(-1) / D + bias**2 for x in (x1, x2))
     kernel = covariance
     for _ in range(depth):
-        lengths = (own1.unsqueeze(-1) * own2.unsqueeze(-2)).sqrt()
+        lengths = _geometric_mean(own1.unsqueeze(-1), own2.unsqueeze(-2))
         cosine = (covariance / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).clamp(-1, 1)
         # At an angle of 0 or pi the derivative of arccos is infinite, and those of what is made of it are not.
         inside = cosine.abs() < 1

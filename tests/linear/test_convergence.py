@@ -116,6 +116,36 @@ def test_why_there_is_none() -> None:
     assert "too small" in km.linear.certificate(X, 100 * Y, 1e-9 * W1, 1e-9 * W2).reason
 
 
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize(
+    ("X", "size"),
+    [
+        (normal(9, 1) @ normal(1, 4), 1.0), (normal(1, 4).expand(9, 4), 1.0), (normal(1, 4), 1.0), (normal(9, 1), 1.0),
+        (torch.cat([normal(6, 4), torch.zeros(3, 4).double()]), 1.0), (normal(9, 4), 1e8), (normal(9, 4), 1e-8),
+    ],
+)  # fmt: skip
+def test_inputs_out_of_the_ordinary(X: Tensor, size: float) -> None:
+    """Collinear columns, equal rows, one row, one column, rows of zeros, huge and tiny data."""
+    n, d = X.shape
+    task = (size * X, size * normal(n, 2), normal(d, 12), normal(12, 2))
+    found, rate = km.linear.certificate(*task), km.linear.adaptive_step(*task)
+    assert rate.isfinite() and rate > 0
+    assert found.valid and 0 < found.rho < 1 and found.lr > 0
+    minimum = (task[1] - task[0] @ (torch.linalg.pinv(task[0]) @ task[1])).square().sum() / 2
+    before = loss(*task) - minimum
+    for lr, factor in ((found.lr, found.rho), (rate, 1.0)):
+        after = loss(task[0], task[1], *step(*task, lr)) - minimum
+        assert after <= factor * before + 1e-10 * task[1].square().sum()
+
+
+def test_no_network() -> None:
+    found = km.linear.certificate(*(t[:0] for t in draw(1, 20, 5, 3, 16)))
+    assert found.rho.shape == (0,) and found.imbalance.shape == (0, 16) and found.reason == ()
+
+
 def test_adaptive_steps_keep_up_with_the_best_constant_rate() -> None:
     found = adaptive_against_constant(20, (20, 5, 3, 16), 1, 3000)
     assert all(row["constant"] < 3000 for row in found)

@@ -285,6 +285,48 @@ def test_what_does_not_fit_is_named() -> None:
         linear.descent(p.gram, p.targets.long(), steps=1, lr=0.1)
 
 
+def test_a_singular_gram_matrix() -> None:
+    """Equal, collinear and zero rows: paths need no inverse, and a ridge makes one."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, 3, dtype=torch.float64, generator=g)
+    x[:, 1], x[:, 2], x[:, 3] = x[:, 0], 0, -2 * x[:, 0]
+    y = torch.randn(2, 6, 2, dtype=torch.float64, generator=g)
+    x.requires_grad_()
+    K = linear.linear_gram(x)
+    near = linear.ridge_path(K, y, K, regularizations=[1e-3, 1.0]).outputs
+    assert_close([near[1]], [linear.kernel_ridge(K, y, K, regularization=1.0).outputs], 1e-10)
+    path = linear.descent_path(K, y, K, steps=[0, 1, 50, 10**9], lr=0.05).outputs
+    assert_close([path[2]], [linear.descent(K, y, K, steps=50, lr=0.05).outputs], 1e-10)
+    assert not path[0].any()
+    assert_close([path[3]], [x @ (torch.linalg.pinv(x) @ y)], 1e-6)  # least squares in the space of the rows
+    for fit in (near, path[:3], linear.posterior(K, y, K, K, noise=1e-3).mean):
+        (gradient,) = torch.autograd.grad(fit.sum(), x, retain_graph=True)
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0**-300, 2.0**300])  # (powers of two: nothing is rounded otherwise)
+@pytest.mark.parametrize("depth", [1, 3])
+def test_the_infinite_kernel_of_rows_out_of_the_ordinary(size: float, depth: int) -> None:
+    """It is homogeneous: rows may be huge or tiny. Rows of zeros and rows that are parallel have gradients too."""
+    x = torch.randn(1, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:, 1], x[:, 2], x[:, 3] = x[:, 0], -x[:, 0], 0
+    scaled = (size * x).requires_grad_()
+    K = linear.relu_ntk(scaled, depth=depth)
+    assert_close([K / size / size], [linear.relu_ntk(x, depth=depth)], 1e-12)
+    assert_close([K[:, 0]], [K[:, 1]], 1e-12)
+    assert not K[:, 3].any()
+    (gradient,) = torch.autograd.grad(K.sum() / size, scaled)
+    assert gradient.isfinite().all()
+
+
+def test_the_cosine_of_rows_out_of_the_ordinary() -> None:
+    x = torch.randn(1, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:, 1], x[:, 2], x[:, 3] = x[:, 0], -1e100 * x[:, 0], 0
+    K = linear.cosine_gram(x.requires_grad_())
+    assert_close([K[0, 0, :4]], [torch.tensor([1.0, 1, -1, 0]).double()], 1e-12)
+    assert torch.autograd.grad(K.sum(), x)[0].isfinite().all()
+
+
 def test_kernels_that_need_no_network() -> None:
     x, y = torch.randn(2, 5, 3).double(), torch.randn(2, 4, 3).double()
     apart = x.unsqueeze(2) - y.unsqueeze(1)

@@ -287,6 +287,71 @@ def test_no_rows(backend: str) -> None:
     assert distill(z, z, torch.full((2,), -100)).isnan()
 
 
+@pytest.mark.parametrize("tau", [1e-3, 0.1, 1e4, 1e6])
+@pytest.mark.parametrize("near", [0.01, 1.0])
+def test_temperatures_beyond_those_of_use(tau: float, near: float, backend: str) -> None:
+    new, old, labels = draw_logits(32, 50, near=near)
+    options: dict[str, Any] = {"tau": tau, "label_loss": False}
+    want = with_gradient(km.reference.focal_distillation, new, old, labels, **options)
+    if tau < 1:  # where the difference of logarithms has its digits
+        assert_close(want, with_gradient(expected, new, old, labels, **options), 1e-9)
+    assert_close(with_gradient(distill, new, old, labels, **options), want, 1e-12)
+    got = with_gradient(distill, new.float(), old.float(), labels, **options)
+    kernels = backend == "automatic" and km.backends()["cpu"].available
+    for value, exact in zip(got, want, strict=True):
+        assert relative_to_largest(value, exact) <= (1e-6 if kernels or tau > 1 else 1e-4)  # exp of large differences
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"weight": 0.0}, {"alpha": 0.0, "beta": 0.0}, {"class_weight": torch.tensor([0.0, 1, 1, 1]).double()},
+        {"class_weight": torch.tensor([0.0, 1, 1, 1]).double(), "label_smoothing": 0.2},
+        {"class_weight": torch.zeros(4).double(), "reduction": "sum"},
+    ],
+)  # fmt: skip
+def test_weights_of_zero(options: dict[str, Any], backend: str) -> None:
+    new, old, labels = draw_logits(12, 4)
+    labels[3] = 0
+    assert_close(
+        with_gradient(distill, new, old, labels, **options), with_gradient(expected, new, old, labels, **options), 1e-9
+    )
+
+
+def test_a_mean_over_no_weight_is_none(backend: str) -> None:
+    new, old, labels = draw_logits(6, 4)
+    assert distill(new, old, labels, class_weight=torch.zeros(4).double()).isnan()  # as F.cross_entropy has it
+
+
+def test_all_rows_are_left_out(backend: str) -> None:
+    new, old, _ = draw_logits(6, 4)
+    for index in (-100, 2):
+        labels = torch.full((6,), index)
+        for reduction in ("sum", "none"):
+            loss, gradient = with_gradient(distill, new, old, labels, reduction=reduction, ignore_index=index)
+            assert not loss.any() and not gradient.any()
+        _, counts = distill(new, old, labels, ignore_index=index, return_flips=True)
+        assert not any(int(count) for count in counts)
+
+
+def test_a_class_may_be_the_one_that_is_left_out(backend: str) -> None:
+    new, old, _ = draw_logits(6, 4)
+    labels = torch.tensor([2, 0, 1, 2, 3, 2])
+    for smoothing in (0.0, 0.3):
+        options: dict[str, Any] = {"ignore_index": 2, "label_smoothing": smoothing}
+        assert_close(
+            with_gradient(distill, new, old, labels, **options),
+            with_gradient(expected, new, old, labels, **options),
+            1e-9,
+        )
+
+
+def test_one_class(backend: str) -> None:
+    new, old, _ = draw_logits(6, 1)
+    loss, gradient = with_gradient(distill, new, old, torch.zeros(6, dtype=torch.int64))
+    assert loss == 0 and not gradient.any()
+
+
 def test_nothing_wider_than_the_logits_is_kept() -> None:
     """What autograd holds between forward and backward: the logits themselves, and a few numbers a row."""
     new, old, labels = (t.float() if t.is_floating_point() else t for t in draw_logits(64, 1000))

@@ -11,7 +11,7 @@ import torch
 from episodes import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from perceptrons import Rows, draw, network, sizes
+from perceptrons import UNUSUAL, Rows, draw, network, sizes, unusual
 from torch import Tensor
 from torch.func import functional_call, jvp, vmap
 from torch.nn.functional import cross_entropy
@@ -97,6 +97,31 @@ def test_shapes(given: dict[str, Any], steps: int, oracle: str, slope: float) ->
     # (where the steps diverge, so do the two)
     if max(float(w.detach().abs().max()) for w in want) < 1e3:
         assert_close(got, want, 1e-9)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("oracle", ORACLES)
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_rows_out_of_the_ordinary(backend: str, oracle: str, name: str) -> None:
+    rows = unusual(name)
+    targets = draw_targets(rows)
+    size = float(rows.support.detach().square().mean().clamp_min(1))
+    options: dict[str, Any] = {"steps": 3, "lr": 0.05 / size, "weight_decay": 0.1, "oracle": oracle}
+    with km.use_backend(backend):
+        found = km.ops.linearised_descent(
+            rows.support, targets, rows.query, rows.weights, rows.biases, slope=0.1, **options
+        )
+        gradients = torch.autograd.grad(found.sum() / found.detach().abs().amax(), rows.leaves())
+    assert all(g.isfinite().all() for g in gradients)
+    assert_close([found], [trained(rows, targets, **options)], 1e-10)
+
+
+def test_a_rate_that_is_too_large_is_seen() -> None:
+    rows = draw()
+    z = km.ops.linearised_descent(
+        rows.support, draw_targets(rows), rows.query, rows.weights, rows.biases, steps=2000, lr=100.0
+    )
+    assert not z.isfinite().any()
 
 
 @needs_kernel

@@ -9,7 +9,7 @@ import torch
 from episodes import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from perceptrons import Rows, draw, jacobian, network, sizes
+from perceptrons import UNUSUAL, Rows, draw, jacobian, network, sizes, unusual
 from torch import Tensor
 
 import kernelmeta as km
@@ -45,6 +45,20 @@ def test_against_jacobians(backend: str, full: bool, slope: float, widths: tuple
         want = [torch.einsum(product, a, J) for a in (J, Jq)]
         assert_close([found.gram[t], found.cross[t]], want, 1e-10)
         assert_close([found.support_outputs[t], found.query_outputs[t]], [module(x[t]) for x in rows[:2]], 1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_rows_out_of_the_ordinary(backend: str, name: str) -> None:
+    rows = unusual(name)
+    module = network(rows, 0.0)
+    with km.use_backend(backend):
+        found = kernel(rows)
+        gradients = torch.autograd.grad([k.sum() / k.detach().abs().amax() for k in found], rows.leaves())
+    assert all(g.isfinite().all() for g in gradients)
+    for t in range(2):
+        J, Jq = jacobian(module, rows.support[t]), jacobian(module, rows.query[t])
+        assert_close([found.gram[t], found.cross[t]], [torch.einsum("icp,jcp->ij", a, J) for a in (J, Jq)], 1e-10)
 
 
 @needs_kernel
