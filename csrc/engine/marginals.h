@@ -250,6 +250,12 @@ struct Marginals {
 
   KERNELMETA_INLINE static bool within(C x, C bound) { return x <= bound && -x <= bound; }
 
+  // (exp(x) - 1) / x. Both logarithm and difference are of the rounded exponential: what it lost goes out.
+  KERNELMETA_INLINE static C growth(C x) {
+    const C e = B::max(B::exp(x), kLeastMass);
+    return e == C(1) ? C(1) : (e - C(1)) / B::log(e);
+  }
+
   // T, mean(T), r and the function at `where`.
   KERNELMETA_INLINE void evaluate(int64_t rows, C tau, const C* where, C* found) {
     block.columns(rows, [&](auto at) {
@@ -282,7 +288,7 @@ struct Marginals {
     });
     block.unfenced().each_item(1, [&](int64_t) {
       for (int64_t n = 0; n < N; ++n) {
-        *found += tau > C(0) ? p[n] * (B::exp(-tau * where[n]) - C(1)) / tau : -p[n] * where[n];
+        *found -= p[n] * where[n] * growth(-tau * where[n]);
       }
     });
   }

@@ -94,9 +94,9 @@ class _Problem:
         T = z.softmax(-1)
         mean = self.bags.mean(T)
         wanted = self.p * (-self.tau * g).exp() if self.tau else self.p
-        linear = (wanted - self.p).sum(-1, keepdim=True) / self.tau if self.tau else -(self.p * g).sum(-1, keepdim=True)
+        linear = self.p * (-self.tau * g).expm1() / self.tau if self.tau else -self.p * g
         residual = (mean - wanted).masked_fill(~(self.included & self.bags.filled), 0)
-        return T, mean, residual, self.bags.mean(lse) + linear
+        return T, mean, residual, self.bags.mean(lse) + linear.sum(-1, keepdim=True)
 
     def solved(self, T: Tensor, mean: Tensor, residual: Tensor, right: Tensor) -> Tensor:
         """H^-1 ``right`` [T, B, N]; where tau is zero, of the solutions the one that sums to zero."""

@@ -249,6 +249,28 @@ def test_sharp_logits_in_the_kernel(scale: float, relax: float, dtype: torch.dty
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shares_that_are_trusted_all_but_entirely(dtype: torch.dtype, backend: str) -> None:
+    """What is left of the penalty, (exp(-tau g) - 1) / tau, is a difference of nearly equal numbers."""
+    rows = torch.Generator().manual_seed(0)
+    query = torch.randn(64, 75, 16, generator=rows).to(dtype)
+    start, shares = torch.randn(64, 5, 16, generator=rows).to(dtype), torch.rand(64, 5, generator=rows).to(dtype)
+    met = []
+    for relax in (1.0, 1 - 1e-9, 0.999999, 0.9999, 0.999):
+        phases = [Phase("soft_assignment", 3, 1.0, marginals="given", relax=relax)]
+        with km.use_backend(backend):
+            met.append(
+                km.ops.program(
+                    query[:, :0], torch.empty(64, 0, dtype=torch.int64), query, phases, n_way=5, start=start,
+                    scale=torch.full((1,), 10.0).to(dtype), proportions=shares / shares.sum(-1, keepdim=True),
+                )
+            )  # fmt: skip
+        assert met[-1].isfinite().all(), relax
+    for at, bound in ((1, 1e-3), (2, 1e-2), (3, 0.1)):  # by continuity
+        assert (met[at] - met[0]).abs().median() < bound
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nan_is_confined_to_its_task_and_named(backend: str) -> None:
     problem = Problem([Phase("assignment", 2, 0.5, marginals="given")], T=3)
     with torch.no_grad():
