@@ -39,8 +39,10 @@ struct Marginals {
   C *p, *mean, *r;      // [N]: shares of the bag; mean(T), mean(T) - p exp(-tau g)
   C *g, *step, *next;   // [N]
   C* h;                 // [N][N]
-  C* value;             // [4]: of the function, at g and at the next one; the step's longest part; what
-                        // it is multiplied by
+  // [kValues]: of the function, at g and at the next one; then how long a step is, how long it may be, and
+  // what of it is tried first.
+  C* value;
+  enum : int { kStep = 2, kLimit, kTried, kValues };
 
   // N is 0 where nobody asks.
   KERNELMETA_INLINE Marginals(Arena<C>& arena, B& block, int64_t N, int64_t rows)
@@ -59,7 +61,7 @@ struct Marginals {
         step(arena.take(N)),
         next(arena.take(N)),
         h(arena.take(N * N)),
-        value(arena.take(N ? 4 : 0)) {}
+        value(arena.take(N ? kValues : 0)) {}
 
   // Rows first .. first + rows of arrays [N][ldz], and their shares [N] (null: equal).
   struct Bag {
@@ -211,10 +213,10 @@ struct Marginals {
     // One step of Sinkhorn's algorithm, which descends.
     const C relax = C(1) / (C(1) + tau);
     block.each_item(N, [&](int64_t n) {
+      if (n == 0) value[kLimit] = kLongest;
       g[n] = p[n] > C(0) ? relax * (B::log(p[n]) - B::log(B::max(mean[n], kLeastMass))) : C(0);
     });
     evaluate(rows, tau, g, value);
-    C limit = kLongest;
     for (int k = 0; k < kSteps; ++k) {
       if (!block.any(N, [&](int64_t n) { return !within(r[n], kTarget); })) break;
       if (block.any(1, [&](int64_t) { return !(value[0] - value[0] == C(0)); })) break;
@@ -224,22 +226,24 @@ struct Marginals {
       block.each_item(1, [&](int64_t) {
         C longest = 0;
         for (int64_t n = 0; n < N; ++n) longest = B::max(longest, B::max(step[n], -step[n]));
-        value[2] = longest;
-        value[3] = longest > limit ? limit / longest : C(1);
+        value[kStep] = longest;
+        value[kTried] = longest > value[kLimit] ? value[kLimit] / longest : C(1);
       });
-      C length = 1;
+      C length = value[kTried];
       bool descends = false;
       int tried = 0;
       for (; tried < kHalvings && !descends; ++tried, length *= C(0.5)) {
-        block.each_item(N, [&](int64_t n) { next[n] = g[n] + length * value[3] * step[n]; });
+        block.each_item(N, [&](int64_t n) { next[n] = g[n] + length * step[n]; });
         evaluate(rows, tau, next, value + 1);
         descends = block.any(
             1, [&](int64_t) { return value[1] <= value[0] + kSame * (C(1) + B::max(value[0], -value[0])); });
       }
       block.unfenced().each_item(N, [&](int64_t n) { g[n] = next[n]; });
-      block.unfenced().each_item(1, [&](int64_t) { value[0] = value[1]; });
+      block.unfenced().each_item(1, [&](int64_t) {
+        value[0] = value[1];
+        value[kLimit] = tried == 1 && value[kStep] > value[kLimit] ? 2 * value[kLimit] : kLongest;
+      });
       if (!descends) break;
-      limit = tried == 1 && value[2] > limit ? 2 * limit : kLongest;
     }
     const bool failed = block.any(N, [&](int64_t n) { return !within(r[n], kTolerance); });
     if (!failed) return;

@@ -68,7 +68,7 @@ struct SortedClasses {
   }
 };
 
-// Of results, which nobody reads: without a barrier at its end.
+// Of results (or null), which nobody reads: without a barrier at its end.
 template <class B>
 KERNELMETA_INLINE void fill_nan(const B& block, typename B::Scalar* out, int64_t n) {
   if (out) block.unfenced().each_item(n, [&](int64_t i) { out[i] = typename B::Scalar(__builtin_nan("")); });
