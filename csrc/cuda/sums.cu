@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(B::kThreads)
 }
 
 template <class B, class C = typename B::Scalar>
-__global__ void __launch_bounds__(B::kThreads)
+__global__ void __launch_bounds__(B::kThreads, 1)
     unfold_kernel(const __grid_constant__ Sizes s, const __grid_constant__ MlpArrays<const C> mlp, C* sums,
                   const __grid_constant__ MlpArrays<C> to) {
   unfold_body<B>(s, mlp, sums, to);
