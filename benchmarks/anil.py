@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import agreement, timing
+from benchmarks import agreement, metadata, timing
 from benchmarks.peers import OWN, PeerRunner, Result, Unavailable
 from kernelmeta import nn
 
@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--seconds", type=float, default=2.0, help="for each peer of each cell")
     parser.add_argument("--peers", nargs="+", choices=tuple(PEERS), default=list(PEERS))
-    options = parser.parse_args(arguments)
+    options = metadata.parse(parser, arguments)
     torch.set_num_threads(options.threads)
     names = ["kernelmeta", *(name for name in options.peers if name != "kernelmeta")]
     print(f"{options.threads} threads; float32; forward, cross entropy and backward")

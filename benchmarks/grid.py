@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", default="dual,jax", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--only", default="", help="T=1,K=3: cells of these sizes alone")
-    options = parser.parse_args(arguments)
+    options = metadata.parse(parser, arguments)
     names = [*OWN, *(n for n in options.peers.split(",") if n)]
     torch.set_num_threads(options.threads)
     only = dict(pair.split("=") for pair in options.only.split(",") if pair)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import metadata
 from kernelmeta.nn import SoftKMeans
 
 STEPS, SCALE = 10, 10.0
@@ -74,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.many_rows", description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
-    options = parser.parse_args()
+    options = metadata.parse(parser)
     torch.set_num_threads(options.threads)
     print(f"{'query rows':>10}{'ways':>6}{'features':>10}{'':>10}{'kernelmeta, ms':>16}{'PyTorch, ms':>13}{'ratio':>7}")
     for backward in (False, True):

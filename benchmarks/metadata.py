@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import importlib.metadata
 import os
@@ -9,12 +10,15 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import kernelmeta
 from kernelmeta import info
+from kernelmeta.backends import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,6 +51,34 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def caches() -> dict[str, str]:
+    """The first core's caches and their sizes, as Linux tells them: ``{"L1 Data": "32K", ...}``."""
+    found = {}
+    for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((folder / name).read_text().strip() for name in ("level", "type", "size"))
+        found[f"L{level} {kind}"] = size
+    return found
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of a command that times kernels, which must be there; ``--installed`` is one of them.
+
+    Raises:
+        SystemExit: there are no CPU kernels, so that the plain PyTorch reference would be timed in their place.
+    """
+    parser.add_argument(
+        "--installed", action="store_true", help="time the kernelmeta that is installed, not that of this source tree"
+    )
+    options = parser.parse_args(arguments)
+    kernels = backends()["cpu"]
+    if not kernels.available:
+        parser.error(
+            f"{Path(kernelmeta.__file__).parent} has no CPU kernels ({kernels.reason}), and plain PyTorch "
+            "is not what this command times: run `make install`, or time what is installed with --installed"
+        )
+    return options
+
+
 def collect() -> dict[str, Any]:
     """Ready for json.dump."""
     load = os.getloadavg() if hasattr(os, "getloadavg") else (float("nan"),) * 3
@@ -54,6 +86,8 @@ def collect() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "processor": processor(),
+        "caches": caches(),
+        "kernelmeta": str(Path(kernelmeta.__file__).parent),
         "load_average": [round(x, 2) for x in load],
         "threads": torch.get_num_threads(),
         "peers": {name: _version(name) for name in ("jax", "jaxlib")},

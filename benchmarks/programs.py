@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from benchmarks import timing
+from benchmarks import metadata, timing
 from kernelmeta.nn import Phase, Program
 from kernelmeta.tasks import Ragged
 
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.programs", description=__doc__)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--seconds", type=float, default=1.0, help="for each thing timed")
-    options = parser.parse_args(arguments)
+    options = metadata.parse(parser, arguments)
     torch.set_num_threads(options.threads)
     print(f"{options.threads} threads; float32; {T} tasks a call; forward and backward into the parameters\n")
     step_costs(options.seconds)

@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", default=",".join(QUICK), help=f"of {', '.join(PEERS)}")
     parser.add_argument("--headline", action="store_true", help="T = 1 and 64 only, no sweep and no plots")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
+    options = metadata.parse(parser, arguments)
     names = [*OWN, *(n for n in options.peers.split(",") if n and n not in OWN)]
     unknown = set(names) - set(PEERS)
     if unknown:

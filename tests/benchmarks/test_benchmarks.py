@@ -8,8 +8,13 @@ import torch
 pytest.importorskip("benchmarks", reason="the benchmarks are not part of the installed package")
 
 import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
+import kernelmeta
 from benchmarks import agreement, anil, compare, counts, report, timing
 from benchmarks.peers import OWN, PEERS, Unavailable
 from benchmarks.problem import MODES, Size, draw
@@ -115,3 +120,33 @@ def test_compare_fails_on_a_clear_loss_only() -> None:
     assert not compare.verdict([1.1, 0.9, 5.0, 1.0], 2.0)
     assert not compare.verdict([1.9] * 8, 2.0)
     assert compare.verdict([2.2] * 7 + [1.0], 2.0)
+
+
+@pytest.fixture(scope="module")
+def unbuilt_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources of the benchmarks and of the package, without what was compiled."""
+    tree, root = tmp_path_factory.mktemp("tree"), Path(report.__file__).resolve().parent.parent
+    for name in ("benchmarks", "kernelmeta"):
+        shutil.copytree(root / name, tree / name, ignore=shutil.ignore_patterns("_native", "*.so", "results"))
+    return tree
+
+
+@pytest.mark.parametrize("command", ["report", "grid", "anil", "programs", "many_rows"])
+def test_nothing_is_timed_without_kernels(command: str, unbuilt_tree: Path) -> None:
+    """Where the source tree shadows what is installed, the plain reference would be timed in the kernels' place."""
+    found = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{command}"], cwd=unbuilt_tree, capture_output=True, text=True
+    )
+    assert found.returncode == 2, found.stdout
+    assert f"{unbuilt_tree / 'kernelmeta'} has no CPU kernels" in found.stderr and "--installed" in found.stderr
+
+
+def test_what_is_installed_can_be_timed_from_a_source_tree(unbuilt_tree: Path) -> None:
+    program = "import sys; sys.path.insert(0, ''); import benchmarks.report, kernelmeta; print(kernelmeta.__file__)"
+    tree, installed = (
+        Path(subprocess.run([sys.executable, "-c", program, *option], cwd=unbuilt_tree, capture_output=True, text=True,
+                            check=True).stdout.strip()).parent
+        for option in ([], ["--installed"])
+    )  # fmt: skip
+    assert tree == unbuilt_tree / "kernelmeta"
+    assert installed == Path(kernelmeta.__file__).parent
