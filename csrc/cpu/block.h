@@ -26,22 +26,14 @@
 
 #include <cmath>
 
+#include "cpu/panels.h"
 #include "cpu/simd.h"
+#include "cpu/tiles.h"
 #include "cpu/widen.h"
 #include "engine/several.h"
 
 namespace kernelmeta {
 namespace {
-
-#if defined(__AVX512F__)
-inline constexpr int kMmRows = 5, kMmVectors = 5;  // 25 of 32 registers accumulate
-inline constexpr int kDotTile = 5;
-inline constexpr int kOuterRows = 5, kOuterVectors = 3;
-#else
-inline constexpr int kMmRows = 5, kMmVectors = 2;
-inline constexpr int kDotTile = 3;
-inline constexpr int kOuterRows = 5, kOuterVectors = 2;
-#endif
 
 // w(i, j) = data[i * row + j * column]
 template <class C>
@@ -119,7 +111,7 @@ struct CpuBlock {
       if constexpr (kind == kFull)
         return v;
       else
-        return lanes_before<C>(count) ? v : V{} + other;
+        return lanes_before<C>(count) ? v : all_lanes<C>(other);
     }
     __forceinline__ V load(const C* p) const {
       if constexpr (kind == kPartial)
@@ -165,7 +157,7 @@ struct CpuBlock {
     __forceinline__ Several<C, sizeof...(F)> mosts(F... f) const {
       constexpr C kNone = -C(__builtin_inf());
       V largest[sizeof...(F)];
-      for (V& none : largest) none = V{} + kNone;
+      for (V& none : largest) none = all_lanes<C>(kNone);
       each([&](auto at) {
         V* found = largest;
         ((*found = max(*found, at.first_or(f(at), kNone)), ++found), ...);
@@ -273,51 +265,53 @@ struct CpuBlock {
   // to be summed.
   void outer(int64_t m, int64_t n, int64_t Q, const C* g, int64_t ldg, const C* x, int64_t ldx, C* out,
              int64_t ldo) const {
-    alignas(64) C columns[W * kOuterVectors * W];
+    alignas(64) C columns[kOuterDepth * W * kOuterVectors * W];
     for (int64_t j = 0; j < n; j += kOuterVectors * W) {
       const int64_t vectors = (n - j + W - 1) / W < kOuterVectors ? (n - j + W - 1) / W : kOuterVectors;
-      for (int64_t q = 0; q < Q; q += W) {
-        for (int64_t v = 0; v < vectors; ++v) {
-          transpose_square<C>(x + (j + v * W) * ldx + q, ldx, columns + v * W, kOuterVectors * W);
+      for (int64_t first = 0; first < Q; first += kOuterDepth * W) {
+        const int64_t count = Q - first < kOuterDepth * W ? Q - first : kOuterDepth * W;
+        for (int64_t q = 0; q < count; q += W) {
+          for (int64_t v = 0; v < vectors; ++v) {
+            const C* from = x + (j + v * W) * ldx + first + q;
+            transpose<C>([&](int64_t i) { return kernelmeta::load(from + i * ldx); },
+                         columns + (q * kOuterVectors + v) * W, kOuterVectors * W);
+          }
         }
-        const int64_t count = Q - q < W ? Q - q : W;
-        const Strip strip{m, count, g + q, ldg, columns, out + j, ldo};
+        const Strip strip{m, count, g + first, ldg, columns, out + j, ldo};
         if (vectors == kOuterVectors)
-          outer_strip<kOuterVectors>(strip);
+          outer_strip<kOuterRows, kOuterVectors>(strip);
         else if (kOuterVectors > 2 && vectors == 2)
-          outer_strip<2>(strip);
+          outer_strip<kOuterRows, 2>(strip);
         else
-          outer_strip<1>(strip);
+          outer_strip<kOuterTall, 1>(strip);
       }
     }
   }
 
   // out[i][j] = <a(i), b(j)>
   void dots(int64_t m, FeatureRows<C> a, int64_t n, FeatureRows<C> b, int64_t D, C* out, int64_t ldo) const {
-    C tile[kDotTile * kDotTile + W];
-    for (int64_t i = 0; i < m; i += kDotTile) {
-      for (int64_t j = 0; j < n; j += kDotTile) {
-        dot_tile(a, i, m, b, j, n, D, tile);
-        for (int64_t r = 0; r < kDotTile && i + r < m; ++r) {
-          for (int64_t c = 0; c < kDotTile && j + c < n; ++c) {
-            out[(i + r) * ldo + j + c] = tile[r * kDotTile + c];
-          }
-        }
-      }
-    }
+    if (m < n)
+      dots_by<kDotRows, kDotColumns>(m, a, n, b, D, out, ldo);
+    else
+      dots_by<kDotColumns, kDotRows>(m, a, n, b, D, out, ldo);
   }
 
   // dots of a with itself, computed for half of the pairs.
   void self_dots(int64_t m, FeatureRows<C> a, int64_t D, C* out, int64_t ldo) const {
-    C tile[kDotTile * kDotTile + W];
-    for (int64_t i = 0; i < m; i += kDotTile) {
-      for (int64_t j = 0; j <= i; j += kDotTile) {
-        dot_tile(a, i, m, a, j, m, D, tile);
-        for (int64_t r = 0; r < kDotTile && i + r < m; ++r) {
-          for (int64_t c = 0; c < kDotTile && j + c < m; ++c) {
-            const C value = tile[r * kDotTile + c];
-            out[(i + r) * ldo + j + c] = value;
-            out[(j + c) * ldo + i + r] = value;
+    if constexpr (kHasPanels) {
+      Panels<C>::self_dots(m, a, D, out, ldo);
+    } else {
+      constexpr int R = kDotRows;  // a tile is square
+      C tile[R * R + W];
+      for (int64_t i = 0; i < m; i += R) {
+        for (int64_t j = 0; j <= i; j += R) {
+          dot_tile<R, R>(a, i, m, a, j, m, D, tile);
+          for (int64_t r = 0; r < R && i + r < m; ++r) {
+            for (int64_t c = 0; c < R && j + c < m; ++c) {
+              const C value = tile[r * R + c];
+              out[(i + r) * ldo + j + c] = value;
+              out[(j + c) * ldo + i + r] = value;
+            }
           }
         }
       }
@@ -381,7 +375,7 @@ struct CpuBlock {
   };
 
   template <int R, bool overlapping>
-  static void mm_strip(const Tile& t, int64_t whole, int64_t length) {
+  static __attribute__((noinline)) void mm_strip(const Tile t, int64_t whole, int64_t length) {
     if (overlapping && whole < length) mm_tile<R, 1, overlapping>(t, length - W, length - whole);
     int64_t at = 0;
     for (; at + kMmVectors * W <= whole; at += kMmVectors * W) mm_tile<R, kMmVectors, overlapping>(t, at, W);
@@ -399,16 +393,11 @@ struct CpuBlock {
   // R rows by NV vectors from `at` on; of the last vector only the last `count` lanes are stored. ahead: asks
   // for what the next tile reads (feature rows are far apart, where no hardware does).
   template <int R, int NV, bool ahead>
-  static __attribute__((noinline)) void mm_tile(const Tile& t, int64_t at, int64_t count) {
+  static __forceinline__ void mm_tile(const Tile& t, int64_t at, int64_t count) {
     V acc[R][NV];
     const Matrix<C> w = t.w;
     for (int r = 0; r < R; ++r) {
-      for (int v = 0; v < NV; ++v) {
-        if (t.add)
-          acc[r][v] = kernelmeta::load(t.out + r * t.ldo + at + v * W);
-        else
-          acc[r][v] = t.bias ? V{} + t.bias[r] : V{};
-      }
+      for (int v = 0; v < NV; ++v) acc[r][v] = t.bias ? all_lanes<C>(t.bias[r]) : V{};
     }
     for (int64_t j = 0; j < t.k; ++j) {
       const C* x = t.in(j) + at;
@@ -418,17 +407,19 @@ struct CpuBlock {
         for (int v = 0; v < NV; ++v) __builtin_prefetch(x + (NV + v) * W);
       }
       for (int r = 0; r < R; ++r) {
-        const V weight = V{} + w.data[r * w.row + j * w.column];
+        const V weight = all_lanes<C>(w.data[r * w.row + j * w.column]);
         for (int v = 0; v < NV; ++v) acc[r][v] += weight * xv[v];
       }
     }
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       C* to = t.out + r * t.ldo + at;
       for (int v = 0; v < NV; ++v) {
+        const V value = t.add ? kernelmeta::load(to + v * W) + acc[r][v] : acc[r][v];
         if (v < NV - 1 || count == W) {
-          kernelmeta::store(to + v * W, acc[r][v]);
+          kernelmeta::store(to + v * W, value);
         } else {
-          for (int64_t l = W - count; l < W; ++l) to[v * W + l] = acc[r][v][l];
+          for (int64_t l = W - count; l < W; ++l) to[v * W + l] = value[l];
         }
       }
     }
@@ -443,10 +434,13 @@ struct CpuBlock {
     int64_t ldo;
   };
 
-  template <int NV>
+  template <int R, int NV>
   static __attribute__((noinline)) void outer_strip(const Strip& t) {
     int64_t i = 0;
-    for (; i + kOuterRows <= t.m; i += kOuterRows) outer_tile<kOuterRows, NV>(t, i);
+    for (; i + R <= t.m; i += R) outer_tile<R, NV>(t, i);
+    if constexpr (R > kOuterRows) {
+      for (; i + kOuterRows <= t.m; i += kOuterRows) outer_tile<kOuterRows, NV>(t, i);
+    }
     for (; i < t.m; ++i) outer_tile<1, NV>(t, i);
   }
 
@@ -460,7 +454,7 @@ struct CpuBlock {
       V xv[NV];
       for (int v = 0; v < NV; ++v) xv[v] = kernelmeta::load(t.columns + (q * kOuterVectors + v) * W);
       for (int r = 0; r < R; ++r) {
-        const V weight = V{} + t.g[(i + r) * t.ldg + q];
+        const V weight = all_lanes<C>(t.g[(i + r) * t.ldg + q]);
         for (int v = 0; v < NV; ++v) acc[r][v] += weight * xv[v];
       }
     }
@@ -469,25 +463,38 @@ struct CpuBlock {
     }
   }
 
+  template <int R, int N>
+  void dots_by(int64_t m, FeatureRows<C> a, int64_t n, FeatureRows<C> b, int64_t D, C* out,
+               int64_t ldo) const {
+    C tile[R * N + W];
+    for (int64_t i = 0; i < m; i += R) {
+      for (int64_t j = 0; j < n; j += N) {
+        dot_tile<R, N>(a, i, m, b, j, n, D, tile);
+        for (int64_t r = 0; r < R && i + r < m; ++r) {
+          for (int64_t c = 0; c < N && j + c < n; ++c) out[(i + r) * ldo + j + c] = tile[r * N + c];
+        }
+      }
+    }
+  }
+
   // tile[r][c] = <a(i + r), b(j + c)>; rows beyond m and n repeat the last one. Where j is 0, rows of a are
   // met for the first time: those of the next tile are asked for meanwhile.
+  template <int R, int N>
   static __attribute__((noinline)) void dot_tile(FeatureRows<C> a, int64_t i, int64_t m, FeatureRows<C> b,
                                                  int64_t j, int64_t n, int64_t D, C* tile) {
-    constexpr int R = kDotTile;
-    const C *ar[R], *br[R], *next[R];
+    const C *ar[R], *br[N], *next[R];
     for (int r = 0; r < R; ++r) {
       ar[r] = a(i + r < m ? i + r : m - 1);
       next[r] = a(i + R + r < m ? i + R + r : m - 1);
-      br[r] = b(j + r < n ? j + r : n - 1);
     }
-    constexpr int64_t kSums = (R * R + W - 1) / W * W;
-    V acc[kSums] = {};
+    for (int c = 0; c < N; ++c) br[c] = b(j + c < n ? j + c : n - 1);
+    V acc[R][N] = {};
     const auto step = [&](auto load_a, auto load_b) {
-      V bv[R];
-      for (int c = 0; c < R; ++c) bv[c] = load_b(br[c]);
+      V bv[N];
+      for (int c = 0; c < N; ++c) bv[c] = load_b(br[c]);
       for (int r = 0; r < R; ++r) {
         const V av = load_a(ar[r]);
-        for (int c = 0; c < R; ++c) acc[r * R + c] += av * bv[c];
+        for (int c = 0; c < N; ++c) acc[r][c] += av * bv[c];
       }
     };
     int64_t d = 0;
@@ -515,7 +522,12 @@ struct CpuBlock {
       const auto at = [D](const C* p) { return load_first(p, D); };
       step(at, at);
     }
-    for (int64_t l = 0; l < kSums; l += W) kernelmeta::store(tile + l, sum_each<C>(acc + l));
+#pragma GCC unroll 8
+    for (int l = 0; l < R * N; l += W) {
+      V each[W];
+      for (int i = 0; i < W; ++i) each[i] = l + i < R * N ? acc[(l + i) / N][(l + i) % N] : V{};
+      kernelmeta::store(tile + l, sum_each<C>(each));
+    }
   }
 };
 

@@ -22,20 +22,22 @@ inline constexpr int kVectorBytes = 32;
 inline constexpr int kVectorBytes = 16;
 #endif
 
+// A vector is stored and loaded as its elements are: stores of vectors, as those of numbers, touch nothing of
+// another type, so that loops may keep sizes and pointers in registers.
 template <class C>
 struct Simd;
 
 template <>
 struct Simd<float> {
   typedef float V __attribute__((vector_size(kVectorBytes)));
-  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+  typedef float Unaligned __attribute__((vector_size(kVectorBytes), aligned(4)));
   typedef int32_t Mask __attribute__((vector_size(kVectorBytes)));
 };
 
 template <>
 struct Simd<double> {
   typedef double V __attribute__((vector_size(kVectorBytes)));
-  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+  typedef double Unaligned __attribute__((vector_size(kVectorBytes), aligned(8)));
   typedef int64_t Mask __attribute__((vector_size(kVectorBytes)));
 };
 
@@ -114,6 +116,12 @@ __forceinline__ typename Simd<C>::V keep_first(typename Simd<C>::V v, int64_t co
   return lanes_before<C>(count) ? v : typename Simd<C>::V{};
 }
 
+// x in every lane. (x + 0 would be an addition, since -0 + 0 is not -0.)
+template <class C>
+__forceinline__ typename Simd<C>::V all_lanes(C x) {
+  return x - typename Simd<C>::V{};
+}
+
 template <int... I>
 struct Indices {};
 
@@ -124,23 +132,38 @@ struct MakeIndices<0, I...> {
   using type = Indices<I...>;
 };
 
+// Of a in the lanes whose number has no bit d, of b in the others: its own lane, or the one that lies d
+// further or before.
+template <int d, class V, int... I>
+__forceinline__ V own_lanes(V a, V b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, (I & d ? I + int(sizeof...(I)) : I)...);
+}
+template <int d, class V, int... I>
+__forceinline__ V other_lanes(V a, V b, Indices<I...>) {
+  return __builtin_shufflevector(a, b, (I & d ? (I ^ d) + int(sizeof...(I)) : I ^ d)...);
+}
+
+// Lane i of the result is the sum of the lanes of v[i]; v is destroyed. A tree: lanes - 1 additions of
+// vectors, each of which puts two vectors into one.
+template <class C, int d = 1>
+__forceinline__ typename Simd<C>::V sum_each(typename Simd<C>::V* v) {
+  constexpr int W = kLanes<C>;
+  using Lanes = typename MakeIndices<W>::type;
+  if constexpr (d == W) {
+    return v[0];
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < W / (2 * d); ++i) {
+      v[i] = own_lanes<d>(v[2 * i], v[2 * i + 1], Lanes{}) + other_lanes<d>(v[2 * i], v[2 * i + 1], Lanes{});
+    }
+    return sum_each<C, 2 * d>(v);
+  }
+}
+
 // Neighbouring lanes added: the sums of a's pairs, then those of b's.
 template <class V, int... I>
 __forceinline__ V add_pairs(V a, V b, Indices<I...>) {
   return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
-}
-
-// Lane i of the result is the sum of the lanes of v[i]; v is destroyed. A tree: lanes - 1 additions of
-// vectors.
-template <class C>
-__forceinline__ typename Simd<C>::V sum_each(typename Simd<C>::V* v) {
-  using Lanes = typename MakeIndices<kLanes<C>>::type;
-#pragma GCC unroll 8
-  for (int n = kLanes<C> / 2; n > 0; n /= 2) {
-#pragma GCC unroll 8
-    for (int i = 0; i < n; ++i) v[i] = add_pairs(v[2 * i], v[2 * i + 1], Lanes{});
-  }
-  return v[0];
 }
 
 template <class C>
@@ -159,32 +182,67 @@ __forceinline__ C most_lane(typename Simd<C>::V v) {
   return largest;
 }
 
-// The lanes of a and b by turns: of their low halves or of their high ones.
+// The lanes of a and b by turns, within every 16 bytes: of their low halves or of their high ones.
 template <bool high, class V, int... I>
 __forceinline__ V interleave(V a, V b, Indices<I...>) {
+  constexpr int n = int(sizeof...(I)), in16 = 16 / int(sizeof(a[0]));
+  return __builtin_shufflevector(a, b,
+                                 (I / in16 * in16 + (high ? in16 / 2 : 0) + I % in16 / 2 + I % 2 * n)...);
+}
+// What a and b, rows d apart of a square, are once its quarters have changed places: of both the lanes whose
+// number has no bit d, or those that have it.
+template <int d, bool high, class V, int... I>
+__forceinline__ V exchange(V a, V b, Indices<I...>) {
   constexpr int n = int(sizeof...(I));
-  return __builtin_shufflevector(a, b, (I % 2 * n + I / 2 + (high ? n / 2 : 0))...);
+  return __builtin_shufflevector(a, b, ((high ? I | d : I & ~d) + (I & d ? n : 0))...);
 }
 
-// to[j][i] = from[i][j], a vector's width both ways: log2(width) rounds in which rows i and i + width / 2
-// become, interleaved, rows 2 i and 2 i + 1.
-template <class C>
-__forceinline__ void transpose_square(const C* from, int64_t ld_from, C* to, int64_t ld_to) {
-  constexpr int W = kLanes<C>;
+// Rounds of transposing a square of vectors. Within 16 bytes, where instructions are cheapest, lanes of
+// vectors half a group apart are interleaved, so that a group of as many vectors as lanes fit into 16 bytes
+// is a row of small squares, each transposed ...
+template <class C, int round = 1>
+__forceinline__ void transpose_within(typename Simd<C>::V* v) {
+  constexpr int W = kLanes<C>, group = 16 / int(sizeof(C));
   using Lanes = typename MakeIndices<W>::type;
-  typename Simd<C>::V v[W], next[W];
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) v[i] = load(from + i * ld_from);
-#pragma GCC unroll 4
-  for (int round = 1; round < W; round *= 2) {
+  if constexpr (round < group) {
+    typename Simd<C>::V next[W];
 #pragma GCC unroll 8
     for (int i = 0; i < W / 2; ++i) {
-      next[2 * i] = interleave<false>(v[i], v[i + W / 2], Lanes{});
-      next[2 * i + 1] = interleave<true>(v[i], v[i + W / 2], Lanes{});
+      const int first = i / (group / 2) * group, at = i % (group / 2);
+      next[first + 2 * at] = interleave<false>(v[first + at], v[first + at + group / 2], Lanes{});
+      next[first + 2 * at + 1] = interleave<true>(v[first + at], v[first + at + group / 2], Lanes{});
     }
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) v[i] = next[i];
+    transpose_within<C, 2 * round>(v);
   }
+}
+// ... and the small squares change places, two by two.
+template <class C, int d = 16 / int(sizeof(C))>
+__forceinline__ void transpose_across(typename Simd<C>::V* v) {
+  constexpr int W = kLanes<C>;
+  using Lanes = typename MakeIndices<W>::type;
+  if constexpr (d < W) {
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      if (i & d) continue;
+      const auto a = v[i], b = v[i + d];
+      v[i] = exchange<d, false>(a, b, Lanes{});
+      v[i + d] = exchange<d, true>(a, b, Lanes{});
+    }
+    transpose_across<C, 2 * d>(v);
+  }
+}
+
+// to[j][i] = lane j of row(i), a vector's width both ways.
+template <class C, class Row>
+__forceinline__ void transpose(Row row, C* to, int64_t ld_to) {
+  constexpr int W = kLanes<C>;
+  typename Simd<C>::V v[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) v[i] = row(i);
+  transpose_within<C>(v);
+  transpose_across<C>(v);
 #pragma GCC unroll 16
   for (int i = 0; i < W; ++i) store(to + i * ld_to, v[i]);
 }
@@ -244,7 +302,7 @@ template <class C>
 __forceinline__ typename Simd<C>::V exp_lanes(typename Simd<C>::V x) {
   using V = typename Simd<C>::V;
   constexpr C lowest = kLowestExponent<C>, highest = kHighestExponent<C>;
-  return exp_in_range<C>(x < lowest ? V{} + lowest : x > highest ? V{} + highest : x);
+  return exp_in_range<C>(x < lowest ? all_lanes<C>(lowest) : x > highest ? all_lanes<C>(highest) : x);
 }
 
 }  // namespace
