@@ -322,7 +322,7 @@ struct InnerLoop {
       mlp.forward(z, gs, nullptr);
   }
 
-  __host__ __device__ KERNELMETA_GPU_CALL void step(const Trace<C>& trace, int64_t k, C* stats) {
+  __host__ __device__ KERNELMETA_NOINLINE void step(const Trace<C>& trace, int64_t k, C* stats) {
     const int64_t N = s.N, Q = s.Q, ld = s.ld();
     C* gs = g_of(k);
     guess(trace.u + k * N * ld, k, stats);
@@ -355,7 +355,7 @@ struct InnerLoop {
 
   // adj.gz = what step k passes on to the logits before it.
   template <class F>
-  __host__ __device__ KERNELMETA_GPU_CALL void direct_step_backward(
+  __host__ __device__ KERNELMETA_NOINLINE void direct_step_backward(
       const Trace<C>& trace, const DirectSteps<B, F>& steps, int64_t k, const FeatureRows<F>& rows,
       const Adjoint& adj, const FoldedMlpGrad<C>& grad, C* gtheta, C* gquery) {
     const int64_t N = s.N, Q = s.Q, ND = N * s.D, ld = s.ld();

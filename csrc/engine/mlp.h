@@ -157,7 +157,7 @@ struct Mlp {
     }
     layer_by_words(layer_of(second), in, stats);
   }
-  __host__ __device__ KERNELMETA_GPU_CALL void layer_by_words(const Layer<C>& l, const C* in, C* stats) {
+  __host__ __device__ KERNELMETA_NOINLINE void layer_by_words(const Layer<C>& l, const C* in, C* stats) {
     block.mm(l.units, l.inputs, l.Q, {l.w, l.inputs, 1}, in, s.ld(), l.a, s.ld(), l.bias);
     normalise(l.a, l.n, l.istd, l.fixed_mean, l.fixed_istd, stats);
   }
@@ -168,7 +168,7 @@ struct Mlp {
     }
     layer_backward_by_words(adjoint_of(second), g_out, g, grad_bias);
   }
-  __host__ __device__ KERNELMETA_GPU_CALL void layer_backward_by_words(const LayerAdjoint<C>& l,
+  __host__ __device__ KERNELMETA_NOINLINE void layer_backward_by_words(const LayerAdjoint<C>& l,
                                                                        const C* g_out, C* g, C* grad_bias) {
     block.mm(l.units, l.outputs, l.Q, {l.w, 1, l.units}, g_out, s.ld(), g, s.ld(), nullptr);
     through_norm(l.a, l.n, l.istd, l.fixed_istd, g, grad_bias);

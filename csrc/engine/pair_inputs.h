@@ -53,7 +53,7 @@ struct PairInputs {
         mass(arena.take(N)) {}
 
   // z -> x; p and what else the way back needs.
-  __host__ __device__ KERNELMETA_GPU_CALL void forward(const C* z) {
+  __host__ __device__ KERNELMETA_NOINLINE void forward(const C* z) {
     const int64_t N = this->N, rows = this->rows, ld = this->ld(), ldp = this->ldp();
     block.feature_columns(rows, [&](auto at) {
       const auto sum = softmax<B>(at, N, ld, z, p);
@@ -99,7 +99,7 @@ struct PairInputs {
   }
 
   // gx -> gz [N][ld], after forward(z); gx is overwritten.
-  __host__ __device__ KERNELMETA_GPU_CALL void backward(const C* z, C* gz) {
+  __host__ __device__ KERNELMETA_NOINLINE void backward(const C* z, C* gz) {
     const int64_t N = this->N, rows = this->rows, ld = this->ld(), ldp = this->ldp();
     through_norm();
     // Of p itself, and of z itself: what the class' mean has is in the place of its own.

@@ -19,11 +19,10 @@
 #define KERNELMETA_ROLLED
 #endif
 
-// KERNELMETA_GPU_CALL: a call on a GPU, where registers are scarce, and inlined on a CPU.
+// A call, on both sides: registers are scarce on a GPU, and on a CPU code that is there once is compiled once
+// and stays in the cache.
 #ifdef __CUDACC__
 #define KERNELMETA_NOINLINE __noinline__
-#define KERNELMETA_GPU_CALL __noinline__
 #else
 #define KERNELMETA_NOINLINE __attribute__((noinline))
-#define KERNELMETA_GPU_CALL __forceinline__
 #endif

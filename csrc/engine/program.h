@@ -268,7 +268,7 @@ struct ProgramLoop {
   }
 
   // to = G of z
-  __host__ __device__ KERNELMETA_GPU_CALL void ask(const Phase& phase, RowRange part, C* to) {
+  __host__ __device__ KERNELMETA_NOINLINE void ask(const Phase& phase, RowRange part, C* to) {
     if (phase.oracle == Oracle::kSyntheticGradient) {
       mlp(phase).forward(z, to, nullptr);
       if (phase.mean) scale_rows(to, part, C(1) / C(part.count));
@@ -294,7 +294,7 @@ struct ProgramLoop {
   }
 
   // adj.gz = (dG/dz)^T adj.gg; after ask(phase, part, gs).
-  __host__ __device__ KERNELMETA_GPU_CALL void ask_backward(const Phase& phase, RowRange part, const C* gs,
+  __host__ __device__ KERNELMETA_NOINLINE void ask_backward(const Phase& phase, RowRange part, const C* gs,
                                                             const Adjoint& adj,
                                                             const ProgramLoopGrad<C>& grad) {
     if (phase.oracle == Oracle::kSyntheticGradient) {
@@ -412,7 +412,7 @@ struct ProgramLoop {
 
   // ---- linear
 
-  __host__ __device__ KERNELMETA_GPU_CALL void linear_step(const ProgramTrace<C>& trace, RowRange part,
+  __host__ __device__ KERNELMETA_NOINLINE void linear_step(const ProgramTrace<C>& trace, RowRange part,
                                                            RowRange others, int64_t k) {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k];
@@ -427,7 +427,7 @@ struct ProgramLoop {
     });
   }
 
-  __host__ __device__ KERNELMETA_GPU_CALL void linear_backward(const ProgramTrace<C>& trace, RowRange part,
+  __host__ __device__ KERNELMETA_NOINLINE void linear_backward(const ProgramTrace<C>& trace, RowRange part,
                                                                int64_t k, const Adjoint& adj, const C* gs) {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k];
@@ -463,7 +463,7 @@ struct ProgramLoop {
             trace.p ? trace.p + i * ld : nullptr};
   }
 
-  __host__ __device__ KERNELMETA_GPU_CALL void step(const ProgramTrace<C>& trace, RowRange part,
+  __host__ __device__ KERNELMETA_NOINLINE void step(const ProgramTrace<C>& trace, RowRange part,
                                                     RowRange others, int64_t k) {
     const int64_t N = s.N, ld = s.ld();
     block.rows(N, ld, [&](int64_t n, auto row) {
@@ -474,7 +474,7 @@ struct ProgramLoop {
     });
   }
 
-  __host__ __device__ KERNELMETA_GPU_CALL void step_backward(const ProgramTrace<C>& trace, RowRange part,
+  __host__ __device__ KERNELMETA_NOINLINE void step_backward(const ProgramTrace<C>& trace, RowRange part,
                                                              RowRange others, int64_t k, const Adjoint& adj,
                                                              const C* gs) {
     const int64_t N = s.N, ld = s.ld();
@@ -536,7 +536,7 @@ struct ProgramLoop {
     }
   };
 
-  __host__ __device__ KERNELMETA_GPU_CALL void assignment_step(const ProgramTrace<C>& trace, RowRange part,
+  __host__ __device__ KERNELMETA_NOINLINE void assignment_step(const ProgramTrace<C>& trace, RowRange part,
                                                                int64_t start, int64_t k) {
     const int64_t N = s.N, ld = s.ld();
     const C rate = with.rates[k], kept = C(1) - rate;
@@ -574,7 +574,7 @@ struct ProgramLoop {
     });
   }
 
-  __host__ __device__ KERNELMETA_GPU_CALL void assignment_backward(const ProgramTrace<C>& trace,
+  __host__ __device__ KERNELMETA_NOINLINE void assignment_backward(const ProgramTrace<C>& trace,
                                                                    RowRange part, int64_t start, int64_t k,
                                                                    const Adjoint& adj, const C* gs) {
     const int64_t N = s.N, ld = s.ld();

@@ -21,7 +21,7 @@ struct ProgramFeatures {
 
   // -> trace.inverse, grams, u[0] = rows times theta0 (plus bias), r2[0] = |theta0|^2. False where the norm
   // of some row of a cosine classifier says that products of rows are out of range.
-  __host__ __device__ KERNELMETA_GPU_CALL bool forward() {
+  __host__ __device__ KERNELMETA_NOINLINE bool forward() {
     const int64_t N = s.N, D = s.D, ld = s.ld();
     bool in_range = true;
     form_gram();

@@ -179,7 +179,7 @@ struct ProgramTask {
     features.theta0 = p.start == Start::kClassMeans ? trace.theta0 : p.start_of(t);
   }
 
-  __host__ __device__ KERNELMETA_GPU_CALL void forward(const ProgramForward<C>& f) {
+  __host__ __device__ KERNELMETA_NOINLINE void forward(const ProgramForward<C>& f) {
     prepare();
     if (p.start == Start::kClassMeans) class_means().forward(trace.theta0);
     const bool in_range = features.forward();
@@ -198,7 +198,7 @@ struct ProgramTask {
   }
 
   // gtheta0 [N][D]: scratch where the start is the class means. Adds to `grad`.
-  __host__ __device__ KERNELMETA_GPU_CALL void backward(const ProgramBackward<C>& f,
+  __host__ __device__ KERNELMETA_NOINLINE void backward(const ProgramBackward<C>& f,
                                                         const ProgramGrad<C>& grad,
                                                         const typename ProgramLoop<B>::Adjoint& adjoint,
                                                         const typename ProgramFeatures<B>::Scratch& scratch,

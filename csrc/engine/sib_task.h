@@ -114,7 +114,7 @@ struct SibTask {
     return is_invalid(block, t, s, p.classes.labels, true, p.start, &p.query);
   }
 
-  __host__ __device__ KERNELMETA_GPU_CALL void forward(const SibForward<C>& f, int64_t t,
+  __host__ __device__ KERNELMETA_NOINLINE void forward(const SibForward<C>& f, int64_t t,
                                                        const Trace<C>& trace) {
     if (p.classes.given()) {
       class_means(t).forward(trace.theta);
@@ -149,7 +149,7 @@ struct SibTask {
   };
 
   // Adds to `grad`. gtheta0 [N][D]: scratch, unless the start is theta0 and its gradient wanted.
-  __host__ __device__ KERNELMETA_GPU_CALL void backward(const SibBackward<C>& f, int64_t t,
+  __host__ __device__ KERNELMETA_NOINLINE void backward(const SibBackward<C>& f, int64_t t,
                                                         const Trace<C>& trace, const Adjoint& adjoint,
                                                         const SibParameterGrad<C>& grad, C* gtheta0) {
     const C* gweights = f.grad_weights ? f.grad_weights + t * s.N * s.D : nullptr;
