@@ -49,10 +49,11 @@ def main() -> None:
         "KERNELMETA_TORCH_VERSION": version,
         "KERNELMETA_MODULE": "OFF",
     }
-    configure = [scripts / "cmake", "-S", ROOT, "-B", folder / "build", "-G", "Ninja"]
+    build = ROOT / f"build/cmake-torch-{version}"
+    configure = [scripts / "cmake", "-S", ROOT, "-B", build, "-G", "Ninja"]
     subprocess.run([*configure, *(f"-D{name}={value}" for name, value in options.items())], check=True)
-    subprocess.run([scripts / "cmake", "--build", folder / "build", "--target", "kernelmeta_cpu"], check=True)
-    built = folder / "build/libkernelmeta_cpu.so"
+    subprocess.run([scripts / "cmake", "--build", build, "--target", "kernelmeta_cpu"], check=True)
+    built = build / "libkernelmeta_cpu.so"
     asked = symbols(built, "undefined")
     missing = sorted(asked - symbols(folder / LIBRARY, "defined"))
     if missing or not asked:
