@@ -300,7 +300,6 @@ __forceinline__ typename Simd<C>::V exp_in_range(typename Simd<C>::V x) {
 // ... what would overflow or underflow is clamped.
 template <class C>
 __forceinline__ typename Simd<C>::V exp_lanes(typename Simd<C>::V x) {
-  using V = typename Simd<C>::V;
   constexpr C lowest = kLowestExponent<C>, highest = kHighestExponent<C>;
   return exp_in_range<C>(x < lowest ? all_lanes<C>(lowest) : x > highest ? all_lanes<C>(highest) : x);
 }
