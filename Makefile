@@ -26,7 +26,7 @@ demo bench docs test: export KERNELMETA_BUILD ?= $(if $(wildcard kernelmeta/_nat
 demo bench docs test test-rare: export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 
-.PHONY: help install test test-rare lint cpp-test cpp-test-rare cuda-rare arm-test py-test ops-test triton-test format demo bench docs gpu-check clean
+.PHONY: help install test test-rare lint cpp-test cpp-test-rare cuda-rare arm-test torchvision-test abi-test py-test ops-test triton-test format demo bench docs gpu-check clean
 
 help:
 	@echo "make test    install, then linters, C++ tests under the sanitizers, Python tests"
@@ -83,6 +83,21 @@ arm-test: install
 	"$(BIN)/cmake" --build build/arm --target dispatch_test engine_test anew_test golden_test -- --quiet
 	ASAN_OPTIONS=detect_leaks=0 "$(BIN)/ctest" --test-dir build/arm --output-on-failure \
 	  -R '^(dispatch_test|engine_test|anew_test|golden_test)$$'
+
+# What needs torchvision, and with it another PyTorch: timm, torchvision and easyfsl, in an environment of their own, of
+# 5.6 GB. The kernels are those that `install` left in this tree, if it did. Nothing may be skipped.
+BESIDE = .venv-torchvision/bin/python
+torchvision-test:
+	@test -x $(BESIDE) || $(PYTHON) -m venv .venv-torchvision
+	$(BESIDE) -m pip install -q torch==2.14.1 torchvision==0.29.1
+	$(BESIDE) -m pip install -q easyfsl hypothesis matplotlib pillow pytest safetensors tensorboard timm tqdm
+	$(BESIDE) -c "import easyfsl, timm, torchvision"
+	PYTHONPATH="$(CURDIR)" $(BESIDE) -m pytest -p no:cacheprovider -k 'timm or torchvision or easyfsl' \
+	  tests/test_examples.py tests/training/test_extraction.py
+
+# Against the headers of the oldest PyTorch that is supported, whose wheel is downloaded (about 1 GB).
+abi-test: install
+	"$(BIN)/python" tools/abi_test.py 2.10.0
 
 PYTEST = "$(BIN)/python" -m pytest -m 'not rare' --durations 10 --durations-min 2
 py-test:

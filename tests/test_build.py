@@ -254,3 +254,13 @@ def test_installed_without_kernels_it_works_and_says_why(tree: Path, tmp_path: P
     assert reason == "the install was asked for no kernels (KERNELMETA_BUILD=none)"
     assert chosen == "reference reference"
     assert done.stderr.count("RuntimeWarning") == 1
+
+
+def test_an_import_brings_no_package_that_takes_time() -> None:
+    """What plots, reads images or talks to scikit-learn is imported by what needs it, and so are parts of PyTorch that
+    PyTorch itself does not import."""
+    code = "import sys, torch; before = {*sys.modules}; import kernelmeta; print(*({*sys.modules} - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    brought = {name.partition(".")[0] for name in done.stdout.split()}
+    assert "kernelmeta" in brought
+    assert brought - sys.stdlib_module_names <= {"kernelmeta", "numpy", "safetensors"}

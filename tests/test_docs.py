@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from runs import make_bank
 
 import kernelmeta as km
 import kernelmeta.training
+from kernelmeta.cli import parser
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -35,6 +38,46 @@ def test_the_code_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     km.data.FeatureBank(bank.features, bank.labels, bank.class_split, names).save("photos.safetensors")
     # Together with the imports that an earlier block of the file may have made.
     exec(compile(f"import torch\nimport kernelmeta as km\n{block}", "documentation", "exec"), {})
+
+
+TEXTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (*FILES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *sorted(ROOT.glob("examples/*")))
+}
+COMMANDS = next(a.choices for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+LINES = [
+    pytest.param(line.replace("\\\n", " "), id=f"{name}-{' '.join(line.split()[1:3])}-{i}")
+    for name, text in TEXTS.items()
+    for i, line in enumerate(
+        re.findall(r"^(?:    )?(?:torchrun .*-m )?(kernelmeta [a-z](?:.*\\\n)*.*)", text, re.MULTILINE)
+    )
+    if not name.startswith("examples/")
+]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_line_for_a_terminal_is_a_command(line: str) -> None:
+    words = shlex.split(line.split(" > ")[0], comments=True)
+    assert parser().parse_args(words[1:]).command == words[1]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_what_a_sentence_calls_a_command_an_option_or_an_extra_is_one(name: str) -> None:
+    text = TEXTS[name]
+    for line in re.findall(r"`(?:torchrun [^`]*-m\s+)?kernelmeta\s+([a-z][^`]*)`", text):
+        command, *words = line.split()
+        options = {option for action in COMMANDS[command]._actions for option in action.option_strings}
+        assert {word.partition("=")[0] for word in words if word.startswith("--")} <= options, line
+    extras = re.search(r"(?ms)^\[project.optional-dependencies\]$(.*?)^\[", (ROOT / "pyproject.toml").read_text())
+    assert extras is not None
+    known = set(re.findall(r"(?m)^(\w+) = \[", extras[1]))
+    for asked in re.findall(r"'(?:kernelmeta|\.)\[([a-z,]+)\]'", text):
+        assert set(asked.split(",")) <= known, asked
+    targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
+    assert set(re.findall(r"(?:^ +|`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
+    for module in re.findall(r"python -m ((?:benchmarks|tests)[\w.]*)", text):
+        path = ROOT.joinpath(*module.rstrip(".").split("."))
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
 
 
 MODULES = (km, km.ops, km.nn, km.func, km.graceful, km.linear, km.data, km.reference, kernelmeta.training)

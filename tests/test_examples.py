@@ -13,7 +13,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # What each needs beside this package, how it is started, and what it prints.
 SCRIPTS = {
-    "sklearn_pipeline.py": (("sklearn",), (), r"soft k-means +\d+\.\d% right"),
+    "sklearn_pipeline.py": (("sklearn",), (), r"soft k-means, centred +\d+\.\d% right"),
     "plain_ddp.py": ((), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"), r"step 60: loss "),
     "lightning_backbone.py": (("lightning",), (), r"epoch 2: \d+% right, step 60"),
     "accelerate_training.py": (("accelerate",), (), r"step 80: loss .*\n.*saved"),

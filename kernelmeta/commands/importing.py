@@ -28,7 +28,9 @@ def add_commands(add: Add) -> None:
         "data", "--label", metavar="NAME", help="the column or array of the labels (default: label, class, y)"
     )
     command.option(
-        "data", "--split", default="60/20/20", help="shares of the classes for train/val/test (default: 60/20/20)"
+        "data",
+        "--split",
+        help="shares of the classes for train/val/test (default: 60/20/20; one class or two are all for training)",
     )
     command.option("data", "--seed", type=int, default=0, help="seed of the split (default: 0)")
     command.option("run", "--quiet", action="store_true", help="no progress bar")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernelmeta.data.counter import check_seed, words
 
+SHARES = "60/20/20"  # of the classes, if nobody says otherwise
 _STRATUM = 10  # classes of about the same size, among which the splits are drawn
 
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kernelmeta.data.bank import SPLITS
-from kernelmeta.data.class_split import parse_shares, split_classes
+from kernelmeta.data.class_split import SHARES, parse_shares, split_classes
 from kernelmeta.data.decoding import extensions
 from kernelmeta.data.words import listing, printable
 
-# Of the classes in a folder without splits.
-_SHARES, _FEWEST = "60/20/20", 3
+_FEWEST = 3  # classes of a folder without splits, which are split here
 
 # Folders and files that programs put beside images.
 _SYSTEM = {
@@ -127,13 +126,13 @@ def _flat(base: Path) -> ImageFolder | None:
             left.other("class folders without an image", entry, named=True)
     if len(found) < _FEWEST:
         return None
-    split = split_classes([len(files) for files in found.values()], parse_shares(_SHARES)).tolist()
+    split = split_classes([len(files) for files in found.values()], parse_shares(SHARES)).tolist()
     names = {number: name for name, number in SPLITS.items()}
     # In the order of the splits, as if they were folders.
     order = sorted(zip(split, found, strict=True), key=lambda own: own[0])
     classes = {(names[number], _utf8(entry)): found[entry] for number, entry in order}
     note = (
-        f"{printable(base)}: its {len(found)} classes are split {_SHARES} into train, val and test; folders of these"
+        f"{printable(base)}: its {len(found)} classes are split {SHARES} into train, val and test; folders of these"
         " names would say otherwise"
     )
     return ImageFolder(base, classes, [note, *(f"{printable(base)}: left out: {line}" for line in left.notes())])

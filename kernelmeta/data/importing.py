@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernelmeta.data.bank import FeatureBank
-from kernelmeta.data.class_split import parse_shares, split_classes
+from kernelmeta.data.class_split import SHARES, parse_shares, split_classes
 from kernelmeta.data.label_codes import LabelCodes
 from kernelmeta.data.tables import Table, open_table
 from kernelmeta.data.tensor_files import Pieces
@@ -23,7 +23,7 @@ def import_bank(
     out: str | os.PathLike[str],
     *,
     label: str | None = None,
-    split: str = "60/20/20",
+    split: str | None = None,
     seed: int = 0,
     progress: bool = False,
     say: Callable[[str], None] = lambda line: None,
@@ -38,9 +38,9 @@ def import_bank(
         out: the bank to write, whole or not at all.
         label: the name of the column or array with the labels.
         split: shares of the classes for training, validation and test, drawn with ``seed``, alike among large classes
-            and small ones.
+            and small ones. None: "60/20/20", but one class or two are all for training.
         progress: show a bar.
-        say: takes lines about what was left out.
+        say: takes lines about what was left out, or not split.
 
     Returns:
         The bank, mapped from its file.
@@ -51,7 +51,7 @@ def import_bank(
             named.
         ImportError: a .parquet or a dataset without pyarrow.
     """
-    shares = parse_shares(split)
+    shares = parse_shares(SHARES if split is None else split)
     tables: list[Table] = []
     for file in files:
         tables.append(open_table(file, label, columns=next((t.columns for t in tables if t.columns), ())))
@@ -60,7 +60,11 @@ def import_bank(
     with_features = [table for table in tables if table.features is not None]
     labels, names = _labels(tables)
     D, dtype = _width(with_features)
-    class_split = split_classes(torch.bincount(labels).tolist(), shares, seed)
+    sizes = torch.bincount(labels).tolist()
+    if split is None and len(sizes) < len(shares):
+        say(f"too few classes to be split {SHARES} ({', '.join(names)}): all are for training")
+        shares = (1.0, 0.0, 0.0)
+    class_split = split_classes(sizes, shares, seed)
     source = f"imported from {', '.join(printable(os.path.basename(os.fspath(file))) for file in files)}"
     # Its features are none, of the right shape: what stands in the file is read below.
     bank = FeatureBank(torch.zeros(1, D, dtype=dtype).expand(len(labels), D), labels, class_split, names, source)

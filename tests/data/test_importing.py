@@ -304,7 +304,6 @@ CSV = {
     "a,a,label\n1,2,x\n": "two columns are called 'a'",
     "label\nx\ny\nz\n": "none of the files holds any",
     "a,label\n1,x\nnan,y\n2,z\n": "row holds NaN or infinite features: row 1 \\(class 'y'\\)",
-    "a,label\n1,x\n1,y\n": "split: expected at least 3 classes",
 }
 
 
@@ -316,6 +315,20 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path, text, capsys):
     assert error.count("\n") == 1
     assert re.search(CSV[text], error), error
     assert not (tmp_path / "bank.safetensors").exists()
+
+
+def test_two_classes_are_a_bank_and_are_split_only_where_asked_for(tmp_path, capsys):
+    """Cats and dogs: nothing to train on, but rows to label others by."""
+    rows, bank = str(tmp_path / "t.csv"), str(tmp_path / "bank.safetensors")
+    (tmp_path / "t.csv").write_text("a,b,label\n1,0,cat\n0,1,dog\n1,0.1,cat\n")
+    assert main(["import", rows, "--out", bank, "--split", "60/20/20"]) == 2
+    assert "split: expected at least 3 classes" in capsys.readouterr().err
+    assert main(["import", rows, "--out", bank]) == 0
+    said = capsys.readouterr()
+    assert "too few classes to be split 60/20/20 (cat, dog): all are for training" in said.err
+    assert "3 x 2 features; classes: 2 train, 0 val, 0 test" in said.out
+    assert main(["predict", "prototypes", "--support", bank, "--query", rows, "--out", str(tmp_path / "o.csv")]) == 0
+    assert "100.0 % of those that were labelled are right" in capsys.readouterr().out
 
 
 def test_what_is_wrong_with_arrays_is_said(tmp_path):
