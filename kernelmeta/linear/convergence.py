@@ -124,8 +124,8 @@ def _spectra(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor) -> _Spectra:
     mu = torch.where(counts, S, torch.inf).square().amin(-1)
     loss = (S.unsqueeze(-1) * (A @ W2) - target).square().sum((-2, -1)) / 2
     imbalance = torch.linalg.eigvalsh(A.mT @ A - W2 @ W2.mT).flip(-1)
-    sizes = (torch.linalg.matrix_norm(t, 2) for t in (target, inverse.unsqueeze(-1) * target))
-    return _Spectra(loss, mu, S.square().amax(-1), imbalance, *sizes, (counts.sum(-1), m))
+    wanted, solution = (torch.linalg.matrix_norm(t, 2) for t in (target, inverse.unsqueeze(-1) * target))
+    return _Spectra(loss, mu, S.square().amax(-1), imbalance, wanted, solution, (counts.sum(-1), m))
 
 
 def _at(spectra: _Spectra, lr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
