@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, relu
 
 import kernelmeta as km
-from benchmarks import counts, floors, timing
+from benchmarks import counts, floors, metadata, timing
 from benchmarks.agreement import errors
 from benchmarks.floors import Ceilings
 
@@ -209,12 +209,17 @@ def _in_turn(run: Run) -> timing.Runner:
 
 def main() -> None:
     torch.set_num_threads(2)
+    facts = metadata.collect()
+    print(", ".join(f"{name} {facts[name]}" for name in ("date", "commit", "processor", "load_average", "peers")))
     found = floors.measure()
     floor = found.floor(counts.linearised_descent(T, S, Q, WIDTHS, STEPS))
     print(f"2 threads: {found}; floor {floor * 1e3:.1f} ms")
     tasks = draw()
     runners = {name: checked(name, tasks) for name in (*FULL, *TRACE)}
+    others = metadata.Others()
     timings = timing.interleave({name: _in_turn(run) for name, run in runners.items()}, seconds=6, rounds=9)
+    busy = others.cpus()
+    print(f"other processes kept {'?' if busy is None else f'{busy:.2f}'} CPUs busy")
     own = timings["kernelmeta"]
     for name, t in timings.items():
         middle, low, high = timing.ratio(t, own)

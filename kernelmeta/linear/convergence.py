@@ -2,18 +2,34 @@
 
 The network is ``X W1 W2``, its loss ``L = |X W1 W2 - Y|^2 / 2`` above its minimum, and a step moves both layers along
 minus its gradient. Let X = U S V^T have rank r, A = V^T W1 [r, h], B = W2 [h, m], mu and Kx the smallest and the
-largest squared singular value, G = S (S A B - U^T Y), and g^2 = |G B^T|_F^2 + |A^T G|_F^2, the squared length of the
-gradient.
+largest squared singular value, E = S A B - U^T Y, so that L = |E|_F^2 / 2, G = S E, and
+g^2 = |G B^T|_F^2 + |A^T G|_F^2, the squared length of the gradient.
 
 * One step from here (`local_rate`; `adaptive_step` is the best one). With lam = s_1(A)^2 + s_1(B)^2 and
   K = |G|_2 + Kx (sqrt(lam) + lr g / 2)^2, the curvature along the step: if lr K < 2, then
   L' <= (1 - 2 lr mu (s_r(A)^2 + s_m(B)^2) (1 - lr K / 2)) L.
-* All steps from the initialisation (`certificate`). The imbalance D = A^T A - B B^T moves by at most
-  delta >= lr L0 / (1 - lr K / 2) over the whole of training, so that s_r(A)^2 + s_m(B)^2 never falls below
-  alpha = [lambda_r(D0) - delta]_+ + [lambda_m(-D0) - delta]_+; and, since the loss falls, A and B stay small:
-  s_1(A)^2 <= (d + sqrt(d^2 + 4 p^2)) / 2 with d = lambda_max(D0)_+ + delta and p = |S^-1 U^T Y|_2 + sqrt(2 L0 / mu),
-  B alike with -D0. With lam the sum of the two, K = sqrt(2 Kx L0) + Kx (sqrt(lam) + lr sqrt(2 Kx L0 lam) / 2)^2. Then
-  L_t <= rho^t L0 with rho = 1 - 2 lr mu alpha (1 - lr K / 2).
+* All steps from the initialisation (`certificate`), in four parts.
+
+  1. A step, exactly. With the tangent kernel T(E) = S^2 E B^T B + S A A^T S E, which is symmetric, g^2 = <E, T(E)>, and
+     the step's second order N = S (G B^T) (A^T G), the residual becomes E - lr T(E) + lr^2 N. Since
+     <E, N> <= |G|_2 g^2 / 2, |N|_F <= sqrt(Kx) g^2 / 2 and |T(E)|_F <= sqrt(t1) g, where T's eigenvalues are between t0
+     and t1, 2 L' <= <E, q(T) E> with q(t) = 1 - 2 lr t (1 - lr (t + c) / 2) and
+     c = |G|_2 + lr sqrt(Kx t1) g + lr^2 Kx g^2 / 4. q is convex: L' <= max(q(t0), q(t1)) L. And
+     L - L' >= lr g^2 (1 - lr K / 2) with K = t1 + c.
+  2. The imbalance D = A^T A - B B^T becomes D + lr^2 (B G^T G B^T - A^T G G^T A). While every lr K < 2, all that is
+     added to D from the first step to this one, and all that is taken from it, are at most a and b with
+     a + b <= lr^2 sum g^2 <= lr (L0 - L) / (1 - lr K / 2) <= delta (1 - L / L0).
+  3. So the eigenvalues of T stay away from zero: s_r(A)^2 >= lambda_r(D) and s_m(B)^2 >= lambda_m(-D), t0 >= mu alpha,
+     alpha = [lambda_r(D0)_+ + lambda_m(-D0)_+ - a - b]_+.
+  4. And from infinity: t1 <= |S A|_2^2 + Kx s_1(B)^2. From (A A^T)^2 = A D A^T + A B B^T A^T, with w = S u for the unit
+     u that |S A|_2 is reached at, x = |A^T w|^2 has x^2 <= Kx (lambda_max(D)_+ x + |S A B|_2^2); B alike. With
+     f(d, p) = (d + sqrt(d^2 + 4 p^2)) / 2, t1 <= Kx (f(lambda_max(D0)_+ + a, p_A) + f(lambda_max(-D0)_+ + b, p_B)),
+     p_A = (|U^T Y|_2 + |E|_F) / sqrt(Kx) and p_B = |S^-1 U^T Y|_2 + |E|_F / sqrt(mu). It is convex in a and b, so that
+     the worst they can do is a = delta, b = 0, or the other way round.
+
+  The loss only falls: |E|_F <= sqrt(2 L0), and the least delta that 2 and 4 agree on, a fixed point, holds for all
+  steps. rho is the largest q at any share L / L0 that is left: early the residual is large and little of the imbalance
+  is spent, late it is the other way round. The learning rate is the one with the least rho, found by search.
 
 Everything is computed in float64, and batched: leading dimensions of the arguments are networks of their own.
 """
@@ -28,6 +44,7 @@ from torch import Tensor
 
 _GRID, _ROUNDS = 24, 4  # learning rates looked at in each round of the search, from coarse to fine
 _FIXED_POINT, _CLOSE = 50, 1e-4  # steps towards the least move of the imbalance, and how near is near enough
+_SHARES = 16  # parts that the way of the loss from its start to its minimum is looked at in
 
 
 class Certificate(NamedTuple):
@@ -46,7 +63,7 @@ class Certificate(NamedTuple):
     alpha: Tensor
     """[...] what s_r(A)^2 + s_m(B)^2 never falls below."""
     curvature: Tensor
-    """[...] what the curvature of the loss along a step never exceeds."""
+    """[...] what K never exceeds: a step lowers the loss by ``lr g^2 (1 - lr K / 2)`` or more, g the slope."""
     loss: Tensor
     """[...] the loss at the start, above its minimum."""
 
@@ -58,8 +75,17 @@ class _Spectra(NamedTuple):
     mu: Tensor
     largest: Tensor
     imbalance: Tensor
-    reach: Tensor  # p
+    target: Tensor  # |U^T Y|_2
+    solution: Tensor  # |S^-1 U^T Y|_2
     ranks: tuple[Tensor, int]  # r, m
+
+    def slack(self) -> tuple[Tensor, Tensor]:
+        """lambda_r(D0) and lambda_m(-D0), [...]; 0 where there are not so many eigenvalues."""
+        r, m = self.ranks
+        h = self.imbalance.shape[-1]
+        first = self.imbalance.gather(-1, (r.clamp_max(h) - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        second = -self.imbalance[..., max(h - m, 0)]
+        return torch.where(r <= h, first, 0.0), second if m <= h else torch.zeros_like(second)
 
 
 def _checked(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -98,42 +124,53 @@ def _spectra(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor) -> _Spectra:
     mu = torch.where(counts, S, torch.inf).square().amin(-1)
     loss = (S.unsqueeze(-1) * (A @ W2) - target).square().sum((-2, -1)) / 2
     imbalance = torch.linalg.eigvalsh(A.mT @ A - W2 @ W2.mT).flip(-1)
-    wanted = torch.linalg.matrix_norm(inverse.unsqueeze(-1) * target, 2)
-    return _Spectra(loss, mu, S.square().amax(-1), imbalance, wanted + (2 * loss / mu).sqrt(), (counts.sum(-1), m))
+    wanted, solution = (torch.linalg.matrix_norm(t, 2) for t in (target, inverse.unsqueeze(-1) * target))
+    return _Spectra(loss, mu, S.square().amax(-1), imbalance, wanted, solution, (counts.sum(-1), m))
 
 
 def _at(spectra: _Spectra, lr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """rho, alpha and the curvature for learning rates [..., k]; rho is infinite where nothing is certain."""
-    loss, mu, Kx, reach = (v.unsqueeze(-1) for v in (spectra.loss, spectra.mu, spectra.largest, spectra.reach))
-    top, bottom = spectra.imbalance[..., :1].clamp_min(0), (-spectra.imbalance[..., -1:]).clamp_min(0)
-    slope = (2 * Kx * loss).sqrt()
+    loss, mu, Kx = (v.unsqueeze(-1) for v in (spectra.loss, spectra.mu, spectra.largest))
+    target, solution = spectra.target.unsqueeze(-1), spectra.solution.unsqueeze(-1)
+    top, bottom = (v.clamp_min(0).unsqueeze(-1) for v in (spectra.imbalance[..., 0], -spectra.imbalance[..., -1]))
+    of_first, of_second = spectra.slack()
+    slack = (of_first.clamp_min(0) + of_second.clamp_min(0)).unsqueeze(-1)
 
-    def after(delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """How far the imbalance moves where it moves by at most ``delta``; the curvature; 1 - lr K / 2."""
-        a, b = top + delta, bottom + delta
-        size = ((a + (a * a + 4 * reach * reach).sqrt() + b + (b * b + 4 * reach * reach).sqrt()) / 2).sqrt()
-        K = slope + Kx * (size + lr * slope * size / 2).square()
-        left = 1 - lr * K / 2
-        return torch.where(left > 0, lr * loss / left, torch.inf), K, left
+    def largest(d: Tensor, p: Tensor) -> Tensor:
+        return (d + (d * d + 4 * p * p).sqrt()) / 2
+
+    def bounds(spent: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """t1 and c, where the imbalance has moved by at most ``spent`` and at most this share of the loss is left."""
+        off = (2 * share * loss).sqrt()
+        p_A, p_B = (target + off) / Kx.sqrt(), solution + off / mu.sqrt()
+        first = largest(top + spent, p_A) + largest(bottom, p_B)
+        second = largest(top, p_A) + largest(bottom + spent, p_B)
+        t1, steep = Kx * torch.maximum(first, second), Kx.sqrt() * off
+        return t1, steep * (1 + lr * t1 + lr.square() * steep * t1 / 4)
+
+    def after(delta: Tensor) -> tuple[Tensor, Tensor]:
+        """How far the imbalance moves where it moves by at most ``delta``; the curvature."""
+        t1, more = bounds(delta, 1.0)
+        left = 1 - lr * (t1 + more) / 2
+        return torch.where(left > 0, lr * loss / left, torch.inf), t1 + more
 
     delta = torch.zeros_like(lr)
     for _ in range(_FIXED_POINT):  # from below: it only grows
-        moved, _, _ = after(delta)
+        moved, _ = after(delta)
         if torch.isclose(moved, delta, rtol=_CLOSE, atol=0).all():
             break
         delta = moved
     delta = delta * (1 + 2 * _CLOSE)
-    moved, K, left = after(delta)
-    settled = moved <= delta
-    r, m = spectra.ranks
-    h = spectra.imbalance.shape[-1]
-    of_first = torch.gather(spectra.imbalance, -1, (r.clamp_max(h) - 1).clamp_min(0).unsqueeze(-1))
-    of_second = -spectra.imbalance[..., max(h - m, 0)].unsqueeze(-1)
-    zero = torch.zeros_like(delta)
-    alpha = torch.where((r <= h).unsqueeze(-1), (of_first - delta).clamp_min(0), zero)
-    alpha = alpha + ((of_second - delta).clamp_min(0) if m <= h else zero)
-    rho = torch.where((left > 0) & settled & (alpha > 0), 1 - 2 * lr * mu * alpha * left, torch.inf)
-    return rho, alpha, K
+    moved, K = after(delta)
+    alpha = (slack - delta).clamp_min(0)
+    rho = torch.zeros_like(lr)
+    for part in range(_SHARES):  # between part and part + 1 of these is left
+        spent = delta * (1 - part / _SHARES)
+        t1, more = bounds(spent, (part + 1) / _SHARES)
+        for t in (mu * (slack - spent).clamp_min(0), t1):
+            rho = torch.maximum(rho, 1 - 2 * lr * t * (1 - lr * (t + more) / 2))
+    certain = moved.isfinite() & (moved <= delta) & (alpha > 0)
+    return torch.where(certain, rho, torch.inf), alpha, K
 
 
 def certificate(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor, lr: float | Tensor | None = None) -> Certificate:
@@ -182,8 +219,8 @@ def certificate(X: Tensor, Y: Tensor, W1: Tensor, W2: Tensor, lr: float | Tensor
 
 def _best_rate(spectra: _Spectra) -> Tensor:
     """[...] the learning rate with the smallest rho, by a grid that closes in on it."""
-    size = spectra.reach + spectra.imbalance.abs().amax(-1)
-    longest = 2 / (spectra.largest * size).clamp_min(torch.finfo(torch.float64).tiny)
+    size = spectra.solution + (2 * spectra.loss / spectra.mu).sqrt() + spectra.imbalance.abs().amax(-1)
+    longest = 4 / (spectra.largest * size).clamp_min(torch.finfo(torch.float64).tiny)
     low, high = longest.log() - math.log(1e12), longest.log()
     where = torch.linspace(0, 1, _GRID, dtype=torch.float64, device=low.device)
     for _ in range(_ROUNDS):
@@ -198,12 +235,9 @@ def _best_rate(spectra: _Spectra) -> Tensor:
 def _reason(spectra: _Spectra, i: int, *, given: bool) -> str:
     """Why the ``i``-th network has no certificate."""
     r, m, h = int(spectra.ranks[0].flatten()[i]), spectra.ranks[1], spectra.imbalance.shape[-1]
-    imbalance = spectra.imbalance.reshape(-1, h)[i]
     if r == 0:
         return "X is zero: nothing can be learned from it"
-    first = float(imbalance[r - 1]) if r <= h else 0.0
-    second = -float(imbalance[h - m]) if m <= h else 0.0
-    if max(first, second) <= 0:
+    if max(float(v.flatten()[i]) for v in spectra.slack()) <= 0:
         return (
             "the layers are in balance: too few eigenvalues of A^T A - B B^T are positive, and too few negative "
             f"(h = {h}, r + m = {r + m}: a wider network helps, or one layer larger than the other)"

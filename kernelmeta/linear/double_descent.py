@@ -1,10 +1,11 @@
 """Double descent: test loss over the width of a model, through the width at which it can first fit its training set.
 
-Least squares on random features, ``relu(x W) / sqrt(N)`` with W drawn, is the plainest model that shows it (Belkin et
-al., "Reconciling modern machine learning practice and the bias-variance trade-off", PNAS 2019; Hastie et al.,
-"Surprises in high-dimensional ridgeless least squares interpolation", Annals of Statistics 2022): with N features and
-n training rows the loss peaks at N = n and falls again beyond; a ridge takes the peak away. All solutions of one
-width, seeds by targets by ridges, come out of one batched singular value decomposition in float64.
+Least squares on random features is the plainest model that shows it (Belkin et al., "Reconciling modern machine
+learning practice and the bias-variance trade-off", PNAS 2019; Hastie et al., "Surprises in high-dimensional ridgeless
+least squares interpolation", Annals of Statistics 2022): with N features and n training rows the loss peaks at N = n
+and falls again beyond; a ridge takes the peak away. All solutions of one width, seeds by targets by ridges, come out of
+one batched decomposition in float64. The features are of one family for all data sets, the one whose widest model does
+best on training rows that are left out, noise and all; no test row has a part in that.
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from torch.nn.functional import one_hot
 
 from kernelmeta.data.glyphs import load_glyphs
 from kernelmeta.linear.digits import mnist_pixels
+from kernelmeta.linear.dynamics import kernel_ridge
+from kernelmeta.linear.random_features import Family, kernel_least_squares, least_squares
 from kernelmeta.linear.results import Say, markdown_table, silent, write_results
 
 DATA_SETS = ("mnist", "glyphs")
+_MANY = 1.9  # times as many features as rows are enough for products of features to lose nothing that matters
 
 
 class Split(NamedTuple):
@@ -44,7 +48,7 @@ class DoubleDescentSettings:
     test: int = 1000  # at most
     shares: tuple[float, ...] = (
         0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0, 1.02, 1.05, 1.1, 1.15, 1.2, 1.35,
-        1.5, 2.0, 3.0, 5.0, 10.0,
+        1.5, 2.0, 3.0, 5.0, 10.0, 20.0, 40.0,
     )  # fmt: skip
     """Widths N, as shares of n."""
     noises: tuple[float, ...] = (0.0, 0.2)
@@ -53,6 +57,12 @@ class DoubleDescentSettings:
     """Ridge strengths, in units of the mean squared length of a row of features times n."""
     seeds: int = 20
     glyph_classes: int = 40
+    families: tuple[Family, ...] = (
+        Family("relu"), Family("sign"), *(Family("cos", scale) for scale in (0.5, 1.0, 1.5, 2.0)),
+    )  # fmt: skip
+    """Of random features, to choose from."""
+    choice: tuple[float, int] = (10.0, 2)
+    """The share of n, and the seeds, at which that is done."""
 
 
 def load_split(data: str, settings: DoubleDescentSettings) -> Split:
@@ -102,60 +112,93 @@ def noisy(labels: Tensor, classes: int, share: float, generator: torch.Generator
     return torch.where(order < share, drawn, labels)
 
 
-def least_squares(train: Tensor, test: Tensor, targets: Tensor, ridges: Tensor) -> tuple[Tensor, Tensor]:
-    """What least squares on these features says of the training rows and of the test rows, for many ridges at once.
+def draws(split: Split, settings: DoubleDescentSettings, seed: int) -> tuple[Tensor, torch.Generator]:
+    """Labels with each share of noise, [noises, n], and the generator that goes on to draw features.
 
     Args:
-        train: [..., n, N], features of the training rows.
-        test: [..., m, N].
-        targets: [..., n, k]; a column a regression.
-        ridges: [r], what is added to the squared singular values; 0: the solution of the smallest norm.
-
-    Returns:
-        [..., r, n, k] and [..., r, m, k].
+        split: the data.
+        settings: the shares.
+        seed: of the draw.
     """
-    n, N = train.shape[-2:]
-    if n < N:  # train = R^T Q^T: the decomposition is that of n by n
-        Q, R = torch.linalg.qr(train.mT)
-        U, S, Vh = torch.linalg.svd(R.mT)
-        Vh = Vh @ Q.mT
-    else:
-        U, S, Vh = torch.linalg.svd(train, full_matrices=False)
-    counts = S[..., :1] * (max(n, N) * torch.finfo(S.dtype).eps) < S
-    s = S.unsqueeze(-2)  # [..., 1, k]
-    inverse = torch.where(counts.unsqueeze(-2), s / (s * s + ridges.unsqueeze(-1)), 0.0)  # [..., r, k]
-    weights = inverse.unsqueeze(-1) * (U.mT @ targets).unsqueeze(-3)  # [..., r, k, columns], along the rows of Vh
-    return (U * S.unsqueeze(-2)).unsqueeze(-3) @ weights, (test @ Vh.mT).unsqueeze(-3) @ weights
+    generator = torch.Generator().manual_seed(seed)
+    # Noise first: it does not depend on the width.
+    drawn = [noisy(split.train_labels, split.classes, share, generator) for share in settings.noises]
+    return torch.stack(drawn), generator
 
 
-def width_row(split: Split, N: int, settings: DoubleDescentSettings) -> list[dict[str, Any]]:
+def centred(labels: Tensor, classes: int) -> Tensor:
+    """One-hot targets less their mean. Args: labels: [...]; classes: how many."""
+    return one_hot(labels, classes).double() - 1 / classes
+
+
+class Choice(NamedTuple):
+    """A family of random features, and what it was chosen by."""
+
+    family: Family
+    errors: dict[str, dict[str, list[float]]]
+    """Leave-one-out error on the training rows, against the labels that are trained on, in percent: by family and data
+    set, one for each share of label noise."""
+
+
+def chosen(splits: dict[str, Split], settings: DoubleDescentSettings) -> Choice:
+    """The family with the least leave-one-out error, in the mean over data sets and shares of label noise.
+
+    Args:
+        splits: data sets, of which the training rows are looked at.
+        settings: families, share, seeds.
+    """
+    share, seeds = settings.choice
+    errors: dict[str, dict[str, list[float]]] = {}
+    for family in settings.families if len(settings.families) > 1 else ():
+        of_family = errors.setdefault(str(family), {})
+        for data, split in splits.items():
+            n, C, found = len(split.train), split.classes, []
+            for seed in range(seeds):
+                labels, generator = draws(split, settings, seed)
+                gram, _ = family.grams(split.train, split.test[:0], round(share * n), generator)
+                targets = torch.cat(list(centred(labels, C)), 1)
+                answers = targets - kernel_ridge(gram, targets, regularization=0.0).left_out
+                wrong = labels != answers.unflatten(1, (-1, C)).argmax(-1).T
+                found.append(100 * wrong.double().mean(1))
+            of_family[data] = torch.stack(found).mean(0).tolist()
+
+    def mean(family: Family) -> float:
+        every = [error for of_data in errors[str(family)].values() for error in of_data]
+        return sum(every) / len(every)
+
+    return Choice(min(settings.families, key=mean) if errors else settings.families[0], errors)
+
+
+def width_row(split: Split, N: int, settings: DoubleDescentSettings, family: Family) -> list[dict[str, Any]]:
     """Everything about one width: a row for each share of label noise and each ridge.
 
     Args:
         split: the data.
         N: random features.
         settings: seeds, noises, ridges.
+        family: of the features.
 
     Returns:
         Rows with "noise", "ridge", "width" and lists over the seeds: "train_loss", "test_loss", "train_error",
         "test_error" (percent, against the labels that were trained on and the true ones).
     """
-    n, d = split.train.shape
-    C = split.classes
-    W, targets, labels = [], [], []
+    n, C = len(split.train), split.classes
+    wide = n * _MANY < N
+    labels: list[Tensor] = []
+    made: list[list[Tensor]] = []
     for seed in range(settings.seeds):
-        generator = torch.Generator().manual_seed(seed)
-        # Noise first: it does not depend on the width.
-        drawn = [noisy(split.train_labels, C, share, generator) for share in settings.noises]
-        labels.append(torch.stack(drawn))  # [noises, n]
-        targets.append(torch.cat([one_hot(each, C).double() - 1 / C for each in drawn], 1))
-        W.append(torch.randn(d, N, generator=generator, dtype=torch.float64) / math.sqrt(d))
-    weights, wanted = torch.stack(W), torch.stack(targets)
-    features, of_test = ((x @ weights).relu() / math.sqrt(N) for x in (split.train, split.test))
-    unit = features.square().sum(-1).mean() * n
-    strengths = torch.tensor(settings.ridges, dtype=torch.float64) * unit
-    fitted, predicted = least_squares(features, of_test, wanted, strengths)
-    true = (one_hot(split.test_labels, C).double() - 1 / C).repeat(1, len(settings.noises))
+        drawn, generator = draws(split, settings, seed)
+        labels.append(drawn)
+        if wide:
+            made.append([*family.grams(split.train, split.test, N, generator)])
+        else:
+            made += family.blocks([split.train, split.test], N, generator)
+    wanted = centred(torch.stack(labels), C).movedim(1, 2).flatten(2)  # [seeds, n, noises C]
+    first, of_test = (torch.stack(each) for each in zip(*made, strict=True))
+    squares = first.diagonal(dim1=1, dim2=2) if wide else first.square().sum(-1)
+    strengths = torch.tensor(settings.ridges, dtype=torch.float64) * squares.mean() * n
+    fitted, predicted = (kernel_least_squares if wide else least_squares)(first, of_test, wanted, strengths)
+    true = centred(split.test_labels, C)
     rows = []
     for at, noise in enumerate(settings.noises):
         own = slice(at * C, (at + 1) * C)
@@ -168,7 +211,7 @@ def width_row(split: Split, N: int, settings: DoubleDescentSettings) -> list[dic
                     "ridge": ridge,
                     "width": N,
                     "train_loss": _losses(fit, wanted[:, :, own]),
-                    "test_loss": _losses(answer, true[:, own]),
+                    "test_loss": _losses(answer, true),
                     "train_error": _errors(fit, trained_on),
                     "test_error": _errors(answer, split.test_labels),
                 }
@@ -315,55 +358,59 @@ def claims(rows: Sequence[dict[str, Any]], n: int, noise: float) -> dict[str, An
     """What double descent is: where the loss without a ridge peaks, how high, and what comes before and after.
 
     Args:
-        rows: of `summary`.
+        rows: of `width_row`, of all widths.
         n: training rows.
         noise: of the labels.
 
     Returns:
         "peak" (width over n), "peak_over_left_minimum", "left_minimum_error" (below n), "widest_error" in percent,
-        "train_error_from_n" (the largest from N = n on).
+        "below_left_minimum" (points by which the error of the widest model is below that of the best width below n,
+        seed by seed), "train_error_from_n" (the largest from N = n on).
     """
-    widths, losses = curve(rows, "test_loss", noise=noise, ridge=0.0)
-    _, errors = curve(rows, "test_error", noise=noise, ridge=0.0)
-    _, fitted = curve(rows, "train_error", noise=noise, ridge=0.0)
+    own = [row for row in rows if row["noise"] == noise and row["ridge"] == 0]
+    found = summary(own)
+    widths, losses = curve(found, "test_loss")
+    errors, fitted = curve(found, "test_error")[1], curve(found, "train_error")[1]
     left = [i for i, width in enumerate(widths) if width < n]
     highest = max(range(len(widths)), key=lambda i: losses[i])
+    best = min(left, key=lambda i: errors[i])
+    below = [a - b for a, b in zip(own[best]["test_error"], own[-1]["test_error"], strict=True)]
     return {
         "noise": noise,
         "peak": widths[highest] / n,
         "peak_over_left_minimum": losses[highest] / min(losses[i] for i in left),
-        "left_minimum_error": min(errors[i] for i in left),
+        "left_minimum_error": errors[best],
         "widest_error": errors[-1],
+        "below_left_minimum": median_interval(below),
         "train_error_from_n": max(fitted[i] for i, width in enumerate(widths) if width >= n),
     }
 
 
-def features_experiment(data: str, settings: DoubleDescentSettings, say: Say = silent) -> dict[str, Any]:
+def features_experiment(
+    data: str, split: Split, settings: DoubleDescentSettings, family: Family, say: Say = silent
+) -> dict[str, Any]:
     """Random features on one data set.
 
     Args:
-        data: "mnist" or "glyphs".
+        data: its name.
+        split: of `load_split`.
         settings: what is drawn.
+        family: of the features.
         say: takes a line about the progress.
-
-    Raises:
-        ImportError, ValueError: as `load_split`.
     """
-    split = load_split(data, settings)
     n = len(split.train)
     rows = []
     for share in settings.shares:
         width = max(1, round(share * n))
-        rows += width_row(split, width, settings)
+        rows += width_row(split, width, settings, family)
         say(f"{data}: width {width}, of {n} training rows")
-    found = summary(rows)
     return {
         "train": n,
         "test": len(split.test),
         "classes": split.classes,
         "settings": asdict(settings),
-        "claims": [claims(found, n, noise) for noise in settings.noises],
-        "rows": found,
+        "claims": [claims(rows, n, noise) for noise in settings.noises],
+        "rows": summary(rows),
     }
 
 
@@ -396,7 +443,11 @@ def deep_experiment(settings: DeepSettings, say: Say = silent) -> dict[str, Any]
 
 # What `--quick` means.
 QUICK = DoubleDescentSettings(
-    train=200, test=500, shares=(0.1, 0.2, 0.4, 0.7, 0.9, 1.0, 1.1, 1.5, 3.0, 10.0), ridges=(0.0, 1e-4, 1e-2), seeds=5
+    train=200,
+    test=500,
+    shares=(0.1, 0.2, 0.4, 0.7, 0.9, 1.0, 1.1, 1.5, 3.0, 10.0, 40.0),
+    ridges=(0.0, 1e-4, 1e-2),
+    seeds=5,
 )
 QUICK_DEEP = DeepSettings(train=100, widths=(2, 8, 16, 20, 28, 48, 96), seeds=3, steps=1000)
 
@@ -419,17 +470,22 @@ def run(out: Path, *, quick: bool, say: Say) -> str:
 
     settings, deep = (QUICK, QUICK_DEEP) if quick else (DoubleDescentSettings(), DeepSettings())
     found: dict[str, Any] = {"features": {}, "deep": None}
-    left_out = []
+    splits, missing = {}, []
     for data in DATA_SETS:
         try:
-            found["features"][data] = features_experiment(data, settings, say)
+            splits[data] = load_split(data, settings)
         except ImportError as error:
-            left_out.append(str(error))
+            missing.append(str(error))
+    choice = chosen(splits, settings)
+    say(f"features: {choice.family}")
+    found["choice"] = {"family": str(choice.family), "errors": choice.errors}
+    for data, split in splits.items():
+        found["features"][data] = features_experiment(data, split, settings, choice.family, say)
     try:
         found["deep"] = deep_experiment(deep, say)
     except ImportError as error:
-        left_out.append(str(error))
-    found["left_out"] = left_out
+        missing.append(str(error))
+    found["left_out"] = missing
     return write_results(out, "double-descent", found, quick=quick, table=table, plot=double_descent_plot)
 
 
@@ -443,17 +499,23 @@ def table(found: dict[str, Any]) -> list[str]:
         (
             data, one["train"], f"{100 * claim['noise']:.0f} %", f"{claim['peak']:.2f}",
             f"{claim['peak_over_left_minimum']:.0f}", f"{claim['left_minimum_error']:.1f}",
-            f"{claim['widest_error']:.1f}", f"{claim['train_error_from_n']:.1f}",
+            f"{claim['widest_error']:.1f}",
+            "{median:.1f} ({low:.1f} to {high:.1f})".format(**claim["below_left_minimum"]),
+            f"{claim['train_error_from_n']:.1f}",
         )
         for data, one in found["features"].items()
         for claim in one["claims"]
     ]  # fmt: skip
+    choice, any_one = found["choice"], next(iter(found["features"].values()))
+    widest, seeds = max(any_one["settings"]["shares"]), any_one["settings"]["seeds"]
     lines = [
-        "**Double descent**: least squares on N random features, n training rows, no ridge; medians over seeds.",
+        f"**Double descent**: least squares on N random features ({choice['family']}), n training rows, no ridge;"
+        f" medians over {seeds} seeds, with intervals that hold the median of all seeds with 95 %.",
         "",
         *markdown_table(
             ("data", "n", "label noise", "loss peaks at N/n", "peak over the least loss below n",
-             "least error below n, %", "error at the largest N, %", "largest training error from N = n on, %"),
+             "least error below n, %", f"error at N = {widest:g} n, %", "points below the least before, with interval",
+             "largest training error from N = n on, %"),
             claimed,
         ),
         "",
@@ -470,6 +532,24 @@ def table(found: dict[str, Any]) -> list[str]:
                 cells.append(f"{width / one['train']:.2f} ({loss:.3g})")
             rows.append([f"{100 * noise:.0f} %", *cells])
         lines += [*markdown_table((f"{data}: label noise", *(f"{r:g}" for r in ridges)), rows), ""]
+    if choice["errors"]:
+        share, seeds = any_one["settings"]["choice"]
+        titles = [f"{data}, {100 * v:.0f} % noise" for data in found["features"] for v in any_one["settings"]["noises"]]
+        lines += [
+            "**Which features**: leave-one-out error in percent on the training rows, against the labels trained on,"
+            f" with {share:g} n features; means over {seeds} seeds. The family with the least mean is taken for"
+            " everything above; test rows have no part in it.",
+            "",
+            *markdown_table(
+                ("features", *titles, "mean"),
+                [
+                    (name, *(f"{v:.1f}" for v in every), f"{sum(every) / len(every):.1f}")
+                    for name, of_data in choice["errors"].items()
+                    for every in [[v for values in of_data.values() for v in values]]
+                ],
+            ),
+            "",
+        ]
     if found["deep"] is not None:
         deep = found["deep"]
         rows = [

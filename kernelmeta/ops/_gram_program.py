@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ def run(
     rates: Tensor | None,
     target_scale: Tensor | None,
     reduction: str | None,
+    weight_decay: float | Tensor,
     absent: dict[str, Any],
     classifier: str,
     start: str | Tensor,
@@ -60,8 +62,14 @@ def run(
     outputs = (
         dict(zip(starts, gram[2:], strict=True)) if len(gram) == 4 else {n: K.new_zeros(starts[n]) for n in starts}
     )
-    optional = {name: t for name, t in (("rates", rates), ("target_scale", target_scale)) if t is not None}
+    if not isinstance(weight_decay, Tensor):
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay: expected a number of at least 0, got {weight_decay}")
+        weight_decay = K.new_tensor([weight_decay])
+    given = {"rates": rates, "target_scale": target_scale, "weight_decay": weight_decay}
+    optional = {name: t for name, t in given.items() if t is not None}
     _checks.tensors(gram=K, **outputs, **optional)
+    _checks.one_value("weight_decay", weight_decay)
     for name, shape in starts.items():
         _checks.shape(name, outputs[name], shape, "[T, rows, N]")
     steps = total_steps(phases)
@@ -77,5 +85,6 @@ def run(
     logits = gram_program(
         kernel, one_hot_targets(support_labels, n_way, compute), [p for p in phases if p.steps], rates.to(compute),
         target_scale=1.0 if target_scale is None else target_scale.to(compute).reshape(()), reduction=reduction,
+        weight_decay=weight_decay.to(compute).reshape(()),
     )  # fmt: skip
     return logits.to(result_type)

@@ -188,7 +188,8 @@ def program(
     target_scale: Tensor | None = ..., mlp: MLPParameters | None = ..., running_stats: Tensor | None = ...,
     reduction: str | None = ..., first_order: bool = ..., return_weights: Literal[False] = ...,
     support_index: Tensor | None = ..., query_index: Tensor | None = ..., ragged: Ragged | None = ...,
-    gram: Gram | None = ..., proportions: Tensor | None = ..., bag_offsets: Tensor | None = ...,
+    gram: Gram | None = ..., weight_decay: float | Tensor = ..., proportions: Tensor | None = ...,
+    bag_offsets: Tensor | None = ...,
 ) -> Tensor: ...
 @overload
 def program(
@@ -198,7 +199,8 @@ def program(
     target_scale: Tensor | None = ..., mlp: MLPParameters | None = ..., running_stats: Tensor | None = ...,
     reduction: str | None = ..., first_order: bool = ..., return_weights: Literal[True],
     support_index: Tensor | None = ..., query_index: Tensor | None = ..., ragged: Ragged | None = ...,
-    gram: Gram | None = ..., proportions: Tensor | None = ..., bag_offsets: Tensor | None = ...,
+    gram: Gram | None = ..., weight_decay: float | Tensor = ..., proportions: Tensor | None = ...,
+    bag_offsets: Tensor | None = ...,
 ) -> tuple[Tensor, Classifier]: ...
 @overload
 def program(
@@ -208,7 +210,8 @@ def program(
     target_scale: Tensor | None = ..., mlp: MLPParameters | None = ..., running_stats: Tensor | None = ...,
     reduction: str | None = ..., first_order: bool = ..., return_weights: bool,
     support_index: Tensor | None = ..., query_index: Tensor | None = ..., ragged: Ragged | None = ...,
-    gram: Gram | None = ..., proportions: Tensor | None = ..., bag_offsets: Tensor | None = ...,
+    gram: Gram | None = ..., weight_decay: float | Tensor = ..., proportions: Tensor | None = ...,
+    bag_offsets: Tensor | None = ...,
 ) -> Tensor | tuple[Tensor, Classifier]: ...
 # fmt: on
 def program(
@@ -234,6 +237,7 @@ def program(
     query_index: Tensor | None = None,
     ragged: Ragged | None = None,
     gram: Gram | None = None,
+    weight_decay: float | Tensor = 0.0,
     proportions: Tensor | None = None,
     bag_offsets: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Classifier]:
@@ -277,6 +281,8 @@ def program(
             ``gram`` [T, S, S] and ``cross`` [T, Q, S] of any kernel. It takes ``classifier="linear"``,
             ``start="zero"`` and phases of support rows with losses; a bias is what the kernel has (K + 1). It runs as
             plain PyTorch everywhere.
+        weight_decay: beside ``gram`` only: half the factor of the squared distance from where the weights of the model
+            start, in the loss of every phase, a number or [1].
         proportions: for phases with ``marginals="given"``: [T, N], the shares of a task's query rows that its classes
             have, 0 or more; they sum to 1 over the task's own ways. With ``bag_offsets`` [T, B, N], of each bag. A
             class of share 0 gets no row.
@@ -301,10 +307,12 @@ def program(
                   "proportions": proportions, "bag_offsets": bag_offsets}  # fmt: skip
         return _gram_program.run(
             gram, support_labels, phases, n_way=n_way, rates=rates, target_scale=target_scale, reduction=reduction,
-            absent=absent, classifier=classifier, start=start,
+            weight_decay=weight_decay, absent=absent, classifier=classifier, start=start,
         )  # fmt: skip
     if support is None or query is None:
         raise TypeError("support and query: expected tensors, or gram instead of both")
+    if isinstance(weight_decay, Tensor) or weight_decay != 0:
+        raise ValueError("weight_decay: expected 0, its default, unless gram is given")
     theta0 = start if isinstance(start, Tensor) else None
     named: dict[str, Tensor] = {"support": support, "query": query}
     optional = {"rates": rates, "start": theta0, "weight": weight, "scale": scale, "bias": bias,

@@ -1,8 +1,8 @@
 """Programs on Gram matrices: a linear classifier on features that are known by their products alone.
 
-Z = f_0 + K p of the support rows, f_0 + cross p of the query rows, and a step of rate lr is p' = p - lr G, with G
-[S, N] what the oracle gives for Z. With K = X X^T + 1 that is a linear classifier on X with its bias, from zero; with
-a network's tangent kernel and its outputs f_0 it is the network, linearised at its weights.
+Z = f_0 + K p of the support rows, f_0 + cross p of the query rows, and a step of rate lr is p' = p - lr (G + decay p),
+with G [S, N] what the oracle gives for Z. With K = X X^T + 1 that is a linear classifier on X with its bias, from zero;
+with a network's tangent kernel and its outputs f_0 it is the network, linearised at its weights.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def gram_program(
     *,
     target_scale: Tensor | float = 1.0,
     reduction: str | None = None,
+    weight_decay: Tensor | float = 0.0,
 ) -> Tensor:
     """The logits of the query rows after all phases; the backward pass makes the steps of a phase anew from
     checkpoints, ``sqrt(steps)`` of them.
@@ -54,25 +55,29 @@ def gram_program(
         rates: [K], of each step of all phases.
         target_scale: what "squared_error" wants a row's own class to get.
         reduction: as in :func:`kernelmeta.ops.program`.
+        weight_decay: what a step takes of p, over its rate.
     """
     gram, cross = _flat(kernel.gram), _flat(kernel.cross)
-    scale = torch.as_tensor(target_scale, dtype=targets.dtype, device=targets.device)
+    scale, decay = (
+        torch.as_tensor(v, dtype=targets.dtype, device=targets.device) for v in (target_scale, weight_decay)
+    )
     pulls = torch.zeros_like(targets)
     first = 0
     for phase in phases:
 
-        def some(p: Tensor, gram: Tensor, start: Tensor, scale: Tensor, lrs: Tensor, phase: Phase = phase) -> Tensor:
+        def some(
+            p: Tensor, gram: Tensor, start: Tensor, scale: Tensor, decay: Tensor, lrs: Tensor, phase: Phase = phase
+        ) -> Tensor:
             for lr in lrs.unbind():
                 logits = start + _times(gram, p)
-                p = p - lr * oracle_gradient(
-                    phase.oracle, logits, targets, mean=phase.means(reduction), target_scale=scale
-                )
+                G = oracle_gradient(phase.oracle, logits, targets, mean=phase.means(reduction), target_scale=scale)
+                p = (1 - lr * decay) * p - lr * G
             return p
 
         own = rates[first : first + phase.steps]
         first += phase.steps
         for lrs in own.split(max(1, math.isqrt(phase.steps))):
-            given: tuple[Any, ...] = (pulls, gram, kernel.support_outputs, scale, lrs)
+            given: tuple[Any, ...] = (pulls, gram, kernel.support_outputs, scale, decay, lrs)
             transformed = torch._C._are_functorch_transforms_active()  # (checkpoints do not know them)
             if torch.is_grad_enabled() and not transformed and any(t.requires_grad for t in given):
                 pulls = checkpoint(some, *given, use_reentrant=False, preserve_rng_state=False)

@@ -68,12 +68,49 @@ def test_no_step_breaks_a_certificate(n: int, d: int, m: int, h: int) -> None:
 def test_certificates_are_of_use() -> None:
     tasks = draw(40, 20, 5, 3, 16)
     found = km.linear.certificate(*tasks)
-    assert (1 - found.rho).median() > 5e-3
+    assert (1 - found.rho).median() > 2e-2
     X, Y, W1, W2 = tasks
     for _ in range(STEPS):
         W1, W2 = step(X, Y, W1, W2, found.lr)
     measured = (loss(X, Y, W1, W2) / found.loss).clamp_min(1e-12).log() / STEPS
-    assert (measured / found.rho.log()).median() < 12
+    assert (measured / found.rho.log()).median() < 4
+
+
+def test_every_certificate_of_many_draws_is_worth_having() -> None:
+    """That of draw 269 of the second thousand is the least: its imbalance is a quarter of what is usual."""
+    least = []
+    for seed in range(3):
+        found = km.linear.certificate(*draw(1000, 20, 5, 3, 16, seed=seed))
+        assert found.valid.all()
+        least.append(1 - found.rho)
+    assert torch.stack(least).min() >= 1e-3 and torch.stack(least).argmin() == 1269
+
+
+@pytest.mark.parametrize(("n", "d", "m", "h"), [(20, 5, 3, 16), (6, 10, 2, 8)])
+def test_what_a_certificate_is_made_of_holds_along_the_way(n: int, d: int, m: int, h: int) -> None:
+    X, Y, W1, W2 = draw(20, n, d, m, h, seed=1)
+    found = km.linear.certificate(X, Y, W1, W2)
+    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    s, target = S.unsqueeze(-1), U.mT @ Y
+    r = S.shape[-1]
+    eye = torch.eye(m, dtype=X.dtype), torch.eye(r, dtype=X.dtype)
+    for _ in range(STEPS):
+        A, B = Vh @ W1, W2
+        weakest = torch.linalg.svdvals(A)[..., r - 1].square() + torch.linalg.svdvals(B)[..., m - 1].square()
+        assert (weakest >= found.alpha * (1 - 1e-9)).all()
+        # The eigenvalues of T on [r, m], rows first, between mu alpha and K.
+        kernel = torch.einsum("tij,kl->tikjl", torch.diag_embed(S.square()), eye[0]).flatten(3).flatten(1, 2)
+        kernel = kernel @ torch.einsum("tkl,ij->tikjl", B.mT @ B, eye[1]).flatten(3).flatten(1, 2)
+        first = torch.einsum("tij,kl->tikjl", (s * A) @ (s * A).mT, eye[0]).flatten(3).flatten(1, 2)
+        values = torch.linalg.eigvalsh(kernel + first)
+        assert (values[:, 0] >= S[:, -1].square() * found.alpha * (1 - 1e-9)).all()
+        assert (values[:, -1] <= found.curvature).all()
+        G = s * (s * (A @ B) - target)
+        squared = (G @ B.mT).square().sum((-2, -1)) + (A.mT @ G).square().sum((-2, -1))
+        before = loss(X, Y, W1, W2)
+        W1, W2 = step(X, Y, W1, W2, found.lr)
+        least = found.lr * (1 - found.lr * found.curvature / 2) * squared
+        assert (before - loss(X, Y, W1, W2) >= least - 1e-10 * (found.loss + Y.square().sum((-2, -1)))).all()
 
 
 def test_the_best_rate_is_the_best() -> None:

@@ -15,8 +15,9 @@ from torch import nn
 
 import kernelmeta as km
 from kernelmeta.cli import main
-from kernelmeta.linear import certificates, double_descent, width
+from kernelmeta.linear import certificates, double_descent, random_features, width
 from kernelmeta.linear.lqf import Linearised
+from kernelmeta.linear.random_features import Family
 
 
 def demo(capsys: pytest.CaptureFixture[str], name: str, out: Path, *more: str) -> str:
@@ -36,7 +37,7 @@ def test_least_squares(n: int, N: int) -> None:
     g = torch.Generator().manual_seed(0)
     x, test, y = (torch.randn(2, *size, generator=g, dtype=torch.float64) for size in ((n, N), (4, N), (n, 3)))
     ridges = torch.tensor([0.0, 0.3], dtype=torch.float64)
-    fitted, predicted = double_descent.least_squares(x, test, y, ridges)
+    fitted, predicted = random_features.least_squares(x, test, y, ridges)
     plain = torch.linalg.pinv(x) @ y
     ridged = torch.linalg.solve(x.mT @ x + 0.3 * torch.eye(N, dtype=x.dtype), x.mT @ y)
     for index, weight in enumerate((plain, ridged)):
@@ -46,8 +47,63 @@ def test_least_squares(n: int, N: int) -> None:
 def test_collinear_features_have_a_solution_of_the_smallest_norm() -> None:
     x = torch.randn(6, 2, dtype=torch.float64) @ torch.randn(2, 5, dtype=torch.float64)
     y = torch.randn(6, 1, dtype=torch.float64)
-    fitted, _ = double_descent.least_squares(x, x, y, torch.zeros(1, dtype=torch.float64))
+    fitted, _ = random_features.least_squares(x, x, y, torch.zeros(1, dtype=torch.float64))
     assert_close([fitted[0]], [x @ (torch.linalg.pinv(x) @ y)], 1e-9)
+
+
+@pytest.mark.parametrize("family", [Family("relu"), Family("sign"), Family("cos", 1.5)], ids=str)
+def test_random_features_have_the_kernel_that_they_are_for(family: Family) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 10, generator=g, dtype=torch.float64) for n in (5, 4))
+    x, y = (rows * (math.sqrt(10) / rows.norm(dim=1, keepdim=True)) for rows in (x, y))
+    gram, cross = family.grams(x, y, 100_000, g)
+    for got, other in ((gram, x), (cross, y)):
+        cosine = (other @ x.mT / 10).clamp(-1, 1)
+        angle = cosine.arccos()
+        want = {
+            "relu": (angle.sin() + (math.pi - angle) * cosine) / math.pi,
+            "sign": 1 - 2 * angle / math.pi,
+            "cos": km.linear.rbf_gram(other, x, length=math.sqrt(10) / 1.5),
+        }[family.activation]
+        assert (got - want).abs().max() < 0.02
+
+
+def test_features_by_blocks_are_all_of_them() -> None:
+    x, y = torch.randn(2, 3, 4, dtype=torch.float64)
+    made = [list(Family("cos").blocks([x, y], 10, torch.Generator().manual_seed(0), block)) for block in (4, 10, None)]
+    assert [[rows.shape[1] for rows, _ in blocks] for blocks in made] == [[4, 4, 2], [10], [10]]
+    assert_close(made[1][0], made[2][0], 1e-15)
+    N = 2 * random_features.BLOCK + 1
+    parts = list(Family("cos").blocks([x, y], N, torch.Generator().manual_seed(1), random_features.BLOCK))
+    first, second = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+    assert_close(
+        list(Family("cos").grams(x, y, N, torch.Generator().manual_seed(1))),
+        [first @ first.mT, second @ first.mT],
+        1e-12,
+    )
+    with pytest.raises(ValueError, match="activation: expected one of relu, sign, cos, got 'tanh'"):
+        Family("tanh").grams(x, y, 4, torch.Generator())
+
+
+def test_least_squares_by_products_of_features() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, test, y = (torch.randn(2, *size, generator=g, dtype=torch.float64) for size in ((7, 28), (4, 28), (7, 3)))
+    ridges = torch.tensor([0.0, 0.3], dtype=torch.float64)
+    want = random_features.least_squares(x, test, y, ridges)
+    assert_close(list(random_features.kernel_least_squares(x @ x.mT, test @ x.mT, y, ridges)), list(want), 1e-9)
+
+
+def test_features_are_chosen_without_the_test_rows() -> None:
+    settings = replace(double_descent.QUICK, train=60, test=60, glyph_classes=6, choice=(5.0, 1))
+    split = double_descent.load_split("glyphs", settings)
+    found = double_descent.chosen({"glyphs": split}, settings)
+    other = split._replace(test=split.test.flip(0), test_labels=split.test_labels * 0)
+    assert double_descent.chosen({"glyphs": other}, settings) == found
+    means = {name: sum(of_data["glyphs"]) for name, of_data in found.errors.items()}
+    assert list(means) == [str(family) for family in settings.families]
+    assert means[str(found.family)] == min(means.values()) < max(means.values())
+    only = replace(settings, families=(Family("cos", 3.0),))
+    assert double_descent.chosen({"glyphs": split}, only) == (Family("cos", 3.0), {})
 
 
 def test_label_noise() -> None:
@@ -62,11 +118,12 @@ def test_double_descent_on_glyphs() -> None:
         train=120, test=200, shares=(0.1, 0.3, 0.6, 0.9, 1.0, 1.1, 2.0, 10.0), ridges=(0.0, 1e-2), seeds=5,
         glyph_classes=10,
     )  # fmt: skip
-    found = double_descent.features_experiment("glyphs", settings)
+    split = double_descent.load_split("glyphs", settings)
+    found = double_descent.features_experiment("glyphs", split, settings, Family("sign"))
     for claim in found["claims"]:
         assert claim["peak"] == 1.0
         assert claim["peak_over_left_minimum"] >= 10
-        assert claim["widest_error"] < claim["left_minimum_error"]
+        assert claim["widest_error"] < claim["left_minimum_error"] and claim["below_left_minimum"]["low"] > 0
         assert claim["train_error_from_n"] == 0
     losses = double_descent.curve(found["rows"], "test_loss", noise=0.2, ridge=1e-2)[1]
     assert max(losses) < 2 * min(losses)  # a ridge takes the peak away
@@ -75,7 +132,9 @@ def test_double_descent_on_glyphs() -> None:
 def test_the_command_on_double_descent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    short = replace(double_descent.QUICK, train=60, test=60, seeds=2, shares=(0.5, 1.0, 2.0), glyph_classes=6)
+    short = replace(
+        double_descent.QUICK, train=60, test=60, seeds=2, shares=(0.5, 1.0, 2.0), glyph_classes=6, choice=(3.0, 1)
+    )
     monkeypatch.setattr(double_descent, "QUICK", short)
     monkeypatch.setattr(double_descent, "QUICK_DEEP", replace(double_descent.QUICK_DEEP, widths=(2, 8), steps=5))
     text = demo(capsys, "double-descent", tmp_path)
@@ -85,6 +144,7 @@ def test_the_command_on_double_descent(
         assert any(name in line for line in found["left_out"]) != installed(name)
         assert installed(name) or "kernelmeta[experiments]" in text, kind
     assert found["features"]["glyphs"]["settings"]["train"] == 60
+    assert found["choice"]["family"] in found["choice"]["errors"] and "**Which features**" in text
     assert (tmp_path / "double_descent.png").stat().st_size > 10_000
     assert main(["demo", "ntk", "--quick", "--out", str(tmp_path)]) == 2
     assert "other settings" in capsys.readouterr().err
@@ -170,6 +230,8 @@ def test_the_command_on_certificates(
     found = json.loads((tmp_path / "certificate.json").read_text())
     assert all(row["violations"] == 0 for row in found["rows"])
     assert found["rows"][0]["certified"] == 20 and found["rows"][-1]["certified"] < 3
+    assert found["slowest"]["draws"] == 40
+    assert 0 < found["slowest"]["one_minus_rho"]["least"] <= found["rows"][0]["one_minus_rho"]["least"]
     assert (tmp_path / "certificate.png").stat().st_size > 10_000
 
 

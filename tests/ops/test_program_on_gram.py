@@ -59,9 +59,13 @@ def test_equals_the_op_that_trains_linearised_networks(oracle: str, full: bool) 
     if not full:  # the trace over three equal kernels
         kernel = kernel._replace(gram=kernel.gram / 3, cross=kernel.cross / 3)
     lr = 0.1
-    got = km.ops.program(None, EPISODE.labels, None, [Phase(oracle, 17, lr)], n_way=3, gram=kernel, **LINEAR)
+    decay = torch.tensor([0.3], dtype=torch.float64, requires_grad=True)
+    leaves.append(decay)
+    got = km.ops.program(
+        None, EPISODE.labels, None, [Phase(oracle, 17, lr)], n_way=3, gram=kernel, weight_decay=decay, **LINEAR
+    )
     want = km.ops.linearised_descent(
-        support, EPISODE.labels, query, weights, biases, steps=17, lr=lr, oracle=oracle
+        support, EPISODE.labels, query, weights, biases, steps=17, lr=lr, oracle=oracle, weight_decay=decay
     )  # fmt: skip
     results = [
         [logits, *torch.autograd.grad(logits.square().sum(), leaves, retain_graph=True)] for logits in (got, want)
@@ -148,12 +152,16 @@ def test_what_does_not_go_with_gram_is_named() -> None:
         ({"gram": (gram[0], gram[1][..., 1:])}, loss, r"cross: expected shape \[T, Q, S\]"),
         ({"rates": ones.expand(2)}, loss, "rates: expected shape"),
         ({"n_way": 2}, loss, "label"),
+        ({"weight_decay": -1.0}, loss, "weight_decay: expected a number of at least 0, got -1"),
+        ({"weight_decay": ones.expand(2)}, loss, "weight_decay: expected"),
     ]
     for changed, phases, message in cases:
         with pytest.raises(ValueError, match=message):
             km.ops.program(None, EPISODE.labels, None, phases, **(options | changed))
     with pytest.raises(ValueError, match="support: expected none beside gram"):
         km.ops.program(EPISODE.support, EPISODE.labels, None, loss, **options)
+    with pytest.raises(ValueError, match="weight_decay: expected 0, its default, unless gram is given"):
+        km.ops.program(EPISODE.support, EPISODE.labels, EPISODE.query, loss, n_way=3, weight_decay=0.1)
     with pytest.raises(TypeError, match="gram: expected a TangentKernel"):
         km.ops.program(None, EPISODE.labels, None, loss, **(options | {"gram": gram[0]}))
     with pytest.raises(TypeError, match="gram instead of both"):
