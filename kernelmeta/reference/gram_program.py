@@ -64,9 +64,9 @@ def gram_program(
         def some(p: Tensor, gram: Tensor, start: Tensor, scale: Tensor, lrs: Tensor, phase: Phase = phase) -> Tensor:
             for lr in lrs.unbind():
                 logits = start + _times(gram, p)
-                p = p - lr * oracle_gradient(
-                    phase.oracle, logits, targets, mean=phase.means(reduction), target_scale=scale
-                )
+                for part in phase.parts:
+                    G = oracle_gradient(part.oracle, logits, targets, mean=part.means(reduction), target_scale=scale)
+                    p = p - lr * part.weight * G
             return p
 
         own = rates[first : first + phase.steps]
