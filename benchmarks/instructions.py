@@ -33,7 +33,8 @@ def count(instruction_set: str, size: Size) -> float:
     """
     found = subprocess.run(
         ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", "--collect-atstart=no",
-         f"--toggle-collect={COUNTED}", sys.executable, "-m", "benchmarks.instructions", "--once", str(SIZES.index(size))],
+         f"--toggle-collect={COUNTED}", sys.executable, "-m", "benchmarks.instructions",
+         "--once", str(SIZES.index(size))],
         env={**os.environ, "KERNELMETA_ISA": instruction_set}, capture_output=True, text=True,
     )  # fmt: skip
     collected = re.search(r"Collected : (\d+)", found.stderr)
