@@ -38,14 +38,15 @@ help:
 	@echo "make format  rewrite the sources as the linters want them"
 	@echo "make clean   remove what was built, .venv too"
 
+# (Nothing is compiled to bytecode beforehand: Python does that for what is imported, pip for everything.)
 install:
 	@test -x "$(BIN)/python" || $(PYTHON) -m venv "$(VENV)"
 	@"$(BIN)/python" -c 'import importlib.util as u, sys; sys.exit(u.find_spec("torch") is None)' \
-	  || (echo "installing $(TORCH)" && "$(BIN)/python" -m pip install -q "$(TORCH)")
+	  || (echo "installing $(TORCH)" && "$(BIN)/python" -m pip install -q --no-compile "$(TORCH)")
 	@echo "installing the build tools"
-	@"$(BIN)/python" -m pip install -q 'setuptools>=77' wheel 'cmake>=3.21' ninja 'pybind11>=2.12'
+	@"$(BIN)/python" -m pip install -q --no-compile 'setuptools>=77' wheel 'cmake>=3.21' ninja 'pybind11>=2.12'
 	@echo "compiling and installing kernelmeta"
-	@"$(BIN)/python" -m pip install -q --no-build-isolation -e '.[$(EXTRAS)]'
+	@"$(BIN)/python" -m pip install -q --no-compile --no-build-isolation -e '.[$(EXTRAS)]'
 
 # Each of these uses one core, for a share of the time that two cores can divide.
 test: install
@@ -89,8 +90,8 @@ arm-test: install
 BESIDE = .venv-torchvision/bin/python
 torchvision-test:
 	@test -x $(BESIDE) || $(PYTHON) -m venv .venv-torchvision
-	$(BESIDE) -m pip install -q torch==2.14.1 torchvision==0.29.1
-	$(BESIDE) -m pip install -q easyfsl hypothesis matplotlib pillow pytest safetensors tensorboard timm tqdm
+	$(BESIDE) -m pip install -q --no-compile torch==2.14.1 torchvision==0.29.1
+	$(BESIDE) -m pip install -q --no-compile easyfsl hypothesis matplotlib pillow pytest safetensors tensorboard timm tqdm
 	$(BESIDE) -c "import easyfsl, timm, torchvision"
 	PYTHONPATH="$(CURDIR)" $(BESIDE) -m pytest -p no:cacheprovider -k 'timm or torchvision or easyfsl' \
 	  tests/test_examples.py tests/training/test_extraction.py
@@ -128,7 +129,7 @@ demo: install
 
 # About ten minutes together: the small grid, then the interleaved report with its table and plots.
 bench: install
-	@"$(BIN)/python" -m pip install -q jax || echo "jax is not there: its rows are left out"
+	@"$(BIN)/python" -m pip install -q --no-compile jax || echo "jax is not there: its rows are left out"
 	"$(BIN)/python" -m pytest benchmarks -q --benchmark-max-time=0.3 --benchmark-min-rounds=3 \
 	  --benchmark-columns=median,iqr,rounds
 	"$(BIN)/python" -m benchmarks.report --seconds 1

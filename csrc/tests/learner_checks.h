@@ -463,17 +463,22 @@ std::vector<ProgramCase> program_cases(bool joint = false) {
   rows_alike.rate = 0.3, rows_alike.along = 3;
   add("support alone", 17, 3, 0, {6}, {5}, {3}, {squares, entropy}, false, Start::kZero).need_query = false;
   if (!joint) return cases;
+  // (Rows have their own lengths here, |x|^2 of about D: steps as long as a cosine's would diverge.)
+  constexpr double kShort = 0.002;
   auto& distances = add("distances", 13, 3, 0, {7, 7}, {18, 18}, {3, 3}, {cross_entropy, entropy}, false,
                         Start::kClassMeans);
   distances.euclidean = distances.coefficients = distances.weight = true;
+  distances.rate = kShort;
   auto& unequal = add("distances, unequal tasks", 9, 4, 5, {9, 4, 17}, {20, 3, 1}, {2, 4, 3},
                       {squares, asks, hinge}, false, Start::kLearned);
   unequal.euclidean = unequal.bank = true;
+  unequal.rate = kShort;
   auto& from_zero = add("distances from zero", 1, 2, 0, {5}, {6}, {2}, {squares}, false, Start::kZero);
   from_zero.euclidean = from_zero.coefficients = true;
   auto& by_shares = add("distances and known shares, no labelled row", 12, 5, 0, {0}, {20}, {5},
                         {divergence, transports}, false, Start::kGiven);
   by_shares.euclidean = true;
+  by_shares.rate = kShort;
   const auto joined = [](Phase phase, double weight, bool last = false) {
     if (!last) phase.steps = 0;
     phase.weight = weight, phase.joins = !last;
@@ -490,6 +495,7 @@ std::vector<ProgramCase> program_cases(bool joint = false) {
           {joined(squares, 0.5), joined(asks_support, 0.1), joined(tsallis, 1, true), asks}, false,
           Start::kLearned);
   by_distance.euclidean = by_distance.coefficients = by_distance.bank = true;
+  by_distance.rate = kShort;
   auto& lost_together =
       add("joint steps at rows nearly parallel", 6, 3, 0, {4, 4}, {9, 9}, {3, 3}, sum, true, Start::kLearned);
   lost_together.rate = 0.3, lost_together.along = 0.5;
