@@ -303,14 +303,14 @@ struct CpuBlock {
     if constexpr (kHasPanels) {
       Panels<C>::self_dots(m, a, D, out, ldo);
     } else {
-      constexpr int R = kDotRows;  // a tile is square
-      C tile[R * R + W];
+      constexpr int R = kDotRows, N = kDotColumns;
+      C tile[R * N + W];
       for (int64_t i = 0; i < m; i += R) {
-        for (int64_t j = 0; j <= i; j += R) {
-          dot_tile<R, R>(a, i, m, a, j, m, D, tile);
+        for (int64_t j = 0; j < m && j < i + R; j += N) {
+          dot_tile<R, N>(a, i, m, a, j, m, D, tile);
           for (int64_t r = 0; r < R && i + r < m; ++r) {
-            for (int64_t c = 0; c < R && j + c < m; ++c) {
-              const C value = tile[r * R + c];
+            for (int64_t c = 0; c < N && j + c < m; ++c) {
+              const C value = tile[r * N + c];
               out[(i + r) * ldo + j + c] = value;
               out[(j + c) * ldo + i + r] = value;
             }

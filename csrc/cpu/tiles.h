@@ -4,7 +4,7 @@
 // vector instructions in one step; a core does two multiplications (with their additions) and two loads in a
 // cycle, a multiplication's result can be added to after four cycles, so that eight must be under way.
 //
-// 16 registers (AVX2, SSE2)           results  loads  multiplications  registers  cycles
+// 16 registers (AVX2; SSE2, NEON)     results  loads  multiplications  registers  cycles
 //   mm: 5 rows, 2 vectors                  10    5 + 2              10         13       5
 //   outer: 5 rows, 2 vectors               10    5 + 2              10         13       5
 //   outer of 1 vector: 10 rows             10   10 + 1              10         12       5.5
@@ -36,9 +36,14 @@ inline constexpr bool kHasPanels = false;
 inline constexpr int kMmRows = 5, kMmVectors = 2;
 inline constexpr int kOuterRows = 5, kOuterVectors = 2, kOuterDepth = 10;
 inline constexpr int kDotRows = 5, kDotColumns = 2;
+// A weight is a load where it fills all lanes at once; elsewhere it takes a shuffle too, and panels gain only
+// where there are few features.
+#if defined(__AVX2__)
 inline constexpr bool kHasPanels = true;
+#else
+inline constexpr bool kHasPanels = false;
 #endif
-static_assert(kHasPanels || kDotRows == kDotColumns);  // see self_dots
+#endif
 // Rows of an `outer` of one vector.
 inline constexpr int kOuterTall = 10;
 
