@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 # In the order of enum Oracle in csrc/engine/oracles.h, each with the rows it uses unless told otherwise.
@@ -185,27 +184,28 @@ class Phase:
             )
         if self.alpha != 1 and not set(oracles) & set(ENTROPIES):
             raise ValueError(f"alpha: {self.oracle} has no entropy, got {self.alpha}")
-        _ = self.parts  # (now, not while torch.compile looks on)
+        object.__setattr__(self, "_parts", tuple(self._part(*term) for term in terms))
 
     @property
     def is_sum(self) -> bool:
         """Whether the oracle is a sum, be it of one weighted term."""
         return self.oracle not in ORACLES
 
-    @cached_property
+    def _part(self, weight: float, oracle: str, rows: str | None) -> Part:
+        return Part(
+            oracle,
+            rows or (ORACLES[oracle] if self.is_sum else str(self.rows)),
+            weight,
+            str(self.marginals) if oracle in SHARING else "none",
+            self.relax if oracle in SHARING and oracle != "proportions" else 1.0,
+            self.alpha if oracle in ENTROPIES else 1.0,
+        )
+
+    @property
     def parts(self) -> tuple[Part, ...]:
         """What the sum is of; one part of weight 1 where it is no sum."""
-        return tuple(
-            Part(
-                oracle,
-                rows or (ORACLES[oracle] if self.is_sum else str(self.rows)),
-                weight,
-                str(self.marginals) if oracle in SHARING else "none",
-                self.relax if oracle in SHARING and oracle != "proportions" else 1.0,
-                self.alpha if oracle in ENTROPIES else 1.0,
-            )
-            for weight, oracle, rows in _terms(self.oracle)
-        )
+        parts: tuple[Part, ...] = self._parts  # type: ignore[attr-defined]
+        return parts
 
 
 def parts_of(phases: Sequence[Phase]) -> list[Part]:

@@ -433,7 +433,7 @@ struct ProgramLoop {
     const int64_t ld = s.ld();
     block.rows(s.N, ld,
                [&](int64_t n, auto row) { row.each([&](auto q) { q.store(to + n * ld, q.zero()); }); });
-    for (int64_t j = s.first_of(i); j <= i; ++j) {
+    for (int64_t j = s.template first_of<B>(i); j <= i; ++j) {
       const Phase& phase = s.phases[j];
       const RowRange part = s.part(phase.query);
       classify(trace, k, part);
@@ -504,7 +504,7 @@ struct ProgramLoop {
   __host__ __device__ KERNELMETA_NOINLINE void ask_back_together(const ProgramTrace<C>& trace, int64_t i,
                                                                  int64_t k, const Adjoint& adj,
                                                                  const ProgramLoopGrad<C>& grad) {
-    for (int64_t j = s.first_of(i); j <= i; ++j) {
+    for (int64_t j = s.template first_of<B>(i); j <= i; ++j) {
       const Phase& phase = s.phases[j];
       const RowRange part = s.part(phase.query);
       ask_back(trace, phase, part, k, adj, grad);

@@ -99,7 +99,7 @@ struct DirectProgram {
         loop.add_rate(k, adj, grad);
         pull_backward(d, i, adj, of_rows);
         add_to_gg(part, k, assigns, adj);
-        for (int64_t j = s.first_of(i); j <= i; ++j) {
+        for (int64_t j = s.template first_of<B>(i); j <= i; ++j) {
           const Phase& asked = s.phases[j];
           if (s.is_joint<B>(i))
             loop.ask_back(trace, asked, s.part(asked.query), k, adj, grad);
@@ -137,18 +137,29 @@ struct DirectProgram {
   // to = Xhat^T G
   KERNELMETA_INLINE void pull(const Steps& d, int64_t i, const C* g, C* to) const {
     block.unfenced().features_zero(s.N, s.D, to);
-    const RowRange all = s.driving<B>(i);
-    each_driving(i, [&](RowRange part, int64_t first, bool of_query) {
-      d.pull(g + first, all.ld(), part, rows(of_query), to);
-    });
+    if constexpr (B::kJointSteps) {
+      const RowRange all = s.driving<B>(i);
+      each_driving(i, [&](RowRange part, int64_t first, bool of_query) {
+        d.pull(g + first, all.ld(), part, rows(of_query), to);
+      });
+    } else {
+      const bool of_query = s.phases[i].query;
+      d.pull(g, s.part(of_query).ld(), s.part(of_query), rows(of_query), to);
+    }
   }
   KERNELMETA_INLINE void pull_backward(const Steps& d, int64_t i, const Adjoint& adj,
                                        const LiveFeatureGrad<C>& of_rows) const {
-    const RowRange all = s.driving<B>(i);
-    each_driving(i, [&](RowRange part, int64_t first, bool of_query) {
-      d.pull_backward(adj.gv, adj.gs + first, all.ld(), part, rows(of_query), adj.gg + first,
+    if constexpr (B::kJointSteps) {
+      const RowRange all = s.driving<B>(i);
+      each_driving(i, [&](RowRange part, int64_t first, bool of_query) {
+        d.pull_backward(adj.gv, adj.gs + first, all.ld(), part, rows(of_query), adj.gg + first,
+                        of_rows.of(of_query));
+      });
+    } else {
+      const bool of_query = s.phases[i].query;
+      d.pull_backward(adj.gv, adj.gs, s.part(of_query).ld(), s.part(of_query), rows(of_query), adj.gg,
                       of_rows.of(of_query));
-    });
+    }
   }
   // f(part, where it begins in G, of query rows)
   template <class Fn>

@@ -71,10 +71,13 @@ struct ProgramShape {
   // Whether phase i's steps are joint ones: then G is of all live rows. Its oracles begin with `first_of(i)`.
   template <class B>
   KERNELMETA_INLINE bool is_joint(int64_t i) const {
-    return B::kJointSteps && (phases[i].weight != 1 || first_of(i) < i);
+    return B::kJointSteps && (phases[i].weight != 1 || first_of<B>(i) < i);
   }
+  template <class B>
   KERNELMETA_INLINE int64_t first_of(int64_t i) const {
-    while (i > 0 && phases[i - 1].joins) --i;
+    if constexpr (B::kJointSteps) {
+      while (i > 0 && phases[i - 1].joins) --i;
+    }
     return i;
   }
   // Whether an oracle of phase i's steps looks at the rows of one kind.
@@ -82,7 +85,7 @@ struct ProgramShape {
   KERNELMETA_INLINE bool drive(bool of_query, int64_t i) const {
     bool found = phases[i].query == of_query;
     if constexpr (B::kJointSteps) {
-      for (int64_t j = first_of(i); j < i; ++j) found = found || phases[j].query == of_query;
+      for (int64_t j = first_of<B>(i); j < i; ++j) found = found || phases[j].query == of_query;
     }
     return found;
   }
