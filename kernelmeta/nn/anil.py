@@ -39,7 +39,6 @@ class ANIL(TrainsAtOnce, Program):
     """
 
     weight: nn.Parameter
-    bias: nn.Parameter
 
     def __init__(
         self,
