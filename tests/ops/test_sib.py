@@ -354,3 +354,23 @@ def test_the_raw_op_refuses_what_it_would_read_out_of_bounds(name: str, change: 
     bad = OP.signature.replace(args, **{name: change(getattr(OP.signature.call(*args), name))})
     with pytest.raises(ValueError, match=r"expected|must"):
         torch.ops.kernelmeta.sib(*bad, save_trace=True)
+
+
+@pytest.mark.parametrize("D", [1, 7, 255, 256, 257, 513])
+@pytest.mark.parametrize("Q", [1, 8, 9, 17, 33])
+def test_gram_matrix_at_the_edges_of_its_panels(Q: int, D: int) -> None:
+    """Rows that repeat each other or are collinear among them: logits and gradients of the parameters in float64."""
+    g = torch.Generator().manual_seed(100 * Q + D)
+    bank = torch.randn(40, D, generator=g, dtype=torch.float64)
+    bank[5], bank[6] = bank[4], 3 * bank[4]
+    head = km.nn.SIB(2, D, steps=2, inner_lr=0.01).double()
+    labels = torch.tensor([[0, 1]]).expand(3, -1)
+    support, query = (torch.randint(0, 40, (3, n), generator=g) for n in (2, Q))
+
+    def found(backend: str) -> list[torch.Tensor]:
+        with km.use_backend(backend):
+            logits = head(bank[support], labels, bank[query])
+            return [logits.detach(), *torch.autograd.grad(logits.square().sum(), list(head.parameters()))]
+
+    for got, want in zip(found("cpu"), found("reference"), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-7 * max(1.0, want.abs().max().item()))
