@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernelmeta.reference.norms import unit
+from kernelmeta.reference.precision import without_autocast
 
 # Similarities held at once.
 _HELD = 2**24
@@ -306,6 +307,7 @@ def _block_search(backend: str) -> Any:
     return _torch_search
 
 
+@without_autocast
 def _torch_search(query: Tensor, items: Tensor, query_ids: Tensor | None, own: Tensor | None) -> tuple[Tensor, Tensor]:
     """Similarity and row of each query's nearest item of a block; -inf where there is none."""
     values, rows = [], []

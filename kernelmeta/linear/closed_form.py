@@ -11,8 +11,10 @@ from torch.func import functional_call, vjp
 
 from kernelmeta.linear.lqf import Linearised
 from kernelmeta.linear.ntk import ntk_gram
+from kernelmeta.reference.precision import without_autocast
 
 
+@without_autocast
 def tangent_gram(model: Linearised, rows: Tensor, chunk_size: int | None = None) -> Tensor:
     """``K = J J^T`` of a linearised network on n rows, outputs apart: [n C, n C] float64.
 
@@ -28,6 +30,7 @@ def tangent_gram(model: Linearised, rows: Tensor, chunk_size: int | None = None)
     return K[0].detach().flatten(2).flatten(0, 1).double()
 
 
+@without_autocast
 def solutions(
     model: Linearised,
     rows: Tensor,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kernelmeta.backends import holds_numbers
 from kernelmeta.reference.ntk import loss_gradient
+from kernelmeta.reference.precision import without_autocast
 
 ORACLES = ("squared_error", "cross_entropy")
 
@@ -121,6 +122,7 @@ def _number(name: str, value: float | Tensor, like: Tensor, *, least: float | No
     return found.reshape(())
 
 
+@without_autocast
 def descent(
     gram: Tensor,
     targets: Tensor,
@@ -210,6 +212,7 @@ def _factor(gram: Tensor, strength: Tensor, what: str) -> Tensor:
     return factor
 
 
+@without_autocast
 def kernel_ridge(
     gram: Tensor,
     targets: Tensor,
@@ -354,6 +357,7 @@ def _powers(m: Tensor, n: int) -> _Power:
     return found
 
 
+@without_autocast
 def descent_path(
     gram: Tensor,
     targets: Tensor,
@@ -392,6 +396,7 @@ def descent_path(
     return _path(p, share * torch.stack([f.total for f in found]), vectors, divided, query_outputs)
 
 
+@without_autocast
 def ridge_path(
     gram: Tensor,
     targets: Tensor,
@@ -424,6 +429,7 @@ def ridge_path(
     return _path(p, inverse, vectors, divided, query_outputs)
 
 
+@without_autocast
 def posterior(
     gram: Tensor,
     targets: Tensor,

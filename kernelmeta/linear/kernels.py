@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kernelmeta.reference.precision import without_autocast
+
 
 def _rows(x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor]:
     x2 = x1 if x2 is None else x2
@@ -13,6 +15,7 @@ def _rows(x1: Tensor, x2: Tensor | None) -> tuple[Tensor, Tensor]:
     return x1, x2
 
 
+@without_autocast
 def linear_gram(x1: Tensor, x2: Tensor | None = None, *, bias: float = 0.0) -> Tensor:
     """``<x, y> + bias^2``: the tangent kernel of a linear head, whose bias is a parameter where ``bias`` is 1.
 
@@ -31,6 +34,7 @@ def linear_gram(x1: Tensor, x2: Tensor | None = None, *, bias: float = 0.0) -> T
     return x1 @ x2.mT + bias**2
 
 
+@without_autocast
 def cosine_gram(x1: Tensor, x2: Tensor | None = None) -> Tensor:
     """``<x, y> / (|x| |y|)``; zero where a row is.
 
@@ -48,6 +52,7 @@ def cosine_gram(x1: Tensor, x2: Tensor | None = None) -> Tensor:
     return normalize(x1, dim=-1) @ normalize(x2, dim=-1).mT
 
 
+@without_autocast
 def rbf_gram(x1: Tensor, x2: Tensor | None = None, *, length: float | Tensor = 1.0) -> Tensor:
     """``exp(-|x - y|^2 / (2 length^2))``.
 

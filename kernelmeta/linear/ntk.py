@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, jvp, vjp, vmap
 
+from kernelmeta.reference.precision import without_autocast
+
 _ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.Softplus, nn.Identity)
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -29,6 +31,7 @@ class _Layer(NamedTuple):
     bias: bool
 
 
+@without_autocast
 def ntk_gram(
     module: nn.Module, x1: Tensor, x2: Tensor | None = None, *, full: bool = False, chunk_size: int | None = None
 ) -> Tensor:
@@ -247,6 +250,7 @@ def _geometric_mean(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(both, b * torch.where(both, a / torch.where(b > 0, b, 1), 1).sqrt(), 0)
 
 
+@without_autocast
 def relu_ntk(x1: Tensor, x2: Tensor | None = None, *, depth: int = 1, bias: float = 0.0) -> Tensor:
     """The neural tangent kernel of an infinitely wide ReLU network, by the arc-cosine recursion (Cho & Saul 2009).
 

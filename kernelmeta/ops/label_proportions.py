@@ -7,9 +7,10 @@ from torch import Tensor
 
 from kernelmeta.ops import _checks
 from kernelmeta.reference.norms import unit
-from kernelmeta.reference.precision import promoted
+from kernelmeta.reference.precision import promoted, without_autocast
 
 
+@without_autocast
 def mean_map(
     query: Tensor,
     proportions: Tensor,
@@ -54,7 +55,7 @@ def mean_map(
         raise ValueError(f"bag_offsets: expected bags of {len(rows)} rows in all, got {int(counts.sum())}")
     bag = torch.repeat_interleave(torch.arange(T * B, device=rows.device), counts, output_size=len(rows))
     sums = rows.new_zeros(T * B, rows.shape[-1]).index_add(0, bag, unit(rows) if normalize else rows)
-    means = (sums / counts.clamp(min=1).unsqueeze(-1)).view(T, B, -1)
+    means = (sums / counts.clamp(min=1).unsqueeze(-1)).view(T, B, rows.shape[-1])
     P = P * (counts > 0).view(T, B, 1)
     gram = P.mT @ P + ridge * torch.eye(P.shape[-1], dtype=P.dtype, device=P.device)
     found: Tensor = torch.linalg.solve(gram, P.mT @ means)

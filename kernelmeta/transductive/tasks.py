@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from kernelmeta.ops import _checks
 from kernelmeta.reference.class_means import check_labels
+from kernelmeta.reference.precision import without_autocast
 from kernelmeta.reference.task_rows import as_labels, each_task, one_hot_targets
 from kernelmeta.tasks import Ragged
 
@@ -35,6 +36,7 @@ class Tasks(NamedTuple):
         return self.members.mT @ self.support / self.counts.unsqueeze(-1)
 
 
+@without_autocast
 def solved(
     solve: Callable[[Tasks], Tensor],
     support: Tensor,

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernelmeta.reference.precision import without_autocast
+
 TOLERANCE, MOST_STEPS = 1e-6, 1000
 # How far apart the logits of a row may be for products of exponentials to stay within what float64 holds.
 _MOST_RANGE = 300.0
 
 
+@without_autocast
 def transport(
     logits: Tensor,
     proportions: Tensor | None = None,

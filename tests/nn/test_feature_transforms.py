@@ -72,6 +72,19 @@ def test_logits_and_gradients_are_those_of_transformed_rows(make: Make, transfor
 
 @every_feature
 @every_learner
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_features_of_a_narrower_type_are_transformed_in_float32(
+    make: Make, transform: str, center: str, stored: torch.dtype
+) -> None:
+    own, _, _ = pair(make, transform, center, torch.float32)
+    support, labels, query = tasks(dtype=stored)
+    found, want = own(support, labels, query), own(support.float(), labels, query.float())
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, want, atol=1e-5 * want.abs().max().item(), rtol=0)
+
+
+@every_feature
+@every_learner
 def test_rows_of_a_bank_and_tasks_of_unequal_size(make: Make, transform: str, center: str) -> None:
     own, _, _ = pair(make, transform, center)
     support, labels, query = tasks()

@@ -231,6 +231,35 @@ def test_sharp_logits_meet_the_shares(sharpness: float, relax: float, dtype: tor
 
 
 @needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_hundreds_of_ways(dtype: torch.dtype) -> None:
+    """A step of Newton's method solves for 199 unknowns; few enough rows that the kernel takes them."""
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(2, 200, 400, generator=g).to(dtype).requires_grad_()
+    query = torch.randn(2, 90, 400, generator=g).to(dtype).requires_grad_()
+    shares = (torch.rand(2, 200, generator=g) + 0.3).to(dtype)
+    found = []
+    for backend in BACKENDS:
+        with km.use_backend(backend):
+            z = km.ops.program(
+                query[:, :0], torch.empty(2, 0, dtype=torch.int64), query, PROGRAMS["assignment"], n_way=200,
+                start=start, scale=torch.tensor([10.0], dtype=dtype), proportions=shares / shares.sum(-1, keepdim=True),
+            )  # fmt: skip
+        found.append([z, *torch.autograd.grad(z.square().sum(), [query, start])])
+    assert_close(found[0], found[1], 1e-7 if dtype is torch.float64 else 1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", sorted(PROGRAMS))
+def test_no_task_with_bags(name: str, backend: str) -> None:
+    problem = Problem(PROGRAMS[name], T=0, bags=[4, 0, 5])
+    with km.use_backend(backend):
+        results = problem.with_gradients(problem.run())
+    assert [r.shape for r in results[:2]] == [(0, 9, 3), (0, 3, 6)]
+    assert all(torch.equal(r, torch.zeros_like(r)) for r in results)
+
+
+@needs_kernel
 @pytest.mark.parametrize("scale", [1.0, 100.0, 400.0])
 @pytest.mark.parametrize("relax", [1.0, 0.8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -374,3 +374,29 @@ def test_gram_matrix_at_the_edges_of_its_panels(Q: int, D: int) -> None:
 
     for got, want in zip(found("cpu"), found("reference"), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-7 * max(1.0, want.abs().max().item()))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("D", [257, 300, 513])
+@pytest.mark.parametrize("Q", [5, 16, 33])
+def test_rows_that_an_index_names(Q: int, D: int, dtype: torch.dtype) -> None:
+    """Beyond one panel of features, in every storage type: the same bits as from gathered rows, and the right ones."""
+    g = torch.Generator().manual_seed(100 * Q + D)
+    bank = torch.randn(40, D, generator=g, dtype=torch.float64).to(dtype)
+    bank[5], bank[6] = bank[4], 3 * bank[4]
+    wide = torch.promote_types(dtype, torch.float32)
+    head = km.nn.SIB(3, D, steps=2, inner_lr=0.01).to(wide)
+    labels = torch.tensor([[0, 1, 2, 1]]).expand(3, -1).contiguous()
+    support, query = (torch.randint(0, 40, (3, n), generator=g) for n in (4, Q))
+
+    def with_gradients(logits: torch.Tensor) -> list[torch.Tensor]:
+        return [logits.detach(), *torch.autograd.grad(logits.square().sum(), list(head.parameters()))]
+
+    named = with_gradients(head.from_bank(bank, support, labels, query))
+    gathered = with_gradients(head(bank[support], labels, bank[query]))
+    assert all(torch.equal(a, b) for a, b in zip(named, gathered, strict=True))
+    head.double()
+    with km.use_backend("reference"):
+        want = with_gradients(head(bank[support].double(), labels, bank[query].double()))
+    assert_close(named, want, 1e-9 if wide is torch.float64 else 1e-3)
