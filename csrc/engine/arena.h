@@ -13,6 +13,14 @@ inline constexpr int64_t kAlign = 16;
 
 KERNELMETA_INLINE constexpr int64_t padded(int64_t n) { return (n + kAlign - 1) / kAlign * kAlign; }
 
+namespace {
+// Local to each file, which is compiled for one instruction set.
+template <class Arena>
+KERNELMETA_SELDOM auto take_from(Arena& arena, int64_t n) {
+  return arena.next(n);
+}
+}  // namespace
+
 template <class C>
 class Arena {
  public:
@@ -22,7 +30,8 @@ class Arena {
   KERNELMETA_INLINE Arena(C* base, int64_t capacity, C* rest)
       : base_(base), capacity_(capacity), rest_(rest), two_(true) {}
 
-  KERNELMETA_INLINE C* take(int64_t n) {
+  KERNELMETA_INLINE C* take(int64_t n) { return take_from(*this, n); }
+  KERNELMETA_INLINE C* next(int64_t n) {
     C* piece;
     if (fits(n)) {
       piece = base_ ? base_ + used_ : nullptr;

@@ -12,6 +12,13 @@
 // What every function of the engine is: for both sides, and never a call.
 #define KERNELMETA_INLINE __host__ __device__ __forceinline__
 
+// What is inlined on a GPU alone: on a CPU it would be a large share of the code, and of no time.
+#ifdef __CUDACC__
+#define KERNELMETA_SELDOM KERNELMETA_INLINE
+#else
+#define KERNELMETA_SELDOM __attribute__((noinline))
+#endif
+
 // Before a loop: not to be unrolled on a GPU.
 #ifdef __CUDACC__
 #define KERNELMETA_ROLLED _Pragma("unroll 1")
