@@ -26,6 +26,7 @@ from kernelmeta.ops import (
     synthetic_gradient_mlp_op,
 )
 from kernelmeta.ops.program_op import encode
+from kernelmeta.reference import transport
 
 LABELS = torch.tensor([[0, 1, 2, 0, 1, 2, 1], [2, 1, 0, 0, 0, 0, 2]])
 EPISODE = draw(T=2, S=7, Q=9, N=3, D=10, H=6)._replace(labels=LABELS)
@@ -317,9 +318,13 @@ def test_compile_for_any_number_of_tasks() -> None:
 
 
 @pytest.fixture
-def compiled_anew() -> None:
-    """torch.func's wrapper is one piece of code for all cases, of which torch.compile keeps eight at most."""
+def compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.func's wrapper is one piece of code for all cases, of which torch.compile keeps eight at most.
+
+    Half as many of Newton's steps are enough for these cases; each is traced.
+    """
     torch._dynamo.reset()
+    monkeypatch.setattr(transport, "_TRACED_STEPS", 6)
 
 
 @pytest.mark.usefixtures("compiled_anew")
