@@ -316,8 +316,10 @@ def _path(p: _Problem, values: Tensor, vectors: Tensor, divided: Tensor, query_o
 
 
 def _eigen(gram: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(gram.detach())
-    return values, vectors
+    """Eigenvalues and eigenvectors; NaN of a matrix that is not finite, which would stop all others of the batch."""
+    finite = gram.detach().isfinite().all(-1).all(-1)[..., None, None]
+    values, vectors = torch.linalg.eigh(torch.where(finite, gram.detach(), 0))
+    return torch.where(finite.squeeze(-1), values, math.nan), vectors
 
 
 class _Power(NamedTuple):

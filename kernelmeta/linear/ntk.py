@@ -283,7 +283,8 @@ def relu_ntk(x1: Tensor, x2: Tensor | None = None, *, depth: int = 1, bias: floa
         cosine = (covariance / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)).clamp(-1, 1)
         # At an angle of 0 or pi the derivative of arccos is infinite, and those of what is made of it are not.
         inside = cosine.abs() < 1
-        angle = torch.where(inside, torch.arccos(torch.where(inside, cosine, 0)), torch.where(cosine > 0, 0, math.pi))
+        straight = torch.zeros_like(cosine).masked_fill(cosine <= 0, math.pi)
+        angle = torch.where(inside, torch.arccos(torch.where(inside, cosine, 0)), straight)
         slopes = (math.pi - angle) / math.pi
         covariance = lengths * (torch.sin(angle) + (math.pi - angle) * cosine) / math.pi + bias**2
         kernel = covariance + kernel * slopes

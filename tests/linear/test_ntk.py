@@ -203,3 +203,10 @@ def test_wrong_input_is_named() -> None:
         km.linear.ntk_gram(nn.Linear(6, 3).double(), x1[:0])
     with pytest.raises(ValueError, match="chunk_size"):
         km.linear.ntk_gram(draw("perceptron")[0], x1, chunk_size=0)
+
+
+def test_opposite_rows_in_float64() -> None:
+    """At an angle of exactly pi, depth 1: <x, y> / D and nothing else, since both slopes and lengths vanish."""
+    x = torch.tensor([[1.0, 2.0], [-3.0, -6.0]], dtype=torch.float64)
+    kernel = km.linear.relu_ntk(x, depth=1)
+    assert kernel[0, 1].abs() <= 1e-14 * kernel.abs().max()

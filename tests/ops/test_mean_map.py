@@ -76,6 +76,51 @@ def test_smoothed_proportions() -> None:
         km.ops.smoothed_proportions(torch.ones(3), by=-1.0)
 
 
+def on_corners(name: str) -> tuple[Tensor, Tensor]:
+    """Three tasks of 20 rows in four bags, of which the first is a corner."""
+    query, shares = drawn(3, 20, 6), drawn(3, 4, 3, seed=1).softmax(-1)
+    if name == "zero rows":
+        query[0, :4] = 0
+    elif name == "only zero rows":
+        query[0] = 0
+    elif name == "collinear rows":
+        query[0] = query[0, :1] * torch.linspace(-2, 2, 20).double()[:, None]
+    elif name == "repeated rows":
+        query[0] = query[0, :1]
+    elif name == "one feature":
+        query = query[..., :1]
+    elif name == "one share":
+        shares[0] = shares[0, :1]
+    elif name == "certain shares, one class left out":
+        shares[0] = torch.eye(3).double()[[0, 0, 1, 1]]
+    else:
+        query[0] *= float(name)
+    return query, shares
+
+
+CORNERS = ["zero rows", "only zero rows", "collinear rows", "repeated rows", "one feature", "one share",
+           "certain shares, one class left out", "1e19", "1e30", "1e-19", "1e-30"]  # fmt: skip
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("corner", CORNERS)
+def test_mean_map_on_corners(corner: str, normalize: bool) -> None:
+    """In float32 as in float64, as far as the normal equations' condition lets it; gradients of rows alike."""
+    found = {}
+    for dtype in (torch.float64, torch.float32):
+        query, shares = (t.to(dtype) for t in on_corners(corner))
+        query.requires_grad_()
+        theta = km.ops.mean_map(query, shares, torch.tensor([0, 3, 9, 14, 20]), normalize=normalize)
+        largest = theta.detach().abs().amax((1, 2), keepdim=True)
+        theta = theta / torch.where(largest > 0, largest, 1)
+        weights = drawn(*theta.shape, seed=2).to(dtype)
+        found[dtype] = [theta.detach(), torch.autograd.grad((theta * weights).sum(), query)[0]]
+    least = 1e-6 if corner == "one feature" else 1e-30  # (a unit row of one feature has no gradient but rounding)
+    for single, double in zip(found[torch.float32], found[torch.float64], strict=True):
+        error = (single.double() - double).abs().amax((1, 2))
+        assert (error <= 3e-4 * double.abs().amax((1, 2)) + least).all(), error
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"ridge": 0.0}, "ridge: expected a positive number"),
     ({"bag_offsets": torch.tensor([0, 3, 9])}, "bag_offsets: expected bags of 20 rows in all, got 18"),

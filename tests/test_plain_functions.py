@@ -1,8 +1,12 @@
-"""What is public and plain PyTorch computes under autocast in the precision of its arguments, as the kernels do."""
+"""What is public and plain PyTorch, in modes and on rows that no kernel's test draws for it: under autocast it computes
+in the precision of its arguments, as the kernels do; a first call in a mode leaves nothing behind; a task that is not
+finite spoils no other one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -98,3 +102,73 @@ def test_no_task(name: str) -> None:
     """The last batch of an epoch may be an empty one."""
     of_seven, of_none = (tensors(CALLS[name](T)()) for T in (7, 0))
     assert [t.shape for t in of_none] == [tuple(0 if n == 7 else n for n in t.shape) for t in of_seven]
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def default_double() -> Iterator[None]:
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+MODES = {
+    "inference_mode": torch.inference_mode,
+    "no_grad": torch.no_grad,
+    "deterministic": deterministic,
+    "default_dtype": default_double,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", CALLS)
+def test_a_mode_changes_nothing_and_leaves_nothing_behind(name: str, mode: str) -> None:
+    call = CALLS[name](2)
+    with MODES[mode]():
+        inside = tensors(call())
+    after = tensors(call())
+    want = tensors(CALLS[name](2)())
+    for found in (inside, after):
+        assert all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(found, want, strict=True))
+    assert not any(t.is_inference() for t in after)
+
+
+def with_(call: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The call with its first tensor of seven tasks changed."""
+    args, keywords = list(call.args), dict(call.keywords)
+    for values, keys in ((args, range(len(args))), (keywords, list(keywords))):
+        for key in keys:
+            if isinstance(values[key], Tensor) and len(values[key]) == 7:
+                values[key] = change(values[key].clone())
+                return partial(call.func, *args, **keywords)
+    raise AssertionError("no tensor of seven tasks")
+
+
+def spoilt(rows: Tensor, value: float) -> Tensor:
+    rows[2].view(-1)[0] = value
+    return rows
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", sorted(set(CALLS) - {"nearest", "certificate"}))  # (a certificate is refused by name)
+def test_a_task_that_is_not_finite_spoils_no_other(name: str, value: float) -> None:
+    call = CALLS[name](7)
+    want, got = tensors(call()), tensors(with_(call, partial(spoilt, value=value))())
+    confined = False
+    for a, b in zip(got, want, strict=True):
+        axis = a.shape.index(7)
+        a, b = a.movedim(axis, 0), b.movedim(axis, 0)
+        others = torch.arange(7) != 2
+        torch.testing.assert_close(a[others], b[others], rtol=1e-5, atol=1e-6)
+        confined |= not a[2].isfinite().all()
+    assert confined  # and it is seen there
