@@ -11,6 +11,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <string>
 #include <vector>
 
@@ -21,8 +22,17 @@ using namespace kernelmeta;
 
 namespace {
 
-std::vector<float> drawn(int64_t n) {
-  std::vector<float> values(n + 64);
+// As tensors and arenas are: else every other vector lies in two lines of the cache.
+template <class T>
+struct Aligned {
+  using value_type = T;
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64))); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+  bool operator==(const Aligned&) const { return true; }
+};
+
+std::vector<float, Aligned<float>> drawn(int64_t n) {
+  std::vector<float, Aligned<float>> values(n + 64);
   for (float& value : values) value = float(rand()) / float(RAND_MAX) - 0.5f;
   return values;
 }
@@ -67,5 +77,34 @@ int main() {
            [&] { block.mm(N, H, Q, {w.data(), H, 1}, in.data(), ld, out.data(), ld, bias.data()); });
     report("outer: " + h + " by " + h, double(H * H * Q),
            [&] { block.outer(H, H, Q, out.data(), ld, in.data(), ld, grad.data(), padded(H)); });
+  }
+  {  // a layer of a wide perceptron: derivatives of five outputs for 100 rows
+    const int64_t H = 256, columns = 500, ldc = padded(columns);
+    auto w = drawn(H * H), in = drawn(H * ldc), out = drawn(H * ldc), grad = drawn(H * H);
+    const std::string h = std::to_string(H) + " by " + std::to_string(H);
+    report("mm: " + h + ", 500 columns", double(H * H * columns),
+           [&] { block.mm(H, H, columns, {w.data(), H, 1}, in.data(), ldc, out.data(), ldc, nullptr); });
+    report("mm: transposed, " + h + ", 500 columns", double(H * H * columns),
+           [&] { block.mm(H, H, columns, {w.data(), 1, H}, in.data(), ldc, out.data(), ldc, nullptr); });
+    report("outer: " + h + ", 500 columns", double(H * H * columns),
+           [&] { block.outer(H, H, columns, out.data(), ldc, in.data(), ldc, grad.data(), H); });
+    const int64_t D = 640, rows = 100, ldr = padded(rows);
+    auto x = drawn(rows * D), first = drawn(H * D), sums = drawn(H * D);
+    const FeatureRows<float> of_x{x.data(), D, nullptr}, of_first{first.data(), D, nullptr};
+    report("dots: 256 by 100 rows of 640", double(H * rows * D),
+           [&] { block.dots(H, of_first, rows, of_x, D, out.data(), ldr); });
+    report("features_mm_add: 256 by 100 rows", double(H * rows * D),
+           [&] { block.features_mm_add(H, rows, D, {out.data(), ldr, 1}, of_x, sums.data()); });
+    report("features_mm_add: 100 by 256 rows", double(H * rows * D),
+           [&] { block.features_mm_add(rows, H, D, {out.data(), 1, ldr}, of_first, x.data()); });
+  }
+  {  // heads of twenty classes and their 300 query rows
+    const int64_t Q = 300, D = 640, ways = 20, ldq = padded(Q);
+    auto x = drawn(Q * D), heads = drawn(ways * D), cosines = drawn(ways * ldq);
+    const FeatureRows<float> rows{x.data(), D, nullptr}, of_heads{heads.data(), D, nullptr};
+    report("dots: 20 by 300 rows of 640", double(ways * Q * D),
+           [&] { block.dots(ways, of_heads, Q, rows, D, cosines.data(), ldq); });
+    report("features_mm_add: 20 by 300 rows", double(ways * Q * D),
+           [&] { block.features_mm_add(ways, Q, D, {cosines.data(), ldq, 1}, rows, heads.data()); });
   }
 }

@@ -240,11 +240,11 @@ struct CpuBlock {
   // out[i] = (bias[i] or 0) + sum_j w(i, j) in[j] for i < m, j < k, over Q entries of padded rows.
   void mm(int64_t m, int64_t k, int64_t Q, Matrix<C> w, const C* in, int64_t ld, C* out, int64_t ldo,
           const C* bias) const {
-    mm_rows<false>(m, k, (Q + W - 1) / W * W, w, FeatureRows<C>{in, ld, nullptr}, out, ldo, bias, false);
+    mm_columns<false>(m, k, (Q + W - 1) / W * W, w, FeatureRows<C>{in, ld, nullptr}, out, ldo, bias, false);
   }
   void mm_add(int64_t m, int64_t k, int64_t Q, Matrix<C> w, const C* in, int64_t ld, C* out,
               int64_t ldo) const {
-    mm_rows<false>(m, k, (Q + W - 1) / W * W, w, FeatureRows<C>{in, ld, nullptr}, out, ldo, nullptr, true);
+    mm_columns<false>(m, k, (Q + W - 1) / W * W, w, FeatureRows<C>{in, ld, nullptr}, out, ldo, nullptr, true);
   }
   // out[i] += sum_j w(i, j) in(j), over rows of D features; out is [m][D].
   void features_mm_add(int64_t m, int64_t k, int64_t D, Matrix<C> w, FeatureRows<C> in, C* out) const {
@@ -255,7 +255,7 @@ struct CpuBlock {
         store_first(out + i * D, sum, D);
       }
     } else {
-      mm_rows<true>(m, k, D, w, in, out, D, nullptr, true);
+      mm_columns<true>(m, k, D, w, in, out, D, nullptr, true);
     }
   }
 
@@ -291,9 +291,9 @@ struct CpuBlock {
   // out[i][j] = <a(i), b(j)>
   void dots(int64_t m, FeatureRows<C> a, int64_t n, FeatureRows<C> b, int64_t D, C* out, int64_t ldo) const {
     if (m < n)
-      dots_by<kDotRows, kDotColumns>(m, a, n, b, D, out, ldo);
+      dots_by(m, a, n, b, D, out, ldo, 1);
     else
-      dots_by<kDotColumns, kDotRows>(m, a, n, b, D, out, ldo);
+      dots_by(n, b, m, a, D, out, 1, ldo);
   }
 
   // dots of a with itself, computed for half of the pairs.
@@ -344,6 +344,25 @@ struct CpuBlock {
   }
 
  private:
+  // As many columns at a time as stay in the second-level cache while all rows of w meet them.
+  template <bool overlapping>
+  void mm_columns(int64_t m, int64_t k, int64_t length, Matrix<C> w, FeatureRows<C> in, C* out, int64_t ldo,
+                  const C* bias, bool add) const {
+    const int64_t fit = m > kMmRows ? rows_in_cache(k, kMmVectors * W) : length;
+    for (int64_t at = 0, count; at < length; at += count) {
+      // (The last columns need a whole vector to overlap.)
+      count = length - at < fit + W ? length - at : fit;
+      mm_rows<overlapping>(m, k, count, w, {in.data + at, in.stride, in.index}, out + at, ldo, bias, add);
+    }
+  }
+
+  // How many rows of so many numbers lie in the second-level cache beside what meets them, a multiple of
+  // `of`.
+  static int64_t rows_in_cache(int64_t numbers, int64_t of) {
+    const int64_t fit = kCacheBytes / int64_t(sizeof(C)) / (numbers + 1) / of * of;
+    return fit < of ? of : fit;
+  }
+
   // Where a row is not a whole number of vectors, the last vector overlaps the one before it (features):
   // it is computed whole and only its new lanes are stored. The tail goes first: it must see `out` as it was.
   template <bool overlapping>
@@ -463,15 +482,22 @@ struct CpuBlock {
     }
   }
 
-  template <int R, int N>
-  void dots_by(int64_t m, FeatureRows<C> a, int64_t n, FeatureRows<C> b, int64_t D, C* out,
-               int64_t ldo) const {
+  // out[i row + j column] = <a(i), b(j)>. A few rows of a stay in the first-level cache for all rows of b
+  // that lie in the second one.
+  void dots_by(int64_t m, FeatureRows<C> a, int64_t n, FeatureRows<C> b, int64_t D, C* out, int64_t row,
+               int64_t column) const {
+    constexpr int R = kDotRows, N = kDotColumns;
     C tile[R * N + W];
-    for (int64_t i = 0; i < m; i += R) {
-      for (int64_t j = 0; j < n; j += N) {
-        dot_tile<R, N>(a, i, m, b, j, n, D, tile);
-        for (int64_t r = 0; r < R && i + r < m; ++r) {
-          for (int64_t c = 0; c < N && j + c < n; ++c) out[(i + r) * ldo + j + c] = tile[r * N + c];
+    const int64_t fit = rows_in_cache(D, N);
+    for (int64_t first = 0; first < n; first += fit) {
+      const int64_t end = n - first < fit ? n : first + fit;
+      for (int64_t i = 0; i < m; i += R) {
+        for (int64_t j = first; j < end; j += N) {
+          dot_tile<R, N>(a, i, m, b, j, n, D, tile);
+          for (int64_t r = 0; r < R && i + r < m; ++r) {
+            for (int64_t c = 0; c < N && j + c < n; ++c)
+              out[(i + r) * row + (j + c) * column] = tile[r * N + c];
+          }
         }
       }
     }

@@ -44,6 +44,8 @@ inline constexpr bool kHasPanels = true;
 inline constexpr bool kHasPanels = false;
 #endif
 #endif
+// What larger products go through at a time: part of a second-level cache of 512 KB.
+inline constexpr int64_t kCacheBytes = 192 * 1024;
 // Rows of an `outer` of one vector.
 inline constexpr int kOuterTall = 10;
 

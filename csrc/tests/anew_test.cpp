@@ -31,14 +31,32 @@ Kernels<C> all_anew() {
   return kernels;
 }
 
+// Whether a and b, of the same call, differ at all.
+bool differ(const Named& a, const Named& b) {
+  for (size_t i = 0; i < a.size(); ++i) {
+    for (size_t j = 0; j < a[i].second.size(); ++j) {
+      const double x = a[i].second[j], y = b[i].second[j];
+      if (x != y && !(std::isnan(x) && std::isnan(y))) return true;
+    }
+  }
+  return false;
+}
+
 }  // namespace
 
 int main() {
   const KernelTable anew{"anew", all_anew<float>(), all_anew<double>()};
   int status = check_all("anew:", anew.f64, anew.f32, false);
   generator.seed(1);
+  int apart = 0;  // cases whose last bits tell that they were done in another way
   for (const ProgramCase& c : program_cases()) {
-    compare_episode("anew:", ProgramEpisode(c), kernel_table(), anew);
+    const ProgramEpisode episode(c);
+    compare_episode("anew:", episode, kernel_table(), anew);
+    apart += differ(episode.run<float>(anew), episode.run<float>(kernel_table()));
+  }
+  if (apart < 3) {
+    std::printf("only %d programs were done anew\n", apart);
+    ++failures;
   }
   std::printf(failures ? "%d failed\n" : "programs: all passed\n", failures);
   return status | (failures != 0);

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import inspect
 from typing import Any
 
 import pytest
@@ -26,6 +28,30 @@ BROKEN = (
     else ""
 )
 INTERPRETED = bool(km.backends()["triton"].details.get("interpreted"))
+
+
+def _look_up_builtins_once() -> None:
+    """Triton's interpreter replaces the language's builtins at every call of a function, and looks through all members
+    of its modules for them each time: a third of what these tests would take.
+    """
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    is_builtin = interpreter.tl.core.is_builtin
+    names: dict[Any, list[str]] = {}
+
+    def patch_builtin(package: Any, builder: Any, *scope: Any) -> None:
+        if package not in names:
+            names[package] = [name for name, member in inspect.getmembers(package) if is_builtin(member)]
+        for name in names[package]:
+            member = getattr(package, name)
+            if is_builtin(member):
+                interpreter._patch_attr(package, name, member, builder, *scope)
+
+    if hasattr(interpreter, "_patch_builtin") and hasattr(interpreter, "_patch_attr"):
+        interpreter._patch_builtin = patch_builtin
+
+
+if INTERPRETED:
+    _look_up_builtins_once()
 
 
 def interpreted(test: Any) -> Any:
