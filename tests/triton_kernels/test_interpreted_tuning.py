@@ -143,6 +143,6 @@ def test_kernels_that_change_what_they_read_are_tuned_on_copies(monkeypatch: pyt
     for name, run in learners.items():
         monkeypatch.setattr(launch, "TUNER", None)
         want = bits(run)
-        monkeypatch.setattr(launch, "TUNER", tuning.Tuner(lambda run: [run() for _ in range(8)] and 1.0, lambda: True))
+        monkeypatch.setattr(launch, "TUNER", tuning.Tuner(lambda run: [run() for _ in range(3)] and 1.0, lambda: True))
         got = bits(run)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), name
