@@ -62,6 +62,20 @@ def test_rows_out_of_the_ordinary(backend: str, name: str) -> None:
 
 
 @needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("S", [1, 2, 9, 23])
+@pytest.mark.parametrize("widths", [(3, 3101, 9, 2), (6001, 7, 5, 2), (3, 9, 3101, 2)])
+def test_products_that_exceed_the_cache(widths: tuple[int, ...], S: int, dtype: torch.dtype) -> None:
+    """They are taken a part at a time, down to a tile of columns or rows; the last part is any size."""
+    rows = draw(widths, S=S, Q=17).fresh(dtype)
+    got = with_gradients(rows, kernel(rows))
+    with km.use_backend("reference"):
+        exact = draw(widths, S=S, Q=17).fresh()
+        want = with_gradients(exact, kernel(exact))
+    assert_close(got, want, 1e-10 if dtype is torch.float64 else 2e-4)
+
+
+@needs_kernel
 @settings(max_examples=60)
 @given(sizes(), st.booleans(), st.sampled_from([0.0, 0.3]))
 def test_shapes(given: dict[str, Any], full: bool, slope: float) -> None:
