@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -93,7 +94,8 @@ def adapted(folder: Path, out: str, processes: int, method: str) -> tuple[float,
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(done.stderr)
-    measured = [line.split()[1:] for line in done.stderr.splitlines() if line.startswith("measured ")]
+    # (Two processes' lines may meet in one.)
+    measured = re.findall(r"measured (\d+) ([\d.]+)", done.stderr)
     memory, processor = max(float(m) for m, _ in measured), sum(float(seconds) for _, seconds in measured)
     results = json.loads((folder / out / "results.json").read_text())
     return results["seconds"], processor, time.perf_counter() - began, memory / 1000
