@@ -32,7 +32,7 @@ INTERPRETED = bool(km.backends()["triton"].details.get("interpreted"))
 
 def _look_up_builtins_once() -> None:
     """Triton's interpreter replaces the language's builtins at every call of a function, and looks through all members
-    of its modules for them each time: a third of what these tests would take.
+    of its modules for them each time: a quarter of what these tests would take.
     """
     interpreter = importlib.import_module("triton.runtime.interpreter")
     is_builtin = interpreter.tl.core.is_builtin
