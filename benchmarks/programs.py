@@ -4,6 +4,7 @@
    In the space of the rows a step does not see D. (The Gram matrix, which does, is in both.)
 2. A ragged batch against the same tasks in even batches: 16 tasks of different sizes in one call, and, for each of
    their sizes, an even batch of 16 such tasks, a sixteenth of whose time counts.
+3. Joint steps: TIM by gradient descent as a program, forward, beside the same as somebody would write it in PyTorch.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, normalize
 
 from benchmarks import metadata, timing
 from kernelmeta.nn import Phase, Program
+from kernelmeta.ops import class_means
 from kernelmeta.tasks import Ragged
 
 Head = Callable[[int, int, int], nn.Module]  # ways, features, steps
@@ -89,6 +92,45 @@ def ragged_costs(seconds: float) -> None:
         print(f"| {name} | {ragged * 1e3:.2f} | {apart * 1e3:.2f} | {ragged / apart:.2f} |")
 
 
+def eager_tim(support: Tensor, labels: Tensor, query: Tensor, start: Tensor, steps: int, lr: float) -> Tensor:
+    """Boudiaf et al. 2020 by gradient descent, all tasks at once: logits."""
+    w = start.clone().requires_grad_()
+
+    def logits(rows: Tensor) -> Tensor:
+        return 15 * (rows @ w.mT - w.square().sum(-1).unsqueeze(1) / 2)
+
+    for _ in range(steps):
+        p = logits(query).softmax(-1)
+        loss = cross_entropy(logits(support).flatten(0, 1), labels.flatten(), reduction="sum") / support.shape[1]
+        mean = p.mean(1)
+        loss = loss + (mean * mean.log()).sum() - (p * p.log()).sum() / query.shape[1]
+        (gradient,) = torch.autograd.grad(loss, w)
+        w = (w - lr * gradient).detach().requires_grad_()
+    return logits(query).detach()
+
+
+def joint_costs(seconds: float) -> None:
+    N, S, Q, D, steps = 5, 25, 75, 640, 100
+    oracle = "cross_entropy + entropy - marginal_entropy"
+    head = Program(N, D, [Phase(oracle, steps, 1e-3)], classifier="euclidean", scale=15.0)
+    support, query = (normalize(torch.randn(T, rows, D), dim=-1) for rows in (S, Q))
+    labels = (torch.arange(S) % N).expand(T, S).contiguous()
+    start = class_means(support, labels, N)
+
+    @torch.no_grad()
+    def as_program(_: int) -> None:
+        head(support, labels, query)
+
+    def eager(_: int) -> None:
+        eager_tim(support, labels, query, start, steps, 1e-3)
+
+    found = timing.interleave({"program": as_program, "eager": eager}, seconds=seconds)
+    ours, theirs = found["program"].median, found["eager"].median
+    print(f"\n| TIM, {steps} steps | program, ms | eager PyTorch, ms | ratio |")
+    print("| --- | ---: | ---: | ---: |")
+    print(f"| {T} tasks, D = {D} | {ours * 1e3:.2f} | {theirs * 1e3:.2f} | {theirs / ours:.1f} |")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.programs", description=__doc__)
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
@@ -98,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{options.threads} threads; float32; {T} tasks a call; forward and backward into the parameters\n")
     step_costs(options.seconds)
     ragged_costs(options.seconds)
+    joint_costs(options.seconds)
     return 0
 
 

@@ -65,13 +65,13 @@ def sinkhorn_kmeans(support, labels, query, N, steps=10, scale=10.0, proportions
 
 def tim(
     support, labels, query, N, steps=1000, rate=1e-4, temperature=15.0, weights=(1.0, 1.0, 1.0), alpha=None,
-    classifier="euclidean", proportions=None,
+    classifier="euclidean", proportions=None, descent=torch.optim.Adam,
 ) -> Tensor:  # fmt: skip
     """Boudiaf et al. 2020; with an alpha, Veilleux et al. 2021. ``weights``: of the cross-entropy, of the marginal
     entropy, of the conditional entropy.
     """
     w = means(support, labels, N).requires_grad_()
-    optimizer = torch.optim.Adam([w], lr=rate)
+    optimizer = descent([w], lr=rate)
 
     def logits(x: Tensor) -> Tensor:
         if classifier == "cosine":

@@ -49,6 +49,8 @@ struct CpuBlock {
   using Sizes = kernelmeta::Sizes;
   using V = typename Simd<C>::V;
   static constexpr int64_t W = kLanes<C>;
+  // Whether programs may have joint steps, entropies of means and classifiers by distances.
+  static constexpr bool kJointSteps = true;
 
   static __forceinline__ C sqrt(C x) { return __builtin_sqrt(x); }
   static __forceinline__ C exp(C x) {

@@ -55,14 +55,17 @@ class Kernel<ProgramArguments<C>> {
     int64_t multiplications = s.N * live * s.D;
     if (s.uses_support) multiplications += s.S * (s.S / 2 + s.Q) * s.D;
     if (s.uses_query) multiplications += s.Q * s.Q / 2 * s.D;
+    int64_t step = 0;
     for (int64_t i = 0; i < s.n_phases; ++i) {
       const Phase& phase = s.phases[i];
       const int64_t rows = s.part(phase.query).count;
-      int64_t step = rows * s.N * (live + 20);
+      step += rows * s.N * (live + 20);
       const Sizes mlp = s.mlp(rows);
       if (phase.oracle == Oracle::kSyntheticGradient || phase.oracle == Oracle::kEquivariantGradient)
         step += mlp.Q * s.H * (mlp.N + mlp.outputs() + s.H);
+      if (phase.joins) continue;
       multiplications += phase.steps * step;
+      step = 0;
     }
     return multiplications;
   }

@@ -36,7 +36,8 @@ struct TeamBlock {
   static KERNELMETA_INLINE C sqrt(C x) { return ::sqrt(x); }
   static KERNELMETA_INLINE C exp(C x) { return ::exp(x); }
   static KERNELMETA_INLINE C exp_or_zero(C x) { return x < C(sizeof(C) == 4 ? -87 : -708) ? C(0) : ::exp(x); }
-  static constexpr double kSmall = 0.3465;  // as on a CPU
+  static constexpr bool kJointSteps = false;  // (its registers are full)
+  static constexpr double kSmall = 0.3465;    // as on a CPU
   static KERNELMETA_INLINE C exp_small(C x) { return ::exp(x); }
   static KERNELMETA_INLINE C log(C x) { return ::log(x); }
   static KERNELMETA_INLINE C log1p(C x) { return ::log1p(x); }

@@ -16,6 +16,11 @@ class Kernel<ProgramArguments<C>> {
       refuse("phases: expected at most " + std::to_string(kMost) + " on a GPU, got " +
              std::to_string(a.phases.size()));
     }
+    for (const Phase& phase : a.phases) {
+      if (phase.wants_joint_steps())
+        refuse("phases: joint steps and their entropies have no kernel on a GPU");
+    }
+    if (host_.euclidean) refuse("classifier: a Euclidean one has no kernel on a GPU");
     std::copy(a.phases.begin(), a.phases.end(), call_.phases);
     call_.sizes = a.mlp_sizes();
     call_.mlp = a.mlp.arrays();

@@ -47,11 +47,10 @@ struct DirectSteps {
     over_norms(block, u + part.first, ld, part, u + part.first, ld);
   }
 
-  // to [N][D] = Xhat^T G, with g [N][part.ld()].
-  __host__ __device__ KERNELMETA_NOINLINE void pull(const C* g, RowRange part, const FeatureRows<F>& rows,
-                                                    C* to) const {
-    over_norms(block.unfenced(), g, part.ld(), part, scaled, ld);
-    block.features_zero(N, D, to);
+  // Xhat^T G, with g [N][g_ld], is added to `to` [N][D].
+  __host__ __device__ KERNELMETA_NOINLINE void pull(const C* g, int64_t g_ld, RowRange part,
+                                                    const FeatureRows<F>& rows, C* to) const {
+    over_norms(block, g, g_ld, part, scaled, ld);
     block.features_mm_add(N, part.count, D, {scaled, ld, 1}, rows, to);
   }
 
@@ -107,15 +106,15 @@ struct DirectSteps {
     });
   }
 
-  // gv [N][D] -> gradient of g, gg [N][part.ld()]; added to that of the rows, over |x|, grows [count][D] (or
+  // gv [N][D] -> gradient of g, gg [N][g_ld]; added to that of the rows, over |x|, grows [count][D] (or
   // null).
-  __host__ __device__ KERNELMETA_NOINLINE void pull_backward(const C* gv, const C* g, RowRange part,
-                                                             const FeatureRows<F>& rows, C* gg,
+  __host__ __device__ KERNELMETA_NOINLINE void pull_backward(const C* gv, const C* g, int64_t g_ld,
+                                                             RowRange part, const FeatureRows<F>& rows, C* gg,
                                                              C* grows) const {
-    block.dots(N, FeatureRows<C>{gv, D, nullptr}, part.count, rows, D, gg, part.ld());
-    if (!grows) return over_norms(block, gg, part.ld(), part, gg, part.ld());
-    over_norms(block.unfenced(), gg, part.ld(), part, gg, part.ld());
-    over_norms(block, g, part.ld(), part, scaled, ld);
+    block.dots(N, FeatureRows<C>{gv, D, nullptr}, part.count, rows, D, gg, g_ld);
+    if (!grows) return over_norms(block, gg, g_ld, part, gg, g_ld);
+    over_norms(block.unfenced(), gg, g_ld, part, gg, g_ld);
+    over_norms(block, g, g_ld, part, scaled, ld);
     block.unfenced().features_mm_add(part.count, N, D, {scaled, 1, ld}, FeatureRows<C>{gv, D, nullptr},
                                      grows);
   }

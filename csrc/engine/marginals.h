@@ -1,6 +1,11 @@
-// Oracles that know which shares p of the rows the classes have.  With pi = softmax(z), means over the rows:
+// Oracles that look at means of predictions. Some know which shares p of the rows the classes have.  With pi
+// = softmax(z), means over the rows:
 //
 //   proportions   G = J(pi, u), u = -p / mean(pi): the gradient of -sum_n p_n log mean(pi_n)
+//   marginal entropy  the same with u = -log mean(pi), or -alpha / (alpha - 1) mean(pi)^(alpha - 1): the
+//                 gradient of -sum_n m_n log m_n, or of (1 - sum_n m_n^alpha) / (alpha - 1), m = mean(pi)
+//                 (Tsallis; Veilleux et al. 2021, eq. 5). With alpha other than 1 the entropy of each row,
+//                 too, is here: u then is of its own pi.
 //   assignment    T = softmax(z + g), mean(T) = p exp(-tau g), tau = (1 - relax) / relax, and G = pi - T
 //   soft k-means  T itself, with which the classifier moves
 //
@@ -36,7 +41,7 @@ struct Marginals {
   const int64_t N, ld;  // of the tiles: all rows of a task fit
   C *z, *t, *gg, *gz;   // [N][ld]: of one bag: log pi; pi or T; gradients
   C* lse;               // [ld]
-  C *p, *mean, *r;      // [N]: shares of the bag; mean(T), mean(T) - p exp(-tau g)
+  C *p, *mean, *r;      // [N]: shares of the bag; mean(T); mean(T) - p exp(-tau g), or u
   C *g, *step, *next;   // [N]
   C* h;                 // [N][N]
   // [kValues]: of the function, at g and at the next one; then how long a step is, how long it may be, and
@@ -73,15 +78,25 @@ struct Marginals {
   };
 
   // G of `to`, from the logits `from`, [N][ldz] each; share: what the sum over the rows is multiplied by.
+  // tau: of entropies alpha.
   __host__ __device__ KERNELMETA_NOINLINE void forward(Oracle oracle, const Bag& bag, C tau, C share,
                                                        const C* from, C* to) {
-    begin(bag, from);
-    if (oracle == Oracle::kProportions) {
+    begin(oracle, bag, tau, from);
+    if (B::kJointSteps && oracle == Oracle::kEntropy) {
       block.columns(bag.rows, [&](auto at) {
         auto along = at.zero();
-        for (int64_t n = 0; n < N; ++n) along = along + at.load(t + n * ld) * u(n);
+        for (int64_t n = 0; n < N; ++n) along = along + slope(at.load(z + n * ld), tau, tau);
         for (int64_t n = 0; n < N; ++n) {
-          at.store(t + n * ld, at.load(t + n * ld) * (along * C(-1) + u(n)) * share);
+          const auto own = slope(at.load(z + n * ld), tau, tau);
+          at.store(t + n * ld, (own - at.load(t + n * ld) * along) * share);
+        }
+      });
+    } else if (of_mean(oracle)) {
+      block.columns(bag.rows, [&](auto at) {
+        auto along = at.zero();
+        for (int64_t n = 0; n < N; ++n) along = along + at.load(t + n * ld) * r[n];
+        for (int64_t n = 0; n < N; ++n) {
+          at.store(t + n * ld, at.load(t + n * ld) * (along * C(-1) + r[n]) * share);
         }
       });
     } else {
@@ -103,13 +118,15 @@ struct Marginals {
   // The gradient `of_g` of G -> that of the logits; G as `forward` left it.
   __host__ __device__ KERNELMETA_NOINLINE void backward(Oracle oracle, const Bag& bag, C tau, C share,
                                                         const C* from, const C* found, const C* of_g, C* to) {
-    begin(bag, from);
+    begin(oracle, bag, tau, from);
     block.each_item(N * bag.rows, [&](int64_t i) {
       const int64_t n = i / bag.rows, q = i % bag.rows;
       gg[n * ld + q] = of_g[bag.at(n, q)];
     });
-    if (oracle == Oracle::kProportions) {
-      through_proportions(bag, share);
+    if (B::kJointSteps && oracle == Oracle::kEntropy) {
+      through_entropy(bag, tau, share);
+    } else if (of_mean(oracle)) {
+      through_means(oracle, bag, tau, share);
     } else {
       const bool both = oracle == Oracle::kAssignment;
       block.each_item(N * bag.rows, [&](int64_t i) {
@@ -126,8 +143,13 @@ struct Marginals {
   }
 
  private:
-  // z = log pi, t = pi, mean and p.
-  KERNELMETA_INLINE void begin(const Bag& bag, const C* from) {
+  // Whether it is a loss of the mean prediction.
+  KERNELMETA_INLINE static bool of_mean(Oracle oracle) {
+    return oracle == Oracle::kProportions || (B::kJointSteps && oracle == Oracle::kMarginalEntropy);
+  }
+
+  // z = log pi, t = pi, mean and p; of a loss of the mean, r = u.
+  KERNELMETA_INLINE void begin(Oracle oracle, const Bag& bag, C alpha, const C* from) {
     block.each_item(N * bag.rows, [&](int64_t i) {
       const int64_t n = i / bag.rows, q = i % bag.rows;
       z[n * ld + q] = from[bag.at(n, q)];
@@ -141,20 +163,49 @@ struct Marginals {
       row.one([&] {
         mean[n] = sum / C(bag.rows);
         p[n] = bag.shares ? bag.shares[n] : C(1) / C(N);
+        const C m = B::max(mean[n], kLeastMass);
+        if (oracle == Oracle::kProportions) r[n] = -p[n] / m;
+        if (B::kJointSteps && oracle == Oracle::kMarginalEntropy) {
+          r[n] = alpha == C(1) ? -B::log(m) : slope(C(B::log(m)), alpha, alpha - C(1));
+        }
       });
     });
   }
 
-  // The derivative of -p log(mean).
-  KERNELMETA_INLINE C u(int64_t n) const { return -p[n] / B::max(mean[n], kLeastMass); }
+  // The derivative of an entropy whose alpha is not 1, of the logarithm of a prediction; with a power of
+  // alpha instead of alpha - 1 times the prediction.
+  template <class V>
+  KERNELMETA_INLINE static auto slope(V log_p, C alpha, C power) {
+    return B::exp(log_p * power) * (alpha / (C(1) - alpha));
+  }
 
-  KERNELMETA_INLINE void through_proportions(const Bag& bag, C share) {
+  // As through_means, with u of every row: du = (alpha - 1) u dpi / pi.
+  KERNELMETA_INLINE void through_entropy(const Bag& bag, C alpha, C share) {
+    block.columns(bag.rows, [&](auto at) {
+      auto along = at.zero(), mean_g = at.zero(), other = at.zero();
+      for (int64_t n = 0; n < N; ++n) mean_g = mean_g + at.load(t + n * ld) * at.load(gg + n * ld);
+      for (int64_t n = 0; n < N; ++n) {
+        const auto own_u = slope(at.load(z + n * ld), alpha, alpha);
+        along = along + own_u;
+        other = other + (at.load(gg + n * ld) - mean_g) * own_u * alpha;  // <dpi, u> + <pi, du>
+      }
+      for (int64_t n = 0; n < N; ++n) {
+        const auto own = at.load(t + n * ld), own_u = slope(at.load(z + n * ld), alpha, alpha);
+        const auto moved = (at.load(gg + n * ld) - mean_g) * (own_u * alpha - own * along);
+        at.store(gz + n * ld, (moved - own * other) * share);
+      }
+    });
+  }
+
+  KERNELMETA_INLINE void through_means(Oracle oracle, const Bag& bag, C alpha, C share) {
     block.columns(bag.rows, [&](auto at) { softmax_backward<B>(at, N, ld, t, gg, C(1), gz); });
     block.rows(N, bag.rows, [&](int64_t n, auto row) {
       const C sum = row.sum([&](auto q) { return q.load(gz + n * ld); });
       row.one([&] {
         const C relative = sum / C(bag.rows) / B::max(mean[n], kLeastMass);
-        step[n] = -u(n) * relative;  // the derivative of u along gz
+        // the derivative of u along gz
+        const bool entropy = B::kJointSteps && oracle == Oracle::kMarginalEntropy;
+        step[n] = (!entropy ? -r[n] : alpha == C(1) ? C(-1) : r[n] * (alpha - C(1))) * relative;
         if (bag.grad_shares) bag.grad_shares[n] -= relative * share * C(bag.rows);
       });
     });
@@ -163,11 +214,11 @@ struct Marginals {
       auto along = at.zero(), other = at.zero();
       for (int64_t n = 0; n < N; ++n) {
         const auto own = at.load(t + n * ld);
-        along = along + own * u(n);
-        other = other + at.load(gz + n * ld) * u(n) + own * step[n];
+        along = along + own * r[n];
+        other = other + at.load(gz + n * ld) * r[n] + own * step[n];
       }
       for (int64_t n = 0; n < N; ++n) {
-        const auto moved = at.load(gz + n * ld) * (along * C(-1) + u(n));
+        const auto moved = at.load(gz + n * ld) * (along * C(-1) + r[n]);
         at.store(gz + n * ld, (moved + at.load(t + n * ld) * (other * C(-1) + step[n])) * share);
       }
     });

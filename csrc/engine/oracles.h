@@ -22,6 +22,7 @@ enum class Oracle : int64_t {
   kEquivariantGradient = 6,
   kProportions = 7,
   kAssignment = 8,
+  kMarginalEntropy = 9,
   kEnd  // their number
 };
 
@@ -254,6 +255,18 @@ struct Assignment {
   KERNELMETA_INLINE static void backward(const Args&...) {}
 };
 
+// The entropy of the mean prediction (marginals.h).
+struct MarginalEntropy {
+  static constexpr Oracle kOracle = Oracle::kMarginalEntropy;
+  static constexpr const char* kName = "marginal_entropy";
+  static constexpr bool kNeedsLabels = false;
+
+  template <class... Args>
+  KERNELMETA_INLINE static void forward(const Args&...) {}
+  template <class... Args>
+  KERNELMETA_INLINE static void backward(const Args&...) {}
+};
+
 template <class... Each>
 struct OracleList {
   static constexpr int64_t kCount = sizeof...(Each);
@@ -274,7 +287,7 @@ struct OracleList {
 
 // In the order of enum Oracle, and of ORACLES in kernelmeta/phases.py.
 using Oracles = OracleList<CrossEntropy, SquaredError, Hinge, Entropy, SoftAssignment, SyntheticGradient,
-                           EquivariantGradient, Proportions, Assignment>;
+                           EquivariantGradient, Proportions, Assignment, MarginalEntropy>;
 static_assert(Oracles::in_order() && Oracles::kCount == int64_t(Oracle::kEnd),
               "every oracle of the enum has its struct in the list, in the same order");
 
@@ -284,7 +297,8 @@ constexpr int64_t kOracles = Oracles::kCount;
 constexpr bool blind_to_shift(Oracle oracle) {
   return oracle == Oracle::kCrossEntropy || oracle == Oracle::kHinge || oracle == Oracle::kEntropy ||
          oracle == Oracle::kSoftAssignment || oracle == Oracle::kEquivariantGradient ||
-         oracle == Oracle::kProportions || oracle == Oracle::kAssignment;
+         oracle == Oracle::kProportions || oracle == Oracle::kAssignment ||
+         oracle == Oracle::kMarginalEntropy;
 }
 constexpr bool needs_labels(Oracle oracle) { return Oracles::needs_labels(oracle); }
 

@@ -8,16 +8,21 @@
 //   linear   Z  = X W^T + b              Z' = Z - lr (A + 1) G             W = W0 + P^T X, b = b0 + sum(P)
 //                                        P' = P - lr G
 //   cosine   as in cosine_step.h: the state is U and r2, with e = lr * scale; theta = a theta0 + Xhat^T P
+//   euclidean  as in euclidean_step.h: likewise, theta = a theta0 + X^T P
 //
 // (the + 1 is the bias' part). Soft assignment is not a gradient step: with p = softmax(Z), theta_a the
 // classifier at the start of the phase and c its weight, the support rows of each class, it moves by lr to
 //
 //   (c theta_a + Xhat^T p) / m,   m = c + sum(p)          (soft k-means, Ren et al. 2018, where lr = 1)
 //
+// A joint step's G is the sum of several oracles', each of the rows of one kind, times its weight; it is of
+// all live rows, zero where no oracle looks.
+//
 // The adjoint of a step needs G again; it is computed from the state, which the trace holds for every step.
 #pragma once
 
 #include "engine/class_sums.h"
+#include "engine/euclidean_step.h"
 #include "engine/program_shape.h"
 
 namespace kernelmeta {
@@ -36,7 +41,8 @@ struct ProgramLoop {
   B& block;
   const ProgramShape& s;
   const ProgramParameters<C>& with;
-  C *z, *g;   // [N][widest]
+  C *z, *g;  // [N][widest], [N][widest_step]
+  // (behind g, where some steps are joint, what one of their oracles gives: [N][widest])
   C* errors;  // [N][2]: see `loses`
   C* mlp_memory;
   const Sizes support_sizes, query_sizes;  // of the MLP on rows of one kind
@@ -51,7 +57,7 @@ struct ProgramLoop {
         s(s),
         with(with),
         z(arena.take(s.N * s.widest())),
-        g(arena.take(s.N * s.widest())),
+        g(arena.take(s.N * (s.widest_step<B>() + (s.some_joint<B>() ? s.widest() : 0)))),
         errors(arena.take(2 * s.N)),
         mlp_memory(s.H ? arena.take(mlp_size(s)) : nullptr),
         support_sizes(s.mlp(s.S)),
@@ -61,7 +67,7 @@ struct ProgramLoop {
         pair_memory(s.pairs ? arena.take(pairs_size(s)) : nullptr),
         support_pairs(pairs_in(block, s.N, s.S, pair_memory)),
         query_pairs(pairs_in(block, s.N, s.Q, pair_memory)),
-        marginals(arena, block, s.shares ? s.N : 0, s.Q) {}
+        marginals(arena, block, s.means ? s.N : 0, s.means && s.uses_support && s.S > s.Q ? s.S : s.Q) {}
   ProgramLoop(const ProgramLoop&) = delete;
 
   // From trace.u[0] (rows times theta0, plus the bias if linear) and r2[0] on: fills the trace.
@@ -80,24 +86,33 @@ struct ProgramLoop {
           if (trace.a) trace.a[n] = C(1);
         });
       });
+    } else if (trace.a) {
+      block.unfenced().each_item(N, [&](int64_t n) { trace.a[n] = C(1); });
     }
     int64_t k = 0;
     for (int64_t i = 0; i < s.n_phases; ++i) {
       const Phase& phase = s.phases[i];
       const int64_t start = k;
       for (const int64_t end = k + phase.steps; k < end; ++k) {
-        const C* u = trace.u + k * N * ld;
-        const RowRange part = s.part(phase.query);
-        classify(u, part);
-        ask(phase, part, g);
+        const RowRange part = s.driving<B>(i);
         C* ag = trace.ag + k * N * ld;
-        block.mm(N, part.count, ld, {g, part.ld(), 1}, trace.gram(phase.query), ld, ag, ld, nullptr);
+        if (s.is_joint<B>(i)) {
+          ask_together(trace, i, k, g);
+          move_together(trace, i, ag);
+        } else {
+          classify(trace, k, part);
+          ask(phase, part, g);
+          block.mm(N, part.count, ld, {g, part.ld(), 1}, trace.gram(phase.query), ld, ag, ld, nullptr);
+        }
         if (phase.oracle == Oracle::kSoftAssignment)
           assignment_step(trace, part, start, k);
         else if (s.cosine)
-          step(trace, part, s.part(!phase.query), k);
+          step(trace, part, s.others<B>(i), k);
+        else if (s.by_distance<B>())
+          step_of_distances(trace, part, s.others<B>(i), k);
         else
-          linear_step(trace, part, s.part(!phase.query), k);
+          linear_step(trace, part, s.others<B>(i), k);
+        if (s.is_joint<B>(i) && s.cosine) look_for_parallels(trace, i, k);
       }
     }
   }
@@ -111,19 +126,19 @@ struct ProgramLoop {
   KERNELMETA_INLINE void logits(const ProgramTrace<C>& trace, int64_t ways, C* out) const {
     const int64_t N = s.N, ld = s.ld();
     const C* u = trace.u + s.K * N * ld + s.query().first;
-    const C scale = with.scale, bias = with.bias;
+    const C scale = with.scale;
     block.unfenced().each_item(s.Q * ways, [&](int64_t i) {
       const int64_t n = i % ways;
-      out[i] = n < N ? scale * (u[n * ld + i / ways] + bias) : -C(__builtin_inff());
+      out[i] = n < N ? scale * (u[n * ld + i / ways] + shift(trace, s.K, n)) : -C(__builtin_inff());
     });
   }
 
   // Scratch of the backward pass.
   struct Adjoint {
     C* gu;       // [N][ld]     gradient of U or Z, in the end: of the start's
-    C* gr2;      // [N]         cosine only, like ga and what belongs to the anchor
+    C* gr2;      // [N]         not linear, like ga; what belongs to the anchor: cosine only
     C *gp, *ga;  // [N][ld], [N]: of P and a, with coefficients only
-    C *gg, *gz;  // [N][widest]
+    C *gg, *gz;  // [N][widest_step], [N][widest]
     C* gag;      // [K][N][ld]  gradient of A G; all steps are kept for the Gram matrix' gradient
     C* gs;       // G of every step, likewise; see ProgramShape::packed
     C* gh;       // [H][mlp_ld], MLP scratch
@@ -139,10 +154,10 @@ struct ProgramLoop {
           gr2(arena.take(s.N)),
           gp(s.coefficients ? arena.take(s.N * s.ld()) : nullptr),
           ga(s.coefficients ? arena.take(s.N) : nullptr),
-          gg(arena.take(s.N * s.widest())),
+          gg(arena.take(s.N * s.widest_step<B>())),
           gz(arena.take(s.N * s.widest())),
           gag(arena.take(s.K * s.N * s.ld())),
-          gs(arena.take(s.packed(s.n_phases))),
+          gs(arena.take(s.packed<B>(s.n_phases))),
           gh(s.H ? arena.take(s.H * s.mlp_ld()) : nullptr),
           ganchor(arena.take(s.N)),
           gra(s.cosine ? arena.take(s.N * s.ld()) : nullptr),
@@ -169,7 +184,7 @@ struct ProgramLoop {
                                   const Adjoint& adj, const ProgramLoopGrad<C>& grad) {
     const int64_t N = s.N, ld = s.ld();
     begin_backward(grad_logits, ways, adj);
-    through_classifier(trace.u + s.K * N * ld, s.query(), adj);
+    through_classifier(trace, s.K, s.query(), adj);
     int64_t k = s.K;
     for (int64_t i = s.n_phases - 1; i >= 0; --i) {
       const Phase& phase = s.phases[i];
@@ -177,20 +192,30 @@ struct ProgramLoop {
       const int64_t start = k - phase.steps;
       if (assigns) clear_anchor(adj);
       while (k-- > start) {
-        const C* u = trace.u + k * N * ld;
-        const RowRange part = s.part(phase.query);
-        C* gs = adj.gs + s.packed(i) + (k - start) * N * part.ld();
+        const RowRange part = s.driving<B>(i);
+        C* gs = adj.gs + s.packed<B>(i) + (k - start) * N * part.ld();
         const C* gag = adj.gag + k * N * ld;
-        classify(u, part);
-        ask(phase, part, gs);
+        if (s.is_joint<B>(i)) {
+          ask_together(trace, i, k, gs);
+        } else {
+          classify(trace, k, part);
+          ask(phase, part, gs);
+        }
         if (assigns)
           assignment_backward(trace, part, start, k, adj, gs);
         else if (s.cosine)
-          step_backward(trace, part, s.part(!phase.query), k, adj, gs);
+          step_backward(trace, part, s.others<B>(i), k, adj, gs);
+        else if (s.by_distance<B>())
+          backward_of_distances(trace, part, s.others<B>(i), k, adj, gs);
         else
           linear_backward(trace, part, k, adj, gs);
         add_rate(k, adj, grad);
         if (with.first_order) continue;
+        if (s.is_joint<B>(i)) {
+          come_back_together(trace, i, k, adj);
+          ask_back_together(trace, i, k, adj, grad);
+          continue;
+        }
         // gg += A gag, of the phase's rows.
         block.dots(N, FeatureRows<C>{gag, ld, nullptr}, part.count,
                    FeatureRows<C>{trace.gram(phase.query), ld, nullptr}, ld, g, part.ld());
@@ -200,8 +225,8 @@ struct ProgramLoop {
             q.store(gg, q.load(gg) + q.load(g + n * part.ld()));
           });
         });
-        ask_backward(phase, part, gs, adj, grad);
-        through_classifier(u, part, adj, !blind_to_shift(phase.oracle));
+        ask_backward(phase, part, gs, adj.gg, adj, grad);
+        through_classifier(trace, k, part, adj, !blind_to_shift(phase.oracle));
       }
       k = start;
       if (assigns) through_anchor(trace, start, adj);
@@ -250,13 +275,19 @@ struct ProgramLoop {
     });
   }
 
-  // z = scale (U + bias) of one part.
-  KERNELMETA_INLINE void classify(const C* u, RowRange part) {
+  // What is added to class n's U before step k.
+  KERNELMETA_INLINE C shift(const ProgramTrace<C>& trace, int64_t k, int64_t n) const {
+    return s.by_distance<B>() ? trace.r2[k * s.N + n] * C(-0.5) : with.bias;
+  }
+
+  // z = scale (U + shift) of one part, before step k.
+  KERNELMETA_INLINE void classify(const ProgramTrace<C>& trace, int64_t k, RowRange part) {
     const int64_t ld = s.ld();
     block.rows(s.N, ld, [&](int64_t n, auto row) {
-      const C* from = u + n * ld + part.first;
+      const C* from = trace.u + (k * s.N + n) * ld + part.first;
+      const C own = shift(trace, k, n);
       row.part(part.first, part.count).each([&](auto q) {
-        q.store(z + n * part.ld(), (q.load(from) + with.bias) * with.scale);
+        q.store(z + n * part.ld(), (q.load(from) + own) * with.scale);
       });
     });
   }
@@ -282,9 +313,9 @@ struct ProgramLoop {
       if (phase.mean) scale_rows(to, part, C(1) / C(part.count));
       return;
     }
-    if (phase.shares != Shares::kNone) {
+    if (phase.looks_at_means<B>()) {
       each_bag(phase, part, nullptr, [&](const auto& bag, C share) {
-        marginals.forward(phase.oracle, bag, C(phase.tau()), share, z, to);
+        marginals.forward(phase.oracle, bag, of_marginals(phase), share, z, to);
       });
       clear_padding(part, to);
       return;
@@ -293,26 +324,31 @@ struct ProgramLoop {
     with_oracle(phase.oracle, [&](auto oracle) { oracle.forward(rows, z, to); });
   }
 
-  // adj.gz = (dG/dz)^T adj.gg; after ask(phase, part, gs).
+  // What marginals.h wants of a phase besides: tau or alpha.
+  KERNELMETA_INLINE static C of_marginals(const Phase& phase) {
+    return C(phase.shares == Shares::kNone ? phase.number : phase.tau());
+  }
+
+  // adj.gz = (dG/dz)^T gg; after ask(phase, part, gs).
   __host__ __device__ KERNELMETA_NOINLINE void ask_backward(const Phase& phase, RowRange part, const C* gs,
-                                                            const Adjoint& adj,
+                                                            C* gg, const Adjoint& adj,
                                                             const ProgramLoopGrad<C>& grad) {
     if (phase.oracle == Oracle::kSyntheticGradient) {
-      if (phase.mean) scale_rows(adj.gg, part, C(1) / C(part.count));
-      mlp(phase).backward(z, adj.gg, adj.gz, adj.gh, *grad.mlp);
+      if (phase.mean) scale_rows(gg, part, C(1) / C(part.count));
+      mlp(phase).backward(z, gg, adj.gz, adj.gh, *grad.mlp);
       return;
     }
     if (phase.oracle == Oracle::kEquivariantGradient) {
       PairInputs<B>& of_pairs = pairs(phase);
-      if (phase.mean) scale_rows(adj.gg, part, C(1) / C(part.count));
-      of_pairs.put_in(adj.gg);
+      if (phase.mean) scale_rows(gg, part, C(1) / C(part.count));
+      of_pairs.put_in(gg);
       mlp(phase).backward(of_pairs.x, of_pairs.out, of_pairs.gx, adj.gh, *grad.mlp);
       of_pairs.backward(z, adj.gz);
       return;
     }
-    if (phase.shares != Shares::kNone) {
+    if (phase.looks_at_means<B>()) {
       each_bag(phase, part, grad.proportions, [&](const auto& bag, C share) {
-        marginals.backward(phase.oracle, bag, C(phase.tau()), share, z, gs, adj.gg, adj.gz);
+        marginals.backward(phase.oracle, bag, of_marginals(phase), share, z, gs, gg, adj.gz);
       });
       clear_padding(part, adj.gz);
       return;
@@ -321,13 +357,12 @@ struct ProgramLoop {
     if (phase.oracle == Oracle::kSquaredError) {
       block.unfenced().rows(s.N, s.ld(), [&](int64_t n, auto row) {
         const int64_t i = n * part.ld();
-        const C along = row.part(part.first, part.count).sum([&](auto q) {
-          return q.load(rows.y + i) * q.load(adj.gg + i);
-        });
+        const C along =
+            row.part(part.first, part.count).sum([&](auto q) { return q.load(rows.y + i) * q.load(gg + i); });
         row.one([&] { adj.gtarget.add(n, -along * rows.share); });
       });
     }
-    with_oracle(phase.oracle, [&](auto oracle) { oracle.backward(rows, z, gs, adj.gg, adj.gz); });
+    with_oracle(phase.oracle, [&](auto oracle) { oracle.backward(rows, z, gs, gg, adj.gz); });
   }
 
   // Zeros behind the rows, as the other oracles leave them.
@@ -336,14 +371,16 @@ struct ProgramLoop {
     block.each_item(s.N * more, [&](int64_t i) { array[i / more * ld + part.count + i % more] = C(0); });
   }
 
-  // f(bag, what the sum over the rows is multiplied by) for every bag with a row.
+  // f(bag, what the sum over the rows is multiplied by) for every bag with a row. Entropies take all rows for
+  // one.
   template <class F>
   KERNELMETA_INLINE void each_bag(const Phase& phase, RowRange part, C* grad_proportions, F f) const {
     const C share = phase.mean ? C(1) / C(part.count) : C(1);
     const bool given = phase.shares == Shares::kGiven;
-    for (int64_t b = 0; b < with.bags; ++b) {
-      const int64_t first = with.bag_offsets ? with.bag_offsets[b] : 0;
-      const int64_t rows = (with.bag_offsets ? with.bag_offsets[b + 1] : part.count) - first;
+    const int64_t* offsets = phase.shares == Shares::kNone ? nullptr : with.bag_offsets;
+    for (int64_t b = 0; b < (offsets ? with.bags : 1); ++b) {
+      const int64_t first = offsets ? offsets[b] : 0;
+      const int64_t rows = (offsets ? offsets[b + 1] : part.count) - first;
       if (rows == 0) continue;
       const int64_t at = b * with.proportions_ld;
       f(typename Marginals<B>::Bag{part.ld(), first, rows, given ? with.proportions + at : nullptr,
@@ -359,27 +396,136 @@ struct ProgramLoop {
     });
   }
 
-  // adj.gz, the gradient of a part's z = scale (U + bias), goes into gu, gscale and gbias. shifts: whether
-  // its sum over the classes is more than rounding.
-  KERNELMETA_INLINE void through_classifier(const C* u, RowRange part, const Adjoint& adj,
-                                            bool shifts = true) {
+  // adj.gz, the gradient of a part's z = scale (U + shift) before step k, goes into gu, gscale and gbias or
+  // gr2. shifts: whether its sum over the classes is more than rounding.
+  KERNELMETA_INLINE void through_classifier(const ProgramTrace<C>& trace, int64_t k, RowRange part,
+                                            const Adjoint& adj, bool shifts = true) {
     const int64_t ld = s.ld();
     block.rows(s.N, ld, [&](int64_t n, auto row) {
-      const C *gz = adj.gz + n * part.ld(), *un = u + n * ld + part.first;
+      const C *gz = adj.gz + n * part.ld(), *un = trace.u + (k * s.N + n) * ld + part.first;
       C* gu = adj.gu + n * ld + part.first;
       const auto of_part = row.part(part.first, part.count);
-      if (s.cosine) {
+      if (s.has_length<B>()) {
         const C sum = of_part.sum([&](auto q) { return q.load(gz); });
         const C along = of_part.sum([&](auto q) { return q.load(gz) * q.load(un); });
         row.one([&] {
           adj.gscale.add(n, along);
-          if (!shifts) return;
-          adj.gscale.add(n, with.bias * sum);
-          adj.gbias.add(n, with.scale * sum);
+          if (!shifts && s.cosine) return;
+          adj.gscale.add(n, shift(trace, k, n) * sum);
+          if (s.cosine)
+            adj.gbias.add(n, with.scale * sum);
+          else
+            adj.gr2[n] -= with.scale * sum * C(0.5);
         });
       }
       of_part.each([&](auto q) { q.store(gu, q.load(gu) + q.load(gz) * with.scale); });
     });
+  }
+
+  // ---- joint steps
+
+  // What one of a joint step's oracles gives, [N][its part's ld].
+  KERNELMETA_INLINE C* one() const { return g + s.N * s.ld(); }
+
+  // to [N][ld] = G of the joint step k of phase i.
+  __host__ __device__ KERNELMETA_NOINLINE void ask_together(const ProgramTrace<C>& trace, int64_t i,
+                                                            int64_t k, C* to) {
+    const int64_t ld = s.ld();
+    block.rows(s.N, ld,
+               [&](int64_t n, auto row) { row.each([&](auto q) { q.store(to + n * ld, q.zero()); }); });
+    for (int64_t j = s.template first_of<B>(i); j <= i; ++j) {
+      const Phase& phase = s.phases[j];
+      const RowRange part = s.part(phase.query);
+      classify(trace, k, part);
+      ask(phase, part, one());
+      add_part(one(), part, C(phase.weight), to);
+    }
+  }
+
+  // to [N][ld], of one part, grows by from [N][part.ld()] times weight.
+  KERNELMETA_INLINE void add_part(const C* from, RowRange part, C weight, C* to) const {
+    const int64_t ld = s.ld();
+    block.rows(s.N, ld, [&](int64_t n, auto row) {
+      C* a = to + n * ld + part.first;
+      row.part(part.first, part.count).each([&](auto q) {
+        q.store(a, q.load(a) + q.load(from + n * part.ld()) * weight);
+      });
+    });
+  }
+
+  // ag = A G, of G in g.
+  __host__ __device__ KERNELMETA_NOINLINE void move_together(const ProgramTrace<C>& trace, int64_t i, C* ag) {
+    const int64_t ld = s.ld();
+    bool moved = false;
+    for (int of_query = 0; of_query < 2; ++of_query) {
+      if (!s.drive<B>(of_query, i)) continue;
+      const RowRange part = s.part(of_query);
+      const C *from = g + part.first, *gram = trace.gram(of_query);
+      if (moved)
+        block.mm_add(s.N, part.count, ld, {from, ld, 1}, gram, ld, ag, ld);
+      else
+        block.mm(s.N, part.count, ld, {from, ld, 1}, gram, ld, ag, ld, nullptr);
+      moved = true;
+    }
+  }
+
+  // Of a cosine classifier: cosine_step looks at what pads the rows, too.
+  __host__ __device__ KERNELMETA_NOINLINE void look_for_parallels(const ProgramTrace<C>& trace, int64_t i,
+                                                                  int64_t k) {
+    const int64_t ld = s.ld();
+    block.rows(s.N, ld, [&](int64_t n, auto row) {
+      bool parallel = true;
+      for (int of_query = 0; of_query < 2; ++of_query) {
+        if (!s.drive<B>(of_query, i)) continue;
+        const RowRange part = s.part(of_query);
+        const C* u = trace.u + ((k + 1) * s.N + n) * ld + part.first;
+        parallel = nearly_parallel(row.part(part.first, part.count), u) && parallel;
+      }
+      row.one([&] {
+        if (parallel) trace.lost[n] = 1;
+      });
+    });
+  }
+
+  // adj.gg += A gag, of the rows that drive the step.
+  __host__ __device__ KERNELMETA_NOINLINE void come_back_together(const ProgramTrace<C>& trace, int64_t i,
+                                                                  int64_t k, const Adjoint& adj) {
+    const int64_t ld = s.ld();
+    for (int of_query = 0; of_query < 2; ++of_query) {
+      if (!s.drive<B>(of_query, i)) continue;
+      const RowRange part = s.part(of_query);
+      block.dots(s.N, FeatureRows<C>{adj.gag + k * s.N * ld, ld, nullptr}, part.count,
+                 FeatureRows<C>{trace.gram(of_query), ld, nullptr}, ld, g, part.ld());
+      add_part(g, part, C(1), adj.gg);
+    }
+  }
+
+  // adj.gg, of G -> adj.gu (and adj.gr2), and what is learned.
+  __host__ __device__ KERNELMETA_NOINLINE void ask_back_together(const ProgramTrace<C>& trace, int64_t i,
+                                                                 int64_t k, const Adjoint& adj,
+                                                                 const ProgramLoopGrad<C>& grad) {
+    for (int64_t j = s.template first_of<B>(i); j <= i; ++j) {
+      const Phase& phase = s.phases[j];
+      const RowRange part = s.part(phase.query);
+      ask_back(trace, phase, part, k, adj, grad);
+      through_classifier(trace, k, part, adj, !blind_to_shift(phase.oracle));
+    }
+  }
+
+  // adj.gz of one oracle of a joint step.
+  __host__ __device__ KERNELMETA_NOINLINE void ask_back(const ProgramTrace<C>& trace, const Phase& phase,
+                                                        RowRange part, int64_t k, const Adjoint& adj,
+                                                        const ProgramLoopGrad<C>& grad) {
+    const int64_t ld = s.ld();
+    classify(trace, k, part);
+    ask(phase, part, one());
+    block.rows(s.N, ld, [&](int64_t n, auto row) {
+      const C* from = adj.gg + n * ld + part.first;
+      row.part(part.first, part.count).each([&](auto q) {
+        q.store(g + n * part.ld(), q.load(from) * C(phase.weight));
+      });
+    });
+    ask_backward(phase, part, one(), g, adj, grad);
   }
 
  private:
@@ -463,6 +609,16 @@ struct ProgramLoop {
             trace.p ? trace.p + i * ld : nullptr};
   }
 
+  KERNELMETA_INLINE StepAdjoint<C> adjoint_of(RowRange part, int64_t k, int64_t n, const Adjoint& adj) const {
+    const int64_t ld = s.ld(), i = n * ld;
+    return {adj.gr2 + n,
+            adj.gu + i,
+            adj.gp ? adj.ga + n : nullptr,
+            adj.gp ? adj.gp + i : nullptr,
+            adj.gg + n * part.ld(),
+            adj.gag + (k * s.N + n) * ld};
+  }
+
   __host__ __device__ KERNELMETA_NOINLINE void step(const ProgramTrace<C>& trace, RowRange part,
                                                     RowRange others, int64_t k) {
     const int64_t N = s.N, ld = s.ld();
@@ -479,11 +635,36 @@ struct ProgramLoop {
                                                              const C* gs) {
     const int64_t N = s.N, ld = s.ld();
     block.rows(N, ld, [&](int64_t n, auto row) {
-      const int64_t i = n * ld;
-      const C ge = cosine_step_backward<B>(
-          LiveRow(row, part, others), state(trace, part, k, n, gs),
-          {adj.gr2 + n, adj.gu + i, adj.gp ? adj.ga + n : nullptr, adj.gp ? adj.gp + i : nullptr,
-           adj.gg + n * part.ld(), adj.gag + (k * N + n) * ld});
+      const C ge = cosine_step_backward<B>(LiveRow(row, part, others), state(trace, part, k, n, gs),
+                                           adjoint_of(part, k, n, adj));
+      row.one([&] {
+        adj.gscale.add(n, with.rates[k] * ge);
+        adj.grate[n] = with.scale * ge;
+      });
+    });
+  }
+
+  // ---- euclidean
+
+  __host__ __device__ KERNELMETA_NOINLINE void step_of_distances(const ProgramTrace<C>& trace, RowRange part,
+                                                                 RowRange others, int64_t k) {
+    const int64_t N = s.N, ld = s.ld();
+    block.rows(N, ld, [&](int64_t n, auto row) {
+      const int64_t i = (k + 1) * N + n;
+      euclidean_step(LiveRow(row, part, others), state(trace, part, k, n, g),
+                     {trace.r2 + i, trace.u + i * ld, nullptr, nullptr, trace.a ? trace.a + i : nullptr,
+                      trace.p ? trace.p + i * ld : nullptr});
+    });
+  }
+
+  __host__ __device__ KERNELMETA_NOINLINE void backward_of_distances(const ProgramTrace<C>& trace,
+                                                                     RowRange part, RowRange others,
+                                                                     int64_t k, const Adjoint& adj,
+                                                                     const C* gs) {
+    const int64_t N = s.N, ld = s.ld();
+    block.rows(N, ld, [&](int64_t n, auto row) {
+      const C ge = euclidean_step_backward(LiveRow(row, part, others), state(trace, part, k, n, gs),
+                                           adjoint_of(part, k, n, adj));
       row.one([&] {
         adj.gscale.add(n, with.rates[k] * ge);
         adj.grate[n] = with.scale * ge;

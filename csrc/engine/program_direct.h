@@ -49,25 +49,23 @@ struct DirectProgram {
   // theta[0] and the normalised rows -> theta and w of every step, and the trace. again: U, r2, P and a are
   // there.
   __host__ __device__ KERNELMETA_NOINLINE void forward(bool again) {
-    const int64_t N = s.N, ND = N * s.D, ld = s.ld();
+    const int64_t ND = s.N * s.D;
     const Steps d = steps();
     if (!again) d.norms(theta, trace.r2);
     int64_t k = 0;
     for (int64_t i = 0; i < s.n_phases; ++i) {
       const Phase& phase = s.phases[i];
-      const RowRange part = s.part(phase.query);
+      const RowRange part = s.driving<B>(i);
       const int64_t start = k;
       for (const int64_t end = k + phase.steps; k < end; ++k) {
-        const C* u = trace.u + k * N * ld;
         cosines(d, k, again);
-        loop.classify(u, part);
-        loop.ask(phase, part, loop.g);
+        ask(i, k, loop.g);
         C *from = theta + k * ND, *moved = w + k * ND;
-        d.pull(loop.g, part, rows(phase.query), moved);
+        pull(d, i, loop.g, moved);
         if (phase.oracle == Oracle::kSoftAssignment)
           assign(part, start, k, again);
         else
-          descend(d, part, s.part(!phase.query), k, from, moved, again);
+          descend(d, part, s.others<B>(i), k, from, moved, again);
       }
     }
     cosines(d, k, again);
@@ -87,26 +85,31 @@ struct DirectProgram {
     through_cosines(d, k, true, adj, of_rows);
     for (int64_t i = s.n_phases - 1; i >= 0; --i) {
       const Phase& phase = s.phases[i];
-      const RowRange part = s.part(phase.query);
+      const RowRange part = s.driving<B>(i);
       const bool assigns = phase.oracle == Oracle::kSoftAssignment;
       const int64_t start = k - phase.steps;
       if (assigns) clear_anchor(adj);
       while (k-- > start) {
-        loop.classify(trace.u + k * N * ld, part);
-        loop.ask(phase, part, adj.gs);
+        ask(i, k, adj.gs);
         d.directions(theta + k * N * s.D, trace.r2 + k * N);
         if (assigns)
           assign_backward(part, start, k, adj);
         else
           descend_backward(d, part, k, adj);
         loop.add_rate(k, adj, grad);
-        d.pull_backward(adj.gv, adj.gs, part, rows(phase.query), adj.gg, of_rows.of(phase.query));
+        pull_backward(d, i, adj, of_rows);
         add_to_gg(part, k, assigns, adj);
-        loop.ask_backward(phase, part, adj.gs, adj, grad);
-        block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
-          row.each([&](auto q) { q.store(adj.gu + n * ld, q.zero()); });
-        });
-        through_cosines(d, k, phase.query, adj, of_rows, !blind_to_shift(phase.oracle));
+        for (int64_t j = s.template first_of<B>(i); j <= i; ++j) {
+          const Phase& asked = s.phases[j];
+          if (s.is_joint<B>(i))
+            loop.ask_back(trace, asked, s.part(asked.query), k, adj, grad);
+          else
+            loop.ask_backward(asked, part, adj.gs, adj.gg, adj, grad);
+          block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
+            row.each([&](auto q) { q.store(adj.gu + n * ld, q.zero()); });
+          });
+          through_cosines(d, k, asked.query, adj, of_rows, !blind_to_shift(asked.oracle));
+        }
       }
       k = start;
       if (assigns) through_anchor(adj);
@@ -124,6 +127,49 @@ struct DirectProgram {
     return {of_query ? unit_query : unit_support, s.D, nullptr};
   }
 
+  // to = G of step k of phase i.
+  KERNELMETA_INLINE void ask(int64_t i, int64_t k, C* to) const {
+    if (s.is_joint<B>(i)) return loop.ask_together(trace, i, k, to);
+    loop.classify(trace, k, s.driving<B>(i));
+    loop.ask(s.phases[i], s.driving<B>(i), to);
+  }
+
+  // to = Xhat^T G
+  KERNELMETA_INLINE void pull(const Steps& d, int64_t i, const C* g, C* to) const {
+    block.unfenced().features_zero(s.N, s.D, to);
+    if constexpr (B::kJointSteps) {
+      const RowRange all = s.driving<B>(i);
+      each_driving(i, [&](RowRange part, int64_t first, bool of_query) {
+        d.pull(g + first, all.ld(), part, rows(of_query), to);
+      });
+    } else {
+      const bool of_query = s.phases[i].query;
+      d.pull(g, s.part(of_query).ld(), s.part(of_query), rows(of_query), to);
+    }
+  }
+  KERNELMETA_INLINE void pull_backward(const Steps& d, int64_t i, const Adjoint& adj,
+                                       const LiveFeatureGrad<C>& of_rows) const {
+    if constexpr (B::kJointSteps) {
+      const RowRange all = s.driving<B>(i);
+      each_driving(i, [&](RowRange part, int64_t first, bool of_query) {
+        d.pull_backward(adj.gv, adj.gs + first, all.ld(), part, rows(of_query), adj.gg + first,
+                        of_rows.of(of_query));
+      });
+    } else {
+      const bool of_query = s.phases[i].query;
+      d.pull_backward(adj.gv, adj.gs, s.part(of_query).ld(), s.part(of_query), rows(of_query), adj.gg,
+                      of_rows.of(of_query));
+    }
+  }
+  // f(part, where it begins in G, of query rows)
+  template <class Fn>
+  KERNELMETA_INLINE void each_driving(int64_t i, Fn f) const {
+    for (int of_query = 0; of_query < 2; ++of_query) {
+      const RowRange part = s.part(of_query);
+      if (s.drive<B>(of_query, i)) f(part, part.first - s.driving<B>(i).first, bool(of_query));
+    }
+  }
+
   KERNELMETA_INLINE void cosines(const Steps& d, int64_t k, bool again) const {
     C* u = trace.u + k * s.N * s.ld();
     d.directions(theta + k * s.N * s.D, trace.r2 + k * s.N);
@@ -135,7 +181,7 @@ struct DirectProgram {
   // adj.gz, of the rows of one kind before step k (or at the end) -> adj.gtheta and the rows. h is there.
   KERNELMETA_INLINE void through_cosines(const Steps& d, int64_t k, bool of_query, const Adjoint& adj,
                                          const LiveFeatureGrad<C>& of_rows, bool shifts = true) const {
-    loop.through_classifier(trace.u + k * s.N * s.ld(), s.part(of_query), adj, shifts);
+    loop.through_classifier(trace, k, s.part(of_query), adj, shifts);
     d.cosines_backward(trace.r2 + k * s.N, s.part(of_query), rows(of_query), adj.gu, adj.gv, adj.gtheta,
                        of_rows.of(of_query));
   }

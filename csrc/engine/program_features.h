@@ -29,8 +29,9 @@ struct ProgramFeatures {
       if (theta0)
         block.dots(N, FeatureRows<C>{theta0, D, nullptr}, part.count, rows, D, trace.u + part.first, ld);
     });
-    if (s.cosine) {
-      in_range = normalise();
+    if (s.cosine) in_range = normalise();
+    if (s.has_length<B>()) {
+      if (!theta0) return in_range;
       block.unfenced().features(N, D, [&](int64_t n, auto row) {
         const C* t = theta0 + n * D;
         const C squares = row.sum([&](auto d) { return d.load(t) * d.load(t); });
@@ -96,11 +97,12 @@ struct ProgramFeatures {
         });
         row.one([&] {
           if (gstart_bias) gstart_bias[n] += sum;
+          if (s.by_distance<B>()) t.gn0[n] = adj.gr2[n];
         });
       }
     });
     if (!gtheta0) return;
-    if (s.cosine) {
+    if (s.has_length<B>()) {
       block.features(N, D, [&](int64_t n, auto row) {
         C* to = gtheta0 + n * D;
         row.each([&](auto d) { d.store(to, d.load(to) + d.load(theta0 + n * D) * (2 * t.gn0[n])); });
@@ -187,7 +189,7 @@ struct ProgramFeatures {
         });
       }
     }
-    if (s.cosine) return;
+    if (s.has_length<B>()) return;
     for (int of_query = 0; of_query < 2; ++of_query) {
       C* gram = trace.gram(of_query);
       if (!gram) continue;
@@ -253,12 +255,13 @@ struct ProgramFeatures {
     int64_t k = 0;
     for (int64_t i = 0; i < s.n_phases; ++i) {
       const Phase& phase = s.phases[i];
-      if (phase.query == of_query && phase.steps > 0) {
-        const C *gs = adj.gs + s.packed(i), *gag = adj.gag + k * N * ld;
+      if (phase.steps > 0 && s.drive<B>(of_query, i)) {
+        const RowRange all = s.driving<B>(i);
+        const C *gs = adj.gs + s.packed<B>(i) + part.first - all.first, *gag = adj.gag + k * N * ld;
         if (used)
-          block.mm_add(part.count, phase.steps * N, ld, {gs, 1, part.ld()}, gag, ld, w, ld);
+          block.mm_add(part.count, phase.steps * N, ld, {gs, 1, all.ld()}, gag, ld, w, ld);
         else
-          block.mm(part.count, phase.steps * N, ld, {gs, 1, part.ld()}, gag, ld, w, ld, nullptr);
+          block.mm(part.count, phase.steps * N, ld, {gs, 1, all.ld()}, gag, ld, w, ld, nullptr);
         used = true;
       }
       k += phase.steps;

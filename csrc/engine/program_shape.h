@@ -15,9 +15,24 @@ struct Phase {
   bool mean;   // the loss is the mean over the rows; else their sum
   int64_t steps;
   Shares shares = Shares::kNone;  // of the rows, that the classes have
-  double relax = 1;               // how nearly T keeps to them, see marginals.h
+  double number = 1;  // relax, how nearly T keeps to the shares; of entropies alpha. See marginals.h
+  // Of a joint step, whose G is the sum of several oracles', each times its weight. They stand one after the
+  // other; all but the last, which has the steps, join the next one.
+  double weight = 1;
+  bool joins = false;
 
-  KERNELMETA_INLINE double tau() const { return (1 - relax) / relax; }
+  KERNELMETA_INLINE double tau() const { return (1 - number) / number; }
+  // Whether it is an entropy that marginals.h has the G of.
+  KERNELMETA_INLINE bool is_entropy() const {
+    return oracle == Oracle::kMarginalEntropy || (oracle == Oracle::kEntropy && number != 1);
+  }
+  // Whether marginals.h has its G.
+  template <class B>
+  KERNELMETA_INLINE bool looks_at_means() const {
+    return shares != Shares::kNone || (B::kJointSteps && is_entropy());
+  }
+  // Whether only Blocks with kJointSteps take it.
+  KERNELMETA_INLINE bool wants_joint_steps() const { return joins || weight != 1 || is_entropy(); }
 };
 
 // One task's sizes, and the program.
@@ -25,13 +40,27 @@ struct ProgramShape {
   int64_t S, Q, N, D, H;
   const Phase* phases;
   int64_t n_phases;
-  int64_t K;  // steps of all phases
-  bool cosine;
+  int64_t K;                      // steps of all phases
+  bool cosine, euclidean;         // neither: linear
   bool uses_support, uses_query;  // some phase does
   bool coefficients;              // P and a are wanted
   bool pairs;                     // the MLP is that of the equivariant gradient
-  bool shares;                    // some phase knows the classes' shares of the rows
+  bool means;                     // some phase looks at means of predictions, see marginals.h
+  bool joint;                     // some steps are joint
 
+  template <class B>
+  KERNELMETA_INLINE bool by_distance() const {
+    return B::kJointSteps && euclidean;
+  }
+  // Whether |theta|^2 and a are part of the state.
+  template <class B>
+  KERNELMETA_INLINE bool has_length() const {
+    return cosine || by_distance<B>();
+  }
+  template <class B>
+  KERNELMETA_INLINE bool some_joint() const {
+    return B::kJointSteps && joint;
+  }
   KERNELMETA_INLINE RowRange support() const { return {0, uses_support ? S : 0}; }
   KERNELMETA_INLINE RowRange query() const { return {support().ld(), Q}; }
   KERNELMETA_INLINE RowRange part(bool of_query) const { return of_query ? query() : support(); }
@@ -39,10 +68,45 @@ struct ProgramShape {
   KERNELMETA_INLINE int64_t widest() const {
     return support().ld() > query().ld() ? support().ld() : query().ld();
   }
-  // Where the G of phase i's first step stands among those of all steps, [N][its part's ld] each.
+  // Whether phase i's steps are joint ones: then G is of all live rows. Its oracles begin with `first_of(i)`.
+  template <class B>
+  KERNELMETA_INLINE bool is_joint(int64_t i) const {
+    return B::kJointSteps && (phases[i].weight != 1 || first_of<B>(i) < i);
+  }
+  template <class B>
+  KERNELMETA_INLINE int64_t first_of(int64_t i) const {
+    if constexpr (B::kJointSteps) {
+      while (i > 0 && phases[i - 1].joins) --i;
+    }
+    return i;
+  }
+  // Whether an oracle of phase i's steps looks at the rows of one kind.
+  template <class B>
+  KERNELMETA_INLINE bool drive(bool of_query, int64_t i) const {
+    bool found = phases[i].query == of_query;
+    if constexpr (B::kJointSteps) {
+      for (int64_t j = first_of<B>(i); j < i; ++j) found = found || phases[j].query == of_query;
+    }
+    return found;
+  }
+  // The rows of phase i's G, with what lies between them.
+  template <class B>
+  KERNELMETA_INLINE RowRange driving(int64_t i) const {
+    return is_joint<B>(i) ? RowRange{0, query().first + Q} : part(phases[i].query);
+  }
+  template <class B>
+  KERNELMETA_INLINE RowRange others(int64_t i) const {
+    return is_joint<B>(i) ? RowRange{0, 0} : part(!phases[i].query);
+  }
+  template <class B>
+  KERNELMETA_INLINE int64_t widest_step() const {
+    return some_joint<B>() ? ld() : widest();
+  }
+  // Where the G of phase i's first step stands among those of all steps, [N][ld of its rows] each.
+  template <class B>
   KERNELMETA_INLINE int64_t packed(int64_t i) const {
     int64_t elements = 0;
-    for (int64_t j = 0; j < i; ++j) elements += phases[j].steps * N * part(phases[j].query).ld();
+    for (int64_t j = 0; j < i; ++j) elements += phases[j].steps * N * driving<B>(j).ld();
     return elements;
   }
   // The MLP's, on so many rows.
@@ -61,8 +125,8 @@ struct ProgramShape {
 template <class C>
 struct ProgramTrace {
   C* theta0;                     // [N][D]        where the start is the class means
-  C* inverse;                    // [ld]          1 / |x|; cosine only, like r2, a and mass
-  C* r2;                         // [K+1][N]
+  C* inverse;                    // [ld]          1 / |x|; cosine only
+  C* r2;                         // [K+1][N]      not linear; like a
   C* u;                          // [K+1][N][ld]  U, or Z
   C* ag;                         // [K][N][ld]    A G
   C *gram_support, *gram_query;  // [S][ld], [Q][ld]: rows of A (+ 1 if linear), for the parts in use
@@ -74,14 +138,14 @@ struct ProgramTrace {
   KERNELMETA_INLINE ProgramTrace(Arena<C>& arena, const ProgramShape& s, bool class_means)
       : theta0(class_means ? arena.take(s.N * s.D) : nullptr),
         inverse(s.cosine ? arena.take(s.ld()) : nullptr),
-        r2(s.cosine ? arena.take((s.K + 1) * s.N) : nullptr),
+        r2((s.cosine || s.euclidean) ? arena.take((s.K + 1) * s.N) : nullptr),
         u(arena.take((s.K + 1) * s.N * s.ld())),
         ag(arena.take(s.K * s.N * s.ld())),
         gram_support(s.uses_support ? arena.take(s.S * s.ld()) : nullptr),
         gram_query(s.uses_query ? arena.take(s.Q * s.ld()) : nullptr),
         anchor(s.cosine ? arena.take((s.K + 1) * s.N) : nullptr),
         lost(s.cosine ? arena.take(s.N) : nullptr),
-        a(s.coefficients && s.cosine ? arena.take((s.K + 1) * s.N) : nullptr),
+        a(s.coefficients && (s.cosine || s.euclidean) ? arena.take((s.K + 1) * s.N) : nullptr),
         p(s.coefficients ? arena.take((s.K + 1) * s.N * s.ld()) : nullptr) {}
 
   KERNELMETA_INLINE C* gram(bool of_query) const { return of_query ? gram_query : gram_support; }
@@ -90,7 +154,7 @@ struct ProgramTrace {
 // What the phases read besides the state; pointers may be null where no phase needs them.
 template <class C>
 struct ProgramParameters {
-  C scale, bias;   // cosine: Z = scale (U + bias); linear: 1 and 0
+  C scale, bias;   // Z = scale (U + bias), bias 0 if Euclidean; linear: 1 and 0
   C target;        // of squared error
   const C* rates;  // [K]
   const FoldedMlp<C>* mlp;

@@ -15,7 +15,7 @@ template <class C>
 struct ProgramProblem {
   int64_t T, N, D, H;  // N: of the task that has most
   int64_t n_phases, K;
-  bool cosine, coefficients, first_order;
+  bool cosine, euclidean, coefficients, first_order;
   bool pairs;  // as in ProgramShape
   TaskRows support, query;
   TaskClasses classes;
@@ -49,14 +49,19 @@ struct ProgramProblem {
                    n_phases,
                    K,
                    cosine,
+                   euclidean,
                    false,
                    false,
                    coefficients,
                    pairs,
+                   false,
                    false};
     for (int64_t i = 0; i < n_phases; ++i) {
-      if (phases[i].steps > 0 && phases[i].shares != Shares::kNone) s.shares = true;
-      if (phases[i].steps > 0) (phases[i].query ? s.uses_query : s.uses_support) = true;
+      const Phase& phase = phases[i];
+      if (phase.steps == 0 && !phase.joins) continue;
+      if (phase.shares != Shares::kNone || phase.is_entropy()) s.means = true;
+      if (phase.joins || phase.weight != 1) s.joint = true;
+      (phase.query ? s.uses_query : s.uses_support) = true;
     }
     return s;
   }
@@ -223,7 +228,7 @@ struct ProgramTask {
     if (from_means) block.unfenced().features_zero(shape.N, D, gstart);
     if (gsupport && !from_means) block.unfenced().features_zero(shape.S, D, gsupport);
     if (gquery) block.unfenced().features_zero(shape.Q, D, gquery);
-    features.start_backward(adjoint, scratch, gstart, p.cosine ? nullptr : grad.start_bias);
+    features.start_backward(adjoint, scratch, gstart, shape.has_length<B>() ? nullptr : grad.start_bias);
     if (from_means) class_means().backward(gstart, gsupport, p.weight ? grad.weight : nullptr);
     if (gsupport || gquery) features.rows_backward(adjoint, scratch, gsupport, gquery);
   }

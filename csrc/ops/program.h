@@ -2,6 +2,7 @@
 // cuda/program.h.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 
 #include "engine/program_task.h"
@@ -23,7 +24,7 @@ struct ProgramCall {
   OptionalTensor bag_offsets = in.take<OptionalTensor>("bag_offsets");
   int64_t n_way = in.take<int64_t>("n_way");
   std::vector<int64_t> phases = in.take<std::vector<int64_t>>("phases");
-  bool cosine = in.take<bool>("cosine");
+  int64_t classifier = in.take<int64_t>("classifier");
   int64_t start = in.take<int64_t>("start");
   bool first_order = in.take<bool>("first_order"), coefficients = in.take<bool>("coefficients");
   int64_t max_support = in.take<int64_t>("max_support"), max_query = in.take<int64_t>("max_query");
@@ -46,8 +47,15 @@ struct ProgramBackwardCall {
   bool need_support = in.take<bool>("need_support"), need_query = in.take<bool>("need_query");
 };
 
-// Of a phase: oracle, of query rows, mean, steps, shares, the bits of `relax`.
-inline constexpr size_t kPhaseNumbers = 6;
+// Of a phase: oracle, of query rows, mean, steps, shares, the bits of `number`, whether it joins the next
+// one, and the bits of its weight.
+inline constexpr size_t kPhaseNumbers = 8;
+
+inline double of_bits(int64_t bits) {
+  double number;
+  std::memcpy(&number, &bits, sizeof number);
+  return number;
+}
 
 // Whether the MLP is that of equivariant gradients.
 inline bool has_pairs(const std::vector<int64_t>& phases) {
@@ -58,8 +66,8 @@ inline bool has_pairs(const std::vector<int64_t>& phases) {
 }
 
 inline std::vector<Phase> phases_of(const std::vector<int64_t>& numbers, bool cosine, bool has_mlp) {
-  require(numbers.size() % kPhaseNumbers == 0, "phases: expected six numbers a phase");
-  std::vector<Phase> phases;
+  require(numbers.size() % kPhaseNumbers == 0, "phases: expected eight numbers a phase");
+  std::vector<Phase> phases, together;
   for (size_t i = 0; i < numbers.size(); i += kPhaseNumbers) {
     require(numbers[i] >= 0 && numbers[i] < kOracles, "phases: unknown oracle");
     const auto oracle = Oracle(numbers[i]);
@@ -77,14 +85,27 @@ inline std::vector<Phase> phases_of(const std::vector<int64_t>& numbers, bool co
     const bool of_rows = oracle == Oracle::kProportions || oracle == Oracle::kAssignment;
     require(shares != Shares::kNone ? query && (of_rows || oracle == Oracle::kSoftAssignment) : !of_rows,
             "phases: shares are for proportions, assignment and soft assignment, of query rows");
-    double relax;
-    std::memcpy(&relax, &numbers[i + 5], sizeof relax);
-    require(relax > 0 && relax <= 1, "phases: relax must be above 0 and at most 1");
-    if (numbers[i + 3] > 0)
-      phases.push_back({oracle, query, numbers[i + 2] != 0, numbers[i + 3], shares, relax});
+    const double number = of_bits(numbers[i + 5]), weight = of_bits(numbers[i + 7]);
+    if (oracle == Oracle::kEntropy || oracle == Oracle::kMarginalEntropy)
+      require(number > 0 && number < HUGE_VAL, "phases: alpha must be above 0 and finite");
+    else
+      require(number > 0 && number <= 1, "phases: relax must be above 0 and at most 1");
+    require(std::isfinite(weight), "phases: weights must be finite");
+    const bool joins = numbers[i + 6] != 0;
+    require(!joins || numbers[i + 3] == 0, "phases: the last of those that are joined has the steps");
+    require(oracle != Oracle::kSoftAssignment || (!joins && together.empty() && weight == 1),
+            "phases: soft assignment is no gradient, it takes no part in a sum");
+    together.push_back({oracle, query, numbers[i + 2] != 0, numbers[i + 3], shares, number, weight, joins});
+    if (joins) continue;
+    if (numbers[i + 3] > 0) phases.insert(phases.end(), together.begin(), together.end());
+    together.clear();
   }
+  require(together.empty(), "phases: the last one joins none");
   return phases;
 }
+
+// In the order of CLASSIFIERS in kernelmeta/ops/program_op.py.
+enum class ClassifierKind : int64_t { kCosine = 0, kLinear = 1, kEuclidean = 2 };
 
 inline bool given_start(const ProgramCall& call) { return Start(call.start) == Start::kGiven; }
 
@@ -103,11 +124,15 @@ struct ProgramArguments : RaggedArguments {
         pairs(has_pairs(call.phases)),
         mlp(on, call.mlp, call.running_stats,
             pairs ? pair_sizes(1, 1, 0, 0, 0) : Sizes{1, 0, 1, call.n_way, 0, 0, 0}),
-        phases(phases_of(call.phases, call.cosine, mlp.given())) {
+        phases(
+            phases_of(call.phases, ClassifierKind(call.classifier) == ClassifierKind::kCosine, mlp.given())) {
+    require(call.classifier >= 0 && call.classifier <= 2, "classifier must be 0, 1 or 2");
+    const bool cosine = ClassifierKind(call.classifier) == ClassifierKind::kCosine;
+    const bool euclidean = ClassifierKind(call.classifier) == ClassifierKind::kEuclidean;
     const int64_t D = query.D(), N = call.n_way, T = query.T();
     require(call.start >= 0 && call.start <= 3, "start must be 0, 1, 2 or 3");
-    require(!call.cosine || call.start != 2, "a cosine classifier cannot start at zero");
-    require(!call.first_order || !call.cosine, "first_order is for linear classifiers");
+    require(!cosine || call.start != 2, "a cosine classifier cannot start at zero");
+    require(!call.first_order || !(cosine || euclidean), "first_order is for linear classifiers");
     require_storage<C>({&support, &query});
     int64_t K = 0;
     for (const Phase& phase : phases)
@@ -134,7 +159,8 @@ struct ProgramArguments : RaggedArguments {
       }
     }
     if (problem.start == Start::kClassMeans) weight = Parameter<C>(on, call.weight, {D}, "weight");
-    if (call.cosine) {
+    require(!euclidean || !call.bias, "a Euclidean classifier has no bias");
+    if (cosine || euclidean) {
       problem.scale = one_value<C>(on, call.scale, "scale");
       problem.bias = one_value<C>(on, call.bias, "bias");
     } else {
@@ -153,7 +179,8 @@ struct ProgramArguments : RaggedArguments {
     problem.H = mlp.H;
     problem.K = K;
     problem.n_phases = int64_t(phases.size());
-    problem.cosine = call.cosine;
+    problem.cosine = cosine;
+    problem.euclidean = euclidean;
     problem.coefficients = call.coefficients;
     problem.first_order = call.first_order;
     problem.pairs = pairs;
@@ -177,7 +204,7 @@ struct ProgramArguments : RaggedArguments {
     const int64_t T = query.T(), N = call.n_way;
     bool wanted = false, given = false;
     for (const Phase& phase : phases) {
-      wanted = wanted || phase.shares != Shares::kNone;
+      wanted = wanted || phase.shares != Shares::kNone || phase.is_entropy();
       given = given || phase.shares == Shares::kGiven;
     }
     require(!given || call.proportions.has_value(), "phases of given shares need proportions");
@@ -193,7 +220,7 @@ struct ProgramArguments : RaggedArguments {
       if (on.cpu) check_bags();
     }
     Elements().add({T, problem.bags, N});
-    if (wanted) Elements().add({4, N, query.all_rows() + 32}).add({N, N});
+    if (wanted) Elements().add({4, N, query.all_rows() + support.all_rows() + 32}).add({N, N});
     if (call.proportions) {
       proportions = Parameter<C>(on, call.proportions, {T, problem.bags, N}, "proportions");
       problem.proportions = proportions;
@@ -286,7 +313,7 @@ struct ProgramBackwardOp {
       const Tensor theta0 = given ? empty<C>(a.on, {p.T, p.N, p.D})
                                   : gradient(call.of.theta0, g.theta0, p.start == Start::kLearned);
       const Tensor weight = gradient(call.of.weight, g.weight, p.weight != nullptr);
-      const Tensor scale = gradient(call.of.scale, g.scale, p.cosine);
+      const Tensor scale = gradient(call.of.scale, g.scale, p.cosine || p.euclidean);
       const Tensor bias = gradient(call.of.bias, p.cosine ? g.bias : g.start_bias, true);
       const Tensor target = gradient(call.of.target_scale, g.target, true);
       const Tensor rates = gradient(call.of.rates, g.rates, true);

@@ -9,5 +9,5 @@ using namespace kernelmeta;
 
 int main() {
   const KernelTable& table = kernel_table();
-  return check_all(table.isa, table.f64, table.f32, false) | check_learners(table.isa, table, table);
+  return check_all(table.isa, table.f64, table.f32, false) | check_learners(table.isa, table, table, true);
 }

@@ -187,6 +187,7 @@ struct ProgramCase {
   bool need_support = true, need_query = true;
   double rate = 0.02, along = 0;  // the least rate; see Episode
   int64_t bags = 1;               // of a task's query rows
+  bool euclidean = false;         // where not cosine; else linear
 
   bool given_shares() const {
     for (const Phase& phase : phases) {
@@ -286,7 +287,8 @@ struct ProgramEpisode {
     ProgramProblem<C> p{};
     p.T = T, p.N = N, p.D = D, p.H = H;
     p.n_phases = int64_t(c.phases.size()), p.K = K;
-    p.cosine = c.cosine, p.coefficients = c.coefficients, p.first_order = c.first_order;
+    p.cosine = c.cosine, p.euclidean = c.euclidean;
+    p.coefficients = c.coefficients, p.first_order = c.first_order;
     p.pairs = c.pairs();
     p.support = tasks.of(false, x), p.query = tasks.of(true, q), p.classes = tasks.classes();
     p.start = c.start;
@@ -294,6 +296,8 @@ struct ProgramEpisode {
     if (c.weight) p.weight = w.data();
     if (c.cosine)
       p.scale = sc.data(), p.bias = b.data();
+    else if (c.euclidean)
+      p.scale = sc.data();
     else
       p.start_bias = sb.data();
     p.target = ta.data(), p.rates = r.data();
@@ -377,7 +381,8 @@ struct ProgramEpisode {
   std::string text() const { return std::string(c.name) + ", " + tasks.text(); }
 };
 
-std::vector<ProgramCase> program_cases() {
+// joint: those, too, that want Blocks with kJointSteps.
+std::vector<ProgramCase> program_cases(bool joint = false) {
   const Phase asks{Oracle::kSyntheticGradient, true, false, 2};
   const Phase asks_support{Oracle::kSyntheticGradient, false, true, 1};
   const Phase cross_entropy{Oracle::kCrossEntropy, false, true, 2},
@@ -457,6 +462,43 @@ std::vector<ProgramCase> program_cases() {
                          {squares, assigns}, true, Start::kGiven);
   rows_alike.rate = 0.3, rows_alike.along = 3;
   add("support alone", 17, 3, 0, {6}, {5}, {3}, {squares, entropy}, false, Start::kZero).need_query = false;
+  if (!joint) return cases;
+  // (Rows have their own lengths here, |x|^2 of about D: steps as long as a cosine's would diverge.)
+  constexpr double kShort = 0.002;
+  auto& distances = add("distances", 13, 3, 0, {7, 7}, {18, 18}, {3, 3}, {cross_entropy, entropy}, false,
+                        Start::kClassMeans);
+  distances.euclidean = distances.coefficients = distances.weight = true;
+  distances.rate = kShort;
+  auto& unequal = add("distances, unequal tasks", 9, 4, 5, {9, 4, 17}, {20, 3, 1}, {2, 4, 3},
+                      {squares, asks, hinge}, false, Start::kLearned);
+  unequal.euclidean = unequal.bank = true;
+  unequal.rate = kShort;
+  auto& from_zero = add("distances from zero", 1, 2, 0, {5}, {6}, {2}, {squares}, false, Start::kZero);
+  from_zero.euclidean = from_zero.coefficients = true;
+  auto& by_shares = add("distances and known shares, no labelled row", 12, 5, 0, {0}, {20}, {5},
+                        {divergence, transports}, false, Start::kGiven);
+  by_shares.euclidean = true;
+  by_shares.rate = kShort;
+  const auto joined = [](Phase phase, double weight, bool last = false) {
+    if (!last) phase.steps = 0;
+    phase.weight = weight, phase.joins = !last;
+    return phase;
+  };
+  const Phase spread{Oracle::kMarginalEntropy, true, true, 2},
+      tsallis{Oracle::kEntropy, true, true, 2, Shares::kNone, 2};
+  const std::vector<Phase> sum{joined(cross_entropy, 1), joined(entropy, 0.5), joined(spread, -1.5, true)};
+  add("joint steps, linear", 13, 3, 0, {7, 7}, {18, 18}, {3, 3}, sum, false, Start::kClassMeans)
+      .coefficients = true;
+  add("joint steps", 13, 3, 0, {7, 7}, {18, 18}, {3, 3}, sum, true, Start::kClassMeans).coefficients = true;
+  auto& by_distance =
+      add("joint steps by distances, unequal tasks", 9, 4, 5, {9, 4, 17}, {20, 3, 1}, {2, 4, 3},
+          {joined(squares, 0.5), joined(asks_support, 0.1), joined(tsallis, 1, true), asks}, false,
+          Start::kLearned);
+  by_distance.euclidean = by_distance.coefficients = by_distance.bank = true;
+  by_distance.rate = kShort;
+  auto& lost_together =
+      add("joint steps at rows nearly parallel", 6, 3, 0, {4, 4}, {9, 9}, {3, 3}, sum, true, Start::kLearned);
+  lost_together.rate = 0.3, lost_together.along = 0.5;
   return cases;
 }
 
@@ -695,12 +737,12 @@ int check_narrow_learners(const std::string& name, const KernelTable& right, con
   return failures != 0;
 }
 
-[[maybe_unused]] int check_learners(const std::string& name, const KernelTable& right,
-                                    const KernelTable& got) {
+[[maybe_unused]] int check_learners(const std::string& name, const KernelTable& right, const KernelTable& got,
+                                    bool joint = false) {
   const auto of_others = generator;
   generator.seed(1);
   for (const HeadCase& c : head_cases()) compare_episode(name, HeadEpisode(c), right, got);
-  for (const ProgramCase& c : program_cases()) compare_episode(name, ProgramEpisode(c), right, got);
+  for (const ProgramCase& c : program_cases(joint)) compare_episode(name, ProgramEpisode(c), right, got);
   for (const RidgeCase& c : ridge_cases()) compare_episode(name, RidgeEpisode(c), right, got);
   for (const DistillationCase& c : distillation_cases())
     compare_episode(name, DistillationEpisode(c), right, got);

@@ -39,14 +39,14 @@ _HELP = {
     "steps": "inner steps K",
     "inner_lr": "inner learning rate",
     "phases": "inner loop of combined: ORACLE:STEPS:RATE, one or more with commas",
-    "classifier": "classifier of combined: cosine or linear",
+    "classifier": "classifier of combined: cosine, linear or euclidean",
     "start": "where combined starts: class_means, learned or zero",
     "hidden": "hidden units of the MLP that guesses gradients (default: 8 a way, equivariant: 16), or of maml's network"
     " for features",
     "first_order": "treat the inner gradients as constants",
     "learn_rates": "learn a rate for every inner step",
     "channels": "channels of maml's Conv-4, if the data are pixels",
-    "scale": "scale of a cosine classifier at the start",
+    "scale": "scale of a cosine or Euclidean classifier at the start",
     "norm_stats": "statistics that the MLP's BatchNorm uses: task, batch or running",
     "reduction": "what the steps of combined follow: the mean or the sum over rows (default: the mean of losses, and"
     " the sum of guessed gradients)",

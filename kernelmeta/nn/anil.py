@@ -39,6 +39,7 @@ class ANIL(TrainsAtOnce, Program):
     """
 
     weight: nn.Parameter
+    bias: nn.Parameter
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from kernelmeta.nn.equivariant_gradient_mlp import EquivariantGradientMLP
 from kernelmeta.nn.learner import Learner, check_tensors
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
 from kernelmeta.ops.program_op import check_combination
-from kernelmeta.phases import Phase
+from kernelmeta.phases import Phase, parts_of
 from kernelmeta.tasks import Classifier, Ragged
 
 # Starts that come with each call: then a task needs no labelled row.
@@ -38,10 +38,10 @@ class Program(Learner):
         n_way: N, the classes of a task; of the one that has most, where they differ.
         n_features: D.
         phases: what is done, in this order.
-        classifier: "cosine", ``Z = scale (bias + cos(x, theta))``, or "linear", ``Z = x theta^T + bias``, whose bias
-            is adapted too.
+        classifier: "cosine", ``Z = scale (bias + cos(x, theta))``; "linear", ``Z = x theta^T + bias``, whose bias is
+            adapted too; or "euclidean", ``Z = scale (x theta^T - |theta|^2 / 2)``.
         start: "class_means" (means of the normalised support rows, weighted), "learned" (one start for all tasks),
-            "zero" (linear only), "given" (with each call, from outside) or "mean_map" (from the means of bags of query
+            "zero" (not cosine), "given" (with each call, from outside) or "mean_map" (from the means of bags of query
             rows whose proportions are given, :func:`kernelmeta.ops.mean_map`). With the last two a task needs no
             labelled row.
         norm_stats: whose statistics the BatchNorm of the MLP that guesses gradients uses: "task" (each task its own) or
@@ -49,11 +49,11 @@ class Program(Learner):
         hidden: hidden units of the MLP; 8 N, or 16 of an equivariant gradient's, if None.
         reduction: "mean" or "sum" of the losses over a phase's rows; the mean of losses, and the sum of guessed
             gradients, as published, if None.
-        scale: of a cosine classifier, the value that ``scale`` starts from.
+        scale: of a cosine or Euclidean classifier, the value that ``scale`` starts from.
         transform, center: of the features, see :class:`Learner`.
 
     Parameters, as far as the phases need them: ``weight`` ([D] for class means, [N, D] for a learned start),
-    ``scale`` [1] and ``bias`` [1] (cosine) or ``bias`` [N] (linear), ``target_scale`` [1] (squared error), those of
+    ``scale`` [1] (not linear), ``bias`` [1] (cosine) or [N] (linear), ``target_scale`` [1] (squared error), those of
     ``mlp`` (synthetic or equivariant gradient), and ``rates``, a list of one [steps] for each phase with
     ``learn_rates``.
 
@@ -63,6 +63,7 @@ class Program(Learner):
 
     weight: nn.Parameter | None
     scale: nn.Parameter | None
+    bias: nn.Parameter | None
     target_scale: nn.Parameter | None
 
     def __init__(
@@ -96,17 +97,17 @@ class Program(Learner):
         self.n_way, self.n_features, self.phases = n_way, n_features, tuple(phases)
         self.classifier, self.start, self.norm_stats, self.reduction = classifier, start, norm_stats, reduction
         self.first_order = False
-        oracles = {p.oracle for p in self.phases if p.steps}
+        oracles = {p.oracle for p in parts_of(self.phases)}
         weight: Tensor | None = None
         if start == "class_means":
             weight = torch.ones(n_features)
         elif start == "learned":
             weight = nn.Linear(n_features, n_way).weight.detach().clone()
         target = torch.ones(1) if "squared_error" in oracles else None
-        first_scale = torch.full((1,), float(scale)) if classifier == "cosine" else None
-        for name, value in (("weight", weight), ("scale", first_scale), ("target_scale", target)):
+        first_scale = torch.full((1,), float(scale)) if classifier != "linear" else None
+        bias = None if classifier == "euclidean" else torch.zeros(1 if classifier == "cosine" else n_way)
+        for name, value in (("weight", weight), ("scale", first_scale), ("target_scale", target), ("bias", bias)):
             self.register_parameter(name, None if value is None else nn.Parameter(value))
-        self.bias = nn.Parameter(torch.zeros(1 if classifier == "cosine" else n_way))
         self.mlp: SyntheticGradientMLP | EquivariantGradientMLP | None = None
         if "synthetic_gradient" in oracles:
             self.mlp = SyntheticGradientMLP(n_way, hidden, norm_stats)
@@ -123,7 +124,7 @@ class Program(Learner):
             return rates
         learned = iter(self.rates)
         return torch.cat(
-            [next(learned) if p.learn_rates else self.bias.new_full((p.steps,), p.lr) for p in self.phases]
+            [next(learned) if p.learn_rates else self.rates[0].new_full((p.steps,), p.lr) for p in self.phases]
         )
 
     def forward(
@@ -215,12 +216,12 @@ class Program(Learner):
     @property
     def takes_any_ways(self) -> bool:
         return (
-            self.classifier == "cosine" and self.start != "learned" and not isinstance(self.mlp, SyntheticGradientMLP)
+            self.classifier != "linear" and self.start != "learned" and not isinstance(self.mlp, SyntheticGradientMLP)
         )
 
     @property
     def cosine_terms(self) -> CosineTerms | None:
-        return (self.scale, self.bias) if self.scale is not None else None
+        return (self.scale, self.bias) if self.scale is not None and self.bias is not None else None
 
     if TYPE_CHECKING:
         # As `Learner` declares it, with what a program's forward takes besides.

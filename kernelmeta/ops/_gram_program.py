@@ -40,7 +40,7 @@ def run(
     if classifier != "linear" or not isinstance(start, str) or start != "zero":
         raise ValueError("gram: expected classifier='linear' and start='zero' beside it; kernels know no other")
     for phase in phases:
-        if phase.oracle not in LABELLED or phase.rows != "support":
+        if any(part.oracle not in LABELLED for part in phase.parts) or phase.rows != "support":
             raise ValueError(
                 f"phases: expected losses of support rows ({', '.join(LABELLED)}) beside gram, got {phase.oracle} of "
                 f"{phase.rows} rows"

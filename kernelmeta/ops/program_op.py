@@ -24,7 +24,7 @@ from kernelmeta.ops._gram_program import Gram
 from kernelmeta.ops._signature import mlp_of, mlp_tensors
 from kernelmeta.ops._trace import elements, padded
 from kernelmeta.ops.class_means_op import class_means
-from kernelmeta.phases import GUESSED, MARGINALS, ORACLES, Phase, total_steps
+from kernelmeta.phases import ENTROPIES, GUESSED, MARGINALS, ORACLES, Part, Phase, parts_of, total_steps
 from kernelmeta.reference.equivariant_gradient import PAIR_INPUTS
 from kernelmeta.reference.program import adapt
 from kernelmeta.reference.task_rows import as_labels, gathered
@@ -32,42 +32,63 @@ from kernelmeta.tasks import Classifier, Ragged
 
 STARTS = ("class_means", "learned", "zero", "given")  # in the order of enum Start in csrc/engine/program_task.h
 _OF_TENSORS = ("learned", "given")
-CLASSIFIERS = ("cosine", "linear")
+CLASSIFIERS = ("cosine", "linear", "euclidean")  # in the order of enum ClassifierKind in csrc/ops/program.h
 
 
-PHASE_NUMBERS = 6  # of one phase, see `encode`
+PHASE_NUMBERS = 8  # of one part of a phase, see `encode`
+ONE = struct.unpack("<q", struct.pack("<d", 1.0))[0]
 
 
 def encode(phases: Sequence[Phase], reduction: str | None) -> list[int]:
-    """Phases as the raw op takes them: oracle, of query rows, mean, steps, marginals, ``relax`` as a double's bits.
+    """Phases as the raw op takes them, the parts of a sum one after the other: oracle, of query rows, mean, steps,
+    marginals, relax or alpha, whether the next part is of the same sum, weight. Numbers that are no integers are the
+    bits of doubles; of a sum, the last part has the steps.
 
     Those without a step are left out.
     """
     oracles = list(ORACLES)
     return [
         number
-        for p in phases
-        if p.steps
+        for phase in phases
+        if phase.steps
+        for i, p in enumerate(phase.parts, 1)
         for number in (
-            oracles.index(p.oracle), int(p.rows == "query"), int(p.means(reduction)), p.steps,
-            MARGINALS.index(str(p.marginals)), *struct.unpack("<q", struct.pack("<d", p.relax)),
+            oracles.index(p.oracle), int(p.rows == "query"), int(p.means(reduction)),
+            phase.steps if i == len(phase.parts) else 0, MARGINALS.index(p.marginals),
+            _bits(p.alpha if p.oracle in ENTROPIES else p.relax), int(i < len(phase.parts)), _bits(p.weight),
         )
     ]  # fmt: skip
 
 
-def _decode(numbers: Sequence[int]) -> list[tuple[Phase, str]]:
-    """Phases and the reduction of each."""
+def _bits(number: float) -> int:
+    bits: int = struct.unpack("<q", struct.pack("<d", number))[0]
+    return bits
+
+
+def _decode(numbers: Sequence[int]) -> tuple[list[Phase], set[str]]:
+    """Phases, and the reductions that some of their parts have."""
     oracles = list(ORACLES)
-    return [
-        (
-            Phase(
-                oracles[o], steps, 1.0, "query" if query else "support", marginals=MARGINALS[marginals],
-                relax=struct.unpack("<d", struct.pack("<q", relax))[0],
-            ),
-            "mean" if mean else "sum",
-        )
-        for o, query, mean, steps, marginals, relax in zip(*[iter(numbers)] * PHASE_NUMBERS, strict=True)
-    ]  # fmt: skip
+    phases: list[Phase] = []
+    reductions, parts = set(), []
+    for o, query, mean, steps, marginals, bits, joins, weight in zip(*[iter(numbers)] * PHASE_NUMBERS, strict=True):
+        number, factor = (struct.unpack("<d", struct.pack("<q", b))[0] for b in (bits, weight))
+        setting = {"alpha" if oracles[o] in ENTROPIES else "relax": number}
+        reductions.add("mean" if mean else "sum")
+        parts.append(Part(oracles[o], "query" if query else "support", factor, MARGINALS[marginals], **setting))
+        if joins:
+            continue
+        plain = len(parts) == 1 and factor == 1
+        oracle = parts[0].oracle if plain else "".join(p.term for p in parts)
+        phase = Phase(
+            oracle, steps, 1.0, parts[0].rows if plain else None,
+            marginals=max((p.marginals for p in parts), key=MARGINALS.index), relax=min(p.relax for p in parts),
+            alpha=next((p.alpha for p in parts if p.alpha != 1), 1.0),
+        )  # fmt: skip
+        if list(phase.parts) != parts:
+            raise ValueError(f"phases: the parts of {oracle} differ in marginals, relax or alpha")
+        phases.append(phase)
+        parts = []
+    return phases, reductions
 
 
 def _fake(call: Any) -> tuple[Tensor, ...]:
@@ -78,13 +99,12 @@ def _fake(call: Any) -> tuple[Tensor, ...]:
 
 
 def _plain(call: Any) -> tuple[Tensor | None, ...]:
-    phases = _decode(call.phases)
-    reductions = {reduction for _, reduction in phases}
+    phases, reductions = _decode(call.phases)
     mlp = mlp_of(call)
     dtype = call.rates.dtype
     results = adapt(
-        call.support.to(dtype), call.support_labels, call.query.to(dtype), [phase for phase, _ in phases],
-        n_way=call.n_way, rates=call.rates, classifier="cosine" if call.cosine else "linear",
+        call.support.to(dtype), call.support_labels, call.query.to(dtype), phases,
+        n_way=call.n_way, rates=call.rates, classifier=CLASSIFIERS[call.classifier],
         start=call.theta0 if STARTS[call.start] in _OF_TENSORS else STARTS[call.start], weight=call.weight,
         scale=call.scale, bias=call.bias, target_scale=call.target_scale,
         mlp=None if mlp.weight1 is None else mlp, running_stats=call.running_stats,
@@ -110,11 +130,14 @@ def _trace(call: Any) -> Any:
     arrays: list[tuple[Any, ...]] = [(K + 1, N, ld), (K, N, ld)]
     if call.start == STARTS.index("class_means"):
         arrays.append((N, D))
-    if call.cosine:
-        arrays += [(ld,), (K + 1, N), (K + 1, N), (N,)]
+    classifier = CLASSIFIERS[call.classifier]
+    if classifier != "linear":
+        arrays.append((K + 1, N))
+    if classifier == "cosine":
+        arrays += [(ld,), (K + 1, N), (N,)]
     arrays += [(S, ld)] * uses_support + [(Q, ld)] * uses_query
     if call.coefficients:
-        arrays += [(K + 1, N)] * call.cosine + [(K + 1, N, ld)]
+        arrays += [(K + 1, N)] * (classifier != "linear") + [(K + 1, N, ld)]
     return T * elements(*arrays)
 
 
@@ -124,13 +147,14 @@ def _work(call: Any) -> int:
     S, Q = (math.prod(rows) // max(T, 1) for rows in (support, query))
     N, D, H = call.n_way, call.query.shape[-1], 0 if call.weight1 is None else call.weight1.shape[0]
     total = (S + Q) * N * D + S * (S // 2 + Q) * D + Q * Q // 2 * D
-    for phase, _ in _decode(call.phases):
-        rows = Q if phase.rows == "query" else S
-        total += phase.steps * rows * N * (S + Q + 20)
-        if phase.oracle == "synthetic_gradient":
-            total += phase.steps * rows * H * (2 * N + H)
-        elif phase.oracle == "equivariant_gradient":
-            total += phase.steps * rows * N * H * (PAIR_INPUTS + 1 + H)
+    for phase in _decode(call.phases)[0]:
+        for part in phase.parts:
+            rows = Q if part.rows == "query" else S
+            total += phase.steps * rows * N * (S + Q + 20)
+            if part.oracle == "synthetic_gradient":
+                total += phase.steps * rows * H * (2 * N + H)
+            elif part.oracle == "equivariant_gradient":
+                total += phase.steps * rows * N * H * (PAIR_INPUTS + 1 + H)
     return T * total
 
 
@@ -155,7 +179,7 @@ OP = DifferentiableOp(
     "program",
     f"{_ragged.FEATURES}, Tensor? theta0, Tensor? weight, Tensor? scale, Tensor? bias, Tensor? target_scale, "
     f"Tensor rates, {mlp_tensors('Tensor?')}, Tensor? running_stats, Tensor? proportions, "
-    "Tensor? bag_offsets, int n_way, int[] phases, bool cosine, int start, "
+    "Tensor? bag_offsets, int n_way, int[] phases, int classifier, int start, "
     f"bool first_order, bool coefficients, {_ragged.SIZES}",
     results=("logits", "support_coefficients", "query_coefficients", "start_coefficients"),
     outputs=4,
@@ -252,15 +276,17 @@ def program(
         phases: what is done, in this order; see :class:`kernelmeta.nn.Phase`.
         n_way: N.
         rates: [K], the learning rate of each step of all phases; those of the phases if None.
-        classifier: "cosine", ``Z = scale (bias + cos(x, theta))``, or "linear", ``Z = x theta^T + bias``, where the
-            bias is adapted too (as in MAML's head; Finn et al. 2017, Raghu et al. 2020).
-        start: "class_means" (means of the normalised support rows, times ``weight``), "zero" (linear only), or a
+        classifier: "cosine", ``Z = scale (bias + cos(x, theta))``; "linear", ``Z = x theta^T + bias``, where the
+            bias is adapted too (as in MAML's head; Finn et al. 2017, Raghu et al. 2020); or "euclidean",
+            ``Z = scale (x theta^T - |theta|^2 / 2)``, minus half of ``scale |x - theta|^2`` but for what a row's
+            classes have in common (Snell et al. 2017).
+        start: "class_means" (means of the normalised support rows, times ``weight``), "zero" (not cosine), or a
             tensor: [N, D], that all tasks share, or [T, N, D], each task's own. With each task's own, classes may
             have no support row, nor need a task have one (S may be 0) where no phase uses support rows: text
             embeddings of class names, refined on unlabelled rows, for example.
         weight: [D], for class means; ones if None.
-        scale: [1], of a cosine classifier.
-        bias: [1], of a cosine classifier; [N], the start of a linear one's; zero if None.
+        scale: [1], of a cosine or Euclidean classifier.
+        bias: [1], of a cosine classifier; [N], the start of a linear one's; zero if None. A Euclidean one has none.
         target_scale: [1], what "squared_error" wants a row's own class to get; one if None.
         mlp: for "synthetic_gradient", with N inputs and outputs; or for "equivariant_gradient", with 7 inputs and one
             output (:class:`kernelmeta.nn.EquivariantGradientMLP`). A program has one of the two.
@@ -269,7 +295,8 @@ def program(
             gradients, as published, if None.
         first_order: steps are constants: no gradient flows through them but into their rates (first-order MAML).
             Linear classifiers only.
-        return_weights: return the refined classifier too.
+        return_weights: return the refined classifier too; a Euclidean one as the linear one with the same logits,
+            ``scale theta`` and ``-scale |theta|^2 / 2``.
         support_index, query_index: [T, S] and [T, Q] int64, given together: then ``support`` and ``query`` are
             feature banks [n, D] and the op reads its rows straight from them.
         ragged: tasks of unequal size: then ``support`` is [all support rows, D], ``support_labels`` [all support
@@ -336,7 +363,7 @@ def program(
             _checks.shape("start", theta0, (of_tasks, n_way, D), "[T, N, D]")
         else:
             _checks.shape("start", theta0, (n_way, D), "[N, D] or [T, N, D]")
-    if ragged is None and not support_labels.shape[1] and any(p.rows == "support" for p in phases):
+    if ragged is None and not support_labels.shape[1] and any(p.rows == "support" for p in parts_of(phases)):
         raise ValueError("support: tasks have no row, and phases of support rows need one")
     if weight is not None:
         _checks.shape("weight", weight, (D,), "[D]")
@@ -347,13 +374,15 @@ def program(
             _checks.one_value(name, tensor)
     if bias is not None and classifier == "cosine":
         _checks.one_value("bias", bias)
+    if bias is not None and classifier == "euclidean":
+        raise ValueError("bias: expected None for a Euclidean classifier, whose logits |theta| shifts")
     if running_stats is not None and mlp is not None:
         _checks.shape("running_stats", running_stats, (2, 2, mlp[0].shape[0]), "[2, 2, H]")
     proportions, bag_offsets = _marginals.checked(proportions, bag_offsets, phases, query, ragged, of_tasks, n_way)
     K = total_steps(phases)
     if rates is not None:
         _checks.shape("rates", rates, (K,), "[K], one for each step of all phases,")
-    mlp = mlp if any(p.oracle in GUESSED for p in phases) else None
+    mlp = mlp if any(p.oracle in GUESSED for p in parts_of(phases)) else None
     precision = _checks.precisions([*named.values(), *(mlp or ())])
     compute, result_type = (query.dtype, None) if precision is None else precision
     proportions = None if proportions is None else proportions.to(compute)
@@ -368,12 +397,14 @@ def program(
         target_scale=target_scale, rates=rates, mlp=mlp or [None] * 10,
         running_stats=None if mlp is None else running_stats, proportions=proportions, bag_offsets=bag_offsets,
         n_way=n_way, phases=encoded,
-        cosine=classifier == "cosine", start=STARTS.index(kind),
+        classifier=CLASSIFIERS.index(classifier), start=STARTS.index(kind),
         first_order=first_order, coefficients=return_weights,
     )  # fmt: skip
     if precision is not None:
         args = OP.cast(args, compute)
     backend = select(query.device.type)
+    if backend == "cuda" and _needs_plain_form(phases, classifier):
+        backend = "reference"
     if backend != "reference" and not is_traced():
         T = support_labels.shape[0] if ragged is None else ragged.support_offsets.shape[0] - 1
         queries = query.numel() // D if query_index is None else query_index.numel()
@@ -387,6 +418,13 @@ def program(
     made = (logits, *_classifiers(OP.signature.call(*args), *coefficients))
     logits, weight, bias = made if result_type is None else (t.to(result_type) for t in made)
     return logits, Classifier(weight, bias)
+
+
+def _needs_plain_form(phases: Sequence[Phase], classifier: str) -> bool:
+    """Whether the CUDA kernels, whose registers are full, leave it to plain PyTorch: `kJointSteps` in csrc."""
+    return classifier == "euclidean" or any(
+        phase.is_sum or phase.alpha != 1 or phase.oracle == "marginal_entropy" for phase in phases
+    )
 
 
 def _check_program(
@@ -404,11 +442,11 @@ def _check_program(
         if not isinstance(phase, Phase):
             raise TypeError(f"phases: expected kernelmeta.nn.Phase, got {type(phase).__name__}")
     check_combination(phases, classifier, start if isinstance(start, str) else "learned", first_order)
-    if classifier == "cosine" and scale is None:
-        raise ValueError("scale: a cosine classifier needs one, a tensor of one value")
+    if classifier != "linear" and scale is None:
+        raise ValueError(f"scale: a {classifier} classifier needs one, a tensor of one value")
     if reduction is not None and reduction not in _checks.REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(_checks.REDUCTIONS)} or None, got {reduction!r}")
-    for oracle in {p.oracle for p in phases if p.steps} & set(GUESSED):
+    for oracle in {p.oracle for p in parts_of(phases)} & set(GUESSED):
         if mlp is None:
             raise ValueError(f"mlp: phases of {oracle} need one")
         if oracle == "synthetic_gradient":
@@ -428,17 +466,20 @@ def check_combination(phases: Sequence[Phase], classifier: str, start: str, firs
     if start not in STARTS:
         raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {start!r}")
     if classifier == "cosine" and start == "zero":
-        raise ValueError("start: 'zero' has no direction for a cosine classifier; use a linear one")
-    if classifier == "cosine" and first_order:
-        raise ValueError("first_order: expected False for a cosine classifier, got True")
-    if {p.oracle for p in phases if p.steps} >= set(GUESSED):
+        raise ValueError("start: 'zero' has no direction for a cosine classifier; use a linear or a Euclidean one")
+    if classifier != "linear" and first_order:
+        raise ValueError(f"first_order: expected False for a {classifier} classifier, got True")
+    if {p.oracle for p in parts_of(phases)} >= set(GUESSED):
         raise ValueError(f"phases: expected one of {' and '.join(GUESSED)}, got both: a program has one MLP")
-    if classifier == "linear" and any(p.oracle == "soft_assignment" for p in phases):
+    if classifier != "cosine" and any(p.oracle == "soft_assignment" for p in phases):
         raise ValueError("phases: soft_assignment needs a cosine classifier")
 
 
 def _classifiers(call: Any, of_support: Tensor, of_query: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """theta = a theta0 + P^T X, [T, N, D], and the bias [T, N]; of a cosine classifier zeros."""
+    """theta = a theta0 + P^T X, [T, N, D], and the bias [T, N]; of a cosine classifier zeros. Of a Euclidean one the
+    linear classifier with its logits.
+    """
+    kind = CLASSIFIERS[call.classifier]
     n_way, n_ways, weight, bias, dtype = call.n_way, call.n_ways, call.weight, call.bias, a.dtype
     labels, support_offsets, query_offsets = call.support_labels, call.support_offsets, call.query_offsets
     support = gathered(call.support, call.support_index, "support").to(dtype)
@@ -455,14 +496,16 @@ def _classifiers(call: Any, of_support: Tensor, of_query: Tensor, a: Tensor) -> 
             theta = theta0[..., :ways, :].expand(support.shape[0], -1, -1)
         else:
             theta = support.new_zeros(support.shape[0], ways, support.shape[-1])
-        if call.cosine:
+        if kind == "cosine":
             support, query = normalize(support, dim=-1, eps=1e-12), normalize(query, dim=-1, eps=1e-12)
         if call.first_order:
             support, query = support.detach(), query.detach()
         P, Pq = of_support[..., :ways], of_query[..., :ways]
         theta = a[..., :ways, None] * theta + P.transpose(-1, -2) @ support + Pq.transpose(-1, -2) @ query
-        if call.cosine:
+        if kind == "cosine":
             return theta, theta.new_zeros(theta.shape[:2])
+        if kind == "euclidean":
+            return call.scale * theta, call.scale * theta.square().sum(-1) / -2
         shift = P.sum(-2) + Pq.sum(-2)
         if bias is not None:
             shift = shift + (bias[:ways] if own is None else bias * own)

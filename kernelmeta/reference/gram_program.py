@@ -70,8 +70,11 @@ def gram_program(
         ) -> Tensor:
             for lr in lrs.unbind():
                 logits = start + _times(gram, p)
-                G = oracle_gradient(phase.oracle, logits, targets, mean=phase.means(reduction), target_scale=scale)
-                p = (1 - lr * decay) * p - lr * G
+                moved = (1 - lr * decay) * p
+                for part in phase.parts:
+                    G = oracle_gradient(part.oracle, logits, targets, mean=part.means(reduction), target_scale=scale)
+                    moved = moved - lr * part.weight * G
+                p = moved
             return p
 
         own = rates[first : first + phase.steps]

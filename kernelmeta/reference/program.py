@@ -5,14 +5,17 @@ and G [rows, N] what its oracle gives for their logits Z, a step of rate lr is
 
     linear   Z = X W^T + b            W' = W - lr G^T X,   b' = b - lr sum(G)
     cosine   Z = s (b + Xhat that^T)  theta' = theta - lr s (G^T Xhat - that * sum(G cos)) / |theta|
+    euclidean  Z = s (X theta^T - |theta|^2 / 2)    theta' = theta - lr s (G^T X - theta * sum(G))
 
-with Xhat the normalised rows and that the normalised theta. Each gradient is written out, so that the functions here
+with Xhat the normalised rows and that the normalised theta. A phase may have several oracles, whose steps are along the
+weighted sum of their gradients, each at its own rows' logits. Each gradient is written out, so that the functions here
 can be differentiated any number of times, compiled, and used under torch.func.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
 from kernelmeta.mlp_parameters import MLPParameters
-from kernelmeta.phases import GUESSED, Phase
+from kernelmeta.phases import GUESSED, Part, Phase, parts_of
 from kernelmeta.reference.class_means import check_labels, class_means
 from kernelmeta.reference.equivariant_gradient import equivariant_gradient_mlp
 from kernelmeta.reference.norms import FLOOR, unit, unit_and_length
@@ -31,6 +34,7 @@ from kernelmeta.reference.transport import Bags, proportions_gradient, transport
 from kernelmeta.tasks import Classifier, Ragged
 
 LEAST_MASS = 1e-12  # of a class; one with fewer rows stays where it is in a soft assignment
+LEAST_MEAN = 1e-30  # of a prediction, for its logarithm
 FEW = 32  # ways up to which PyTorch is quicker with the classes of many rows in the outer dimension
 
 
@@ -39,7 +43,7 @@ class Adapted(NamedTuple):
 
     logits: Tensor  # [T, Q, N]
     weights: Tensor  # [T, N, D]
-    bias: Tensor  # [T, N], linear
+    bias: Tensor  # [T, N], linear (a Euclidean classifier is returned as one)
     support_coefficients: Tensor  # P, [T, S, N]
     query_coefficients: Tensor  # P, [T, Q, N]
     start_coefficients: Tensor  # a, [T, N]
@@ -54,6 +58,7 @@ def oracle_gradient(
     target_scale: Tensor | float = 1.0,
     mlp: MLPParameters | None = None,
     running_stats: Tensor | None = None,
+    alpha: float = 1.0,
 ) -> Tensor:
     """G = d loss / d logits: [T, rows, N] -> [T, rows, N], from one-hot labels of that shape where needed."""
     if oracle == "cross_entropy":
@@ -70,7 +75,13 @@ def oracle_gradient(
     elif oracle == "entropy":
         log_p = logits.log_softmax(-1)
         p = log_p.exp()
-        G = -p * (log_p - (p * log_p).sum(-1, keepdim=True))
+        pulls = -p * log_p if alpha == 1 else (alpha * log_p).exp() * (alpha / (1 - alpha))
+        G = pulls - p * pulls.sum(-1, keepdim=True)
+    elif oracle == "marginal_entropy":
+        p = logits.softmax(-1)
+        log_mean = p.mean(-2, keepdim=True).clamp_min(LEAST_MEAN).log()
+        slope = -log_mean if alpha == 1 else ((alpha - 1) * log_mean).exp() * (alpha / (1 - alpha))
+        G = p * (slope - (p * slope).sum(-1, keepdim=True))
     elif oracle not in GUESSED:
         raise ValueError(f"oracle: {oracle!r} has no gradient here")
     else:
@@ -105,13 +116,13 @@ def run_phases(
     T, N, _ = theta0.shape
     y = one_hot(labels, N).to(theta0.dtype)
     sizes = y.sum(-2)  # support rows of each class, [T, N]
-    cosine = classifier == "cosine"
+    cosine, euclidean = classifier == "cosine", classifier == "euclidean"
     if cosine:
         support, query = unit(support), unit(query)
         assert scale is not None
     theta, lrs = theta0, rates.unbind()
     a = theta0.new_ones(T, N)
-    b = theta0.new_zeros(T, N) if cosine or bias is None else bias.expand(T, N)
+    b = theta0.new_zeros(T, N) if classifier != "linear" or bias is None else bias.expand(T, N)
     zero = {"support": torch.zeros_like(y), "query": theta0.new_zeros(T, query.shape[-2], N)}
     P = zero if coefficients else {}
 
@@ -119,23 +130,39 @@ def run_phases(
         """Logits [T, rows, N]."""
         weights = scale * unit(theta) if scale is not None and cosine else theta
         products = (weights @ rows.transpose(-1, -2)).transpose(-1, -2) if N < FEW else rows @ weights.transpose(-1, -2)
+        if euclidean and scale is not None:
+            return scale * (products - theta.square().sum(-1).unsqueeze(-2) / 2)
         if not cosine:
             return products + b.unsqueeze(-2)
         return products if bias is None or scale is None else products + scale * bias
 
+    def gradient(part: Part, logits: Tensor, shares: Tensor | None) -> Tensor:
+        if part.marginals == "none":
+            return oracle_gradient(
+                part.oracle, logits, y if part.rows == "support" else None, mean=part.means(reduction),
+                target_scale=1.0 if target_scale is None else target_scale, mlp=mlp, running_stats=running_stats,
+                alpha=part.alpha,
+            )  # fmt: skip
+        assert shares is not None
+        if part.oracle == "proportions":
+            G = proportions_gradient(logits, shares, bags)
+        else:
+            G = logits.softmax(-1) - transport(logits, shares, bags, part.relax)
+        return G / logits.shape[-2] if part.means(reduction) else G
+
+    live = {"support": support, "query": query}
     bags = Bags(query, bag_offsets)
     uniform = theta0.new_full((T, 1, N), 1 / N).expand(T, bags.share.shape[1], N)
 
     k = 0
     for phase in phases:
         shares = proportions if phase.marginals == "given" else uniform
-        assert phase.rows is not None
-        rows = support if phase.rows == "support" else query
         start = (theta, a, dict(P))
         for _ in range(phase.steps):
-            lr, logits = lrs[k], classify(rows)
+            lr = lrs[k]
             k += 1
             if phase.oracle == "soft_assignment":
+                rows, logits = query, classify(query)
                 if phase.marginals != "none":
                     assert shares is not None
                     p = transport(logits, shares, bags, phase.relax).transpose(-1, -2)
@@ -149,25 +176,21 @@ def run_phases(
                 theta = torch.lerp(theta, (counts.unsqueeze(-1) * start[0] + p @ rows) / mass.unsqueeze(-1), lr)
                 if coefficients:
                     a = torch.lerp(a, counts * start[1] / mass, lr)
-                for part in P:
-                    moved = counts.unsqueeze(-2) * start[2][part] + (p.transpose(-1, -2) if part == "query" else 0)
-                    P[part] = torch.lerp(P[part], moved / mass.unsqueeze(-2), lr)
+                for name in P:
+                    moved = counts.unsqueeze(-2) * start[2][name] + (p.transpose(-1, -2) if name == "query" else 0)
+                    P[name] = torch.lerp(P[name], moved / mass.unsqueeze(-2), lr)
                 continue
-            if phase.marginals != "none":
-                assert shares is not None
-                if phase.oracle == "proportions":
-                    G = proportions_gradient(logits, shares, bags)
-                else:
-                    G = logits.softmax(-1) - transport(logits, shares, bags, phase.relax)
-                G = G / logits.shape[-2] if phase.means(reduction) else G
-            else:
-                G = oracle_gradient(
-                    phase.oracle, logits, y if phase.rows == "support" else None, mean=phase.means(reduction),
-                    target_scale=1.0 if target_scale is None else target_scale, mlp=mlp, running_stats=running_stats,
-                )  # fmt: skip
+            of_rows: dict[str, Tensor] = {}  # G of the support and of the query rows
+            for part in phase.parts:
+                guess = gradient(part, classify(live[part.rows]), shares)
+                guess = guess if part.weight == 1 else part.weight * guess
+                of_rows[part.rows] = of_rows[part.rows] + guess if part.rows in of_rows else guess
             if first_order:
-                G, rows = G.detach(), rows.detach()
-            step = G.transpose(-1, -2) @ rows
+                of_rows = {name: G.detach() for name, G in of_rows.items()}
+            step = _sum(
+                G.transpose(-1, -2) @ (live[name].detach() if first_order else live[name])
+                for name, G in of_rows.items()
+            )
             if cosine:
                 assert scale is not None
                 h, r = unit_and_length(theta)
@@ -177,15 +200,32 @@ def run_phases(
                 if coefficients:
                     grown = (1 + lr * scale * along / r.square()).squeeze(-1)
                     a = a * grown
-                    P = {part: value * grown.unsqueeze(-2) for part, value in P.items()}
-                    P[phase.rows] = P[phase.rows] - lr * scale * G / r.transpose(-1, -2)
+                    P = {name: value * grown.unsqueeze(-2) for name, value in P.items()}
+                    P |= {name: P[name] - lr * scale * G / r.transpose(-1, -2) for name, G in of_rows.items()}
+            elif euclidean:
+                assert scale is not None
+                total = _sum(G.sum(-2) for G in of_rows.values())
+                theta = theta - lr * scale * (step - theta * total.unsqueeze(-1))
+                if coefficients:
+                    grown = 1 + lr * scale * total
+                    a = a * grown
+                    P = {name: value * grown.unsqueeze(-2) for name, value in P.items()}
+                    P |= {name: P[name] - lr * scale * G for name, G in of_rows.items()}
             else:
                 theta = theta - lr * step
-                b = b - lr * G.sum(-2)
+                b = b - lr * _sum(G.sum(-2) for G in of_rows.values())
                 if coefficients:
-                    P[phase.rows] = P[phase.rows] - lr * G
+                    P |= {name: P[name] - lr * G for name, G in of_rows.items()}
     P = P or zero
+    if euclidean:
+        assert scale is not None
+        logits, theta, b = classify(query), scale * theta, scale * theta.square().sum(-1) / -2
+        return Adapted(logits, theta, b, P["support"], P["query"], a)
     return Adapted(classify(query), theta, b, P["support"], P["query"], a)
+
+
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
 
 
 @without_autocast
@@ -252,7 +292,7 @@ def adapt(
         if own_bias is not None and classifier == "linear":
             own_bias = own_bias[:ways]
         own_mlp = mlp
-        if mlp is not None and not any(p.oracle == "equivariant_gradient" for p in phases):
+        if mlp is not None and not any(p.oracle == "equivariant_gradient" for p in parts_of(phases)):
             own_mlp = mlp._replace(weight1=mlp.weight1[:, :ways], weight3=mlp.weight3[:ways], bias3=mlp.bias3[:ways])
         return run_phases(
             support, labels, query, theta0, phases, rates, classifier=classifier, scale=tensors["scale"],
@@ -265,7 +305,7 @@ def adapt(
         return one_batch(support, support_labels, query, n_way, tensors["start"], tensors["proportions"], bag_offsets)
     tasks, theta0, shares = [], tensors["start"], tensors["proportions"]
     for t, (s, q, own) in enumerate(each_task(ragged, n_way)):
-        if s.start == s.stop and any(p.rows == "support" and p.steps for p in phases):
+        if s.start == s.stop and any(p.rows == "support" for p in parts_of(phases)):
             raise ValueError(f"support: task {t} has no row, and phases of support rows need one")
         own_start = theta0[t, None] if given_start and theta0 is not None else theta0
         task = one_batch(

@@ -28,7 +28,7 @@ SYNTHETIC_GRADIENT = _number("synthetic_gradient")
 EQUIVARIANT_GRADIENT = _number("equivariant_gradient")
 
 # Those of classes' shares of the rows: programs with them run in plain PyTorch.
-WITHOUT_KERNELS = ("proportions", "assignment")
+WITHOUT_KERNELS = ("proportions", "assignment", "marginal_entropy")
 
 
 @triton.jit

@@ -2,8 +2,8 @@
 
 The live rows of a task stand one below the other: support rows from 0 on, where a phase uses them, query rows from
 ``query_at`` on. The state and everything beside it are tiles [LP, NP] of the live rows; G is zero outside of the
-phase's own rows. ``numbers`` holds scale, bias and target; a linear classifier has scale 1 and bias 0 there. Between
-launches the state waits in the trace, and the adjoint in arrays of its own.
+phase's own rows. ``numbers`` holds scale, bias and target; a linear classifier has scale 1 and bias 0 there, a
+Euclidean one bias 0. Between launches the state waits in the trace, and the adjoint in arrays of its own.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from kernelmeta.triton.cosine_step import cosine_step, cosine_step_backward, loses, nearly_parallel
+from kernelmeta.triton.euclidean_step import euclidean_step, euclidean_step_backward
 from kernelmeta.triton.mlp_kernels import mlp_backward, mlp_forward
 from kernelmeta.triton.oracle_kernels import (
     CROSS_ENTROPY,
@@ -94,8 +95,8 @@ def phase_forward_kernel(
     rows, S, Q, N, H, query_at, start, steps, states, work_size,
     size, ld, gram_at, r2_at, u_at, ag_at, anchor_at, lost_at, a_at, p_at,
     LP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, PP: tl.constexpr, ORACLE: tl.constexpr,
-    QUERY: tl.constexpr, MEAN: tl.constexpr, COSINE: tl.constexpr, COEFFICIENTS: tl.constexpr, RAGGED: tl.constexpr,
-    FIXED: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    QUERY: tl.constexpr, MEAN: tl.constexpr, COSINE: tl.constexpr, EUCLIDEAN: tl.constexpr,
+    COEFFICIENTS: tl.constexpr, RAGGED: tl.constexpr, FIXED: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """State number ``start`` of the trace -> the next ``steps`` (of which those below ``states`` are stored).
 
@@ -135,6 +136,10 @@ def phase_forward_kernel(
         of_direction = tl.load(errors + n_way + n, mask=n < N, other=1.0)
         if COEFFICIENTS:
             a = tl.load(trace + a_at + start * n_way + n, mask=n < N, other=0.0)
+    if EUCLIDEAN:
+        r2 = tl.load(trace + r2_at + start * n_way + n, mask=n < N, other=0.0)
+        if COEFFICIENTS:
+            a = tl.load(trace + a_at + start * n_way + n, mask=n < N, other=0.0)
     if ORACLE == SOFT_ASSIGNMENT:
         sizes = _class_sizes(labels, n, n < N, rows, NP, C)
         ua, na, anchor = u, r2, r2
@@ -143,7 +148,10 @@ def phase_forward_kernel(
     for step in range(0, steps):
         k = start + step
         rate = tl.load(rates + k)
-        z = tl.where(mine, scale * (u + bias), 0.0)
+        shift = bias
+        if EUCLIDEAN:
+            shift = -r2[None, :] / 2
+        z = tl.where(mine, scale * (u + shift), 0.0)
         if ORACLE == SYNTHETIC_GRADIENT:
             g, _, _, _, _ = mlp_forward(
                 z, p, fixed, work, row, n, n, h, count, n_way, n_way, H, LP, HP, FIXED, C, PRECISION
@@ -159,7 +167,12 @@ def phase_forward_kernel(
         g = tl.where(mine, g, 0.0)
         ag = _times(trace + gram_at, 1, ld, g, work, line, row, n, ld, count, n_way, NP, C, PRECISION)
         ag = tl.where(inside, ag, 0.0)
-        if not COSINE:
+        if EUCLIDEAN:
+            u, r2, grown = euclidean_step(u, g, ag, r2, rate * scale)
+            if COEFFICIENTS:
+                a = grown * a
+                combination = grown[None, :] * combination - rate * scale * g
+        elif not COSINE:
             u = u - rate * ag
             if COEFFICIENTS:
                 combination = combination - rate * g
@@ -197,7 +210,7 @@ def phase_forward_kernel(
             tl.store(trace + u_at + (k + 1) * state + tile, u, mask=inside)
         if COEFFICIENTS:
             tl.store(trace + p_at + (k + 1) * state + tile, combination, mask=inside)
-        if COSINE:
+        if COSINE or EUCLIDEAN:
             tl.store(trace + ag_at + k * state + tile, ag, mask=inside)
             tl.store(trace + r2_at + (k + 1) * n_way + n, r2, mask=n < N)
             if COEFFICIENTS:
@@ -216,8 +229,9 @@ def phase_backward_kernel(
     gs, gag_out, rows, S, Q, N, H, P, K, query_at, start, steps, work_size,
     size, ld, gram_at, r2_at, u_at, ag_at, anchor_at, lost_at, a_at, p_at,
     LP: tl.constexpr, NP: tl.constexpr, HP: tl.constexpr, PP: tl.constexpr, ORACLE: tl.constexpr,
-    QUERY: tl.constexpr, MEAN: tl.constexpr, COSINE: tl.constexpr, COEFFICIENTS: tl.constexpr, RAGGED: tl.constexpr,
-    FIRST_ORDER: tl.constexpr, ROWS: tl.constexpr, FIXED: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
+    QUERY: tl.constexpr, MEAN: tl.constexpr, COSINE: tl.constexpr, EUCLIDEAN: tl.constexpr,
+    COEFFICIENTS: tl.constexpr, RAGGED: tl.constexpr, FIRST_ORDER: tl.constexpr, ROWS: tl.constexpr,
+    FIXED: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the state after the phase, in gu [T, N, ld], gr2 [T, N] and, with COEFFICIENTS, gp and ga alike ->
     those of the state before it, in the same place; adds to this task's gradients of the MLP (``partial`` [T, P]) and
@@ -261,11 +275,11 @@ def phase_backward_kernel(
     gr2 = tl.zeros([NP], C)
     gp = tl.zeros([LP, NP], C)
     ga = tl.zeros([NP], C)
-    if COSINE:
+    if COSINE or EUCLIDEAN:
         gr2 += tl.load(gr2_at + n, mask=n < N, other=0.0)
     if COEFFICIENTS:
         gp += tl.load(gp_at + tile, mask=inside, other=0.0)
-        if COSINE:
+        if COSINE or EUCLIDEAN:
             ga += tl.load(ga_at + n, mask=n < N, other=0.0)
     gscale = tl.zeros([NP], C)
     gbias = tl.zeros([NP], C)
@@ -287,7 +301,11 @@ def phase_backward_kernel(
         k = start + steps - 1 - back
         rate = tl.load(rates + k)
         u = tl.load(trace + u_at + k * state + tile, mask=inside, other=0.0)
-        z = tl.where(mine, scale * (u + bias), 0.0)
+        shift = bias
+        if EUCLIDEAN:
+            r2 = tl.load(trace + r2_at + k * n_way + n, mask=n < N, other=0.0)
+            shift = -r2[None, :] / 2
+        z = tl.where(mine, scale * (u + shift), 0.0)
         if ORACLE == SYNTHETIC_GRADIENT:
             g, mean1, variance1, mean2, variance2 = mlp_forward(
                 z, p, fixed, work, row, n, n, h, count, n_way, n_way, H, LP, HP, FIXED, C, PRECISION
@@ -301,7 +319,19 @@ def phase_backward_kernel(
         else:
             g = oracle(z, y, ways, share, target, ORACLE)
         g = tl.where(mine, g, 0.0)
-        if not COSINE:
+        if EUCLIDEAN:
+            ag = tl.load(trace + ag_at + k * state + tile, mask=inside, other=0.0)
+            last_p, last_a = gp, ga
+            if COEFFICIENTS:
+                last_p = tl.load(trace + p_at + k * state + tile, mask=inside, other=0.0)
+                last_a = tl.load(trace + a_at + k * n_way + n, mask=n < N, other=0.0)
+            gu, gr2, gp, ga, gg, gag, ge = euclidean_step_backward(
+                u, g, ag, r2, rate * scale, gu, gr2, last_p, last_a, gp, ga, COEFFICIENTS
+            )
+            gscale += rate * ge
+            grate = scale * ge
+            gg += _times(trace + gram_at, ld, 1, gag, product_work, row, line, n, count, ld, n_way, NP, C, PRECISION)
+        elif not COSINE:
             gag = -rate * gu
             # u' = u - rate A G, P' = P - rate G: the gradient of G, but for the rate, is that of the rate but for G.
             gg = _times(trace + gram_at, ld, 1, gu, product_work, row, line, n, count, ld, n_way, NP, C, PRECISION)
@@ -401,6 +431,10 @@ def phase_backward_kernel(
                     per_class = tl.sum(gz, 0)
                     gscale += bias * per_class
                     gbias += scale * per_class
+            if EUCLIDEAN:
+                per_class = tl.sum(gz, 0)
+                gscale += tl.sum(gz * u, 0) - per_class * r2 / 2
+                gr2 -= scale * per_class / 2
             gu += scale * gz
     if ORACLE == SOFT_ASSIGNMENT:
         gr2 += ganchor + gna + tl.sum(gra * ua, 0) / (2 * tl.sqrt(na))
@@ -409,7 +443,7 @@ def phase_backward_kernel(
             gp += gpa
             ga += gaa
     tl.store(gu_at + tile, gu, mask=inside)
-    if COSINE:
+    if COSINE or EUCLIDEAN:
         tl.store(gr2_at + n, gr2, mask=n < N)
         tl.store(gnumbers, tl.load(gnumbers) + tl.sum(tl.where(n < N, gscale, 0.0)))
         tl.store(gnumbers + 1, tl.load(gnumbers + 1) + tl.sum(tl.where(n < N, gbias, 0.0)))

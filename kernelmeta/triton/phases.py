@@ -109,7 +109,8 @@ def _common(
         packed, packed if stats is None else stats.contiguous(), work,
     ]  # fmt: skip
     flags = {
-        "ORACLE": phase.oracle, "QUERY": phase.query, "MEAN": phase.mean, "COSINE": "r2" in trace,
+        "ORACLE": phase.oracle, "QUERY": phase.query, "MEAN": phase.mean, "COSINE": "lost" in trace,
+        "EUCLIDEAN": "r2" in trace and "lost" not in trace,
         "RAGGED": live.counts is not None, "FIXED": stats is not None,
         **precision(trace.data),
     }  # fmt: skip

@@ -11,10 +11,11 @@ from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.ops._ragged import shapes
 from kernelmeta.ops._signature import mlp_of
 from kernelmeta.ops._trace import padded
-from kernelmeta.ops.program_op import OP, PHASE_NUMBERS
+from kernelmeta.ops.program_op import ONE, OP, PHASE_NUMBERS
+from kernelmeta.phases import ORACLES
 from kernelmeta.triton import anew, class_means_kernels, mlp_kernels, phases
 from kernelmeta.triton.launch import interpreted
-from kernelmeta.triton.oracle_kernels import EQUIVARIANT_GRADIENT
+from kernelmeta.triton.oracle_kernels import EQUIVARIANT_GRADIENT, WITHOUT_KERNELS
 from kernelmeta.triton.phases import Gradients, Learned, Live, Phase
 from kernelmeta.triton.products import (
     combine,
@@ -27,8 +28,10 @@ from kernelmeta.triton.products import (
 from kernelmeta.triton.tasks import Tasks
 from kernelmeta.triton.trace import Trace, size_of
 
+_WITHOUT_KERNELS = {list(ORACLES).index(name) for name in WITHOUT_KERNELS}
 _FLOOR2 = 1e-24  # of a squared norm
 _CLASS_MEANS, _ZERO, _GIVEN = 0, 2, 3  # starts
+_COSINE, _LINEAR, _EUCLIDEAN = 0, 1, 2  # classifiers
 
 
 def _live(call: Any, S: int, Q: int) -> Live:
@@ -41,8 +44,10 @@ def _fits(call: Any, live: Live) -> bool:
     dtype = call.rates.dtype
     if call.start == _GIVEN and (call.support_offsets is not None or 0 in call.support_labels.shape):
         return False  # a task may have no support row
-    if any(call.phases[4::PHASE_NUMBERS]):
-        return False  # classes' shares of the rows
+    if any(call.phases[4::PHASE_NUMBERS]) or not _WITHOUT_KERNELS.isdisjoint(call.phases[::PHASE_NUMBERS]):
+        return False  # means of predictions
+    if any(call.phases[6::PHASE_NUMBERS]) or {*call.phases[5::PHASE_NUMBERS], *call.phases[7::PHASE_NUMBERS]} - {ONE}:
+        return False  # joint steps, weights, alpha
     H = 0 if call.weight1 is None else call.weight1.shape[0]
     pairs = call.n_way * max(live.S, live.Q) if EQUIVARIANT_GRADIENT.value in call.phases[::PHASE_NUMBERS] else 0
     return (dtype is torch.float32 or interpreted()) and phases.fits(live.ld, call.n_way, H, dtype, pairs)
@@ -50,18 +55,19 @@ def _fits(call: Any, live: Live) -> bool:
 
 def _fields(call: Any, live: Live) -> dict[str, tuple[int, ...]]:
     """What a task's forward pass leaves; a linear classifier does not need A G."""
-    N, K, cosine, coefficients = call.n_way, sum(call.phases[3::PHASE_NUMBERS]), call.cosine, call.coefficients
+    N, K, coefficients = call.n_way, sum(call.phases[3::PHASE_NUMBERS]), call.coefficients
+    cosine, has_length = call.classifier == _COSINE, call.classifier != _LINEAR
     return {
         "theta0": (N, call.query.shape[-1]) if call.start == _CLASS_MEANS else (),
         "inverse": (live.ld,) if cosine else (),
-        "r2": (K + 1, N) if cosine else (),
+        "r2": (K + 1, N) if has_length else (),
         "u": (K + 1, N, live.ld),
-        "ag": (K, N, live.ld) if cosine else (),
+        "ag": (K, N, live.ld) if has_length else (),
         "gram_support": (live.S, live.ld) if live.S else (),
         "gram_query": (live.Q, live.ld) if any(call.phases[1::PHASE_NUMBERS]) else (),
         "anchor": (K + 1, N) if cosine else (),
         "lost": (N,) if cosine else (),
-        "a": (K + 1, N) if coefficients and cosine else (),
+        "a": (K + 1, N) if coefficients and has_length else (),
         "p": (K + 1, N, live.ld) if coefficients else (),
     }
 
@@ -72,7 +78,8 @@ class _Program:
     def __init__(self, call: Any) -> None:
         self.call = call
         self.theta0, self.weight, self.bias, rates = call.theta0, call.weight, call.bias, call.rates
-        self.N, self.cosine, self.start = call.n_way, call.cosine, call.start
+        self.N, self.start = call.n_way, call.start
+        self.cosine, self.linear, self.euclidean = (call.classifier == kind for kind in (_COSINE, _LINEAR, _EUCLIDEAN))
         self.first_order, self.coefficients = call.first_order, call.coefficients
         self.tasks = tasks = Tasks(call, every_class=call.start != _GIVEN)
         self.given = (call.theta0, call.weight, call.scale, call.bias, call.target_scale, call.rates)
@@ -89,8 +96,8 @@ class _Program:
             counts[:, 0].zero_()
             self.live = self.live._replace(counts=counts)
         ones = rates.new_ones(1)
-        values = [scale, ones.new_zeros(1) if bias is None else bias] if self.cosine else [ones, ones.new_zeros(1)]
-        values.append(ones if target is None else target)
+        own_bias = bias if self.cosine and bias is not None else ones.new_zeros(1)
+        values = [ones if self.linear else scale, own_bias, ones if target is None else target]
         own = torch.cat([v.reshape(1) for v in values])
         self.learned = Learned(
             own, rates.contiguous(), tasks.labels.contiguous(), None if mlp.weight1 is None else mlp, call.running_stats
@@ -149,8 +156,7 @@ def forward(call: Any) -> tuple[Tensor, ...]:
     phases.forward(trace, live, N, program.phases, program.learned)
 
     u = trace["u"][:, K, :, live.query].transpose(1, 2)
-    scale, bias = program.learned.numbers[:2] if program.cosine else (1, 0)
-    logits = scale * (u + bias)
+    logits = program.learned.numbers[0] * (u + _shift(program, trace))
     own = tasks.own_ways
     if own is not None:
         logits.masked_fill_(~own.unsqueeze(1), -float("inf"))
@@ -158,7 +164,7 @@ def forward(call: Any) -> tuple[Tensor, ...]:
     if program.coefficients:
         p = trace["p"][:, K].transpose(1, 2).clone(memory_format=torch.contiguous_format)
         of_support = p[:, live.support] if live.S else p.new_zeros(tasks.T, tasks.S, N)
-        a = trace["a"][:, K].clone() if program.cosine else p.new_ones(tasks.T, N)
+        a = trace["a"][:, K].clone() if "a" in trace else p.new_ones(tasks.T, N)
         if own is not None:
             a.masked_fill_(~own, 0)
         coefficients = [tasks.flatten(of_support, False), tasks.flatten(p[:, live.query], True), a]
@@ -169,6 +175,11 @@ def forward(call: Any) -> tuple[Tensor, ...]:
         of_lost = OP.plain_forward(*own_call._replace(save_trace=False))[:4]
         anew.put(found, (rows_q, rows_s, rows_q, lost), of_lost)
     return *found, data.view(-1) if call.save_trace else rates.new_empty(0)
+
+
+def _shift(program: _Program, trace: Trace) -> Tensor:
+    """What is added to the last U, [T, 1, N] or []."""
+    return trace["r2"][:, program.K].unsqueeze(1) / -2 if program.euclidean else program.learned.numbers[1]
 
 
 def _lost(program: _Program, trace: Trace) -> Tensor | None:
@@ -211,11 +222,14 @@ def _begin(program: _Program, trace: Trace) -> None:
             if name in trace:
                 place = live.support if name == "gram_support" else live.query
                 trace[name].mul_(inverse.unsqueeze(1)).mul_(inverse[:, place].unsqueeze(-1))
-        if program.coefficients:
-            trace["a"][:, 0] = 1
+    elif program.euclidean:
+        if theta0 is not None:
+            squared_norms(theta0, None, trace["r2"][:, 0])
     elif program.bias is not None:
         for _, place in program.parts():
             u[..., place] += program.bias.unsqueeze(-1)
+    if "a" in trace:
+        trace["a"][:, 0] = 1
     u.masked_fill_(tasks.broken.view(-1, 1, 1), float("nan"))
 
 
@@ -232,7 +246,7 @@ def _form_gram(program: _Program, trace: Trace, of_query: bool, place: slice) ->
         else:
             other_rows, other_index = program.tasks.rows(other_query)
             dots(rows, other_rows, gram, index, other_index)
-            if not program.cosine:
+            if program.linear:
                 gram += 1
 
 
@@ -269,11 +283,15 @@ def backward(call: Any) -> tuple[Tensor, ...]:
     gz = tasks.spread(call.grad_logits, True).transpose(1, 2)
     if tasks.own_ways is not None:
         gz = gz.masked_fill(~tasks.own_ways.unsqueeze(-1), 0)
-    scale, bias = program.learned.numbers[:2] if cosine else (1, 0)
+    scale = program.learned.numbers[0]
     grad.u[..., live.query] = scale * gz
+    if not program.linear:
+        shift = _shift(program, trace).transpose(-1, -2) if program.euclidean else _shift(program, trace)
+        grad.numbers[:, 0] = (gz * (trace["u"][:, K, :, live.query] + shift)).sum((1, 2))
     if cosine:
-        grad.numbers[:, 0] = (gz * (trace["u"][:, K, :, live.query] + bias)).sum((1, 2))
         grad.numbers[:, 1] = scale * gz.sum((1, 2))
+    elif program.euclidean:
+        grad.r2.copy_(gz.sum(-1) * (scale / -2))
     phases.backward(trace, live, N, program.phases, program.learned, grad, program.first_order)
     lost = _lost(program, trace)
     if lost is not None:
@@ -305,7 +323,7 @@ def _finish(program: _Program, trace: Trace, grad: Gradients, need_query: bool, 
     cosine, none = program.cosine, grad.u.new_empty(0)
     theta0 = program.start_of(trace)
     gu = grad.u  # of the rows, not normalised, times theta0
-    gn0 = None
+    gn0 = grad.r2 if program.euclidean else None
     if cosine:
         u, r2 = trace["u"][:, 0], trace["r2"][:, 0]
         gn0 = (grad.r2 - (gu * u).sum(-1) / (2 * r2)).masked_fill_(r2 <= _FLOOR2, 0)
@@ -370,7 +388,7 @@ def _of_parameters(program: _Program, grad: Gradients, gtheta0: Tensor, gweight:
     mlp = program.learned.mlp
     numbers = grad.numbers.sum(0)
     given = program.given
-    gbias = numbers[1:2].clone() if program.cosine else grad.u.sum((0, 2))
+    gbias = grad.u.sum((0, 2)) if program.linear else numbers[1:2].clone()
     of_start = gtheta0 if program.start == _GIVEN else gtheta0.sum(0)
     found = [of_start, gweight, numbers[:1].clone(), gbias, numbers[2:].clone(), grad.rates.sum(0)]
     none = grad.u.new_empty(0)

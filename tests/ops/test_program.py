@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, normalize, one_hot
 
 import kernelmeta as km
 from kernelmeta.mlp_parameters import MLPParameters
-from kernelmeta.phases import GUESSED, Phase
+from kernelmeta.phases import GUESSED, Part, Phase, parts_of
 
 CPU = km.backends()["cpu"]
 needs_kernel = pytest.mark.skipif(not CPU.available, reason=f"no CPU kernels: {CPU.reason}")
@@ -23,8 +23,8 @@ needs_kernel = pytest.mark.skipif(not CPU.available, reason=f"no CPU kernels: {C
 # ---- the unrolled loop, one task at a time
 
 
-def loss_of(phase: Phase, logits: Tensor, labels: Tensor, target: Tensor, mlp: MLPParameters | None, mean: bool) -> Any:
-    """A scalar whose gradient drives the step (for a synthetic gradient: logits times the constant guess)."""
+def loss_of(phase: Part, logits: Tensor, labels: Tensor, target: Tensor, mean: bool) -> Any:
+    """A scalar whose gradient drives the step."""
     rows = logits.shape[0] if mean else 1
     if phase.oracle == "cross_entropy":
         return cross_entropy(logits, labels, reduction="sum") / rows
@@ -34,8 +34,14 @@ def loss_of(phase: Phase, logits: Tensor, labels: Tensor, target: Tensor, mlp: M
         margins = (1 + logits - logits.gather(1, labels[:, None])).clamp_min(0)
         return (margins.sum() - len(labels)) / rows
     if phase.oracle == "entropy":
-        return -(logits.softmax(1) * logits.log_softmax(1)).sum() / rows
+        return entropy(logits.softmax(1), phase.alpha).sum() / rows
+    if phase.oracle == "marginal_entropy":
+        return entropy(logits.softmax(1).mean(0), phase.alpha) * (1 if mean else logits.shape[0])
     raise AssertionError(phase.oracle)
+
+
+def entropy(p: Tensor, alpha: float) -> Tensor:
+    return -(p * p.log()).sum(-1) if alpha == 1 else (1 - p.pow(alpha).sum(-1)) / (alpha - 1)
 
 
 def pair_inputs(logits: Tensor) -> Tensor:
@@ -75,15 +81,20 @@ def unrolled(
     mlp: MLPParameters | None,
     stats: Tensor | None,
     *,
-    cosine: bool,
+    classifier: str,
     reduction: str | None = None,
     first_order: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, theta and bias of one task; theta [N, D], and bias [N] if linear, else [1]."""
+    """Logits, theta and bias of one task; theta [N, D], and bias [N] if linear, else [1]. A Euclidean classifier as the
+    linear one that it is.
+    """
     counts = one_hot(labels, theta.shape[0]).sum(0)
 
     def classify(theta: Tensor, bias: Tensor, rows: Tensor) -> Tensor:
-        if cosine:
+        if classifier == "euclidean":
+            # scale |x - theta|^2 / -2, without the part that all classes have in common
+            return scale * ((rows[:, None] - theta).square().sum(2) - rows.square().sum(1, keepdim=True)) / -2
+        if classifier == "cosine":
             return scale * (bias + normalize(rows, dim=1, eps=1e-12) @ normalize(theta, dim=1, eps=1e-12).T)
         return rows @ theta.T + bias
 
@@ -91,33 +102,38 @@ def unrolled(
     for phase in phases:
         anchor = theta
         for _ in range(phase.steps):
-            rows = support if phase.rows == "support" else query
-            logits = classify(theta, bias, rows)
             if phase.oracle == "soft_assignment":
-                shares = logits.softmax(1)
-                centre = (counts[:, None] * anchor + shares.T @ normalize(rows, dim=1)) / (counts + shares.sum(0))[
+                shares = classify(theta, bias, query).softmax(1)
+                centre = (counts[:, None] * anchor + shares.T @ normalize(query, dim=1)) / (counts + shares.sum(0))[
                     :, None
                 ]
                 theta = (1 - rates[k]) * theta + rates[k] * centre
                 k += 1
                 continue
-            mean = phase.means(reduction)
-            wanted = [theta] if cosine else [theta, bias]
-            if phase.oracle in ("synthetic_gradient", "equivariant_gradient"):
-                of_pairs = phase.oracle == "equivariant_gradient"
-                inputs = pair_inputs(logits) if of_pairs else logits
-                guess = km.reference.synthetic_gradient_mlp(
-                    inputs, mlp, norm_stats="task" if stats is None else "running", running_stats=stats
-                )
-                guess = guess.view_as(logits) / (len(rows) if mean else 1)
-                steps = torch.autograd.grad(logits, wanted, guess, create_graph=not first_order)
-            else:
-                loss = loss_of(phase, logits, labels, target, mlp, mean)
-                steps = torch.autograd.grad(loss, wanted, create_graph=not first_order, retain_graph=True)
+            wanted = [theta, bias] if classifier == "linear" else [theta]
+            steps = [torch.zeros_like(w) for w in wanted]
+            for part in phase.parts:
+                rows = support if part.rows == "support" else query
+                logits = classify(theta, bias, rows)
+                mean = part.means(reduction)
+                of_guess = {}
+                if part.oracle in ("synthetic_gradient", "equivariant_gradient"):
+                    of_pairs = part.oracle == "equivariant_gradient"
+                    inputs = pair_inputs(logits) if of_pairs else logits
+                    guess = km.reference.synthetic_gradient_mlp(
+                        inputs, mlp, norm_stats="task" if stats is None else "running", running_stats=stats
+                    )
+                    loss, of_guess["grad_outputs"] = logits, guess.view_as(logits) / (len(rows) if mean else 1)
+                else:
+                    loss = loss_of(part, logits, labels, target, mean)
+                found = torch.autograd.grad(loss, wanted, create_graph=not first_order, retain_graph=True, **of_guess)
+                steps = [step + part.weight * g for step, g in zip(steps, found, strict=True)]
             theta = theta - rates[k] * steps[0]
-            if not cosine:
+            if classifier == "linear":
                 bias = bias - rates[k] * steps[1]
             k += 1
+    if classifier == "euclidean":
+        return classify(theta, bias, query), scale * theta, scale * theta.square().sum(1) / -2
     return classify(theta, bias, query), theta, bias
 
 
@@ -125,7 +141,7 @@ class Problem:
     """Everything that a program may read, drawn at random; all of it learned."""
 
     def __init__(
-        self, phases: list[Phase], cosine: bool, start: str, *, T: int = 2, S: int = 7, Q: int = 9, N: int = 3,
+        self, phases: list[Phase], classifier: str, start: str, *, T: int = 2, S: int = 7, Q: int = 9, N: int = 3,
         D: int = 12, H: int = 6, seed: int = 0,
     ) -> None:  # fmt: skip
         g = torch.Generator().manual_seed(seed)
@@ -133,17 +149,22 @@ class Problem:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, dtype=torch.float64, generator=g)
 
-        self.phases, self.cosine, self.start, self.N = phases, cosine, start, N
+        self.phases, self.classifier, self.start, self.N = phases, classifier, start, N
         K = sum(p.steps for p in phases)
-        size = 1.0 if cosine else D**-0.5
+        size = 1.0 if classifier == "cosine" else D**-0.5
         self.support, self.query, self.labels = size * normal(T, S, D), size * normal(T, Q, D), draw_labels(T, S, N, g)
-        self.rates = torch.rand(K, dtype=torch.float64, generator=g) * (0.3 if cosine else 0.6) + 0.05
-        self.theta0, self.weight = normal(N, D), torch.rand(D, dtype=torch.float64, generator=g) + 0.5
+        self.rates = torch.rand(K, dtype=torch.float64, generator=g) * (0.6 if classifier == "linear" else 0.3) + 0.05
+        if classifier == "euclidean":  # (|theta|^2 feeds itself at larger ones)
+            self.rates *= 0.2
+        self.theta0, self.weight = (
+            normal(N, D) * (size if classifier == "euclidean" else 1),
+            torch.rand(D, dtype=torch.float64, generator=g) + 0.5,
+        )
         self.scale, self.target = torch.tensor([3.3]).double(), torch.tensor([1.7]).double()
-        self.bias = normal(1) if cosine else normal(N)
+        self.bias = normal(1) if classifier == "cosine" else normal(N)
         if start == "given":
-            self.theta0 = normal(T, N, D)
-        of_pairs = any(p.oracle == "equivariant_gradient" for p in phases)
+            self.theta0 = normal(T, N, D) * (size if classifier == "euclidean" else 1)
+        of_pairs = any(p.oracle == "equivariant_gradient" for p in parts_of(phases))
         self.mlp = draw_pair_mlp(H, torch.float64, g) if of_pairs else draw_mlp(N, H, torch.float64, g)
 
     def leaves(self) -> list[Tensor]:
@@ -159,8 +180,9 @@ class Problem:
     def options(self) -> dict[str, Any]:
         start = self.theta0 if self.start in ("learned", "given") else self.start
         return {
-            "n_way": self.N, "rates": self.rates, "classifier": "cosine" if self.cosine else "linear", "start": start,
-            "weight": self.weight, "scale": self.scale, "bias": self.bias, "target_scale": self.target,
+            "n_way": self.N, "rates": self.rates, "classifier": self.classifier, "start": start,
+            "weight": self.weight, "scale": self.scale,
+            "bias": None if self.classifier == "euclidean" else self.bias, "target_scale": self.target,
             "mlp": self.mlp,
         }  # fmt: skip
 
@@ -168,7 +190,7 @@ class Problem:
         z, weights = program(
             self.support, self.labels, self.query, self.phases, return_weights=True, **self.options(), **options
         )
-        return [z, weights.weight] if self.cosine else [z, *weights]
+        return [z, weights.weight] if self.classifier == "cosine" else [z, *weights]
 
     def unrolled(self, stats: Tensor | None = None, **options: Any) -> list[Tensor]:
         tasks = []
@@ -191,12 +213,12 @@ class Problem:
                     self.target,
                     self.mlp,
                     stats,
-                    cosine=self.cosine,
+                    classifier=self.classifier,
                     **options,
                 )
             )
         results = [torch.stack(r) for r in zip(*tasks, strict=True)]
-        return results[:2] if self.cosine else results
+        return results[:2] if self.classifier == "cosine" else results
 
 
 def with_gradients(problem: Problem, results: list[Tensor]) -> list[Tensor]:
@@ -225,21 +247,45 @@ COSINE = {
         Phase("hinge", 1, 0.1), Phase("soft_assignment", 2, 1.0), Phase("cross_entropy", 0, 0.1),
         Phase("entropy", 1, 0.1), Phase("soft_assignment", 1, 0.5),
     ],
+    "marginal_entropy": [Phase("marginal_entropy", 2, -0.1)],
+    "marginal_entropy of the support rows": [Phase("marginal_entropy", 2, -0.1, rows="support", alpha=3.0)],
+    "entropy with alpha": [Phase("entropy", 3, 0.1, alpha=2.0), Phase("entropy", 1, 0.1, rows="support", alpha=0.7)],
+    "joint": [Phase("cross_entropy + 0.7*entropy - 1.3*marginal_entropy", 3, 0.1)],
+    "joint, of one kind of rows": [
+        Phase("0.5*cross_entropy + 2*squared_error + entropy@support", 2, 0.1),
+        Phase("entropy - marginal_entropy", 2, 0.1),
+    ],
+    "joint guesses": [Phase("hinge + 0.1*synthetic_gradient - 0.2*synthetic_gradient@support", 2, 0.1)],
+    "joint equivariant guesses": [
+        Phase("0.1*equivariant_gradient - 0*entropy", 2, 0.1), Phase("cross_entropy", 1, 0.1),
+    ],
+    "joint with alpha": [
+        Phase("cross_entropy", 1, 0.1), Phase("cross_entropy + entropy - marginal_entropy", 2, 0.1, alpha=2.0),
+        Phase("entropy", 1, 0.1),
+    ],
+    "joint, then assignment": [
+        Phase("cross_entropy + 0.5*entropy", 2, 0.1), Phase("soft_assignment", 1, 1.0), Phase("3*entropy", 1, 0.1),
+    ],
     "nothing": [],
 }  # fmt: skip
 LINEAR = {name: p for name, p in COSINE.items() if all(phase.oracle != "soft_assignment" for phase in p)}
+PROGRAMS = {"cosine": COSINE, "linear": LINEAR, "euclidean": LINEAR}
 CASES = [
-    *((True, name, start) for name in COSINE for start in ("class_means", "learned", "given")),
-    *((False, name, start) for name in LINEAR for start in ("class_means", "learned", "given")),
+    *((c, name, start) for c, of in PROGRAMS.items() for name in of for start in ("class_means", "learned", "given")),
     # All rows alike have no variance that BatchNorm could divide by: not for guessed gradients at the start.
-    *((False, name, "zero") for name, p in LINEAR.items() if not p or p[0].oracle not in GUESSED),
+    *(
+        (c, name, "zero")
+        for c in ("linear", "euclidean")
+        for name, p in LINEAR.items()
+        if not {part.oracle for part in parts_of(p[:1])} & set(GUESSED)
+    ),
 ]
 
 
-@pytest.mark.parametrize(("cosine", "name", "start"), CASES)
+@pytest.mark.parametrize(("classifier", "name", "start"), CASES)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_equals_the_unrolled_loop(cosine: bool, name: str, start: str, backend: str) -> None:
-    problem = Problem((COSINE if cosine else LINEAR)[name], cosine, start).fresh()
+def test_equals_the_unrolled_loop(classifier: str, name: str, start: str, backend: str) -> None:
+    problem = Problem(PROGRAMS[classifier][name], classifier, start).fresh()
     want = with_gradients(problem, problem.unrolled())
     with km.use_backend(backend if CPU.available else "reference"):
         assert_close(with_gradients(problem, problem.run(km.ops.program)), want, 1e-9)
@@ -249,11 +295,11 @@ def test_equals_the_unrolled_loop(cosine: bool, name: str, start: str, backend: 
 @settings(max_examples=60)
 @given(st.data())
 def test_shapes(data: Any) -> None:
-    cosine = data.draw(st.booleans())
-    name = data.draw(st.sampled_from(sorted(COSINE if cosine else LINEAR)))
+    classifier = data.draw(st.sampled_from(sorted(PROGRAMS)))
+    name = data.draw(st.sampled_from(sorted(PROGRAMS[classifier])))
     N = data.draw(st.integers(2, 7))
     problem = Problem(
-        (COSINE if cosine else LINEAR)[name], cosine, data.draw(st.sampled_from(["class_means", "learned", "given"])),
+        PROGRAMS[classifier][name], classifier, data.draw(st.sampled_from(["class_means", "learned", "given"])),
         T=data.draw(st.integers(1, 4)), S=data.draw(st.integers(N, 4 * N)), Q=data.draw(st.integers(2, 40)), N=N,
         D=data.draw(st.integers(2, 70)), H=data.draw(st.integers(1, 24)), seed=data.draw(st.integers(0, 99)),
     ).fresh()  # fmt: skip
@@ -266,7 +312,7 @@ def test_shapes(data: Any) -> None:
 @pytest.mark.parametrize("name", ["both", "labels, then equivariant"])
 def test_stored_statistics(name: str) -> None:
     stats = running_stats(6)
-    problem = Problem(COSINE[name], True, "class_means").fresh()
+    problem = Problem(COSINE[name], "cosine", "class_means").fresh()
     want = with_gradients(problem, problem.unrolled(stats))
     assert_close(with_gradients(problem, problem.run(km.ops.program, running_stats=stats)), want, 1e-10)
 
@@ -276,7 +322,7 @@ def test_stored_statistics(name: str) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_first_order_takes_steps_for_constants(backend: str) -> None:
-    problem = Problem([Phase("cross_entropy", 3, 0.1)], False, "learned").fresh()
+    problem = Problem([Phase("cross_entropy", 3, 0.1)], "linear", "learned").fresh()
     want = with_gradients(problem, problem.unrolled(first_order=True))
     with km.use_backend(backend if CPU.available else "reference"):
         got = with_gradients(problem, problem.run(km.ops.program, first_order=True))
@@ -289,7 +335,7 @@ def test_first_order_takes_steps_for_constants(backend: str) -> None:
 
 def test_first_order_differs_by_the_loss_s_curvature() -> None:
     """After one step W' = W - lr g(W): the gradients differ by lr H v, H the Hessian of the inner loss."""
-    problem = Problem([Phase("cross_entropy", 1, 0.1)], False, "learned", T=1).fresh()
+    problem = Problem([Phase("cross_entropy", 1, 0.1)], "linear", "learned", T=1).fresh()
     with torch.no_grad():
         problem.rates.fill_(0.1)
 
@@ -315,19 +361,20 @@ def test_first_order_differs_by_the_loss_s_curvature() -> None:
 
 # ---- starts given from outside
 
-WITHOUT_LABELS = [  # (of a cosine classifier?, phases)
-    (True, [Phase("entropy", 2, 0.1), Phase("soft_assignment", 2, 0.5)]),
-    (True, [Phase("synthetic_gradient", 2, 0.1)]),
-    (True, [Phase("equivariant_gradient", 2, 0.1)]),
-    (False, [Phase("entropy", 3, 0.1)]),
-    (False, []),
+WITHOUT_LABELS = [  # (classifier, phases)
+    ("cosine", [Phase("entropy", 2, 0.1), Phase("soft_assignment", 2, 0.5)]),
+    ("cosine", [Phase("synthetic_gradient", 2, 0.1)]),
+    ("cosine", [Phase("equivariant_gradient", 2, 0.1)]),
+    ("linear", [Phase("entropy", 3, 0.1)]),
+    ("linear", []),
+    ("euclidean", [Phase("entropy", 3, 0.1)]),
 ]
 
 
-@pytest.mark.parametrize(("cosine", "phases"), WITHOUT_LABELS)
+@pytest.mark.parametrize(("classifier", "phases"), WITHOUT_LABELS)
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_given_start_needs_no_labelled_row(cosine: bool, phases: list[Phase], backend: str) -> None:
-    problem = Problem(phases, cosine, "given", S=5)
+def test_a_given_start_needs_no_labelled_row(classifier: str, phases: list[Phase], backend: str) -> None:
+    problem = Problem(phases, classifier, "given", S=5)
     problem.support, problem.labels = problem.support[:, :0], problem.labels[:, :0]
     problem.fresh()
     want = with_gradients(problem, problem.unrolled())
@@ -337,7 +384,7 @@ def test_a_given_start_needs_no_labelled_row(cosine: bool, phases: list[Phase], 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_given_start_needs_no_row_of_every_class(backend: str) -> None:
-    problem = Problem([Phase("cross_entropy", 2, 0.1), Phase("soft_assignment", 2, 1.0)], True, "given")
+    problem = Problem([Phase("cross_entropy", 2, 0.1), Phase("soft_assignment", 2, 1.0)], "cosine", "given")
     problem.labels = problem.labels.clamp(max=1)
     problem.fresh()
     want = with_gradients(problem, problem.unrolled())
@@ -351,7 +398,7 @@ def test_a_given_start_needs_no_row_of_every_class(backend: str) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_ragged_tasks_with_and_without_labelled_rows(backend: str) -> None:
     phases = [Phase("entropy", 1, 0.1), Phase("soft_assignment", 2, 1.0)]
-    problem = Problem(phases, True, "given", T=3, N=4, D=6).fresh()
+    problem = Problem(phases, "cosine", "given", T=3, N=4, D=6).fresh()
     sizes = [(0, 5), (3, 2), (0, 20)]
     support, query = torch.randn(3, 6).double(), torch.randn(27, 6).double()
     labels, ways = torch.tensor([1, 1, 0]), [4, 2, 3]
@@ -395,7 +442,7 @@ BAD_STARTS: list[tuple[dict[str, Any], list[Phase], str]] = [
 
 @pytest.mark.parametrize(("change", "phases", "message"), BAD_STARTS)
 def test_bad_given_starts(change: dict[str, Any], phases: list[Phase], message: str) -> None:
-    problem = Problem(phases, True, "given")
+    problem = Problem(phases, "cosine", "given")
     with pytest.raises(ValueError, match=message):
         km.ops.program(
             problem.support[:, :0], problem.labels[:, :0], problem.query, phases, **problem.options() | change
@@ -450,16 +497,21 @@ def narrowed(options: dict[str, Any], t: int, ways: int) -> dict[str, Any]:
     }
 
 
+RAGGED_PROGRAMS = (
+    "both", "four phases", "hinge", "labels, then equivariant", "joint", "joint guesses", "joint, then assignment",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("bounded", [False, True])
 @pytest.mark.parametrize(
-    ("cosine", "name", "start"),
-    [c for c in CASES if c[1] in ("both", "four phases", "hinge", "labels, then equivariant")],
+    ("classifier", "name", "start"),
+    [c for c in CASES if c[1] in RAGGED_PROGRAMS],
 )
 def test_a_ragged_batch_equals_its_tasks_one_by_one(
-    cosine: bool, name: str, start: str, bounded: bool, backend: str
+    classifier: str, name: str, start: str, bounded: bool, backend: str
 ) -> None:
-    problem = Problem((COSINE if cosine else LINEAR)[name], cosine, start, T=len(SIZES), N=5, D=14).fresh()
+    problem = Problem(PROGRAMS[classifier][name], classifier, start, T=len(SIZES), N=5, D=14).fresh()
     batch = draw_ragged(SIZES, 14)
     if bounded:
         batch = batch._replace(ragged=batch.ragged._replace(max_support=31, max_query=20))
@@ -482,7 +534,7 @@ def test_a_ragged_batch_equals_its_tasks_one_by_one(
             one_theta = one_weights.weight
             assert_close([z[q, :ways], theta[t, :ways]], [one[0], one_theta[0]], 1e-12)
             assert (z[q, ways:] == -torch.inf).all() and (theta[t, ways:] == 0).all()
-            if not cosine:
+            if classifier != "cosine":
                 assert_close([weights.bias[t, :ways]], [one_weights.bias[0]], 1e-12)
             total = total + one.square().sum() + one_theta.square().sum()
         want = torch.autograd.grad(total, problem.leaves(), allow_unused=True)
@@ -496,7 +548,7 @@ def test_a_ragged_batch_equals_its_tasks_one_by_one(
 @given(sizes=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 30), st.integers(1, 40)), max_size=6))
 def test_ragged_shapes(name: str, sizes: list[tuple[int, int, int]]) -> None:
     sizes = [(n, n + more, q) for n, more, q in sizes]
-    problem = Problem(COSINE[name], True, "class_means", N=6, D=9)
+    problem = Problem(COSINE[name], "cosine", "class_means", N=6, D=9)
     batch = draw_ragged(sizes, 9)
     z = km.ops.program(
         batch.support, batch.labels, batch.query, problem.phases, **problem.options(), ragged=batch.ragged
@@ -510,7 +562,7 @@ def test_ragged_shapes(name: str, sizes: list[tuple[int, int, int]]) -> None:
 
 
 def test_a_ragged_batch_of_equal_tasks_is_an_even_one() -> None:
-    problem = Problem(COSINE["both"], True, "class_means", T=3)
+    problem = Problem(COSINE["both"], "cosine", "class_means", T=3)
     options = problem.options()
     even = km.ops.program(problem.support, problem.labels, problem.query, problem.phases, **options)
     ragged = km.ops.program(
@@ -521,7 +573,7 @@ def test_a_ragged_batch_of_equal_tasks_is_an_even_one() -> None:
 
 
 def test_ragged_rows_of_a_bank() -> None:
-    problem = Problem(LINEAR["cross_entropy"], False, "learned", N=5, D=14)
+    problem = Problem(LINEAR["cross_entropy"], "linear", "learned", N=5, D=14)
     batch = draw_ragged(SIZES, 14)
     bank = torch.randn(40, 14).double()
     index = [torch.randint(40, (rows.shape[0],)) for rows in (batch.support, batch.query)]
@@ -555,7 +607,7 @@ BAD_RAGGED: list[tuple[dict[str, Any], str]] = [
 @needs_kernel
 @pytest.mark.parametrize(("change", "message"), BAD_RAGGED)
 def test_bad_ragged_arguments(change: dict[str, Any], message: str) -> None:
-    problem = Problem(LINEAR["cross_entropy"], False, "learned", N=5, D=14)
+    problem = Problem(LINEAR["cross_entropy"], "linear", "learned", N=5, D=14)
     batch = draw_ragged(SIZES, 14)
     with pytest.raises((ValueError, TypeError), match=message):
         km.ops.program(

@@ -120,20 +120,21 @@ ORACLES = ("cross_entropy", "entropy", "soft_assignment", "synthetic_gradient", 
 
 @settings(max_examples=60)
 @given(
-    shapes(), st.lists(st.tuples(st.sampled_from(ORACLES), st.integers(1, 2)), max_size=3), st.booleans(),
+    shapes(), st.lists(st.tuples(st.sampled_from(ORACLES), st.integers(1, 2)), max_size=3), st.integers(0, 2),
     st.integers(0, 3), st.booleans(),
 )  # fmt: skip
 def test_trace_of_program(
-    sizes: dict[str, int], phases: list[tuple[str, int]], cosine: bool, start: int, coefficients: bool
+    sizes: dict[str, int], phases: list[tuple[str, int]], classifier: int, start: int, coefficients: bool
 ) -> None:
     e, one, N = draw(**sizes), torch.ones(1).double(), sizes["N"]
+    cosine = classifier == 0
     steps = [km.nn.Phase(oracle, k, 0.1) for oracle, k in phases if cosine or oracle != "soft_assignment"]
     check_trace(
         program_op.OP, support=e.support, support_index=None, query=e.query, query_index=None, support_labels=e.labels,
         **fields(None), theta0=torch.ones(*[sizes["T"]] * (start == 3), N, sizes["D"]).double() if start % 2 else None,
-        weight=None, scale=one if cosine else None, bias=None, target_scale=None,
+        weight=None, scale=None if classifier == 1 else one, bias=None, target_scale=None,
         rates=torch.ones(sum(p.steps for p in steps)).double(), mlp=e.mlp, running_stats=None, proportions=None,
         bag_offsets=None, n_way=N,
-        phases=program_op.encode(steps, None), cosine=cosine, start=0 if cosine and start == 2 else start,
+        phases=program_op.encode(steps, None), classifier=classifier, start=0 if cosine and start == 2 else start,
         first_order=False, coefficients=coefficients,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from kernelmeta.ops import (
     sib_op,
     synthetic_gradient_mlp_op,
 )
-from kernelmeta.ops.program_op import encode
+from kernelmeta.ops.program_op import PHASE_NUMBERS, encode
 from kernelmeta.reference import transport
 
 LABELS = torch.tensor([[0, 1, 2, 0, 1, 2, 1], [2, 1, 0, 0, 0, 0, 2]])
@@ -186,21 +186,21 @@ def cases() -> dict[str, Case]:
             program, (support, query, rates, weight, scale, bias, *parameters), program_op.OP,
             {
                 **even, "weight": weight, "scale": scale, "bias": bias, "rates": rates, "mlp": parameters,
-                "phases": CODES, "cosine": True, "start": 0, "first_order": False, "coefficients": True,
+                "phases": CODES, "classifier": 0, "start": 0, "first_order": False, "coefficients": True,
             },
         ),
         "linear_program": Case(
             linear_program, (support, query, rates[:2], start, shift), program_op.OP,
             {
-                **even, "theta0": start, "bias": shift, "rates": rates[:2], "phases": CODES[:6], "cosine": False,
-                "start": 1, "first_order": False, "coefficients": False,
+                **even, "theta0": start, "bias": shift, "rates": rates[:2], "phases": CODES[:PHASE_NUMBERS],
+                "classifier": 1, "start": 1, "first_order": False, "coefficients": False,
             },
         ),
         "given_program": Case(
             given_program, (query, rates[:2], theta0, scale), program_op.OP,
             {
                 "support": query[:, :0], "query": query, "support_labels": LABELS[:, :0], "n_way": 3, "theta0": theta0,
-                "scale": scale, "rates": rates[:2], "phases": encode(UNLABELLED, None), "cosine": True, "start": 3,
+                "scale": scale, "rates": rates[:2], "phases": encode(UNLABELLED, None), "classifier": 0, "start": 3,
                 "first_order": False, "coefficients": False,
             },
         ),
@@ -208,7 +208,7 @@ def cases() -> dict[str, Case]:
             sharing_program, (query, rates, theta0, scale, theta0[..., 0]), program_op.OP,
             {
                 "support": query[:, :0], "query": query, "support_labels": LABELS[:, :0], "n_way": 3, "theta0": theta0,
-                "scale": scale, "rates": rates, "phases": encode(SHARING, None), "cosine": True, "start": 3,
+                "scale": scale, "rates": rates, "phases": encode(SHARING, None), "classifier": 0, "start": 3,
                 "first_order": False, "coefficients": False, "proportions": theta0[:, None, :, 0].softmax(-1),
             },
         ),

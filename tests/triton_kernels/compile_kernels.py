@@ -40,7 +40,7 @@ _NUMBERS = {"lr", "eps", "alpha", "beta", "tau", "margin", "power", "smoothing"}
 _DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _FLAGS = (
     "FIXED", "STATS", "WEIGHTS", "ROWS", "INDEXED", "X_INDEXED", "Y_INDEXED", "RAGGED", "COEFFICIENTS", "MEAN",
-    "FIRST_ORDER",
+    "FIRST_ORDER", "EUCLIDEAN",
 )  # fmt: skip
 
 

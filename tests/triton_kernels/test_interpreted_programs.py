@@ -12,7 +12,7 @@ import torch
 from episodes import assert_close, draw_labels, running_stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from ops.test_program import COSINE, LINEAR, Problem, draw_ragged
+from ops.test_program import COSINE, PROGRAMS, Problem, draw_ragged
 from ops.test_transforms import raw_arguments
 from torch import Tensor
 from triton_kernels.interpreter import both, interpreted
@@ -77,25 +77,31 @@ def test_linear_head_on_rows_of_a_bank() -> None:
 # ---- programs
 
 CASES = [
-    (True, "cross_entropy", "class_means", None),
-    (True, "squared_error", "learned", "sum"),
-    (True, "hinge", "class_means", None),
-    (True, "entropy", "learned", None),
-    (True, "entropy of the support rows", "class_means", "sum"),
-    (True, "synthetic_gradient of the support rows", "learned", None),
-    (True, "assignment, then synthetic", "class_means", "mean"),
-    (True, "four phases", "learned", None),
-    (True, "equivariant_gradient", "class_means", None),
-    (True, "equivariant_gradient of the support rows", "learned", "mean"),
-    (True, "nothing", "class_means", None),
-    (True, "four phases", "given", None),
-    (False, "entropy", "given", None),
-    (False, "cross_entropy", "zero", None),
-    (False, "squared_error", "class_means", None),
-    (False, "hinge", "learned", "sum"),
-    (False, "entropy", "class_means", None),
-    (False, "both", "learned", "mean"),
-    (False, "labels, then equivariant", "learned", "mean"),
+    ("cosine", "cross_entropy", "class_means", None),
+    ("cosine", "squared_error", "learned", "sum"),
+    ("cosine", "hinge", "class_means", None),
+    ("cosine", "entropy", "learned", None),
+    ("cosine", "entropy of the support rows", "class_means", "sum"),
+    ("cosine", "synthetic_gradient of the support rows", "learned", None),
+    ("cosine", "assignment, then synthetic", "class_means", "mean"),
+    ("cosine", "four phases", "learned", None),
+    ("cosine", "equivariant_gradient", "class_means", None),
+    ("cosine", "equivariant_gradient of the support rows", "learned", "mean"),
+    ("cosine", "nothing", "class_means", None),
+    ("cosine", "four phases", "given", None),
+    ("linear", "entropy", "given", None),
+    ("linear", "cross_entropy", "zero", None),
+    ("linear", "squared_error", "class_means", None),
+    ("linear", "hinge", "learned", "sum"),
+    ("linear", "entropy", "class_means", None),
+    ("linear", "both", "learned", "mean"),
+    ("linear", "labels, then equivariant", "learned", "mean"),
+    ("euclidean", "cross_entropy", "class_means", None),
+    ("euclidean", "squared_error", "zero", "sum"),
+    ("euclidean", "entropy", "given", None),
+    ("euclidean", "both", "learned", "mean"),
+    ("euclidean", "labels, then equivariant", "class_means", None),
+    ("euclidean", "nothing", "learned", None),
 ]
 
 
@@ -105,15 +111,15 @@ def check_program(problem: Problem, **options: Any) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize(("cosine", "name", "start", "reduction"), CASES)
-def test_program(cosine: bool, name: str, start: str, reduction: str | None) -> None:
-    check_program(Problem((COSINE if cosine else LINEAR)[name], cosine, start, T=1).fresh(), reduction=reduction)
+@pytest.mark.parametrize(("classifier", "name", "start", "reduction"), CASES)
+def test_program(classifier: str, name: str, start: str, reduction: str | None) -> None:
+    check_program(Problem(PROGRAMS[classifier][name], classifier, start, T=1).fresh(), reduction=reduction)
 
 
 @interpreted
 @pytest.mark.parametrize("rows", [0, 3])
 def test_a_given_start_with_few_labelled_rows(rows: int) -> None:
-    problem = Problem([Phase("entropy", 1, 0.1), Phase("soft_assignment", 2, 1.0)], True, "given")
+    problem = Problem([Phase("entropy", 1, 0.1), Phase("soft_assignment", 2, 1.0)], "cosine", "given")
     problem.support, problem.labels = problem.support[:, :rows], problem.labels[:, :rows].clamp(max=1)
     check_program(problem.fresh())
 
@@ -122,11 +128,11 @@ def test_a_given_start_with_few_labelled_rows(rows: int) -> None:
 @settings(max_examples=6)
 @given(st.data())
 def test_shapes_of_a_program(data: Any) -> None:
-    cosine = data.draw(st.booleans())
-    name = data.draw(st.sampled_from(sorted(COSINE if cosine else LINEAR)))
+    classifier = data.draw(st.sampled_from(sorted(PROGRAMS)))
+    name = data.draw(st.sampled_from(sorted(PROGRAMS[classifier])))
     N = data.draw(st.integers(2, 6))
     problem = Problem(
-        (COSINE if cosine else LINEAR)[name], cosine, data.draw(st.sampled_from(["class_means", "learned"])),
+        PROGRAMS[classifier][name], classifier, data.draw(st.sampled_from(["class_means", "learned"])),
         T=data.draw(st.integers(1, 2)), S=data.draw(st.integers(N, 4 * N)), Q=data.draw(st.integers(2, 40)), N=N,
         D=data.draw(st.integers(2, 70)), H=data.draw(st.integers(1, 24)), seed=data.draw(st.integers(0, 99)),
     )  # fmt: skip
@@ -147,13 +153,13 @@ def test_shapes_of_a_program(data: Any) -> None:
 )
 def test_sizes_of_a_program(sizes: dict[str, int], name: str) -> None:
     phases = [Phase(p.oracle, 1, 0.1, p.rows) for p in COSINE[name]]
-    check_program(Problem(phases, True, "class_means", **sizes).fresh())
+    check_program(Problem(phases, "cosine", "class_means", **sizes).fresh())
 
 
 @interpreted
 @pytest.mark.parametrize("name", ["both", "labels, then equivariant"])
 def test_stored_statistics_and_no_gradient_of_the_weights(name: str) -> None:
-    problem = Problem(COSINE[name], True, "class_means", T=1).fresh()
+    problem = Problem(COSINE[name], "cosine", "class_means", T=1).fresh()
     stats = running_stats(6)
     got, want = both(lambda: problem.run(km.ops.program, running_stats=stats)[0], problem.leaves())
     assert_close(got, want, TOLERANCE)
@@ -162,7 +168,7 @@ def test_stored_statistics_and_no_gradient_of_the_weights(name: str) -> None:
 @interpreted
 def test_first_order_program() -> None:
     phases = [Phase("cross_entropy", 2, 0.1), Phase("synthetic_gradient", 1, 0.1)]
-    check_program(Problem(phases, False, "learned").fresh(), first_order=True)
+    check_program(Problem(phases, "linear", "learned").fresh(), first_order=True)
 
 
 SIZES = [(3, 7, 9), (4, 4, 1), (2, 18, 20)]
@@ -170,17 +176,18 @@ SIZES = [(3, 7, 9), (4, 4, 1), (2, 18, 20)]
 
 @interpreted
 @pytest.mark.parametrize(
-    ("cosine", "name", "start"),
+    ("classifier", "name", "start"),
     [
-        (True, "four phases", "class_means"),
-        (True, "both", "learned"),
-        (False, "both", "zero"),
-        (True, "labels, then equivariant", "class_means"),
+        ("cosine", "four phases", "class_means"),
+        ("cosine", "both", "learned"),
+        ("linear", "both", "zero"),
+        ("cosine", "labels, then equivariant", "class_means"),
+        ("euclidean", "both", "class_means"),
     ],
 )
 @pytest.mark.parametrize("bounds", [{}, {"max_support": 20, "max_query": 20}])
-def test_ragged_program(cosine: bool, name: str, start: str, bounds: dict[str, int]) -> None:
-    problem = Problem((COSINE if cosine else LINEAR)[name], cosine, start, N=4, D=14).fresh()
+def test_ragged_program(classifier: str, name: str, start: str, bounds: dict[str, int]) -> None:
+    problem = Problem(PROGRAMS[classifier][name], classifier, start, N=4, D=14).fresh()
     batch = draw_ragged(SIZES, 14)
     batch = batch._replace(ragged=batch.ragged._replace(**bounds))
     problem.support, problem.query = batch.support.requires_grad_(), batch.query.requires_grad_()
@@ -190,7 +197,7 @@ def test_ragged_program(cosine: bool, name: str, start: str, bounds: dict[str, i
             batch.support, batch.labels, batch.query, problem.phases, return_weights=True, **problem.options(),
             ragged=batch.ragged,
         )  # fmt: skip
-        return split_infinities(z, *weights[: 1 if cosine else 2])
+        return split_infinities(z, *weights[: 1 if classifier == "cosine" else 2])
 
     got, want = both(run, problem.leaves())
     assert_close(got, want, TOLERANCE)
@@ -199,7 +206,7 @@ def test_ragged_program(cosine: bool, name: str, start: str, bounds: dict[str, i
 @interpreted
 @pytest.mark.parametrize("sizes", [[], SIZES])
 def test_ragged_rows_of_a_bank(sizes: list[tuple[int, int, int]]) -> None:
-    problem = Problem([Phase("entropy", 1, 0.1)], True, "learned", N=4, D=14)
+    problem = Problem([Phase("entropy", 1, 0.1)], "cosine", "learned", N=4, D=14)
     batch = draw_ragged(sizes, 14)
     bank = torch.randn(40, 14).double()
     index = {
@@ -224,7 +231,7 @@ def test_ragged_rows_of_a_bank(sizes: list[tuple[int, int, int]]) -> None:
     ],
 )
 def test_bad_offsets(change: dict[str, Tensor], message: str) -> None:
-    problem = Problem([], True, "learned", N=4, D=14)
+    problem = Problem([], "cosine", "learned", N=4, D=14)
     batch = draw_ragged(SIZES, 14)
     ragged = batch.ragged._replace(**change)
     with km.use_backend("triton"), pytest.raises(ValueError, match=message):
@@ -327,7 +334,7 @@ def test_a_singular_system_gives_its_task_nan(others: list[int], dtype: torch.dt
 @pytest.mark.parametrize("ridge", [False, True])
 def test_gradients_beyond_a_task_s_own_ways_are_dropped(ridge: bool) -> None:
     batch = draw_ragged(SIZES, 14)
-    problem = Problem([Phase("entropy", 1, 0.1)], True, "learned", N=4, D=14).fresh()
+    problem = Problem([Phase("entropy", 1, 0.1)], "cosine", "learned", N=4, D=14).fresh()
     one = torch.ones(1, dtype=torch.float64)
     found = []
     for backend in ("triton", "reference"):
@@ -349,7 +356,7 @@ def test_gradients_beyond_a_task_s_own_ways_are_dropped(ridge: bool) -> None:
 
 def runs(dtype: torch.dtype) -> list[tuple[Any, int]]:
     """Ops as functions of features and labels, and the tolerance that single precision needs."""
-    problem = Problem([Phase("cross_entropy", 2, 0.1), Phase("entropy", 1, 0.1)], True, "learned")
+    problem = Problem([Phase("cross_entropy", 2, 0.1), Phase("entropy", 1, 0.1)], "cosine", "learned")
     options = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in problem.options().items() if k != "mlp"}
     weight, bias, rates = (t.detach().to(dtype) for t in drawn((3, 12), (3,), (2,)))
     one = torch.ones(1, dtype=dtype)
@@ -399,8 +406,8 @@ def test_opcheck_and_compile() -> None:
     for op, own in (
         (linear_head_op.OP, head),
         (ridge_op.OP, ridge),
-        (program_op.OP, {**program, "cosine": True, "start": 0, "bias": one}),
-        (program_op.OP, {**program, "cosine": False, "start": 1, "bias": bias, "theta0": weight}),
+        (program_op.OP, {**program, "classifier": 0, "start": 0, "bias": one}),
+        (program_op.OP, {**program, "classifier": 1, "start": 1, "bias": bias, "theta0": weight}),
     ):
         torch.library.opcheck(op.on("triton").raw, raw_arguments(op, **even, **own))
 
