@@ -2,6 +2,7 @@
 // program.h says what is done with them.
 #pragma once
 
+#include "engine/class_sums.h"
 #include "engine/inner_loop.h"
 #include "engine/marginals.h"
 #include "engine/oracles.h"
@@ -149,6 +150,54 @@ struct ProgramTrace {
         p(s.coefficients ? arena.take((s.K + 1) * s.N * s.ld()) : nullptr) {}
 
   KERNELMETA_INLINE C* gram(bool of_query) const { return of_query ? gram_query : gram_support; }
+};
+
+// Scratch of the backward pass of one task.
+template <class B>
+struct ProgramAdjoint {
+  using C = typename B::Scalar;
+
+  C* gu;       // [N][ld]     gradient of U or Z, in the end: of the start's
+  C* gr2;      // [N]         not linear, like ga; what belongs to the anchor: cosine only
+  C *gp, *ga;  // [N][ld], [N]: of P and a, with coefficients only
+  C *gg, *gz;  // [N][widest_step], [N][widest]
+  C* gag;      // [K][N][ld]  gradient of A G; all steps are kept for the Gram matrix' gradient
+  C* gs;       // G of every step, likewise; see ProgramShape::packed
+  C* gh;       // [H][mlp_ld], MLP scratch
+  C *ganchor, *gra, *gna, *gpa, *gaa;  // <theta, theta_a>; R, r2, P and a of the anchor
+  ClassSums<C> gscale, gbias, gtarget;
+  C* grate;  // [N], of one step
+  // In D dimensions; cosine only.
+  C *gtheta, *gv, *gtheta_a;    // [N][D]: gradients of theta, of the pull, of the anchor
+  C *dot, *ge, *gdot, *gr, *m;  // [N]; m: of a soft assignment
+
+  KERNELMETA_INLINE ProgramAdjoint(Arena<C>& arena, const ProgramShape& s)
+      : gu(arena.take(s.N * s.ld())),
+        gr2(arena.take(s.N)),
+        gp(s.coefficients ? arena.take(s.N * s.ld()) : nullptr),
+        ga(s.coefficients ? arena.take(s.N) : nullptr),
+        gg(arena.take(s.N * s.widest_step<B>())),
+        gz(arena.take(s.N * s.widest())),
+        gag(arena.take(s.K * s.N * s.ld())),
+        gs(arena.take(s.packed<B>(s.n_phases))),
+        gh(s.H ? arena.take(s.H * s.mlp_ld()) : nullptr),
+        ganchor(arena.take(s.N)),
+        gra(s.cosine ? arena.take(s.N * s.ld()) : nullptr),
+        gna(arena.take(s.N)),
+        gpa(s.cosine && s.coefficients ? arena.take(s.N * s.ld()) : nullptr),
+        gaa(arena.take(s.N)),
+        gscale(arena, s.N),
+        gbias(arena, s.N),
+        gtarget(arena, s.N),
+        grate(arena.take(s.N)),
+        gtheta(arena.take_aside(s.cosine ? s.N * s.D : 0, true)),
+        gv(arena.take_aside(s.cosine ? s.N * s.D : 0, true)),
+        gtheta_a(arena.take_aside(s.cosine ? s.N * s.D : 0, true)),
+        dot(arena.take_aside(s.N, true)),
+        ge(arena.take_aside(s.N, true)),
+        gdot(arena.take_aside(s.N, true)),
+        gr(arena.take_aside(s.N, true)),
+        m(arena.take_aside(s.N, true)) {}
 };
 
 // What the phases read besides the state; pointers may be null where no phase needs them.
