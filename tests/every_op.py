@@ -11,6 +11,13 @@ from torch import Tensor
 import kernelmeta as km
 
 ORACLES = list(km.phases.ORACLES)
+CLASSIFIERS = ("cosine", "linear", "euclidean")
+SUMS = {  # by name: terms, alpha
+    "TIM": ("cross_entropy + 0.5*entropy - marginal_entropy", 1.0),
+    "alpha-TIM": ("cross_entropy + entropy - marginal_entropy", 2.0),
+    "sum of all kinds": ("0.5*squared_error + 0.1*synthetic_gradient@support + 0.2*assignment + hinge", 1.0),
+    "weighted entropy": ("-0.5*entropy@support", 1.0),
+}
 Rows = tuple[Tensor, Tensor, Tensor]
 
 
@@ -34,19 +41,23 @@ def sib(support: Tensor, labels: Tensor, query: Tensor, own: Sequence[Tensor]) -
     )  # fmt: skip
 
 
-def program(oracle: str, of_rows: str, classifier: str) -> Callable[..., Tensor]:
-    shares = oracle in ("proportions", "assignment")
+def program(oracle: str, of_rows: str | None, classifier: str, alpha: float = 1.0) -> Callable[..., Tensor]:
+    """A phase of two steps; ``of_rows`` None: of a sum, whose terms say it."""
+    shares = "proportions" in oracle or "assignment" in oracle.replace("soft_assignment", "")
 
     def run(support: Tensor, labels: Tensor, query: Tensor, own: Sequence[Tensor]) -> Tensor:
         _, scale, bias, *mlp = own
-        options: dict[str, object] = {"scale": scale, "bias": bias} if classifier == "cosine" else {}
+        options: dict[str, object] = {} if classifier == "linear" else {"scale": scale}
+        if classifier == "cosine":
+            options["bias"] = bias
         if shares:
             options["proportions"] = torch.tensor([0.5, 0.3, 0.2], dtype=query.dtype).expand(query.shape[0], -1)
-        if oracle == "equivariant_gradient":
+        if "equivariant_gradient" in oracle:
             with torch.random.fork_rng():
                 torch.manual_seed(2)
                 mlp = list(km.nn.EquivariantGradientMLP(4).to(query.dtype).tensors())
-        phase = km.nn.Phase(oracle, 2, 0.01, rows=of_rows, marginals="given" if shares else "none")
+        marginals = "given" if shares else "none"
+        phase = km.nn.Phase(oracle, 2, 0.01, rows=of_rows, marginals=marginals, alpha=alpha)
         return km.ops.program(
             support, labels, query, [phase], n_way=3, classifier=classifier, mlp=km.MLPParameters(*mlp), **options
         )
@@ -81,7 +92,10 @@ CASES: dict[str, Callable[..., Tensor]] = {
     "class_means": class_means,
     "ntk_gram": ntk_gram,
 }
-for oracle in ORACLES:
-    of_labels = oracle in ("cross_entropy", "squared_error", "hinge")
-    for classifier in ("cosine",) if oracle == "soft_assignment" else ("cosine", "linear"):
-        CASES[f"{classifier} {oracle}"] = program(oracle, "support" if of_labels else "query", classifier)
+for classifier in CLASSIFIERS:
+    for oracle in ORACLES:
+        of_labels = oracle in ("cross_entropy", "squared_error", "hinge")
+        if oracle != "soft_assignment" or classifier == "cosine":
+            CASES[f"{classifier} {oracle}"] = program(oracle, "support" if of_labels else "query", classifier)
+    for name, (oracle, alpha) in SUMS.items():
+        CASES[f"{classifier} {name}"] = program(oracle, None, classifier, alpha)

@@ -47,10 +47,11 @@ struct DirectSteps {
     over_norms(block, u + part.first, ld, part, u + part.first, ld);
   }
 
-  // Xhat^T G, with g [N][g_ld], is added to `to` [N][D].
-  __host__ __device__ KERNELMETA_NOINLINE void pull(const C* g, int64_t g_ld, RowRange part,
-                                                    const FeatureRows<F>& rows, C* to) const {
-    over_norms(block, g, g_ld, part, scaled, ld);
+  // to [N][D] = Xhat^T G, with g [N][part.ld()].
+  __host__ __device__ KERNELMETA_NOINLINE void pull(const C* g, RowRange part, const FeatureRows<F>& rows,
+                                                    C* to) const {
+    over_norms(block.unfenced(), g, part.ld(), part, scaled, ld);
+    block.features_zero(N, D, to);
     block.features_mm_add(N, part.count, D, {scaled, ld, 1}, rows, to);
   }
 
@@ -106,11 +107,22 @@ struct DirectSteps {
     });
   }
 
-  // gv [N][D] -> gradient of g, gg [N][g_ld]; added to that of the rows, over |x|, grows [count][D] (or
+  // gv [N][D] -> gradient of g, gg [N][part.ld()]; added to that of the rows, over |x|, grows [count][D] (or
   // null).
-  __host__ __device__ KERNELMETA_NOINLINE void pull_backward(const C* gv, const C* g, int64_t g_ld,
-                                                             RowRange part, const FeatureRows<F>& rows, C* gg,
+  __host__ __device__ KERNELMETA_NOINLINE void pull_backward(const C* gv, const C* g, RowRange part,
+                                                             const FeatureRows<F>& rows, C* gg,
                                                              C* grows) const {
+    pull_backward(gv, g, part.ld(), part, rows, gg, grows);
+  }
+
+  // Both for a part of the rows of G: g and gg are [N][g_ld], and the pull is added to `to`.
+  KERNELMETA_INLINE void add_pull(const C* g, int64_t g_ld, RowRange part, const FeatureRows<F>& rows,
+                                  C* to) const {
+    over_norms(block, g, g_ld, part, scaled, ld);
+    block.features_mm_add(N, part.count, D, {scaled, ld, 1}, rows, to);
+  }
+  KERNELMETA_INLINE void pull_backward(const C* gv, const C* g, int64_t g_ld, RowRange part,
+                                       const FeatureRows<F>& rows, C* gg, C* grows) const {
     block.dots(N, FeatureRows<C>{gv, D, nullptr}, part.count, rows, D, gg, g_ld);
     if (!grows) return over_norms(block, gg, g_ld, part, gg, g_ld);
     over_norms(block.unfenced(), gg, g_ld, part, gg, g_ld);

@@ -12,23 +12,26 @@
 //   r2' = (1 + c)^2 r2 - 2 (1 + c) e <U, G> + e^2 <G, AG>
 //
 // and w = a w0 + X^T P with P' = (1 + c) P - e G, a' = (1 + c) a.
+//
+// Where steps diverge, G is as large as r2, and <G, AG> out of range long before e^2 <G, AG> is: r2' is made
+// of sums over e G.
 #pragma once
 
 #include "engine/cosine_step.h"
 
 namespace kernelmeta {
 
-// Of one class: sum(G), <U, G> and <G, AG>.
+// Of one class, with f and h e or 1: sum(G), <U, f G> and <f G, h AG>.
 template <class C>
 struct DistanceSums {
   C sigma, dot, quad;
 
   template <class Row>
-  KERNELMETA_INLINE DistanceSums(const LiveRow<Row>& row, const StepFrom<C>& from)
+  KERNELMETA_INLINE DistanceSums(const LiveRow<Row>& row, const StepFrom<C>& from, C f, C h)
       : sigma(row.own.sum([&](auto q) { return q.load(from.g); })) {
     const C *u = from.u + row.first, *ag = from.ag + row.first;
-    const auto both = row.own.sums([&](auto q) { return q.load(u) * q.load(from.g); },
-                                   [&](auto q) { return q.load(from.g) * q.load(ag); });
+    const auto both = row.own.sums([&](auto q) { return q.load(u) * (q.load(from.g) * f); },
+                                   [&](auto q) { return q.load(from.g) * f * (q.load(ag) * h); });
     dot = both.of[0];
     quad = both.of[1];
   }
@@ -37,11 +40,12 @@ struct DistanceSums {
 // As cosine_step; of `to`, errors and lost are left alone.
 template <class Row, class C>
 KERNELMETA_INLINE void euclidean_step(const LiveRow<Row>& row, const StepFrom<C>& from, const StepTo<C>& to) {
-  const DistanceSums<C> v(row, from);
-  const C e = from.e, grown = C(1) + e * v.sigma;
+  const C e = from.e;
+  const DistanceSums<C> v(row, from, e, e);
+  const C grown = C(1) + e * v.sigma;
   row.all.each([&](auto q) { q.store(to.u, q.load(from.u) * grown - q.load(from.ag) * e); });
   row.all.one([&] {
-    *to.r2 = grown * grown * from.r2 - 2 * grown * e * v.dot + e * e * v.quad;
+    *to.r2 = grown * (grown * from.r2 - 2 * v.dot) + v.quad;
     if (to.a) *to.a = grown * *from.a;
   });
   if (to.p) move_coefficients(row, from.p, from.g, grown, e, to.p);
@@ -51,14 +55,15 @@ KERNELMETA_INLINE void euclidean_step(const LiveRow<Row>& row, const StepFrom<C>
 template <class Row, class C>
 KERNELMETA_INLINE C euclidean_step_backward(const LiveRow<Row>& row, const StepFrom<C>& from,
                                             const StepAdjoint<C>& adj) {
-  const DistanceSums<C> v(row, from);
-  const C e = from.e, grown = C(1) + e * v.sigma, gr2 = *adj.gr2;
+  const C e = from.e, gr2 = *adj.gr2;
+  const DistanceSums<C> v(row, from, C(1), e);
+  const C grown = C(1) + e * v.sigma;
   const C *own_u = from.u + row.first, *own_ag = from.ag + row.first;
   C *gu = adj.gu, *own_gu = gu + row.first, *own_gag = adj.gag + row.first;
   const auto along = row.all.sums([&](auto q) { return q.load(gu) * q.load(from.u); },
                                   [&](auto q) { return q.load(gu) * q.load(from.ag); });
   C ggrown = along.of[0] + 2 * gr2 * (grown * from.r2 - e * v.dot);
-  C ge = -along.of[1] + 2 * gr2 * (e * v.quad - grown * v.dot);
+  C ge = -along.of[1] + 2 * gr2 * (v.quad - grown * v.dot);
   C along_g = 0;  // of P' = grown P - e G
   if (adj.gp) {
     const C *gp = adj.gp, *own_gp = gp + row.first;

@@ -195,8 +195,7 @@ struct InnerLoop {
       if (k == s.K) return;
       guess(u, k, stats_of(stats, k));
       C* w = trace.w + k * ND;
-      block.unfenced().features_zero(s.N, s.D, w);
-      steps.pull(g_of(k), part().ld(), part(), rows, w);
+      steps.pull(g_of(k), part(), rows, w);
       steps.step(theta, r2, e, w, theta + ND, r2 + N);
     }
   }
@@ -369,7 +368,7 @@ struct InnerLoop {
     });
     steps.directions(trace.theta + k * ND, r2);
     steps.step_backward(r2, trace.w + k * ND, e, adj.dot, {}, gtheta, adj.gv, adj.ge);
-    steps.pull_backward(adj.gv, gs, part().ld(), part(), rows, adj.gg, gquery);
+    steps.pull_backward(adj.gv, gs, part(), rows, adj.gg, gquery);
     mlp.backward(z, adj.gg, adj.gz, adj.g2, grad);
     block.unfenced().rows(N, Q, [&](int64_t n, auto row) {
       row.one([&] { adj.gscale.add(n, lr * adj.ge[n]); });

@@ -53,7 +53,7 @@ struct ProgramLoop : ProgramSteps<B> {
           if (trace.a) trace.a[n] = C(1);
         });
       });
-    } else if (trace.a) {
+    } else if (s.template by_distance<B>() && trace.a) {
       block.unfenced().each_item(N, [&](int64_t n) { trace.a[n] = C(1); });
     }
     int64_t k = 0;
@@ -94,9 +94,10 @@ struct ProgramLoop : ProgramSteps<B> {
     const int64_t N = s.N, ld = s.ld();
     const C* u = trace.u + s.K * N * ld + s.query().first;
     const C scale = with.scale;
+    const Shift shift = shift_before(trace, s.K);
     block.unfenced().each_item(s.Q * ways, [&](int64_t i) {
       const int64_t n = i % ways;
-      out[i] = n < N ? scale * (u[n * ld + i / ways] + shift(trace, s.K, n)) : -C(__builtin_inff());
+      out[i] = n < N ? scale * (u[n * ld + i / ways] + shift(n)) : -C(__builtin_inff());
     });
   }
 
@@ -147,7 +148,7 @@ struct ProgramLoop : ProgramSteps<B> {
             q.store(gg, q.load(gg) + q.load(g + n * part.ld()));
           });
         });
-        ask_backward(phase, part, gs, adj.gg, adj, grad);
+        ask_backward(phase, part, gs, adj, grad);
         through_classifier(trace, k, part, adj, !blind_to_shift(phase.oracle));
       }
       k = start;
@@ -197,17 +198,25 @@ struct ProgramLoop : ProgramSteps<B> {
     });
   }
 
-  // What is added to class n's U before step k.
-  KERNELMETA_INLINE C shift(const ProgramTrace<C>& trace, int64_t k, int64_t n) const {
-    return s.template by_distance<B>() ? trace.r2[k * s.N + n] * C(-0.5) : with.bias;
+  // What is added to the U of each class.
+  struct Shift {
+    C bias;
+    const C* r2;  // by distances; else null
+
+    KERNELMETA_INLINE C operator()(int64_t n) const { return B::kJointSteps && r2 ? r2[n] * C(-0.5) : bias; }
+  };
+  KERNELMETA_INLINE Shift shift_before(const ProgramTrace<C>& trace, int64_t k) const {
+    return {with.bias, s.template by_distance<B>() ? trace.r2 + k * s.N : nullptr};
   }
 
   // z = scale (U + shift) of one part, before step k.
   KERNELMETA_INLINE void classify(const ProgramTrace<C>& trace, int64_t k, RowRange part) {
     const int64_t ld = s.ld();
+    const C* u = trace.u + k * s.N * ld;
+    const Shift shift = shift_before(trace, k);
     block.rows(s.N, ld, [&](int64_t n, auto row) {
-      const C* from = trace.u + (k * s.N + n) * ld + part.first;
-      const C own = shift(trace, k, n);
+      const C* from = u + n * ld + part.first;
+      const C own = shift(n);
       row.part(part.first, part.count).each([&](auto q) {
         q.store(z + n * part.ld(), (q.load(from) + own) * with.scale);
       });
@@ -219,8 +228,10 @@ struct ProgramLoop : ProgramSteps<B> {
   KERNELMETA_INLINE void through_classifier(const ProgramTrace<C>& trace, int64_t k, RowRange part,
                                             const Adjoint& adj, bool shifts = true) {
     const int64_t ld = s.ld();
+    const C* u = trace.u + k * s.N * ld;
+    const Shift shift = shift_before(trace, k);
     block.rows(s.N, ld, [&](int64_t n, auto row) {
-      const C *gz = adj.gz + n * part.ld(), *un = trace.u + (k * s.N + n) * ld + part.first;
+      const C *gz = adj.gz + n * part.ld(), *un = u + n * ld + part.first;
       C* gu = adj.gu + n * ld + part.first;
       const auto of_part = row.part(part.first, part.count);
       if (s.template has_length<B>()) {
@@ -229,7 +240,7 @@ struct ProgramLoop : ProgramSteps<B> {
         row.one([&] {
           adj.gscale.add(n, along);
           if (!shifts && s.cosine) return;
-          adj.gscale.add(n, shift(trace, k, n) * sum);
+          adj.gscale.add(n, shift(n) * sum);
           if (s.cosine)
             adj.gbias.add(n, with.scale * sum);
           else
@@ -343,7 +354,7 @@ struct ProgramLoop : ProgramSteps<B> {
         q.store(g + n * part.ld(), q.load(from) * C(phase.weight));
       });
     });
-    ask_backward(phase, part, one(), g, adj, grad);
+    ask_backward(phase, part, one(), adj.with_gg(g), grad);
   }
 };
 

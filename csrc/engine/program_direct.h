@@ -104,7 +104,7 @@ struct DirectProgram {
           if (s.is_joint<B>(i))
             loop.ask_back(trace, asked, s.part(asked.query), k, adj, grad);
           else
-            loop.ask_backward(asked, part, adj.gs, adj.gg, adj, grad);
+            loop.ask_backward(asked, part, adj.gs, adj, grad);
           block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
             row.each([&](auto q) { q.store(adj.gu + n * ld, q.zero()); });
           });
@@ -136,37 +136,28 @@ struct DirectProgram {
 
   // to = Xhat^T G
   KERNELMETA_INLINE void pull(const Steps& d, int64_t i, const C* g, C* to) const {
+    const bool own = s.phases[i].query;
+    if (!s.is_joint<B>(i)) return d.pull(g, s.part(own), rows(own), to);
     block.unfenced().features_zero(s.N, s.D, to);
-    if constexpr (B::kJointSteps) {
-      const RowRange all = s.driving<B>(i);
-      each_driving(i, [&](RowRange part, int64_t first, bool of_query) {
-        d.pull(g + first, all.ld(), part, rows(of_query), to);
-      });
-    } else {
-      const bool of_query = s.phases[i].query;
-      d.pull(g, s.part(of_query).ld(), s.part(of_query), rows(of_query), to);
-    }
+    each_driving(i, [&](RowRange part, bool of_query) {
+      d.add_pull(g + part.first, s.ld(), part, rows(of_query), to);
+    });
   }
   KERNELMETA_INLINE void pull_backward(const Steps& d, int64_t i, const Adjoint& adj,
                                        const LiveFeatureGrad<C>& of_rows) const {
-    if constexpr (B::kJointSteps) {
-      const RowRange all = s.driving<B>(i);
-      each_driving(i, [&](RowRange part, int64_t first, bool of_query) {
-        d.pull_backward(adj.gv, adj.gs + first, all.ld(), part, rows(of_query), adj.gg + first,
-                        of_rows.of(of_query));
-      });
-    } else {
-      const bool of_query = s.phases[i].query;
-      d.pull_backward(adj.gv, adj.gs, s.part(of_query).ld(), s.part(of_query), rows(of_query), adj.gg,
+    const bool own = s.phases[i].query;
+    if (!s.is_joint<B>(i))
+      return d.pull_backward(adj.gv, adj.gs, s.part(own), rows(own), adj.gg, of_rows.of(own));
+    each_driving(i, [&](RowRange part, bool of_query) {
+      d.pull_backward(adj.gv, adj.gs + part.first, s.ld(), part, rows(of_query), adj.gg + part.first,
                       of_rows.of(of_query));
-    }
+    });
   }
-  // f(part, where it begins in G, of query rows)
+  // f(part, of query rows)
   template <class Fn>
   KERNELMETA_INLINE void each_driving(int64_t i, Fn f) const {
     for (int of_query = 0; of_query < 2; ++of_query) {
-      const RowRange part = s.part(of_query);
-      if (s.drive<B>(of_query, i)) f(part, part.first - s.driving<B>(i).first, bool(of_query));
+      if (s.drive<B>(of_query, i)) f(s.part(of_query), bool(of_query));
     }
   }
 

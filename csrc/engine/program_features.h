@@ -31,7 +31,7 @@ struct ProgramFeatures {
     });
     if (s.cosine) in_range = normalise();
     if (s.has_length<B>()) {
-      if (!theta0) return in_range;
+      if (s.by_distance<B>() && !theta0) return in_range;
       block.unfenced().features(N, D, [&](int64_t n, auto row) {
         const C* t = theta0 + n * D;
         const C squares = row.sum([&](auto d) { return d.load(t) * d.load(t); });
@@ -255,13 +255,13 @@ struct ProgramFeatures {
     int64_t k = 0;
     for (int64_t i = 0; i < s.n_phases; ++i) {
       const Phase& phase = s.phases[i];
-      if (phase.steps > 0 && s.drive<B>(of_query, i)) {
-        const RowRange all = s.driving<B>(i);
-        const C *gs = adj.gs + s.packed<B>(i) + part.first - all.first, *gag = adj.gag + k * N * ld;
+      if (s.drive<B>(of_query, i) && phase.steps > 0) {
+        const int64_t g_ld = s.is_joint<B>(i) ? ld : part.ld();
+        const C *gs = adj.gs + s.packed<B>(i) + s.first_in_g<B>(of_query, i), *gag = adj.gag + k * N * ld;
         if (used)
-          block.mm_add(part.count, phase.steps * N, ld, {gs, 1, all.ld()}, gag, ld, w, ld);
+          block.mm_add(part.count, phase.steps * N, ld, {gs, 1, g_ld}, gag, ld, w, ld);
         else
-          block.mm(part.count, phase.steps * N, ld, {gs, 1, all.ld()}, gag, ld, w, ld, nullptr);
+          block.mm(part.count, phase.steps * N, ld, {gs, 1, g_ld}, gag, ld, w, ld, nullptr);
         used = true;
       }
       k += phase.steps;

@@ -39,7 +39,7 @@ struct ProgramOracles {
         pair_memory(s.pairs ? arena.take(pairs_size(s)) : nullptr),
         support_pairs(pairs_in(block, s.N, s.S, pair_memory)),
         query_pairs(pairs_in(block, s.N, s.Q, pair_memory)),
-        marginals(arena, block, s.means ? s.N : 0, s.means && s.uses_support && s.S > s.Q ? s.S : s.Q) {}
+        marginals(arena, block, s.means ? s.N : 0, s.rows_of_means<B>()) {}
   ProgramOracles(const ProgramOracles&) = delete;
 
   KERNELMETA_INLINE OracleRows<B> oracle_rows(const Phase& phase, RowRange part) const {
@@ -76,29 +76,29 @@ struct ProgramOracles {
 
   // What marginals.h wants of a phase besides: tau or alpha.
   KERNELMETA_INLINE static C of_marginals(const Phase& phase) {
-    return C(phase.shares == Shares::kNone ? phase.number : phase.tau());
+    return C(phase.knows_shares<B>() ? phase.tau() : phase.number);
   }
 
-  // adj.gz = (dG/dz)^T gg; after ask(phase, part, gs).
+  // adj.gz = (dG/dz)^T adj.gg; after ask(phase, part, gs).
   __host__ __device__ KERNELMETA_NOINLINE void ask_backward(const Phase& phase, RowRange part, const C* gs,
-                                                            C* gg, const ProgramAdjoint<B>& adj,
+                                                            const ProgramAdjoint<B>& adj,
                                                             const ProgramLoopGrad<C>& grad) {
     if (phase.oracle == Oracle::kSyntheticGradient) {
-      if (phase.mean) scale_rows(gg, part, C(1) / C(part.count));
-      mlp(phase).backward(z, gg, adj.gz, adj.gh, *grad.mlp);
+      if (phase.mean) scale_rows(adj.gg, part, C(1) / C(part.count));
+      mlp(phase).backward(z, adj.gg, adj.gz, adj.gh, *grad.mlp);
       return;
     }
     if (phase.oracle == Oracle::kEquivariantGradient) {
       PairInputs<B>& of_pairs = pairs(phase);
-      if (phase.mean) scale_rows(gg, part, C(1) / C(part.count));
-      of_pairs.put_in(gg);
+      if (phase.mean) scale_rows(adj.gg, part, C(1) / C(part.count));
+      of_pairs.put_in(adj.gg);
       mlp(phase).backward(of_pairs.x, of_pairs.out, of_pairs.gx, adj.gh, *grad.mlp);
       of_pairs.backward(z, adj.gz);
       return;
     }
     if (phase.looks_at_means<B>()) {
       each_bag(phase, part, grad.proportions, [&](const auto& bag, C share) {
-        marginals.backward(phase.oracle, bag, of_marginals(phase), share, z, gs, gg, adj.gz);
+        marginals.backward(phase.oracle, bag, of_marginals(phase), share, z, gs, adj.gg, adj.gz);
       });
       clear_padding(part, adj.gz);
       return;
@@ -107,12 +107,13 @@ struct ProgramOracles {
     if (phase.oracle == Oracle::kSquaredError) {
       block.unfenced().rows(s.N, s.ld(), [&](int64_t n, auto row) {
         const int64_t i = n * part.ld();
-        const C along =
-            row.part(part.first, part.count).sum([&](auto q) { return q.load(rows.y + i) * q.load(gg + i); });
+        const C along = row.part(part.first, part.count).sum([&](auto q) {
+          return q.load(rows.y + i) * q.load(adj.gg + i);
+        });
         row.one([&] { adj.gtarget.add(n, -along * rows.share); });
       });
     }
-    with_oracle(phase.oracle, [&](auto oracle) { oracle.backward(rows, z, gs, gg, adj.gz); });
+    with_oracle(phase.oracle, [&](auto oracle) { oracle.backward(rows, z, gs, adj.gg, adj.gz); });
   }
 
   // Zeros behind the rows, as the other oracles leave them.
@@ -127,8 +128,10 @@ struct ProgramOracles {
   KERNELMETA_INLINE void each_bag(const Phase& phase, RowRange part, C* grad_proportions, F f) const {
     const C share = phase.mean ? C(1) / C(part.count) : C(1);
     const bool given = phase.shares == Shares::kGiven;
-    const int64_t* offsets = phase.shares == Shares::kNone ? nullptr : with.bag_offsets;
-    for (int64_t b = 0; b < (offsets ? with.bags : 1); ++b) {
+    const bool knows = phase.knows_shares<B>();
+    const int64_t* offsets = knows ? with.bag_offsets : nullptr;
+    const int64_t bags = knows ? with.bags : 1;
+    for (int64_t b = 0; b < bags; ++b) {
       const int64_t first = offsets ? offsets[b] : 0;
       const int64_t rows = (offsets ? offsets[b + 1] : part.count) - first;
       if (rows == 0) continue;

@@ -32,6 +32,11 @@ struct Phase {
   KERNELMETA_INLINE bool looks_at_means() const {
     return shares != Shares::kNone || (B::kJointSteps && is_entropy());
   }
+  // ... where it has: whether that is because of shares.
+  template <class B>
+  KERNELMETA_INLINE bool knows_shares() const {
+    return !B::kJointSteps || shares != Shares::kNone;
+  }
   // Whether only Blocks with kJointSteps take it.
   KERNELMETA_INLINE bool wants_joint_steps() const { return joins || weight != 1 || is_entropy(); }
 };
@@ -102,6 +107,16 @@ struct ProgramShape {
   template <class B>
   KERNELMETA_INLINE int64_t widest_step() const {
     return some_joint<B>() ? ld() : widest();
+  }
+  // Where in phase i's G, of the rows `driving`, those of one kind begin that drive it.
+  template <class B>
+  KERNELMETA_INLINE int64_t first_in_g(bool of_query, int64_t i) const {
+    return is_joint<B>(i) ? part(of_query).first : 0;
+  }
+  // The most rows that a phase takes the mean prediction of.
+  template <class B>
+  KERNELMETA_INLINE int64_t rows_of_means() const {
+    return B::kJointSteps && uses_support && S > Q ? S : Q;
   }
   // Where the G of phase i's first step stands among those of all steps, [N][ld of its rows] each.
   template <class B>
@@ -198,6 +213,13 @@ struct ProgramAdjoint {
         gdot(arena.take_aside(s.N, true)),
         gr(arena.take_aside(s.N, true)),
         m(arena.take_aside(s.N, true)) {}
+
+  // The same, with another gradient of G.
+  KERNELMETA_INLINE ProgramAdjoint with_gg(C* other) const {
+    ProgramAdjoint adj = *this;
+    adj.gg = other;
+    return adj;
+  }
 };
 
 // What the phases read besides the state; pointers may be null where no phase needs them.

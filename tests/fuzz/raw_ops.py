@@ -35,8 +35,11 @@ SHAPES = {
 }  # fmt: skip
 NUMBERS = {"labels", "support_labels", "query_labels", "support_index", "start_index", "query_index", "n_ways",
            "support_offsets", "query_offsets", "bag_offsets"}  # fmt: skip
-RELAXED = np.array([1.0, 0.5, 0.0]).view(np.int64).tolist()  # as bits
-USUAL = {"max_support": -1, "max_query": -1, "oracle": 0, "start": 0}
+# As bits: relax or alpha, and weights.
+RELAXED = np.array([1.0, 0.5, 2.0, 0.0]).view(np.int64).tolist()
+WEIGHTS = np.array([1.0, 1.0, -0.5, np.inf]).view(np.int64).tolist()
+USUAL = {"max_support": -1, "max_query": -1, "oracle": 0}
+CHOICES = {"classifier": 3, "start": 4}  # from 0 on
 OPS = sorted(
     name.removeprefix("kernelmeta::")
     for name in torch._C._dispatch_get_all_op_names()
@@ -68,6 +71,8 @@ class Arguments:
     def draw(self, name: str, kind: str) -> Any:
         if kind == "int":
             usual = {"n_way": self.sizes["N"], "steps": self.sizes["K"], **USUAL}
+            if name in CHOICES:
+                usual[name] = int(self.random.integers(CHOICES[name]))
             return self.hostile() if self.odd() else usual.get(name, 1)
         if kind == "float":
             return float(self.random.choice([0.0, 0.1, np.nan, np.inf, 1e308]))
@@ -76,17 +81,28 @@ class Arguments:
         if name == "widths":
             return [self.hostile() if self.odd() else n for n in self.widths]
         if kind == "List[int]":
-            phase = [
-                int(self.random.integers(len(ORACLES))),
-                *map(int, self.random.integers(2, size=2)),
-                self.sizes["K"],
-                int(self.random.integers(3)),
-                RELAXED[int(self.random.integers(len(RELAXED)))],
-            ]
-            return [self.hostile() if self.odd() else n for n in phase * int(self.random.integers(3))]
+            phases = [n for _ in range(int(self.random.integers(3))) for n in self.phase()]
+            return [self.hostile() if self.odd() else n for n in phases]
         if kind == "Optional[Tensor]" and self.random.random() < 0.4:
             return None
         return self.tensor(name)
+
+    def phase(self) -> list[int]:
+        """One phase, or a sum of two or three: but for the last, whose steps they take, they join the next one."""
+        last = int(self.random.integers(3)) if self.random.random() < 0.5 else 0
+        return [
+            number
+            for i in range(last + 1)
+            for number in (
+                int(self.random.integers(len(ORACLES))),
+                *map(int, self.random.integers(2, size=2)),
+                self.sizes["K"] if i == last else 0,
+                int(self.random.integers(3)) if self.random.random() < 0.5 else 0,
+                RELAXED[int(self.random.integers(len(RELAXED)))],
+                int(i < last),
+                WEIGHTS[int(self.random.integers(len(WEIGHTS)))],
+            )
+        ]
 
     def tensor(self, name: str) -> torch.Tensor:
         shape = [self.sizes[letter] for letter in SHAPES.get(name, "")] if name in SHAPES else [1]

@@ -231,6 +231,26 @@ def test_sure_predictions_have_finite_gradients(alpha: float, size: float, oracl
     assert_close(got[0], got[1], 1e-3)
 
 
+@pytest.mark.parametrize("rate", [1e-2, 0.1, 1.0, 30.0])
+def test_diverging_steps_last_as_long_as_plain_ones(rate: float) -> None:
+    """|theta|^2 grows by its square with every step: logits are finite for as many as in float32 in D dimensions."""
+    support, labels, query = (t.float() if t.is_floating_point() else t for t in episodes())
+    for scale in (1.0, 15.0):
+        lasted = []
+        for backend in ("cpu", "reference"):
+            with on(backend):
+                runs = [
+                    km.ops.program(
+                        support, labels, query, [Phase("squared_error", steps, rate)], n_way=5, classifier="euclidean",
+                        start=torch.full((5, 16), 3.0), scale=torch.tensor([scale]),
+                    )
+                    for steps in range(60)
+                ]  # fmt: skip
+            lasted.append(torch.stack([z.isfinite().flatten(1).all(1) for z in runs]).sum(0))
+        assert (lasted[1] < 60).any() or rate < 1, "nothing diverges"
+        assert (lasted[0] >= lasted[1]).all(), (rate, scale, lasted)
+
+
 # ---- what is written in a phase
 
 
