@@ -213,11 +213,7 @@ struct SyntheticGradient {
   static constexpr Oracle kOracle = Oracle::kSyntheticGradient;
   static constexpr const char* kName = "synthetic_gradient";
   static constexpr bool kNeedsLabels = false;
-
-  template <class... Args>
-  KERNELMETA_INLINE static void forward(const Args&...) {}
-  template <class... Args>
-  KERNELMETA_INLINE static void backward(const Args&...) {}
+  using AnsweredElsewhere = void;
 };
 
 // The same, by an MLP that looks at pairs of a row and a class (pair_inputs.h).
@@ -225,11 +221,7 @@ struct EquivariantGradient {
   static constexpr Oracle kOracle = Oracle::kEquivariantGradient;
   static constexpr const char* kName = "equivariant_gradient";
   static constexpr bool kNeedsLabels = false;
-
-  template <class... Args>
-  KERNELMETA_INLINE static void forward(const Args&...) {}
-  template <class... Args>
-  KERNELMETA_INLINE static void backward(const Args&...) {}
+  using AnsweredElsewhere = void;
 };
 
 // Those that know the classes' shares of the rows (marginals.h).
@@ -237,22 +229,14 @@ struct Proportions {
   static constexpr Oracle kOracle = Oracle::kProportions;
   static constexpr const char* kName = "proportions";
   static constexpr bool kNeedsLabels = false;
-
-  template <class... Args>
-  KERNELMETA_INLINE static void forward(const Args&...) {}
-  template <class... Args>
-  KERNELMETA_INLINE static void backward(const Args&...) {}
+  using AnsweredElsewhere = void;
 };
 
 struct Assignment {
   static constexpr Oracle kOracle = Oracle::kAssignment;
   static constexpr const char* kName = "assignment";
   static constexpr bool kNeedsLabels = false;
-
-  template <class... Args>
-  KERNELMETA_INLINE static void forward(const Args&...) {}
-  template <class... Args>
-  KERNELMETA_INLINE static void backward(const Args&...) {}
+  using AnsweredElsewhere = void;
 };
 
 // The entropy of the mean prediction (marginals.h).
@@ -260,11 +244,7 @@ struct MarginalEntropy {
   static constexpr Oracle kOracle = Oracle::kMarginalEntropy;
   static constexpr const char* kName = "marginal_entropy";
   static constexpr bool kNeedsLabels = false;
-
-  template <class... Args>
-  KERNELMETA_INLINE static void forward(const Args&...) {}
-  template <class... Args>
-  KERNELMETA_INLINE static void backward(const Args&...) {}
+  using AnsweredElsewhere = void;
 };
 
 template <class... Each>
@@ -278,10 +258,16 @@ struct OracleList {
   static constexpr bool needs_labels(Oracle oracle) {
     return ((oracle == Each::kOracle && Each::kNeedsLabels) || ...);
   }
-  // f(the oracle's struct)
+  // f(the oracle's struct), unless others answer for it
   template <class F>
   KERNELMETA_INLINE static void with(Oracle oracle, F f) {
-    ((oracle == Each::kOracle ? f(Each{}) : void()), ...);
+    ((oracle == Each::kOracle ? one<Each>(f) : void()), ...);
+  }
+
+ private:
+  template <class One, class F>
+  KERNELMETA_INLINE static void one(F f) {
+    if constexpr (!requires { typename One::AnsweredElsewhere; }) f(One{});
   }
 };
 

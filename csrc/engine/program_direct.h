@@ -81,8 +81,7 @@ struct DirectProgram {
     loop.begin_backward(grad_logits, ways, adj);
     block.unfenced().features_zero(N, s.D, adj.gtheta);
     int64_t k = s.K;
-    d.directions(theta + k * N * s.D, trace.r2 + k * N);
-    through_cosines(d, k, true, adj, of_rows);
+    through_last_cosines(d, adj, of_rows);
     for (int64_t i = s.n_phases - 1; i >= 0; --i) {
       const Phase& phase = s.phases[i];
       const RowRange part = s.driving<B>(i);
@@ -97,18 +96,22 @@ struct DirectProgram {
         else
           descend_backward(d, part, k, adj);
         loop.add_rate(k, adj, grad);
-        pull_backward(d, i, adj, of_rows);
+        if (s.is_joint<B>(i))
+          pull_backward(d, i, adj, of_rows);
+        else
+          d.pull_backward(adj.gv, adj.gs, part, rows(phase.query), adj.gg, of_rows.of(phase.query));
         add_to_gg(part, k, assigns, adj);
-        for (int64_t j = s.template first_of<B>(i); j <= i; ++j) {
-          const Phase& asked = s.phases[j];
-          if (s.is_joint<B>(i))
+        if (s.is_joint<B>(i)) {
+          for (int64_t j = s.template first_of<B>(i); j <= i; ++j) {
+            const Phase& asked = s.phases[j];
             loop.ask_back(trace, asked, s.part(asked.query), k, adj, grad);
-          else
-            loop.ask_backward(asked, part, adj.gs, adj, grad);
-          block.unfenced().rows(N, ld, [&](int64_t n, auto row) {
-            row.each([&](auto q) { q.store(adj.gu + n * ld, q.zero()); });
-          });
-          through_cosines(d, k, asked.query, adj, of_rows, !blind_to_shift(asked.oracle));
+            clear_gu(adj);
+            through_cosines(d, k, asked.query, adj, of_rows, !blind_to_shift(asked.oracle));
+          }
+        } else {
+          loop.ask_backward(phase, part, adj.gs, adj, grad);
+          clear_gu(adj);
+          through_cosines(d, k, phase.query, adj, of_rows, !blind_to_shift(phase.oracle));
         }
       }
       k = start;
@@ -145,9 +148,6 @@ struct DirectProgram {
   }
   KERNELMETA_INLINE void pull_backward(const Steps& d, int64_t i, const Adjoint& adj,
                                        const LiveFeatureGrad<C>& of_rows) const {
-    const bool own = s.phases[i].query;
-    if (!s.is_joint<B>(i))
-      return d.pull_backward(adj.gv, adj.gs, s.part(own), rows(own), adj.gg, of_rows.of(own));
     each_driving(i, [&](RowRange part, bool of_query) {
       d.pull_backward(adj.gv, adj.gs + part.first, s.ld(), part, rows(of_query), adj.gg + part.first,
                       of_rows.of(of_query));
@@ -169,12 +169,25 @@ struct DirectProgram {
     d.cosines(s.query(), rows(true), u);
   }
 
+  KERNELMETA_INLINE void clear_gu(const Adjoint& adj) const {
+    block.unfenced().rows(s.N, s.ld(), [&](int64_t n, auto row) {
+      row.each([&](auto q) { q.store(adj.gu + n * s.ld(), q.zero()); });
+    });
+  }
+
   // adj.gz, of the rows of one kind before step k (or at the end) -> adj.gtheta and the rows. h is there.
   KERNELMETA_INLINE void through_cosines(const Steps& d, int64_t k, bool of_query, const Adjoint& adj,
                                          const LiveFeatureGrad<C>& of_rows, bool shifts = true) const {
     loop.through_classifier(trace, k, s.part(of_query), adj, shifts);
     d.cosines_backward(trace.r2 + k * s.N, s.part(of_query), rows(of_query), adj.gu, adj.gv, adj.gtheta,
                        of_rows.of(of_query));
+  }
+
+  // Those of the query rows at the end. (A function of its own: what it keeps leaves the stack.)
+  __host__ __device__ KERNELMETA_NOINLINE void through_last_cosines(const Steps& d, const Adjoint& adj,
+                                                                    const LiveFeatureGrad<C>& of_rows) const {
+    d.directions(theta + s.K * s.N * s.D, trace.r2 + s.K * s.N);
+    through_cosines(d, s.K, true, adj, of_rows);
   }
 
   // ---- steps along a gradient

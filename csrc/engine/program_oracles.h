@@ -129,9 +129,9 @@ struct ProgramOracles {
     const C share = phase.mean ? C(1) / C(part.count) : C(1);
     const bool given = phase.shares == Shares::kGiven;
     const bool knows = phase.knows_shares<B>();
-    const int64_t* offsets = knows ? with.bag_offsets : nullptr;
-    const int64_t bags = knows ? with.bags : 1;
-    for (int64_t b = 0; b < bags; ++b) {
+    // (What is asked anew at each turn keeps the loop from being unrolled.)
+    for (int64_t b = 0; b < (knows ? with.bags : 1); ++b) {
+      const int64_t* offsets = knows ? with.bag_offsets : nullptr;
       const int64_t first = offsets ? offsets[b] : 0;
       const int64_t rows = (offsets ? offsets[b + 1] : part.count) - first;
       if (rows == 0) continue;
