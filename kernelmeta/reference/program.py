@@ -81,7 +81,8 @@ def oracle_gradient(
         p = logits.softmax(-1)
         log_mean = p.mean(-2, keepdim=True).clamp_min(LEAST_MEAN).log()
         slope = -log_mean if alpha == 1 else ((alpha - 1) * log_mean).exp() * (alpha / (1 - alpha))
-        G = p * (slope - (p * slope).sum(-1, keepdim=True))
+        # slope - <p, slope>, of differences, which keep their digits where one class has all of a row.
+        G = p * (p @ (slope - slope.transpose(-1, -2)))
     elif oracle not in GUESSED:
         raise ValueError(f"oracle: {oracle!r} has no gradient here")
     else:
