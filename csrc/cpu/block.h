@@ -59,6 +59,9 @@ struct CpuBlock {
   static __forceinline__ C log(C x) {
     return sizeof(C) == 4 ? C(__builtin_logf(float(x))) : C(__builtin_log(double(x)));
   }
+  static __forceinline__ C expm1(C x) {
+    return sizeof(C) == 4 ? C(__builtin_expm1f(float(x))) : C(__builtin_expm1(double(x)));
+  }
   static __forceinline__ C log1p(C x) {
     return sizeof(C) == 4 ? C(__builtin_log1pf(float(x))) : C(__builtin_log1p(double(x)));
   }
@@ -70,6 +73,7 @@ struct CpuBlock {
   static __forceinline__ C exp_or_zero(C x) { return x < kLowestExponent<C> ? C(0) : exp(x); }
   static constexpr double kSmall = kSmallExponent;
   static __forceinline__ V exp_small(V v) { return kernelmeta::exp_small<C>(v); }
+  static __forceinline__ V expm1_small(V v) { return kernelmeta::expm1_small<C>(v); }
   static __forceinline__ V log(V v) {
     for (int64_t i = 0; i < W; ++i)
       v[i] = sizeof(C) == 4 ? C(__builtin_logf(float(v[i]))) : C(__builtin_log(v[i]));

@@ -247,12 +247,12 @@ __forceinline__ void transpose(Row row, C* to, int64_t ld_to) {
   for (int i = 0; i < W; ++i) store(to + i * ld_to, v[i]);
 }
 
-// Up to it exp_small takes |x|: ln(2) / 2, rounded down.
+// Up to it expm1_small takes |x|: ln(2) / 2, rounded down.
 inline constexpr double kSmallExponent = 0.3465;
 
-// e^x of a small x: the Taylor series, whose next term is below the rounding of 1.
+// e^x - 1 of a small x: the Taylor series, whose next term is below the rounding of 1.
 template <class C>
-__forceinline__ typename Simd<C>::V exp_small(typename Simd<C>::V x) {
+__forceinline__ typename Simd<C>::V expm1_small(typename Simd<C>::V x) {
   constexpr bool single = sizeof(C) == 4;
   auto sum = typename Simd<C>::V{} + (single ? C(1.0 / 5040) : C(1.0 / 6227020800.0));
   if constexpr (!single) {
@@ -269,7 +269,13 @@ __forceinline__ typename Simd<C>::V exp_small(typename Simd<C>::V x) {
   sum = sum * x + C(1.0 / 6);
   sum = sum * x + C(0.5);
   sum = sum * x + C(1);
-  return sum * x + C(1);
+  return sum * x;
+}
+
+// e^x of a small x.
+template <class C>
+__forceinline__ typename Simd<C>::V exp_small(typename Simd<C>::V x) {
+  return expm1_small<C>(x) + C(1);
 }
 
 // What e^x is a number of with all its digits.

@@ -39,6 +39,8 @@ struct TeamBlock {
   static constexpr bool kJointSteps = false;  // (its registers are full)
   static constexpr double kSmall = 0.3465;    // as on a CPU
   static KERNELMETA_INLINE C exp_small(C x) { return ::exp(x); }
+  static KERNELMETA_INLINE C expm1_small(C x) { return ::expm1(x); }
+  static KERNELMETA_INLINE C expm1(C x) { return ::expm1(x); }
   static KERNELMETA_INLINE C log(C x) { return ::log(x); }
   static KERNELMETA_INLINE C log1p(C x) { return ::log1p(x); }
   static KERNELMETA_INLINE C pow(C x, C power) { return ::pow(x, power); }

@@ -2,8 +2,8 @@
 // = softmax(z), means over the rows:
 //
 //   proportions   G = J(pi, u), u = -p / mean(pi): the gradient of -sum_n p_n log mean(pi_n)
-//   marginal entropy  the same with u = -log mean(pi), or -alpha / (alpha - 1) mean(pi)^(alpha - 1): the
-//                 gradient of -sum_n m_n log m_n, or of (1 - sum_n m_n^alpha) / (alpha - 1), m = mean(pi)
+//   marginal entropy  the same with u = -log mean(pi), or -alpha / (alpha - 1) (mean(pi)^(alpha - 1) - 1):
+//                 the gradient of -sum_n m_n log m_n, or of (1 - sum_n m_n^alpha) / (alpha - 1), m = mean(pi)
 //                 (Tsallis; Veilleux et al. 2021, eq. 5). With alpha other than 1 the entropy of each row,
 //                 too, is here: u then is of its own pi.
 //   assignment    T = softmax(z + g), mean(T) = p exp(-tau g), tau = (1 - relax) / relax, and G = pi - T
@@ -85,9 +85,9 @@ struct Marginals {
     if (B::kJointSteps && oracle == Oracle::kEntropy) {
       block.columns(bag.rows, [&](auto at) {
         auto along = at.zero();
-        for (int64_t n = 0; n < N; ++n) along = along + slope(at.load(z + n * ld), tau, tau);
+        for (int64_t n = 0; n < N; ++n) along = along + drift(at, n, tau);
         for (int64_t n = 0; n < N; ++n) {
-          const auto own = slope(at.load(z + n * ld), tau, tau);
+          const auto own = drift(at, n, tau);
           at.store(t + n * ld, (own - at.load(t + n * ld) * along) * share);
         }
       });
@@ -166,32 +166,36 @@ struct Marginals {
         const C m = B::max(mean[n], kLeastMass);
         if (oracle == Oracle::kProportions) r[n] = -p[n] / m;
         if (B::kJointSteps && oracle == Oracle::kMarginalEntropy) {
-          r[n] = alpha == C(1) ? -B::log(m) : slope(C(B::log(m)), alpha, alpha - C(1));
+          r[n] = alpha == C(1) ? -B::log(m) : B::expm1((alpha - C(1)) * B::log(m)) * alpha / (C(1) - alpha);
         }
       });
     });
   }
 
-  // The derivative of an entropy whose alpha is not 1, of the logarithm of a prediction; with a power of
-  // alpha instead of alpha - 1 times the prediction.
-  template <class V>
-  KERNELMETA_INLINE static auto slope(V log_p, C alpha, C power) {
-    return B::exp(log_p * power) * (alpha / (C(1) - alpha));
+  // Of an entropy whose alpha is not 1: alpha / (1 - alpha) (p^alpha - p) of a row's prediction p of class n,
+  // which is p times the entropy's derivative but for a constant. (Without it nothing is lost where alpha is
+  // nearly 1.)
+  template <class At>
+  KERNELMETA_INLINE auto drift(At at, int64_t n, C alpha) const {
+    const auto log_p = at.load(z + n * ld), p = at.load(t + n * ld), x = log_p * (alpha - C(1));
+    const auto far = B::exp(log_p * alpha) - p;
+    return (B::max(x, x * C(-1)) <= C(B::kSmall) ? p * B::expm1_small(x) : far) * (alpha / (C(1) - alpha));
   }
 
-  // As through_means, with u of every row: du = (alpha - 1) u dpi / pi.
+  // As through_means, with u of every row. With w the drift of p and W the sum of a row's, G = w - p W and dw
+  // = alpha (w - p) dp / p.
   KERNELMETA_INLINE void through_entropy(const Bag& bag, C alpha, C share) {
     block.columns(bag.rows, [&](auto at) {
       auto along = at.zero(), mean_g = at.zero(), other = at.zero();
       for (int64_t n = 0; n < N; ++n) mean_g = mean_g + at.load(t + n * ld) * at.load(gg + n * ld);
       for (int64_t n = 0; n < N; ++n) {
-        const auto own_u = slope(at.load(z + n * ld), alpha, alpha);
-        along = along + own_u;
-        other = other + (at.load(gg + n * ld) - mean_g) * own_u * alpha;  // <dpi, u> + <pi, du>
+        const auto w = drift(at, n, alpha);
+        along = along + w;
+        other = other + (at.load(gg + n * ld) - mean_g) * (w - at.load(t + n * ld)) * alpha;
       }
       for (int64_t n = 0; n < N; ++n) {
-        const auto own = at.load(t + n * ld), own_u = slope(at.load(z + n * ld), alpha, alpha);
-        const auto moved = (at.load(gg + n * ld) - mean_g) * (own_u * alpha - own * along);
+        const auto own = at.load(t + n * ld), w = drift(at, n, alpha);
+        const auto moved = (at.load(gg + n * ld) - mean_g) * ((w - own) * alpha - own * along);
         at.store(gz + n * ld, (moved - own * other) * share);
       }
     });
@@ -205,7 +209,7 @@ struct Marginals {
         const C relative = sum / C(bag.rows) / B::max(mean[n], kLeastMass);
         // the derivative of u along gz
         const bool entropy = B::kJointSteps && oracle == Oracle::kMarginalEntropy;
-        step[n] = (!entropy ? -r[n] : alpha == C(1) ? C(-1) : r[n] * (alpha - C(1))) * relative;
+        step[n] = (!entropy ? -r[n] : r[n] * (alpha - C(1)) - alpha) * relative;
         if (bag.grad_shares) bag.grad_shares[n] -= relative * share * C(bag.rows);
       });
     });

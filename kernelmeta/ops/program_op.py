@@ -81,7 +81,7 @@ def _decode(numbers: Sequence[int]) -> tuple[list[Phase], set[str]]:
         oracle = parts[0].oracle if plain else "".join(p.term for p in parts)
         phase = Phase(
             oracle, steps, 1.0, parts[0].rows if plain else None,
-            marginals=max((p.marginals for p in parts), key=MARGINALS.index), relax=min(p.relax for p in parts),
+            marginals=MARGINALS[max(MARGINALS.index(p.marginals) for p in parts)], relax=min(p.relax for p in parts),
             alpha=next((p.alpha for p in parts if p.alpha != 1), 1.0),
         )  # fmt: skip
         if list(phase.parts) != parts:

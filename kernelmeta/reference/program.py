@@ -75,12 +75,12 @@ def oracle_gradient(
     elif oracle == "entropy":
         log_p = logits.log_softmax(-1)
         p = log_p.exp()
-        pulls = -p * log_p if alpha == 1 else (alpha * log_p).exp() * (alpha / (1 - alpha))
+        pulls = -p * log_p if alpha == 1 else _less_by_itself(p, log_p, alpha) * (alpha / (1 - alpha))
         G = pulls - p * pulls.sum(-1, keepdim=True)
     elif oracle == "marginal_entropy":
         p = logits.softmax(-1)
         log_mean = p.mean(-2, keepdim=True).clamp_min(LEAST_MEAN).log()
-        slope = -log_mean if alpha == 1 else ((alpha - 1) * log_mean).exp() * (alpha / (1 - alpha))
+        slope = -log_mean if alpha == 1 else ((alpha - 1) * log_mean).expm1() * (alpha / (1 - alpha))
         # slope - <p, slope>, of differences, which keep their digits where one class has all of a row.
         G = p * (p @ (slope - slope.transpose(-1, -2)))
     elif oracle not in GUESSED:
@@ -91,6 +91,13 @@ def oracle_gradient(
         guess = equivariant_gradient_mlp if oracle == "equivariant_gradient" else synthetic_gradient_mlp
         G = guess(logits, mlp, norm_stats=norm_stats, running_stats=running_stats)
     return G / logits.shape[-2] if mean else G
+
+
+def _less_by_itself(p: Tensor, log_p: Tensor, alpha: float) -> Tensor:
+    """p^alpha - p, with its digits where alpha is nearly 1; where p is 0 and alpha below 1, too."""
+    x = (alpha - 1) * log_p
+    near = x.abs() < 0.5
+    return torch.where(near, p * torch.where(near, x, 0).expm1(), (alpha * log_p).exp() - p)
 
 
 def run_phases(
