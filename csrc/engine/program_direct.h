@@ -76,7 +76,7 @@ struct DirectProgram {
   __host__ __device__ KERNELMETA_NOINLINE void backward(const C* grad_logits, int64_t ways,
                                                         const Adjoint& adj, const ProgramLoopGrad<C>& grad,
                                                         const LiveFeatureGrad<C>& of_rows) {
-    const int64_t N = s.N, ld = s.ld();
+    const int64_t N = s.N;
     const Steps d = steps();
     loop.begin_backward(grad_logits, ways, adj);
     block.unfenced().features_zero(N, s.D, adj.gtheta);

@@ -7,6 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cancelling import RATES, ROWS, SHAPES, TASKS, draw_tasks, errors, judge, program, run, sib
+from long_doubles import HAS_MORE_DIGITS, marginal_entropy_steps
 
 import kernelmeta as km
 
@@ -28,12 +29,16 @@ def test_program(shape: str, oracle: str) -> None:
     # Newton's steps end where they meet the shares, to 1e-10 and in float32 to 1e-5.
     exact, few = (1e-7, 1e-5) if oracle == "assignment" else (1e-9, 1e-6)
     for seed, rate in enumerate((1e-3, 0.1, 0.5, 10.0)):
-        # Where two classes are alike, what a product of matrices rounds apart grows forty times in such a step towards
-        # a small marginal entropy, in float64 too; towards a large one it does not.
-        apart = oracle == "marginal_entropy" and rate > 1
-        phase = km.nn.Phase(f"-{oracle}" if apart else oracle, 4, rate)
+        phase = km.nn.Phase(oracle, 4, rate)
         episode = draw_tasks(shape, ("random", "duplicate")[seed % 2], seed, tasks=24)
-        assert not judge(lambda e, phase=phase: program(e, phase), episode, "cpu", exact, few), rate
+        want = None
+        if (shape, oracle, rate) == ("few features", "marginal_entropy", 10.0):
+            # Here two classes are alike. What a product of matrices rounds apart grows forty times a step, in the
+            # reference too.
+            if not HAS_MORE_DIGITS:
+                continue
+            want = marginal_entropy_steps(episode, 4, rate)
+        assert not judge(lambda e, phase=phase: program(e, phase), episode, "cpu", exact, few, want), rate
 
 
 def test_errors_over_many_draws() -> None:
