@@ -40,9 +40,9 @@ def episode(T: int) -> tuple[Tensor, Tensor, Tensor]:
     return drawn(T, 6, 8).abs(), torch.arange(3).repeat(2).expand(T, -1), drawn(T, 9, 8, seed=1).abs()
 
 
-def network(*first: nn.Module) -> nn.Module:
+def network(*first: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(*first, nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
+    return nn.Sequential(*(made() for made in first), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
 
 
 def lqf() -> nn.Module:
@@ -66,7 +66,7 @@ CALLS: dict[str, Call] = {
     "relu_ntk": lambda T: partial(linear.relu_ntk, drawn(T, 5, 8), depth=2),
     "ntk_gram": lambda T: partial(linear.ntk_gram, network(), drawn(T, 5, 8)),
     "ntk_gram of any module": lambda T: partial(
-        linear.ntk_gram, network(nn.Conv1d(1, 1, 1), nn.Flatten()), drawn(T, 5, 1, 8)
+        linear.ntk_gram, network(partial(nn.Conv1d, 1, 1, 1), nn.Flatten), drawn(T, 5, 1, 8)
     ),
     **{
         name: lambda T, name=name, own=own: partial(

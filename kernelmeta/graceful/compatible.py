@@ -43,12 +43,13 @@ def frozen_classifier(
     made = deepcopy(old)
     weight = old.weight.detach()
     if columns is not None:
+        columns = columns.to(weight.device)
         if bool((columns >= len(weight)).any()):
             raise ValueError(f"columns: expected classes below {len(weight)}, got {int(columns.max())}")
         fresh = (columns < 0).nonzero().flatten()
         rows = weight[columns.clamp(min=0)].clone()
         if len(fresh):
-            rows[fresh] = _class_means(weight, fresh, features, labels)
+            rows[fresh] = _class_means(weight, fresh, features, labels).to(rows)
         if isinstance(made, nn.Linear):
             made.out_features = len(rows)
             rows[fresh] = F.normalize(rows[fresh], dim=1) * weight.norm(dim=1).mean()
@@ -69,7 +70,7 @@ def _class_means(weight: Tensor, fresh: Tensor, features: Tensor | None, labels:
             f"features: expected [n, {weight.shape[1]}] and n labels, got {list(features.shape)} and"
             f" {list(labels.shape)}"
         )
-    belongs = labels[None] == fresh[:, None]  # [new classes, n]
+    belongs = labels.to(features.device) == fresh.to(features.device)[:, None]  # [new classes, n]
     counts = belongs.sum(1, keepdim=True)
     if not bool(counts.all()):
         raise ValueError(f"features: none of class {int(fresh[counts.flatten() == 0][0])}, which is new")

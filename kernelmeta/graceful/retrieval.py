@@ -86,20 +86,23 @@ def nearest(
         gallery: [G, D].
         query_ids: [Q] int64; the item of the same id is the query itself and is left out.
         gallery_ids: [G] int64, each once.
-        backend: "faiss" (faiss-cpu, an extra), "torch", or "auto": faiss where it is installed.
+        backend: "faiss" (faiss-cpu, an extra), "torch", or "auto": faiss where it is installed and queries are on the
+            CPU.
         block: rows of the gallery at a time.
 
     Returns:
-        [Q] int64, row of the gallery, the first of equals; -1 where nothing is left.
+        [Q] int64, row of the gallery, the first of equals; -1 where nothing is left. On the queries' device, where the
+        search runs, wherever the gallery is.
 
     Raises:
         ValueError: shapes do not fit, ids are not distinct, the gallery is empty, or features are not finite.
         ModuleNotFoundError: faiss was asked for and is not installed.
     """
     _check(query, gallery, query_ids, gallery_ids)
-    search = _block_search(backend)
-    best = torch.full((len(query),), -torch.inf, dtype=query.dtype)
-    row = torch.full((len(query),), -1)
+    search = _block_search("torch" if backend == "auto" and query.is_cuda else backend)
+    query_ids, gallery_ids = _beside(query, query_ids), _beside(query, gallery_ids)
+    best = torch.full((len(query),), -torch.inf, dtype=query.dtype, device=query.device)
+    row = torch.full((len(query),), -1, device=query.device)
     query = unit(query)
     for start in range(0, len(gallery), block):
         items = _normalised(gallery[start : start + block], query)
@@ -143,6 +146,8 @@ def retrieval_scores(
             f"labels: expected {len(query)} and {len(gallery)}, got {list(query_labels.shape)} and"
             f" {list(gallery_labels.shape)}"
         )
+    query_labels, gallery_labels = query_labels.to(query.device), gallery_labels.to(query.device)
+    query_ids, gallery_ids = _beside(query, query_ids), _beside(query, gallery_ids)
     n_rows = max(1, _HELD // len(gallery))
     first, precision, counted = 0.0, 0.0, 0
     for start in range(0, len(query), n_rows):
@@ -155,7 +160,7 @@ def retrieval_scores(
             relevant &= ~own
         kept = relevant.any(1)
         hits = relevant[kept].gather(1, similarity[kept].argsort(dim=1, descending=True, stable=True)).double()
-        place = torch.arange(1, len(gallery) + 1, dtype=torch.float64)
+        place = torch.arange(1, len(gallery) + 1, dtype=torch.float64, device=query.device)
         precision += float(((hits.cumsum(1) / place) * hits).sum(1).div(hits.sum(1)).sum())
         first += float(hits[:, 0].sum())
         counted += int(kept.sum())
@@ -253,7 +258,7 @@ def backfill(
             raise ValueError(f"shares: expected numbers of 0 to 1, got {share}")
         done = order[: round(share * G)]
         mixed = old.gallery.clone()
-        mixed[done] = new.gallery[done, :D]
+        mixed[done] = new.gallery[done, :D].to(mixed)
         curve.append((float(share), cross_scores(new.query, mixed, labels)))
     return curve
 
@@ -276,6 +281,10 @@ def _check(query: Tensor, gallery: Tensor, query_ids: Tensor | None, gallery_ids
         raise ValueError("query: holds NaN or infinite features")
 
 
+def _beside(query: Tensor, ids: Tensor | None) -> Tensor | None:
+    return None if ids is None else ids.to(query.device)
+
+
 def _normalised(items: Tensor, like: Tensor) -> Tensor:
     if not bool(items.isfinite().all()):
         raise ValueError("gallery: holds NaN or infinite features")
@@ -284,7 +293,7 @@ def _normalised(items: Tensor, like: Tensor) -> Tensor:
 
 def _similarities(query: Tensor, gallery: Tensor, block: int) -> Tensor:
     """[Q, G] cosines, of normalised queries."""
-    made = torch.empty(len(query), len(gallery), dtype=query.dtype)
+    made = query.new_empty(len(query), len(gallery))
     for start in range(0, len(gallery), block):
         items = _normalised(gallery[start : start + block], query)
         torch.mm(query, items.T, out=made[:, start : start + len(items)])
@@ -327,9 +336,10 @@ def _faiss_search(query: Tensor, items: Tensor, query_ids: Tensor | None, own: T
     import faiss
 
     index = faiss.IndexFlatIP(items.shape[1])
-    index.add(items.float().contiguous().numpy())
+    index.add(items.float().contiguous().numpy(force=True))
     k = 1 if own is None else min(2, len(items))
-    similarity, rows = (torch.from_numpy(found) for found in index.search(query.float().contiguous().numpy(), k))
+    searched = index.search(query.float().contiguous().numpy(force=True), k)
+    similarity, rows = (torch.from_numpy(found).to(query.device) for found in searched)
     if query_ids is not None and own is not None:
         similarity[own[rows] == query_ids[:, None]] = -torch.inf
     value, place = similarity.max(1)

@@ -4,6 +4,9 @@ and what plain PyTorch gives there is what it gives on a CPU. Skipped where ther
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -11,10 +14,11 @@ import pytest
 import torch
 from episodes import draw
 from nn.test_modules import LEARNERS
-from test_plain_functions import CALLS, tensors
+from test_plain_functions import CALLS, drawn, tensors
 from torch import Tensor, nn
 
 import kernelmeta as km
+from kernelmeta import graceful
 
 REASON = km.backends()["cuda"].reason
 pytestmark = pytest.mark.skipif(bool(REASON), reason=f"needs a GPU: {REASON}")
@@ -31,6 +35,16 @@ def on_card(what: Any) -> Any:
     return what
 
 
+@contextlib.contextmanager
+def ordered_sums() -> Iterator[None]:
+    """PyTorch adds rows up in the order in which its threads come, unless told not to."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def same(got: list[Tensor], want: list[Tensor]) -> bool:
     return bool(want) and all(torch.equal(a, b) and a.dtype is b.dtype for a, b in zip(got, want, strict=True))
 
@@ -38,13 +52,55 @@ def same(got: list[Tensor], want: list[Tensor]) -> bool:
 @pytest.mark.parametrize("name", CALLS)
 def test_plain_functions(name: str) -> None:
     of_cpu, call = tensors(CALLS[name](2)()), on_card(CALLS[name](2))
-    want = tensors(call())
-    for a, b in zip(want, of_cpu, strict=True):
-        assert a.is_cuda and a.dtype is b.dtype
-        torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-4 * float(b.detach().double().abs().max()))
-    for dtype in LOW:
-        with torch.autocast("cuda", dtype):
-            assert same(tensors(call()), want), dtype
+    with ordered_sums():
+        want = tensors(call())
+        for a, b in zip(want, of_cpu, strict=True):
+            assert a.is_cuda and a.dtype is b.dtype
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-4 * float(b.detach().double().abs().max()))
+        for dtype in LOW:
+            with torch.autocast("cuda", dtype):
+                assert same(tensors(call()), want), dtype
+
+
+def views(device: str, labels_on: str) -> tuple[graceful.Views, graceful.Views, graceful.Labels]:
+    """An old and a wider new model's features of 12 queries and 40 items of 4 classes, the queries among the items."""
+    old, new = drawn(40, 8), drawn(40, 12, seed=1)
+    classes, ids = torch.arange(40) % 4, torch.arange(40)
+    named = (t.to(labels_on) for t in (classes[:12], classes, ids[:12], ids))
+    models = (graceful.Views(x[:12].to(device), x.to(device)) for x in (old, new))
+    return (*models, graceful.Labels(*named))
+
+
+@pytest.mark.parametrize("labels_on", ["cuda", "cpu"])
+def test_galleries(labels_on: str) -> None:
+    def run(device: str, labels_on: str) -> list[Any]:
+        old, new, labels = views(device, labels_on)
+        ids = {"query_ids": labels.query_ids, "gallery_ids": labels.gallery_ids}
+        rows = [
+            graceful.nearest(old.query, gallery, backend=backend, block=7, **ids).tolist()
+            for backend in ("torch", "auto")
+            for gallery in (old.gallery, old.gallery.cpu())
+        ]
+        return [*rows, graceful.compatibility(old, new, labels), graceful.backfill(old, new, labels)]
+
+    assert run("cuda", labels_on) == run("cpu", "cpu")
+
+
+@pytest.mark.parametrize("labels_on", ["cuda", "cpu"])
+@pytest.mark.parametrize("kind", [nn.Linear, km.nn.CosineClassifier])
+def test_classifiers_of_older_models(kind: Any, labels_on: str) -> None:
+    """With two classes of five that the old model never saw."""
+    torch.manual_seed(0)
+    old, columns = kind(8, 3), graceful.match_classes(("a", "b", "c"), ("b", "x", "a", "c", "y"), same=False)
+    features, labels = drawn(20, 8), torch.arange(20) % 5
+
+    def run(device: str, labels_on: str) -> Tensor:
+        made = graceful.frozen_classifier(
+            deepcopy(old).to(device), columns=columns, features=features.to(device), labels=labels.to(labels_on)
+        )
+        return graceful.influence_loss(features.to(device), labels.to(device), made, 8).cpu()
+
+    torch.testing.assert_close(run("cuda", labels_on), run("cpu", "cpu"), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("learner", LEARNERS)
