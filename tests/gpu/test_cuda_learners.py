@@ -22,6 +22,7 @@ pytestmark = pytest.mark.skipif(bool(REASON), reason=f"needs a GPU: {REASON}")
 Values = dict[str, Any]
 CROSS_ENTROPY, SQUARES, HINGE = (Phase(name, 2, 0.05) for name in ("cross_entropy", "squared_error", "hinge"))
 SYNTHETIC = Phase("synthetic_gradient", 3, 1e-2)
+JOINT = Phase("cross_entropy + entropy - 0.5*marginal_entropy", 2, 0.05, alpha=2.0)
 EQUIVARIANT = Phase("equivariant_gradient", 3, 1e-2)
 
 
@@ -144,6 +145,11 @@ PROGRAMS = {
     ),
     "soft k-means": program_case(
         [CROSS_ENTROPY, Phase("soft_assignment", 2, 0.8)], COSINE, rows(**EVEN), 3, 33
+    ),
+    "joint steps": program_case([JOINT, SYNTHETIC], f"{COSINE} mlp", rows(**EVEN), 3, 33),
+    "joint steps, unequal tasks": program_case([JOINT], COSINE, ragged(*UNEQUAL, 33), 4, 33),
+    "classifier by distances": program_case(
+        [JOINT, CROSS_ENTROPY], "scale start", rows(**EVEN), 3, 33, classifier="euclidean"
     ),
     "no steps": program_case([], COSINE, rows(**EVEN), 3, 33),
     "many rows": program_case([CROSS_ENTROPY, SYNTHETIC], f"{COSINE} mlp", rows(1, 150, 300, 5, 65), 5, 65),
