@@ -59,7 +59,7 @@ def steps(measured: Path, compiled: bool) -> dict[str, Step]:
         ),
         "tests": Step([PYTHON, "-m", "pytest", "-q", "-p", "no:cacheprovider", *at_once, "tests/gpu"], 180),
         "cells": Step([*measure, "cells", *out, *peers], 400 if compiled else 120),
-        "learners": Step([*measure, "learners", *out], 60),
+        "learners": Step([*measure, "learners", *out], 240),  # Triton's kernels are compiled and tuned first
         "training-step": Step([*measure, "training-step", *out], 30),
         **{
             name: Step(

@@ -1,8 +1,8 @@
 """What gpu_check measures, one part a process: ``python -m benchmarks.gpu_measure cells --out FILE``.
 
-km.nn.SIB beside eager PyTorch and CUDA graphs (and torch.compile, if asked for), the other learners beside plain
-PyTorch, and whole training steps. Each cell is checked against float64 on the CPU, timed by CUDA events, and saved as
-it comes.
+km.nn.SIB beside eager PyTorch and CUDA graphs (and torch.compile, if asked for), learners by the CUDA kernels, by
+Triton's and in plain PyTorch, and whole training steps. Each cell of SIB is checked against float64 on the CPU, all are
+timed by CUDA events, and saved as they come.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +154,18 @@ def training_step() -> dict[str, Any]:
     return {"times": found, "seconds_of_50000": 50_000 * found["CUDA graph"]["median"]}
 
 
+def forced(backend: str, run: Callable[[int], Any], i: int) -> None:
+    with use_backend(backend):
+        run(i)
+
+
 def learners(T: int) -> dict[str, Any]:
-    """Forward and backward of the other learners, into parameters and features: 5-way 5-shot, 75 query rows."""
+    """Forward and backward of learners, into parameters and features: 5-way 5-shot, 75 query rows."""
     N, S, Q, D = 5, 25, 75, 640
     labels = (torch.arange(S, device="cuda") % N).expand(T, S).contiguous()
     support, query = (torch.randn(T, rows, D, device="cuda", requires_grad=True) for rows in (S, Q))
     heads: dict[str, torch.nn.Module] = {
+        "SIB, 3 steps": nn.SIB(N, D),
         "ANIL, 5 steps": nn.ANIL(N, D, steps=5, inner_lr=0.01),
         "cross entropy, then synthetic gradient": nn.Program(
             N, D, [nn.Phase("cross_entropy", 3, 0.1), nn.Phase("synthetic_gradient", 3, 1e-3)], hidden=40
@@ -174,16 +181,17 @@ def learners(T: int) -> dict[str, Any]:
         def run(_: int, head: torch.nn.Module = head, leaves: list[torch.Tensor] = leaves) -> None:
             torch.autograd.grad(head(support, labels, query).square().mean(), leaves, allow_unused=True)
 
-        def plain(i: int, run: Callable[[int], Any] = run) -> None:
-            with use_backend("reference"):
-                run(i)
-
-        runners: dict[str, Callable[[int], Any]] = {"kernelmeta": run, "plain PyTorch": plain}
-        try:
-            runners["kernelmeta, CUDA graph"] = graphed(run)
-        except RuntimeError as reason:
-            print(f"{name}: no CUDA graph: {reason}")
-            torch.cuda.synchronize()
+        runners: dict[str, Callable[[int], Any]] = {
+            "kernelmeta": run,
+            "Triton": partial(forced, "triton", run),
+            "plain PyTorch": partial(forced, "reference", run),
+        }
+        for runner in list(runners):
+            try:
+                runners[f"{runner}, CUDA graph"] = graphed(runners[runner])
+            except RuntimeError as reason:
+                print(f"{name}, {runner}: no CUDA graph: {str(reason).splitlines()[0]}")
+                torch.cuda.synchronize()
         found[name] = interleave(runners, rounds=5)
     return {"T": T, "times": found}
 
@@ -215,7 +223,7 @@ def table(found: Mapping[str, Any]) -> str:
             cells = " | ".join(microseconds(cell["times"], name) for name in peers)
             ratios = f"{cell['against_the_best_peer']:.1f} | {cell['times_the_floor']:.1f}"
             lines.append(f"| {cell['size']} {cell['mode']} | {cells} | {ratios} |")
-    columns = ("kernelmeta", "kernelmeta, CUDA graph", "plain PyTorch")
+    columns = [f"{of}{how}" for of in ("kernelmeta", "Triton", "plain PyTorch") for how in ("", ", CUDA graph")]
     if "learners" in found:
         lines += ["", f"| forward and backward | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
         for of_size in found["learners"]:
