@@ -47,10 +47,21 @@ def build_report() -> dict[str, Any]:
     return report
 
 
+def _no_build() -> str:
+    """Why there is none: the sources may stand before the package that was installed from them."""
+    for folder in sys.path:
+        other = Path(folder) / "kernelmeta" / NATIVE.name
+        if other.resolve() != NATIVE.resolve() and (other / "build.json").is_file():
+            return (
+                f"{NATIVE.parent} are the sources, which Python finds before the package in {folder}: run it elsewhere"
+            )
+    return f"no native build in {NATIVE.parent}: install the package (pip install .)"
+
+
 def _load_cpu() -> Backend:
     report = build_report()
     if not report:
-        return Backend(False, f"no native build in {NATIVE.parent}: install the package (pip install .)", {})
+        return Backend(False, _no_build(), {})
     if not report["cpu"]:
         return Backend(False, report["reason"], {})
     suffix = ".dylib" if sys.platform == "darwin" else ".so"
@@ -69,7 +80,7 @@ def _load_cuda() -> Backend:
     """The library of CUDA ops is loaded only where there is a GPU: it needs CUDA's part of PyTorch."""
     report = build_report()
     if not report.get("cuda"):
-        reason = report.get("cuda_reason") or f"no native build in {NATIVE.parent}: install the package (pip install .)"
+        reason = report.get("cuda_reason") or _no_build()
         return Backend(False, reason, {})
     built = {"architectures": report["cuda_architectures"]}
     if torch.version.cuda is None:

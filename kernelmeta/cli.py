@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     whole.add_argument("--version", action="version", version=f"kernelmeta {__version__}")
     whole.set_defaults(parser=whole)
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Command)
+    whole.commands = commands.choices
 
     def add(name: str, run: Callable[[argparse.Namespace], None], text: str, example: str) -> Command:
         command = commands.add_parser(name, help=text, description=text, example=example)

@@ -73,8 +73,18 @@ PRETRAIN_HELP = {
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
+    commands: Mapping[str, argparse.ArgumentParser] = {}
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())} (see {self.prog} --help)\n")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but the command that was given names its own help where it does not know an option."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            command = self.commands.get(getattr(found, "command", None) or "", self)
+            command.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         for word in args or ():

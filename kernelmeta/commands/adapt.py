@@ -54,7 +54,7 @@ def add_commands(add: Add) -> None:
         "--tasks-per-file",
         type=int,
         default=65_536,
-        help="what a kill may lose (default: 65536)",
+        help="tasks in a file of answers, which a kill may lose (default: 65536)",
     )
     command.option("run", "--resume", action="store_true", help="go on with the answers in --out")
     command.option(

@@ -71,7 +71,8 @@ def _compare_settings(command: Command) -> None:
         "episodes",
         "balances",
         _words,
-        HELP["query_balance"] + ", or several with commas; known:BALANCE tells the methods that can use them the"
+        "how the query rows are divided among the classes: even, or dirichlet:ALPHA, one or several with commas;"
+        " known:BALANCE tells the methods that can use them the"
         " classes' shares",
         "even,dirichlet:2",
     )

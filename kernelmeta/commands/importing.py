@@ -25,7 +25,7 @@ def add_commands(add: Add) -> None:
     )
     command.option("output", "--out", type=Path, required=True, metavar="BANK", help="the bank to write")
     command.option(
-        "data", "--label", metavar="NAME", help="the column or array of the labels (default: label, class, y)"
+        "data", "--label", metavar="NAME", help="the column or array of the labels (default: label, class, target or y)"
     )
     command.option(
         "data",
@@ -38,6 +38,8 @@ def add_commands(add: Add) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     check_outputs({"--out": args.out}, args.files)
+    if args.out.suffix.lower() not in ("", ".safetensors"):
+        raise ValueError(f"--out: {args.out}: expected a name that ends with .safetensors, as a bank is")
     bank = import_bank(
         args.files, args.out, label=args.label, split=args.split, seed=args.seed, progress=not args.quiet,
         say=say_of(args),

@@ -31,7 +31,7 @@ def add_commands(add: Add) -> None:
     command.option("output", "--out", type=Path, required=True, metavar="FILE", help="the labels to write, CSV")
     command.option("output", "--report", type=Path, metavar="FILE", help="write a page about them too, HTML")
     command.option(
-        "data", "--label", metavar="NAME", help="the column or array of the labels (default: label, class, y)"
+        "data", "--label", metavar="NAME", help="the column or array of the labels (default: label, class, target or y)"
     )
     feature_options(command)
     at_option(command)
@@ -62,6 +62,8 @@ def _predict(args: argparse.Namespace) -> None:
         if args.backbone is not None and args.backbone != name:
             own = f"; that of the run is {name}" if name else ""
             raise ValueError(f"--backbone: {args.backbone} needs --weights{own}")
+    if args.out.suffix.lower() not in ("", ".csv"):
+        raise ValueError(f"--out: {args.out}: labels are written as CSV, so expected a name that ends with .csv")
     backbone = Backbone(weights, name, args.device, args.workers, not args.quiet, args.skip_bad)
     check_outputs({"--out": args.out, "--report": args.report}, [args.support, args.query])
     support = read_rows(args.support, label=args.label, backbone=backbone, say=say_of(args))
@@ -76,6 +78,8 @@ def _predict(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(_as_options(str(error))) from None
     answers.write_csv(args.out)
+    told = {"labelled rows from": args.support, "rows to label from": args.query, "backbone": args.backbone}
+    answers.settings.update({name: value for name, value in told.items() if value is not None})
     if args.report is not None:
         write_report(args.report, answers)
     if answers.doubt is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -204,5 +205,9 @@ class _LeftOut:
         parts = []
         for kind, n in self.counts.items():
             if n:
-                parts.append(f"{n} {kind}" + (f" ({listing(self.names[kind])})" if self.names[kind] else ""))
+                kind_of_one = re.sub(r"\b(file|folder|pipe|device)s\b", r"\1", kind)
+                parts.append(
+                    f"{n} {kind_of_one if n == 1 else kind}"
+                    + (f" ({listing(self.names[kind])})" if self.names[kind] else "")
+                )
         return ["; ".join(parts)] if parts else []

@@ -84,7 +84,7 @@ def _labels(tables: Sequence[Table]) -> tuple[Tensor, tuple[str, ...]]:
         )
     bare = [table for table in tables if table.labels is None]
     if bare and not alone:
-        raise ValueError(f"{bare[0].path}: no labels; --label names their column, or give a file of labels too")
+        raise ValueError(f"{bare[0].path}: no labels; --label names their column, or give a file of labels, [n], too")
     codes = LabelCodes()
     for table in labelled:
         assert table.labels is not None

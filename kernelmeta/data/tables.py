@@ -114,7 +114,11 @@ def _arrays(file: Path, suffix: str) -> dict[str, Any]:
         with np.load(file, allow_pickle=False) as content:
             return {name: content[name] for name in content.files}
     except Exception as error:  # NumPy raises nearly anything on a damaged file
-        objects = "; of Python objects: save y.astype(str) instead" if "Python objects" in str(error) else ""
+        objects = (
+            "; of Python objects: save numbers, or text by .astype(str), instead"
+            if "Python objects" in str(error)
+            else ""
+        )
         raise ValueError(f"{file}: not a NumPy file of numbers or text ({one_line(error)}){objects}") from None
 
 
@@ -238,7 +242,8 @@ def _ordered(file: Path, found: list[str], wanted: Sequence[str]) -> list[str]:
     if missing or unknown:
         parts = [f"{what} {listing(names)}" for what, names in (("without", missing), ("with", unknown)) if names]
         raise ValueError(
-            f"{file}: expected the same columns of features as in the file before, got them {', '.join(parts)}"
+            f"{file}: expected the same columns of features as in the other file, got them {', '.join(parts)};"
+            f" a column of another kind is left out if it is called {' or '.join(ID_NAMES[:2])}"
         )
     return list(wanted)
 

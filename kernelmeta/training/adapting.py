@@ -20,7 +20,7 @@ from torch import Tensor
 from kernelmeta.data import FeatureBank
 from kernelmeta.data.task_tables import Piece, TaskFiles, Tasks, write_answers
 from kernelmeta.tasks import Ragged
-from kernelmeta.training.answers import METHODS, make_learner
+from kernelmeta.training.answers import make_learner, method_or_weights
 from kernelmeta.training.checkpoint import CHECKPOINT
 from kernelmeta.training.learners import tasks_together
 
@@ -53,8 +53,7 @@ class Learners:
         transform: str | None = None,
         center: str | None = None,
     ) -> None:
-        named = what in METHODS and not Path(what).exists()
-        self._given = (what if named else None, None if named else what)
+        self._given = method_or_weights(what)
         self._n_features, self._at, self._device = n_features, at, device
         self._features = {"transform": transform, "center": center}
         self._made: dict[int, Any] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -46,6 +47,24 @@ class Chosen(NamedTuple):
     """Which weights of a training it has; empty where it has none."""
     temperature: float = 1.0
     """By which its logits are divided for probabilities."""
+
+
+def method_or_weights(what: str) -> tuple[str | None, str | None]:
+    """What somebody named, as a method that needs no training or as weights: the one or the other is None.
+
+    Args:
+        what: one of `METHODS`, or the path of a run folder or a checkpoint, which goes first.
+
+    Raises:
+        FileNotFoundError: it is neither.
+    """
+    if os.path.exists(what):
+        return None, what
+    if what in METHODS:
+        return what, None
+    close = difflib.get_close_matches(what, UNTRAINED, 1, 0.7)
+    guess = f"; did you mean {close[0]}?" if close else ""
+    raise FileNotFoundError(f"{what}: neither a run, nor one of {', '.join(UNTRAINED)}{guess}")
 
 
 def make_learner(

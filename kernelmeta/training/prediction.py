@@ -24,7 +24,7 @@ from kernelmeta.data.label_codes import LabelCodes
 from kernelmeta.data.tables import open_table, read_all
 from kernelmeta.data.tensor_files import read_metadata
 from kernelmeta.data.words import counted, listing, printable
-from kernelmeta.training.answers import METHODS, check_use, doubts, make_learner, probabilities
+from kernelmeta.training.answers import check_use, doubts, make_learner, method_or_weights, probabilities
 from kernelmeta.training.backbones import load_backbone
 from kernelmeta.training.extraction import extract
 from kernelmeta.training.foreign_backbones import is_foreign
@@ -114,7 +114,9 @@ def read_rows(
         raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
     bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if bad:
-        raise ValueError(f"{source}: {counted(len(bad), 'row')} with NaN or infinite features: {listing(bad)}")
+        raise ValueError(
+            f"{source}: {counted(len(bad), 'row')} with NaN or infinite features, counted from 0: {listing(bad)}"
+        )
     labels = None if table.labels is None else _texts(part for piece in table.labels() for part in piece)
     ids = (
         [str(row) for row in range(len(features))]
@@ -247,10 +249,8 @@ def predict(
     classes = tuple(map(str, values))
     if len(classes) < 2:
         raise ValueError(f"support: expected at least two classes, got {classes[0]!r} alone")
-    named = what in METHODS and not Path(what).exists()
-    chosen = make_learner(
-        what if named else None, None if named else what, len(classes), D, at, transform=transform, center=center
-    )
+    named, weights = method_or_weights(what)
+    chosen = make_learner(named, weights, len(classes), D, at, transform=transform, center=center)
     check_use(chosen, transductive=transductive, proportions=proportions is not None or counts is not None)
     of_query_rows = proportions_of(proportions, counts, classes)
     method, learner, which, temperature = chosen
@@ -274,6 +274,8 @@ def predict(
         "support rows": len(rows),
         "query rows": len(of_query),
         "features": D,
+        "transform": learner.transform,
+        "center": learner.center,
         "temperature": f"{temperature:.3g}",
     }
     if of_query_rows is not None:
@@ -287,7 +289,8 @@ def predict(
 
 def backbone_of(what: str) -> tuple[str | None, str | None]:
     """The backbone's weights and name that a run was trained with, as far as it says."""
-    if what in METHODS and not Path(what).exists():
+    _, weights = method_or_weights(what)
+    if weights is None:
         return None, None
-    _, settings = load_learner(what)
+    _, settings = load_learner(weights)
     return settings.get("weights"), settings.get("backbone")
