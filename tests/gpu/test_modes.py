@@ -73,7 +73,7 @@ def views(device: str, labels_on: str) -> tuple[graceful.Views, graceful.Views, 
 
 @pytest.mark.parametrize("labels_on", ["cuda", "cpu"])
 def test_galleries(labels_on: str) -> None:
-    def run(device: str, labels_on: str) -> list[Any]:
+    def run(device: str, labels_on: str) -> tuple[list[list[int]], list[float]]:
         old, new, labels = views(device, labels_on)
         ids = {"query_ids": labels.query_ids, "gallery_ids": labels.gallery_ids}
         rows = [
@@ -81,9 +81,13 @@ def test_galleries(labels_on: str) -> None:
             for backend in ("torch", "auto")
             for gallery in (old.gallery, old.gallery.cpu())
         ]
-        return [*rows, graceful.compatibility(old, new, labels), graceful.backfill(old, new, labels)]
+        found = graceful.compatibility(old, new, labels)
+        scores = [found.old_old, found.new_old, found.new_new, *(s for _, s in graceful.backfill(old, new, labels))]
+        return rows, [float(number) for score in scores for number in score]
 
-    assert run("cuda", labels_on) == run("cpu", "cpu")
+    (rows, scores), (wanted, want) = run("cuda", labels_on), run("cpu", "cpu")
+    assert rows == wanted
+    torch.testing.assert_close(torch.tensor(scores), torch.tensor(want))
 
 
 @pytest.mark.parametrize("labels_on", ["cuda", "cpu"])
