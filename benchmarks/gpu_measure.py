@@ -186,7 +186,7 @@ def learners(T: int) -> dict[str, Any]:
             "Triton": partial(forced, "triton", run),
             "plain PyTorch": partial(forced, "reference", run),
         }
-        # (The others look at labels, which a capture forbids; one that fails leaves PyTorch's generator captured.)
+        # (Plain PyTorch cannot be captured, and a capture that fails leaves PyTorch's generator unusable.)
         runners["kernelmeta, CUDA graph"] = graphed(run)
         found[name] = interleave(runners, rounds=5)
     return {"T": T, "times": found}

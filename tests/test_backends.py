@@ -9,12 +9,13 @@ import sys
 import threading
 import timeit
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 import kernelmeta as km
-from kernelmeta import info
+from kernelmeta import backends, info
 from kernelmeta.backends import NAMES, select, use_backend
 
 CPU = km.backends()["cpu"]
@@ -172,6 +173,20 @@ with warnings.catch_warnings(record=True) as caught:
     assert first == "0"
     assert second.startswith("reference reference 1 kernelmeta runs its plain PyTorch reference")
     assert km.backends()["cpu"].reason in second or "cannot open shared object file" in second
+
+
+def test_sources_are_told_from_what_was_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script in the clone finds kernelmeta/ there, which has no kernels."""
+    site, native = tmp_path / "site", tmp_path / "clone" / "kernelmeta" / "_native"
+    monkeypatch.setattr(backends, "NATIVE", native)
+    monkeypatch.setattr(sys, "path", [str(site)])
+    assert backends._no_build().endswith("install the package (pip install .)")
+    built = site / "kernelmeta" / "_native" / "build.json"
+    built.parent.mkdir(parents=True)
+    built.write_text("{}")
+    assert backends._no_build() == (
+        f"{native.parent} are the sources; the package is in {site}, and found from any other folder"
+    )
 
 
 def test_without_kernels_compiled_code_says_so_too() -> None:

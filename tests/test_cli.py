@@ -658,6 +658,8 @@ def test_a_backend_that_cannot_run_is_refused(capsys, bank_file, monkeypatch):
 
 def test_no_command_and_help(capsys):
     assert "required: COMMAND" in refused(capsys)
+    assert "(see kernelmeta evaluate --help)" in refused(capsys, "evaluate", "run", "--eval-episodes", "200")
+    assert "(see kernelmeta --help)" in refused(capsys, "--colour")
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--help"])
     assert stopped.value.code == 0

@@ -182,7 +182,7 @@ def test_what_is_left_out_is_one_line_with_counts(tmp_path):
     for part in (
         "4 hidden or of a system",
         "2 files named *.txt",
-        "1 files named *.csv",
+        "1 file named *.csv",
         "2 folders within class folders",
         "1 pipes or devices",
         "1 files outside of class folders",

@@ -231,6 +231,13 @@ def test_the_report_is_complete_in_itself(tmp_path, support):
     rows = re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td>", report.read_text().split("The least certain first")[1])
     assert rows[0] == (least["id"], least["label"])
     assert "judged" in shown.text and "together" in shown.text
+    assert support in shown.text and query in shown.text and "center" in shown.text
+
+
+def test_labels_are_written_as_csv_alone(tmp_path, support, query, capsys):
+    out = tmp_path / "labels.parquet"
+    assert main(["predict", "ridge", "--support", support, "--query", query, "--out", str(out)]) == 2
+    assert "labels are written as CSV" in capsys.readouterr().err and not out.exists()
 
 
 def test_the_report_of_very_many_classes_stays_readable(tmp_path):
@@ -290,10 +297,14 @@ def test_photos_in_folders(tmp_path, capsys):
     ("given", "message"),
     [
         ({"what": "sib"}, "sib must be trained"),
-        ({"what": "nothing"}, "nothing"),
+        ({"what": "nothing"}, "nothing: neither a run, nor one of soft_kmeans, prototypes, ridge,"),
+        ({"what": "soft_kmean"}, "pt_map; did you mean soft_kmeans?"),
         ({"support": "query.csv"}, "support: no labels"),
-        ({"query": "wide.csv"}, "expected the same columns of features as in the file before, got them with f6"),
-        ({"query": "nan.csv"}, "1 row with NaN or infinite features: 2"),
+        (
+            {"query": "wide.csv"},
+            "expected the same columns of features as in the other file, got them with f6; a column of",
+        ),
+        ({"query": "nan.csv"}, "1 row with NaN or infinite features, counted from 0: 2"),
         ({"support": "one.csv"}, "expected at least two classes, got 'otter' alone"),
         ({"query": "empty.csv"}, "empty.csv"),
         ({"query": "missing.csv"}, "missing.csv"),
