@@ -30,6 +30,7 @@ from kernelmeta.training.extraction import extract
 from kernelmeta.training.foreign_backbones import is_foreign
 from kernelmeta.training.loading import load_learner
 from kernelmeta.training.proportions import proportions_of
+from kernelmeta.transforms import Transform
 
 COLUMNS = ("id", "label", "probability", "runner_up")
 
@@ -266,6 +267,7 @@ def predict(
         if known:
             right = [classes[int(found[i].argmax())] == query.labels[i] for i in known]
             accuracy = 100 * sum(right) / len(right)
+    of_features = learner.transform if isinstance(learner.transform, Transform) else learner
     settings = {
         "method": method,
         "weights": "none" if named else f"{what}: {which}" if which else what,
@@ -274,8 +276,8 @@ def predict(
         "support rows": len(rows),
         "query rows": len(of_query),
         "features": D,
-        "transform": learner.transform,
-        "center": learner.center,
+        "transform": of_features.transform,
+        "center": of_features.center,
         "temperature": f"{temperature:.3g}",
     }
     if of_query_rows is not None:

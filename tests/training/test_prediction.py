@@ -262,7 +262,7 @@ def test_a_browser_shows_the_report(tmp_path, support, query):
     command = [BROWSER, *quiet, "--dump-dom", report.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, stdin=subprocess.DEVNULL)
     assert "<h1>21 answers of soft_kmeans</h1>" in done.stdout
-    assert done.stdout.count("<tr>") == 21 + 1 + 8 and done.stdout.count("<svg") == 2
+    assert done.stdout.count("<tr>") == 21 + 1 + 12 and done.stdout.count("<svg") == 2
 
 
 def paint(path, colour: int) -> None:
