@@ -52,9 +52,7 @@ def _no_build() -> str:
     for folder in sys.path:
         other = Path(folder) / "kernelmeta" / NATIVE.name
         if other.resolve() != NATIVE.resolve() and (other / "build.json").is_file():
-            return (
-                f"{NATIVE.parent} are the sources, which Python finds before the package in {folder}: run it elsewhere"
-            )
+            return f"{NATIVE.parent} are the sources; the package is in {folder}, and found from any other folder"
     return f"no native build in {NATIVE.parent}: install the package (pip install .)"
 
 

@@ -147,7 +147,7 @@ def _images(folder: Path, left: _LeftOut) -> list[Path]:
         elif entry.suffix.lower() not in extensions():
             left.other(f"files named *{printable(entry.suffix.lower())}", entry)
         elif entry.exists() and not stat.S_ISREG(entry.stat().st_mode):
-            left.other("pipes or devices", entry)
+            left.other("special files (pipes or devices)", entry)
         else:
             files.append(entry)
     return files
@@ -205,9 +205,6 @@ class _LeftOut:
         parts = []
         for kind, n in self.counts.items():
             if n:
-                kind_of_one = re.sub(r"\b(file|folder|pipe|device)s\b", r"\1", kind)
-                parts.append(
-                    f"{n} {kind_of_one if n == 1 else kind}"
-                    + (f" ({listing(self.names[kind])})" if self.names[kind] else "")
-                )
+                told = re.sub(r"\b(file|folder)s\b", r"\1", kind, count=1) if n == 1 else kind
+                parts.append(f"{n} {told}" + (f" ({listing(self.names[kind])})" if self.names[kind] else ""))
         return ["; ".join(parts)] if parts else []

@@ -114,11 +114,7 @@ def _arrays(file: Path, suffix: str) -> dict[str, Any]:
         with np.load(file, allow_pickle=False) as content:
             return {name: content[name] for name in content.files}
     except Exception as error:  # NumPy raises nearly anything on a damaged file
-        objects = (
-            "; of Python objects: save numbers, or text by .astype(str), instead"
-            if "Python objects" in str(error)
-            else ""
-        )
+        objects = "; save numbers, or text by .astype(str), instead" if "Python objects" in str(error) else ""
         raise ValueError(f"{file}: not a NumPy file of numbers or text ({one_line(error)}){objects}") from None
 
 

@@ -184,11 +184,11 @@ def test_what_is_left_out_is_one_line_with_counts(tmp_path):
         "2 files named *.txt",
         "1 file named *.csv",
         "2 folders within class folders",
-        "1 pipes or devices",
-        "1 files outside of class folders",
-        "1 class folders without an image (train/empty)",
-        "1 folders beside train, val and test (docs)",
-        "1 files beside them (README.md)",
+        "1 special file (pipes or devices)",
+        "1 file outside of class folders",
+        "1 class folder without an image (train/empty)",
+        "1 folder beside train, val and test (docs)",
+        "1 file beside them (README.md)",
     ):
         assert part in line, line
     assert "\n" not in line
