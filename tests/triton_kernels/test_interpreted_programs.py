@@ -12,7 +12,8 @@ import torch
 from episodes import assert_close, draw_labels, running_stats
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from ops.test_program import COSINE, PROGRAMS, Problem, draw_ragged
+from ops.test_program import COSINE, PROGRAMS, Problem
+from ops.test_ragged_programs import draw_ragged
 from ops.test_transforms import raw_arguments
 from torch import Tensor
 from triton_kernels.interpreter import both, interpreted
