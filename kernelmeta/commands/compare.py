@@ -114,7 +114,12 @@ def _learners(text: str) -> tuple[str, ...]:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    given = {**(_QUICK if args.quick else {}), **given_settings(args, CompareConfig)}
+    asked = given_settings(args, CompareConfig)
+    given = {**(_QUICK if args.quick else {}), **asked}
+    if "episodes" in asked and "trial_episodes" not in asked:
+        usual = given.pop("trial_episodes", CompareConfig.trial_episodes)
+        if not args.resume:  # where the whole training is short, so are the trials
+            given["trial_episodes"] = min(usual, asked["episodes"])
     if args.candidates is not None:
         given["candidates"] = read_candidates(args.candidates)
     out = run_folder(args, "compare")

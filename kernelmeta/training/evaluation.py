@@ -74,27 +74,26 @@ def episode_accuracies(
     bad = dict.fromkeys(learners, 0)
     together = {name: tasks_together(learner) for name, learner in learners.items()}
     sizes = sorted({n or 0 for n in together.values()})
-    bar = tqdm(total=episodes * len(sizes), desc="evaluate", unit="episode", disable=not progress)
-    for size in sizes:
-        some = {name: learner for name, learner in learners.items() if (together[name] or 0) == size}
-        for start in range(first, first + episodes, size or TASKS_PER_CALL):
-            n = min(size or TASKS_PER_CALL, first + episodes - start)
-            drawn = sampler.draw(start, size or n)
-            support_index, labels, query_index, answers = (t.to(features.device) for t in drawn)
-            support, query = features[support_index], features[query_index]
-            for name, learner in some.items():
-                told = {}
-                if proportions and getattr(learner, "takes_proportions", False):
-                    told["proportions"] = one_hot_targets(answers, sampler.way, torch.float64).mean(1)
-                logits = learner(support, labels, query, **told)[:n]
-                finite = logits.isfinite().all(-1)
-                right = (logits.argmax(-1) == answers[:n]) & finite
-                found[name].append(right.double().mean(1).cpu())
-                bad[name] += int((~finite).sum())
-                if each is not None:
-                    each(name, logits, answers[:n])
-            bar.update(n)
-    bar.close()
+    with tqdm(total=episodes * len(sizes), desc="evaluate", unit="episode", disable=not progress) as bar:
+        for size in sizes:
+            some = {name: learner for name, learner in learners.items() if (together[name] or 0) == size}
+            for start in range(first, first + episodes, size or TASKS_PER_CALL):
+                n = min(size or TASKS_PER_CALL, first + episodes - start)
+                drawn = sampler.draw(start, size or n)
+                support_index, labels, query_index, answers = (t.to(features.device) for t in drawn)
+                support, query = features[support_index], features[query_index]
+                for name, learner in some.items():
+                    told = {}
+                    if proportions and getattr(learner, "takes_proportions", False):
+                        told["proportions"] = one_hot_targets(answers, sampler.way, torch.float64).mean(1)
+                    logits = learner(support, labels, query, **told)[:n]
+                    finite = logits.isfinite().all(-1)
+                    right = (logits.argmax(-1) == answers[:n]) & finite
+                    found[name].append(right.double().mean(1).cpu())
+                    bad[name] += int((~finite).sum())
+                    if each is not None:
+                        each(name, logits, answers[:n])
+                bar.update(n)
     values = Accuracies({name: torch.cat(parts) for name, parts in found.items()})
     values.rows, values.not_finite = episodes * sampler.way * sampler.query, bad
     return values

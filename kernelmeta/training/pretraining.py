@@ -201,30 +201,29 @@ class Pretrainer:
             leave=self.epoch + 1 == c.epochs,
         )
         saved_at = time.monotonic()
-        for pixels, labels in batches(self.images, rows, c.batch_size, key=key, workers=self.workers):
-            for group in self.optimizer.param_groups:
-                group["lr"] = c.rate(self.epoch + (self.batch + 1) / n_batches)
-            self._step(pixels.to(self.device), self.target[labels].to(self.device))
-            self.batch += 1
-            loss_sum = float(self.sums[0])
-            if not math.isfinite(loss_sum):
-                self._refuse(f"the loss is {loss_sum}", order[(self.batch - 1) * c.batch_size :][: c.batch_size])
-            stop = interrupted()
-            if self.batch < n_batches and (stop or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
-                self._save(out)
-                saved_at = time.monotonic()
-            # After the checkpoint: where the terminal is gone, this is an error.
-            bar.update(len(labels))
-            bar.set_postfix_str(f"loss {loss_sum / self.batch:.3f}", refresh=False)
-            if stop and self.batch < n_batches:
-                bar.close()
-                return False
+        with bar:
+            for pixels, labels in batches(self.images, rows, c.batch_size, key=key, workers=self.workers):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = c.rate(self.epoch + (self.batch + 1) / n_batches)
+                self._step(pixels.to(self.device), self.target[labels].to(self.device))
+                self.batch += 1
+                loss_sum = float(self.sums[0])
+                if not math.isfinite(loss_sum):
+                    self._refuse(f"the loss is {loss_sum}", order[(self.batch - 1) * c.batch_size :][: c.batch_size])
+                stop = interrupted()
+                if self.batch < n_batches and (stop or time.monotonic() - saved_at > CHECKPOINT_SECONDS):
+                    self._save(out)
+                    saved_at = time.monotonic()
+                # After the checkpoint: where the terminal is gone, this is an error.
+                bar.update(len(labels))
+                bar.set_postfix_str(f"loss {loss_sum / self.batch:.3f}", refresh=False)
+                if stop and self.batch < n_batches:
+                    return False
         loss, right = (float(value) / n_batches for value in self.sums)
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums.zero_()
         self.history.append((self.epoch, loss, 100 * right / c.batch_size))
         self._save(out)
-        bar.close()
         return self.epoch == c.epochs or not interrupted()
 
     def _save(self, out: Path) -> None:

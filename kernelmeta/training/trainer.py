@@ -240,7 +240,7 @@ class Trainer:
         )
         # One task of a kernel runs on one core; other threads would only wait, and be in the way.
         alone = self.tasks == 1 and self.features.device.type == "cpu" and not self.kind.whole_network
-        with _threads(1 if alone else torch.get_num_threads()), interruptions() as interrupted:
+        with bar, _threads(1 if alone else torch.get_num_threads()), interruptions() as interrupted:
             while self.step < total:
                 n = min(self.block_steps - self.step % self.block_steps, total - self.step)
                 loss, accuracy = self._run_block(n)
@@ -267,7 +267,6 @@ class Trainer:
                 bar.update(n * per_step)
                 if stop and self.step < total:
                     break
-            bar.close()
         return self.step >= total
 
     def _run_block(self, n: int) -> tuple[float, float]:

@@ -221,6 +221,35 @@ def test_pretraining_stops_at_what_is_not_finite(tmp_path, capsys):
     assert not (tmp_path / "run" / "checkpoint.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("command", "args"),
+    [
+        ("train", ("--data", "bank.safetensors", "--way", "3", "--query", "4", "--optimizer", "SGD")),
+        ("pretrain", ("glyphs", "--epochs", "1", "--batch-size", "64", "--warmup-epochs", "0")),
+    ],
+)
+def test_an_error_under_a_progress_bar_is_a_line_of_its_own(tmp_path, monkeypatch, capsys, command, args):
+    monkeypatch.chdir(tmp_path)
+    make_bank().save("bank.safetensors")
+    assert main([command, *args, "--lr", "1e30", "--out", "run"]) == 2
+    bar, _, error = capsys.readouterr().err.rstrip("\n").rpartition("\n")
+    assert "0%" in bar and error.startswith(f"kernelmeta {command}: error: training stopped: ")
+
+
+def test_a_short_comparison_has_no_longer_trials(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_bank().save("bank.safetensors")
+    few = ("--way", "3", "--query", "4", "--shots", "1", "--balances", "even", "--learners", "prototypes")
+    args = (*few, "--episodes", "9", "--validation-episodes", "9", "--eval-episodes", "9", "--data", "bank.safetensors")
+    for form in ((), ("--quick",)):
+        out = f"cmp{len(form)}"
+        assert main(["compare", *args, *form, "--quiet", "--out", out]) == 0
+        assert main(["compare", *args, *form, "--quiet", "--out", out, "--resume"]) == 0
+        assert json.loads(Path(out, "compare.json").read_text())["trial_episodes"] == 9
+    assert main(["compare", *args, "--trial-episodes", "10", "--quiet", "--out", "another"]) == 2
+    assert "trial_episodes: expected at most the 9 episodes" in capsys.readouterr().err
+
+
 def test_a_comparison_stops_at_what_is_not_finite(tmp_path, capsys):
     make_bank().save(tmp_path / "bank.safetensors")
     (tmp_path / "c.json").write_text('{"sib": [{"lr": 1e30}]}')
