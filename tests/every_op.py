@@ -47,7 +47,7 @@ def program(oracle: str, of_rows: str | None, classifier: str, alpha: float = 1.
 
     def run(support: Tensor, labels: Tensor, query: Tensor, own: Sequence[Tensor]) -> Tensor:
         _, scale, bias, *mlp = own
-        options: dict[str, object] = {} if classifier == "linear" else {"scale": scale}
+        options: dict[str, object] = {"scale": scale} if classifier in ("cosine", "euclidean") else {}
         if classifier == "cosine":
             options["bias"] = bias
         if shares:
@@ -99,3 +99,5 @@ for classifier in CLASSIFIERS:
             CASES[f"{classifier} {oracle}"] = program(oracle, "support" if of_labels else "query", classifier)
     for name, (oracle, alpha) in SUMS.items():
         CASES[f"{classifier} {name}"] = program(oracle, None, classifier, alpha)
+for oracle, of_rows in (("cross_entropy", "support"), ("synthetic_gradient", "query")):
+    CASES[f"dot {oracle}"] = program(oracle, of_rows, "dot")

@@ -21,6 +21,7 @@ class Kernel<ProgramArguments<C>> {
         refuse("phases: joint steps and their entropies have no kernel on a GPU");
     }
     if (host_.euclidean) refuse("classifier: a Euclidean one has no kernel on a GPU");
+    if (host_.dot) refuse("classifier: a dot product has no kernel on a GPU");
     std::copy(a.phases.begin(), a.phases.end(), call_.phases);
     call_.sizes = a.mlp_sizes();
     call_.mlp = a.mlp.arrays();

@@ -7,6 +7,7 @@
 //
 //   linear   Z  = X W^T + b              Z' = Z - lr (A + 1) G             W = W0 + P^T X, b = b0 + sum(P)
 //                                        P' = P - lr G
+//   dot      Z  = X W^T                  Z' = Z - lr A G, P' = P - lr G    W = W0 + P^T X
 //   cosine   as in cosine_step.h: the state is U and r2, with e = lr * scale; theta = a theta0 + Xhat^T P
 //   euclidean  as in euclidean_step.h: likewise, theta = a theta0 + X^T P
 //

@@ -18,6 +18,7 @@ struct ProgramFeatures {
   const C* theta0;      // [N][D]; null: zero
   const C* start_bias;  // [N], linear; null: zero
   bool first_order;
+  bool dot;  // linear, and without a bias
 
   // -> trace.inverse, grams, u[0] = rows times theta0 (plus bias), r2[0] = |theta0|^2. False where the norm
   // of some row of a cosine classifier says that products of rows are out of range.
@@ -171,7 +172,7 @@ struct ProgramFeatures {
   }
 
   // A's rows of the parts in use, against all live rows: of raw features, plus 1 where the classifier is
-  // linear.
+  // linear and has a bias.
   KERNELMETA_INLINE void form_gram() {
     const int64_t ld = s.ld();
     for (int of_query = 0; of_query < 2; ++of_query) {
@@ -189,7 +190,7 @@ struct ProgramFeatures {
         });
       }
     }
-    if (s.has_length<B>()) return;
+    if (s.has_length<B>() || (B::kJointSteps && dot)) return;
     for (int of_query = 0; of_query < 2; ++of_query) {
       C* gram = trace.gram(of_query);
       if (!gram) continue;

@@ -16,6 +16,7 @@ struct ProgramProblem {
   int64_t T, N, D, H;  // N: of the task that has most
   int64_t n_phases, K;
   bool cosine, euclidean, coefficients, first_order;
+  bool dot;    // linear, and without a bias
   bool pairs;  // as in ProgramShape
   TaskRows support, query;
   TaskClasses classes;
@@ -169,7 +170,7 @@ struct ProgramTask {
                    p.bag_offsets ? p.bag_offsets + t * (p.bags + 1) : nullptr},
         loop(block, shape, parameters, arena),
         trace(),
-        features{block, shape, {}, {}, trace, nullptr, p.start_bias, p.first_order},
+        features{block, shape, {}, {}, trace, nullptr, p.start_bias, p.first_order, p.dot},
         direct(arena, loop, trace) {
     if (w1) mlp.w1 = w1;
   }

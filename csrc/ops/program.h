@@ -105,7 +105,7 @@ inline std::vector<Phase> phases_of(const std::vector<int64_t>& numbers, bool co
 }
 
 // In the order of CLASSIFIERS in kernelmeta/ops/program_op.py.
-enum class ClassifierKind : int64_t { kCosine = 0, kLinear = 1, kEuclidean = 2 };
+enum class ClassifierKind : int64_t { kCosine = 0, kLinear = 1, kEuclidean = 2, kDot = 3 };
 
 inline bool given_start(const ProgramCall& call) { return Start(call.start) == Start::kGiven; }
 
@@ -126,9 +126,9 @@ struct ProgramArguments : RaggedArguments {
             pairs ? pair_sizes(1, 1, 0, 0, 0) : Sizes{1, 0, 1, call.n_way, 0, 0, 0}),
         phases(
             phases_of(call.phases, ClassifierKind(call.classifier) == ClassifierKind::kCosine, mlp.given())) {
-    require(call.classifier >= 0 && call.classifier <= 2, "classifier must be 0, 1 or 2");
-    const bool cosine = ClassifierKind(call.classifier) == ClassifierKind::kCosine;
-    const bool euclidean = ClassifierKind(call.classifier) == ClassifierKind::kEuclidean;
+    require(call.classifier >= 0 && call.classifier <= 3, "classifier must be 0, 1, 2 or 3");
+    const ClassifierKind kind = ClassifierKind(call.classifier);
+    const bool cosine = kind == ClassifierKind::kCosine, euclidean = kind == ClassifierKind::kEuclidean;
     const int64_t D = query.D(), N = call.n_way, T = query.T();
     require(call.start >= 0 && call.start <= 3, "start must be 0, 1, 2 or 3");
     require(!cosine || call.start != 2, "a cosine classifier cannot start at zero");
@@ -160,6 +160,7 @@ struct ProgramArguments : RaggedArguments {
     }
     if (problem.start == Start::kClassMeans) weight = Parameter<C>(on, call.weight, {D}, "weight");
     require(!euclidean || !call.bias, "a Euclidean classifier has no bias");
+    require(kind != ClassifierKind::kDot || !call.bias, "a dot product classifier has no bias");
     if (cosine || euclidean) {
       problem.scale = one_value<C>(on, call.scale, "scale");
       problem.bias = one_value<C>(on, call.bias, "bias");
@@ -181,6 +182,7 @@ struct ProgramArguments : RaggedArguments {
     problem.n_phases = int64_t(phases.size());
     problem.cosine = cosine;
     problem.euclidean = euclidean;
+    problem.dot = kind == ClassifierKind::kDot;
     problem.coefficients = call.coefficients;
     problem.first_order = call.first_order;
     problem.pairs = pairs;

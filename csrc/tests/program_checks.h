@@ -27,6 +27,7 @@ struct ProgramCase {
   double rate = 0.02, along = 0;  // the least rate; see Episode
   int64_t bags = 1;               // of a task's query rows
   bool euclidean = false;         // where not cosine; else linear
+  bool dot = false;               // and without a bias
 
   bool given_shares() const {
     for (const Phase& phase : phases) {
@@ -126,7 +127,7 @@ struct ProgramEpisode {
     ProgramProblem<C> p{};
     p.T = T, p.N = N, p.D = D, p.H = H;
     p.n_phases = int64_t(c.phases.size()), p.K = K;
-    p.cosine = c.cosine, p.euclidean = c.euclidean;
+    p.cosine = c.cosine, p.euclidean = c.euclidean, p.dot = c.dot;
     p.coefficients = c.coefficients, p.first_order = c.first_order;
     p.pairs = c.pairs();
     p.support = tasks.of(false, x), p.query = tasks.of(true, q), p.classes = tasks.classes();
@@ -137,7 +138,7 @@ struct ProgramEpisode {
       p.scale = sc.data(), p.bias = b.data();
     else if (c.euclidean)
       p.scale = sc.data();
-    else
+    else if (!c.dot)
       p.start_bias = sb.data();
     p.target = ta.data(), p.rates = r.data();
     p.bags = c.bags;
@@ -338,6 +339,12 @@ std::vector<ProgramCase> program_cases(bool joint = false) {
   auto& lost_together =
       add("joint steps at rows nearly parallel", 6, 3, 0, {4, 4}, {9, 9}, {3, 3}, sum, true, Start::kLearned);
   lost_together.rate = 0.3, lost_together.along = 0.5;
+  auto& products = add("dot products, unequal tasks", 9, 4, 5, {9, 4, 17}, {20, 3, 1}, {2, 4, 3},
+                       {squares, asks, hinge}, false, Start::kLearned);
+  products.dot = products.coefficients = products.bank = true;
+  auto& one_way = add("dot products, one way and no labelled row", 1, 1, 4, {0, 0}, {18, 18}, {1, 1}, {asks},
+                      false, Start::kGiven);
+  one_way.dot = one_way.coefficients = one_way.running = true;
   return cases;
 }
 

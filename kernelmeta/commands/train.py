@@ -39,7 +39,7 @@ _HELP = {
     "steps": "inner steps K",
     "inner_lr": "inner learning rate",
     "phases": "inner loop of combined: ORACLE:STEPS:RATE, one or more with commas",
-    "classifier": "classifier of combined: cosine, linear or euclidean",
+    "classifier": "classifier of combined: cosine, linear, euclidean or dot",
     "start": "where combined starts: class_means, learned or zero",
     "hidden": "hidden units of the MLP that guesses gradients (default: 8 a way, equivariant: 16), or of maml's network"
     " for features",

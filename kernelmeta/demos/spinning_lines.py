@@ -7,9 +7,10 @@ learned number theta0 that all tasks share:
 
     theta <- theta - rate sum_i x_i xi(theta x_i)
 
-with xi a perceptron of three layers, and q(w) = N(theta_K, noise^2) is held against the posterior. It is trained by
-``sum_i (y_i - theta_K x_i)^2 / 2``, with or without the divergence KL(q | prior) to a learned prior N(mu, v). With it
-the best q is not the posterior: see `optimum`.
+with xi a perceptron of three layers. They are the steps of a program (`kernelmeta.ops.program`) with one way, dot
+products for a classifier and no labelled row; of its results only the classifier theta_K is used. q(w) = N(theta_K,
+noise^2) is held against the posterior. It is trained by ``sum_i (y_i - theta_K x_i)^2 / 2``, with or without the
+divergence KL(q | prior) to a learned prior N(mu, v). With it the best q is not the posterior: see `optimum`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kernelmeta import ops
 from kernelmeta.data.files import write_json, write_text
+from kernelmeta.mlp_parameters import MLPParameters
+from kernelmeta.phases import Phase
+from kernelmeta.reference.synthetic_gradient_mlp import NORM_EPS
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,18 @@ class Perceptron(NamedTuple):
     weight3: Tensor  # [seeds, 1, H]
     bias3: Tensor  # [seeds, 1]
 
-    def __call__(self, z: Tensor) -> Tensor:
-        """[seeds, ...] -> [seeds, ...]."""
-        h = z.flatten(1).unsqueeze(-1)  # [seeds, rows, 1]
-        h = torch.baddbmm(self.bias1.unsqueeze(1), h, self.weight1.mT).relu()
-        h = torch.baddbmm(self.bias2.unsqueeze(1), h, self.weight2.mT).relu()
-        return torch.baddbmm(self.bias3.unsqueeze(1), h, self.weight3.mT).reshape(z.shape)
+    def of_seed(self, seed: int) -> MLPParameters:
+        """One seed's, as ops take them: with a BatchNorm that changes nothing, see `unnormalised`."""
+        w1, b1, w2, b2, w3, b3 = (p[seed] for p in self)
+        gain, shift = torch.ones_like(b1), torch.zeros_like(b1)
+        return MLPParameters(w1, b1, gain, shift, w2, b2, gain, shift, w3, b3)
+
+
+def unnormalised(hidden: int) -> Tensor:
+    """Statistics [2, 2, H] by which BatchNorm changes nothing: means 0, and variances that its epsilon makes 1."""
+    stats = torch.zeros(2, 2, hidden, dtype=torch.float64)
+    stats[:, 1] = 1 - NORM_EPS
+    return stats
 
 
 def draw(settings: SpinningSettings, tasks: int, part: int) -> Lines:
@@ -94,14 +105,21 @@ def refined(theta0: Tensor, x: Tensor, xi: Perceptron, steps: int, rate: float) 
     Args:
         theta0: [seeds].
         x: [seeds, T, n].
-        xi: what the gradient with respect to a prediction is said to be, [seeds, T, n] -> [seeds, T, n].
+        xi: what says the gradient with respect to a prediction.
         steps: K.
         rate: of a step.
     """
-    theta = theta0.unsqueeze(-1).expand(x.shape[:-1])
-    for _ in range(steps):
-        theta = theta - rate * (x * xi(theta.unsqueeze(-1) * x)).sum(-1)
-    return theta
+    T = x.shape[1]
+    none = x.new_empty(T, 0, 1), torch.empty(T, 0, dtype=torch.int64)  # no labelled row
+    found = []
+    for seed, rows in enumerate(x):
+        _, slopes = ops.program(
+            *none, rows.unsqueeze(-1), [Phase("synthetic_gradient", steps, rate)], n_way=1, classifier="dot",
+            start=theta0[seed].expand(T, 1, 1), mlp=xi.of_seed(seed), running_stats=unnormalised(xi.bias1.shape[1]),
+            reduction="sum", return_weights=True,
+        )  # fmt: skip
+        found.append(slopes.weight[:, 0, 0])
+    return torch.stack(found)
 
 
 def train(settings: SpinningSettings, with_prior: bool, steps: int) -> dict[str, list[float]]:

@@ -14,7 +14,7 @@ from kernelmeta.adapted_classifier import CosineTerms
 from kernelmeta.nn.equivariant_gradient_mlp import EquivariantGradientMLP
 from kernelmeta.nn.learner import Learner, check_tensors
 from kernelmeta.nn.synthetic_gradient_mlp import SyntheticGradientMLP
-from kernelmeta.ops.program_op import check_combination
+from kernelmeta.ops.program_op import SCALED, check_combination
 from kernelmeta.phases import Phase, parts_of
 from kernelmeta.tasks import Classifier, Ragged
 
@@ -39,7 +39,7 @@ class Program(Learner):
         n_features: D.
         phases: what is done, in this order.
         classifier: "cosine", ``Z = scale (bias + cos(x, theta))``; "linear", ``Z = x theta^T + bias``, whose bias is
-            adapted too; or "euclidean", ``Z = scale (x theta^T - |theta|^2 / 2)``.
+            adapted too; "dot", ``Z = x theta^T``; or "euclidean", ``Z = scale (x theta^T - |theta|^2 / 2)``.
         start: "class_means" (means of the normalised support rows, weighted), "learned" (one start for all tasks),
             "zero" (not cosine), "given" (with each call, from outside) or "mean_map" (from the means of bags of query
             rows whose proportions are given, :func:`kernelmeta.ops.mean_map`). With the last two a task needs no
@@ -53,8 +53,8 @@ class Program(Learner):
         transform, center: of the features, see :class:`Learner`.
 
     Parameters, as far as the phases need them: ``weight`` ([D] for class means, [N, D] for a learned start),
-    ``scale`` [1] (not linear), ``bias`` [1] (cosine) or [N] (linear), ``target_scale`` [1] (squared error), those of
-    ``mlp`` (synthetic or equivariant gradient), and ``rates``, a list of one [steps] for each phase with
+    ``scale`` [1] (cosine, Euclidean), ``bias`` [1] (cosine) or [N] (linear), ``target_scale`` [1] (squared error),
+    those of ``mlp`` (synthetic or equivariant gradient), and ``rates``, a list of one [steps] for each phase with
     ``learn_rates``.
 
     Raises:
@@ -104,8 +104,8 @@ class Program(Learner):
         elif start == "learned":
             weight = nn.Linear(n_features, n_way).weight.detach().clone()
         target = torch.ones(1) if "squared_error" in oracles else None
-        first_scale = torch.full((1,), float(scale)) if classifier != "linear" else None
-        bias = None if classifier == "euclidean" else torch.zeros(1 if classifier == "cosine" else n_way)
+        first_scale = torch.full((1,), float(scale)) if classifier in SCALED else None
+        bias = {"cosine": torch.zeros(1), "linear": torch.zeros(n_way)}.get(classifier)
         for name, value in (("weight", weight), ("scale", first_scale), ("target_scale", target), ("bias", bias)):
             self.register_parameter(name, None if value is None else nn.Parameter(value))
         self.mlp: SyntheticGradientMLP | EquivariantGradientMLP | None = None

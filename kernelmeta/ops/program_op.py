@@ -32,7 +32,8 @@ from kernelmeta.tasks import Classifier, Ragged
 
 STARTS = ("class_means", "learned", "zero", "given")  # in the order of enum Start in csrc/engine/program_task.h
 _OF_TENSORS = ("learned", "given")
-CLASSIFIERS = ("cosine", "linear", "euclidean")  # in the order of enum ClassifierKind in csrc/ops/program.h
+CLASSIFIERS = ("cosine", "linear", "euclidean", "dot")  # in the order of enum ClassifierKind in csrc/ops/program.h
+SCALED = ("cosine", "euclidean")
 
 
 PHASE_NUMBERS = 8  # of one part of a phase, see `encode`
@@ -277,16 +278,16 @@ def program(
         n_way: N.
         rates: [K], the learning rate of each step of all phases; those of the phases if None.
         classifier: "cosine", ``Z = scale (bias + cos(x, theta))``; "linear", ``Z = x theta^T + bias``, where the
-            bias is adapted too (as in MAML's head; Finn et al. 2017, Raghu et al. 2020); or "euclidean",
-            ``Z = scale (x theta^T - |theta|^2 / 2)``, minus half of ``scale |x - theta|^2`` but for what a row's
-            classes have in common (Snell et al. 2017).
+            bias is adapted too (as in MAML's head; Finn et al. 2017, Raghu et al. 2020); "dot", ``Z = x theta^T``,
+            linear without a bias; or "euclidean", ``Z = scale (x theta^T - |theta|^2 / 2)``, minus half of
+            ``scale |x - theta|^2`` but for what a row's classes have in common (Snell et al. 2017).
         start: "class_means" (means of the normalised support rows, times ``weight``), "zero" (not cosine), or a
             tensor: [N, D], that all tasks share, or [T, N, D], each task's own. With each task's own, classes may
             have no support row, nor need a task have one (S may be 0) where no phase uses support rows: text
             embeddings of class names, refined on unlabelled rows, for example.
         weight: [D], for class means; ones if None.
         scale: [1], of a cosine or Euclidean classifier.
-        bias: [1], of a cosine classifier; [N], the start of a linear one's; zero if None. A Euclidean one has none.
+        bias: [1], of a cosine classifier; [N], the start of a linear one's; zero if None. The others have none.
         target_scale: [1], what "squared_error" wants a row's own class to get; one if None.
         mlp: for "synthetic_gradient", with N inputs and outputs; or for "equivariant_gradient", with 7 inputs and one
             output (:class:`kernelmeta.nn.EquivariantGradientMLP`). A program has one of the two.
@@ -294,7 +295,7 @@ def program(
         reduction: "mean" or "sum" of the losses over the rows; the mean of losses, and the sum of guessed
             gradients, as published, if None.
         first_order: steps are constants: no gradient flows through them but into their rates (first-order MAML).
-            Linear classifiers only.
+            For "linear" and "dot".
         return_weights: return the refined classifier too; a Euclidean one as the linear one with the same logits,
             ``scale theta`` and ``-scale |theta|^2 / 2``.
         support_index, query_index: [T, S] and [T, Q] int64, given together: then ``support`` and ``query`` are
@@ -376,6 +377,8 @@ def program(
         _checks.one_value("bias", bias)
     if bias is not None and classifier == "euclidean":
         raise ValueError("bias: expected None for a Euclidean classifier, whose logits |theta| shifts")
+    if bias is not None and classifier == "dot":
+        raise ValueError("bias: expected None for a dot product; a linear classifier has one")
     if running_stats is not None and mlp is not None:
         _checks.shape("running_stats", running_stats, (2, 2, mlp[0].shape[0]), "[2, 2, H]")
     proportions, bag_offsets = _marginals.checked(proportions, bag_offsets, phases, query, ragged, of_tasks, n_way)
@@ -422,7 +425,7 @@ def program(
 
 def _needs_plain_form(phases: Sequence[Phase], classifier: str) -> bool:
     """Whether the CUDA kernels, whose registers are full, leave it to plain PyTorch: `kJointSteps` in csrc."""
-    return classifier == "euclidean" or any(
+    return classifier in ("euclidean", "dot") or any(
         phase.is_sum or phase.alpha != 1 or phase.oracle == "marginal_entropy" for phase in phases
     )
 
@@ -442,7 +445,7 @@ def _check_program(
         if not isinstance(phase, Phase):
             raise TypeError(f"phases: expected kernelmeta.nn.Phase, got {type(phase).__name__}")
     check_combination(phases, classifier, start if isinstance(start, str) else "learned", first_order)
-    if classifier != "linear" and scale is None:
+    if classifier in SCALED and scale is None:
         raise ValueError(f"scale: a {classifier} classifier needs one, a tensor of one value")
     if reduction is not None and reduction not in _checks.REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(_checks.REDUCTIONS)} or None, got {reduction!r}")
@@ -467,7 +470,7 @@ def check_combination(phases: Sequence[Phase], classifier: str, start: str, firs
         raise ValueError(f"start: expected one of {', '.join(STARTS)}, got {start!r}")
     if classifier == "cosine" and start == "zero":
         raise ValueError("start: 'zero' has no direction for a cosine classifier; use a linear or a Euclidean one")
-    if classifier != "linear" and first_order:
+    if classifier in SCALED and first_order:
         raise ValueError(f"first_order: expected False for a {classifier} classifier, got True")
     if {p.oracle for p in parts_of(phases)} >= set(GUESSED):
         raise ValueError(f"phases: expected one of {' and '.join(GUESSED)}, got both: a program has one MLP")
@@ -509,7 +512,7 @@ def _classifiers(call: Any, of_support: Tensor, of_query: Tensor, a: Tensor) -> 
         shift = P.sum(-2) + Pq.sum(-2)
         if bias is not None:
             shift = shift + (bias[:ways] if own is None else bias * own)
-        return theta, shift
+        return theta, shift if kind == "linear" else torch.zeros_like(shift)
 
     if support_offsets is None:
         return one_batch((support, labels, query, of_support, of_query, a), n_way)

@@ -4,6 +4,7 @@ A program refines a classifier theta by phases of steps (DESIGN: one engine, man
 and G [rows, N] what its oracle gives for their logits Z, a step of rate lr is
 
     linear   Z = X W^T + b            W' = W - lr G^T X,   b' = b - lr sum(G)
+    dot      Z = X W^T                W' = W - lr G^T X
     cosine   Z = s (b + Xhat that^T)  theta' = theta - lr s (G^T Xhat - that * sum(G cos)) / |theta|
     euclidean  Z = s (X theta^T - |theta|^2 / 2)    theta' = theta - lr s (G^T X - theta * sum(G))
 
@@ -130,7 +131,8 @@ def run_phases(
         assert scale is not None
     theta, lrs = theta0, rates.unbind()
     a = theta0.new_ones(T, N)
-    b = theta0.new_zeros(T, N) if classifier != "linear" or bias is None else bias.expand(T, N)
+    linear = classifier == "linear"
+    b = theta0.new_zeros(T, N) if not linear or bias is None else bias.expand(T, N)
     zero = {"support": torch.zeros_like(y), "query": theta0.new_zeros(T, query.shape[-2], N)}
     P = zero if coefficients else {}
 
@@ -221,7 +223,8 @@ def run_phases(
                     P |= {name: P[name] - lr * scale * G for name, G in of_rows.items()}
             else:
                 theta = theta - lr * step
-                b = b - lr * _sum(G.sum(-2) for G in of_rows.values())
+                if linear:
+                    b = b - lr * _sum(G.sum(-2) for G in of_rows.values())
                 if coefficients:
                     P |= {name: P[name] - lr * G for name, G in of_rows.items()}
     P = P or zero

@@ -31,7 +31,7 @@ from kernelmeta.triton.trace import Trace, size_of
 _WITHOUT_KERNELS = {list(ORACLES).index(name) for name in WITHOUT_KERNELS}
 _FLOOR2 = 1e-24  # of a squared norm
 _CLASS_MEANS, _ZERO, _GIVEN = 0, 2, 3  # starts
-_COSINE, _LINEAR, _EUCLIDEAN = 0, 1, 2  # classifiers
+_COSINE, _LINEAR, _EUCLIDEAN, _DOT = range(4)  # classifiers
 
 
 def _live(call: Any, S: int, Q: int) -> Live:
@@ -56,7 +56,7 @@ def _fits(call: Any, live: Live) -> bool:
 def _fields(call: Any, live: Live) -> dict[str, tuple[int, ...]]:
     """What a task's forward pass leaves; a linear classifier does not need A G."""
     N, K, coefficients = call.n_way, sum(call.phases[3::PHASE_NUMBERS]), call.coefficients
-    cosine, has_length = call.classifier == _COSINE, call.classifier != _LINEAR
+    cosine, has_length = call.classifier == _COSINE, call.classifier in (_COSINE, _EUCLIDEAN)
     return {
         "theta0": (N, call.query.shape[-1]) if call.start == _CLASS_MEANS else (),
         "inverse": (live.ld,) if cosine else (),
@@ -79,7 +79,8 @@ class _Program:
         self.call = call
         self.theta0, self.weight, self.bias, rates = call.theta0, call.weight, call.bias, call.rates
         self.N, self.start = call.n_way, call.start
-        self.cosine, self.linear, self.euclidean = (call.classifier == kind for kind in (_COSINE, _LINEAR, _EUCLIDEAN))
+        self.cosine, self.euclidean = call.classifier == _COSINE, call.classifier == _EUCLIDEAN
+        self.linear, self.biased = call.classifier in (_LINEAR, _DOT), call.classifier == _LINEAR
         self.first_order, self.coefficients = call.first_order, call.coefficients
         self.tasks = tasks = Tasks(call, every_class=call.start != _GIVEN)
         self.given = (call.theta0, call.weight, call.scale, call.bias, call.target_scale, call.rates)
@@ -234,7 +235,7 @@ def _begin(program: _Program, trace: Trace) -> None:
 
 
 def _form_gram(program: _Program, trace: Trace, of_query: bool, place: slice) -> None:
-    """Products of one part of the live rows with all of them; a linear classifier's bias adds one."""
+    """Products of one part of the live rows with all of them; the bias of a linear classifier adds one."""
     name = "gram_query" if of_query else "gram_support"
     if name not in trace:
         return
@@ -246,7 +247,7 @@ def _form_gram(program: _Program, trace: Trace, of_query: bool, place: slice) ->
         else:
             other_rows, other_index = program.tasks.rows(other_query)
             dots(rows, other_rows, gram, index, other_index)
-            if program.linear:
+            if program.biased:
                 gram += 1
 
 

@@ -48,24 +48,6 @@ def test_steps_by_hand() -> None:
             assert_close([found[seed, task]], [theta], 1e-12)
 
 
-def test_the_first_step_is_that_of_a_program() -> None:
-    """A linear program of one class has a bias, which it adapts too, and wants a support row and BatchNorm; its first
-    step, from a bias of 0 and with statistics that normalise nothing, moves the weight alike.
-    """
-    xi, x = perceptron(1, 5), torch.randn(1, 4, 7, dtype=torch.float64)
-    theta0 = torch.tensor([0.4]).double()
-    W1, b1, W2, b2, W3, b3 = (t[0] for t in xi)
-    ones, zeros = torch.ones(5).double(), torch.zeros(5).double()
-    mlp = km.MLPParameters(W1, b1, ones, zeros, W2, b2, ones, zeros, W3, b3)
-    nothing = torch.stack([zeros, ones - 1e-5]).expand(2, 2, 5).contiguous()
-    _, made = km.ops.program(
-        torch.zeros(4, 1, 1).double(), torch.zeros(4, 1, dtype=torch.int64), x[0].unsqueeze(-1),
-        [km.Phase("synthetic_gradient", 1, 1e-2)], n_way=1, classifier="linear", start=theta0.reshape(1, 1), mlp=mlp,
-        running_stats=nothing, return_weights=True,
-    )  # fmt: skip
-    assert_close([made.weight[:, 0, 0]], [spinning_lines.refined(theta0, x, xi, 1, 1e-2)[0]], 1e-9)
-
-
 def test_the_optimum_in_closed_form() -> None:
     best = spinning_lines.optimum(32, 0.1)
     assert best.slope_squared == pytest.approx(0.083, abs=1e-3)

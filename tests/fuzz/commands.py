@@ -31,7 +31,7 @@ USUAL = {
     "--average": ("0", "32"), "--validate-every": ("0", "20"), "--scale": ("1", "20"),
     "--phases": ("cross_entropy:2:0.1", "soft_assignment:1:1,synthetic_gradient:1:0.1", "equivariant_gradient:1:0.1",
                  "cross_entropy+entropy:1:0.1"),
-    "--classifier": ("cosine", "linear", "euclidean"), "--start": ("class_means", "learned", "zero"),
+    "--classifier": ("cosine", "linear", "euclidean", "dot"), "--start": ("class_means", "learned", "zero"),
     "--threads": ("1",),
     "--device": ("cpu", "cuda", "tpu"), "--workers": ("0",), "--weights": ("none.pth",), "--backbone": ("conv4", "vgg"),
     "--update-from": ("none",), "--update-distance": ("kl", "squared", "ldi_mean"), "--update-weight": ("0", "1"),

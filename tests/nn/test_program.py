@@ -136,7 +136,7 @@ BAD: list[tuple[Any, str]] = [
     (lambda: Phase("entropy", 2, [0.1, 0.1]), "lr: expected a float, got list"),  # type: ignore[arg-type]
     (lambda: Phase("soft_assignment", 1, 0.1, rows="support"), "soft_assignment is for query rows"),
     (lambda: km.nn.Program(3, 13, ["entropy"]), "phases: expected kernelmeta.nn.Phase"),  # type: ignore[list-item]
-    (lambda: km.nn.Program(3, 13, [], classifier="dot"), "classifier: expected one of cosine, linear"),
+    (lambda: km.nn.Program(3, 13, [], classifier="products"), "classifier: expected one of cosine, linear"),
     (lambda: km.nn.Program(3, 13, [], start="random"), "start: expected one of class_means, learned, zero, given"),
     (lambda: km.nn.Program(3, 13, [], start="zero"), "start: 'zero' has no direction for a cosine"),
     (lambda: km.nn.Program(3, 13, [Phase("soft_assignment", 1, 1.0)], classifier="linear"), "needs a cosine"),

@@ -121,7 +121,7 @@ def test_a_sum_of_equals_is_one_of_them(classifier: str, backend: str) -> None:
         problem.rates = problem.rates * factor
         problem.fresh()
         found = with_gradients(problem, problem.run(km.ops.program))
-        found[4 if classifier == "cosine" else 5] *= factor  # of the rates
+        found[4 if classifier in ("cosine", "dot") else 5] *= factor  # of the rates
         return found
 
     with on(backend):

@@ -96,7 +96,7 @@ def unrolled(
             return scale * ((rows[:, None] - theta).square().sum(2) - rows.square().sum(1, keepdim=True)) / -2
         if classifier == "cosine":
             return scale * (bias + normalize(rows, dim=1, eps=1e-12) @ normalize(theta, dim=1, eps=1e-12).T)
-        return rows @ theta.T + bias
+        return rows @ theta.T + (bias if classifier == "linear" else 0)
 
     k = 0
     for phase in phases:
@@ -153,7 +153,8 @@ class Problem:
         K = sum(p.steps for p in phases)
         size = 1.0 if classifier == "cosine" else D**-0.5
         self.support, self.query, self.labels = size * normal(T, S, D), size * normal(T, Q, D), draw_labels(T, S, N, g)
-        self.rates = torch.rand(K, dtype=torch.float64, generator=g) * (0.6 if classifier == "linear" else 0.3) + 0.05
+        most = 0.6 if classifier in ("linear", "dot") else 0.3
+        self.rates = torch.rand(K, dtype=torch.float64, generator=g) * most + 0.05
         if classifier == "euclidean":  # (|theta|^2 feeds itself at larger ones)
             self.rates *= 0.2
         self.theta0, self.weight = (
@@ -182,7 +183,7 @@ class Problem:
         return {
             "n_way": self.N, "rates": self.rates, "classifier": self.classifier, "start": start,
             "weight": self.weight, "scale": self.scale,
-            "bias": None if self.classifier == "euclidean" else self.bias, "target_scale": self.target,
+            "bias": self.bias if self.classifier in ("cosine", "linear") else None, "target_scale": self.target,
             "mlp": self.mlp,
         }  # fmt: skip
 
@@ -190,7 +191,7 @@ class Problem:
         z, weights = program(
             self.support, self.labels, self.query, self.phases, return_weights=True, **self.options(), **options
         )
-        return [z, weights.weight] if self.classifier == "cosine" else [z, *weights]
+        return [z, weights.weight] if self.classifier in ("cosine", "dot") else [z, *weights]
 
     def unrolled(self, stats: Tensor | None = None, **options: Any) -> list[Tensor]:
         tasks = []
@@ -218,7 +219,7 @@ class Problem:
                 )
             )
         results = [torch.stack(r) for r in zip(*tasks, strict=True)]
-        return results[:2] if self.classifier == "cosine" else results
+        return results[:2] if self.classifier in ("cosine", "dot") else results
 
 
 def with_gradients(problem: Problem, results: list[Tensor]) -> list[Tensor]:
@@ -269,13 +270,13 @@ COSINE = {
     "nothing": [],
 }  # fmt: skip
 LINEAR = {name: p for name, p in COSINE.items() if all(phase.oracle != "soft_assignment" for phase in p)}
-PROGRAMS = {"cosine": COSINE, "linear": LINEAR, "euclidean": LINEAR}
+PROGRAMS = {"cosine": COSINE, "linear": LINEAR, "euclidean": LINEAR, "dot": LINEAR}
 CASES = [
     *((c, name, start) for c, of in PROGRAMS.items() for name in of for start in ("class_means", "learned", "given")),
     # All rows alike have no variance that BatchNorm could divide by: not for guessed gradients at the start.
     *(
         (c, name, "zero")
-        for c in ("linear", "euclidean")
+        for c in ("linear", "euclidean", "dot")
         for name, p in LINEAR.items()
         if not {part.oracle for part in parts_of(p[:1])} & set(GUESSED)
     ),
@@ -426,3 +427,19 @@ def test_bad_given_starts(change: dict[str, Any], phases: list[Phase], message: 
         km.ops.program(
             problem.support[:, :0], problem.labels[:, :0], problem.query, phases, **problem.options() | change
         )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_dot_products_have_no_bias(backend: str) -> None:
+    head = km.nn.Program(3, 12, [Phase("cross_entropy", 3, 0.1), Phase("entropy", 2, 0.05)], classifier="dot")
+    assert head.bias is None and head.scale is None
+    problem = Problem(list(head.phases), "dot", "class_means")
+    support, query = problem.support.float(), problem.query.float()
+    with km.use_backend(backend if CPU.available else "reference"):
+        logits, made = head(support, problem.labels, query, return_weights=True)
+    assert not made.bias.any()
+    assert_close([logits], [query @ made.weight.mT], 1e-5)
+    with pytest.raises(ValueError, match="bias: expected None for a dot product"):
+        km.ops.program(
+            support, problem.labels, query, problem.phases, n_way=3, classifier="dot", bias=torch.zeros(3)
+        )  # fmt: skip

@@ -103,6 +103,7 @@ CASES = [
     ("euclidean", "both", "learned", "mean"),
     ("euclidean", "labels, then equivariant", "class_means", None),
     ("euclidean", "nothing", "learned", None),
+    ("dot", "both", "given", None),
 ]
 
 
@@ -184,6 +185,7 @@ SIZES = [(3, 7, 9), (4, 4, 1), (2, 18, 20)]
         ("linear", "both", "zero"),
         ("cosine", "labels, then equivariant", "class_means"),
         ("euclidean", "both", "class_means"),
+        ("dot", "both", "learned"),
     ],
 )
 @pytest.mark.parametrize("bounds", [{}, {"max_support": 20, "max_query": 20}])
