@@ -273,9 +273,13 @@ def say_of(args: argparse.Namespace) -> Callable[[str], None]:
     return say
 
 
-def run_folder(args: argparse.Namespace, name: str) -> Path:
-    """``--out``, or a new folder below runs/. Raises ValueError where a run is to be gone on with and not named."""
+def run_folder(args: argparse.Namespace, name: str, config: str = runs.CONFIG) -> Path:
+    """``--out``, or a new folder below runs/. Raises ValueError where a run is to be gone on with and none is named, or
+    none is there, which keeps its settings in a file ``config``.
+    """
     if args.out is not None:
+        if args.resume:
+            runs.check_begun(args.out, config)
         return Path(args.out)
     if args.resume:
         raise ValueError("--resume: give --out DIR, the run to go on with")

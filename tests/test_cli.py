@@ -217,13 +217,37 @@ def test_a_published_checkpoint_is_evaluated(bank_file, tmp_path, capsys):
 def test_resume_goes_on_and_refuses_another_run(bank_file, tmp_path, capsys):
     out = str(tmp_path / "run")
     args = (*TRAIN, "--data", bank_file, "--eval-episodes", "0")
-    assert main([*args, "--out", out, "--resume"]) == 0  # nothing there yet: from the start
+    assert main([*args, "--out", out]) == 0
     assert "already holds a run" in refused(capsys, *args, "--out", out)
     assert "steps: the run in" in refused(capsys, *args, "--out", out, "--resume", "--steps", 5)
     assert "give --out DIR" in refused(capsys, *args, "--resume")
     assert main(["train", "--out", out, "--resume", "--episodes", "500", "--eval-episodes", "20", "--quiet"]) == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["trained_episodes"] == 500
     assert "not of 'pretrain'" in refused(capsys, "pretrain", "glyphs", "--out", out, "--resume")
+
+
+RESUMABLE = {
+    "train": (), "pretrain": ("glyphs",), "compare": (), "update": ("runs/one",), "search": ("--gallery", "runs/one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", RESUMABLE)
+def test_resume_without_a_run_is_an_error_that_names_the_likeliest(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for run in ("runs/first", "runs/second"):
+        os.makedirs(run)
+        Path(run, "compare.json" if command == "compare" else "config.json").write_text("{}")
+    os.makedirs("runs/empty")
+    before = sorted(Path().rglob("*"))
+    for out, message in (
+        ("runs/frist", "--resume: runs/frist is not there; did you mean runs/first?"),
+        ("rnus/first", "--resume: rnus/first is not there; did you mean runs/first?"),
+        ("runs/empty", "--resume: runs/empty holds no run to go on with (without"),
+        ("runs", "--resume: runs holds no run to go on with; it holds the runs runs/first, runs/second (without"),
+        ("far/from/all", "--resume: far/from/all is not there (without"),
+    ):
+        assert message in refused(capsys, command, *RESUMABLE[command], "--out", out, "--resume")
+    assert sorted(Path().rglob("*")) == before
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from kernelmeta.command_line import Add, at_option, claimed_by_first, feature_options, machine_options
+from kernelmeta.command_line import Add, at_option, claimed_by_first, feature_options, machine_options, say_of
 from kernelmeta.data.files import read_json, write_json
 from kernelmeta.data.task_tables import Piece
 from kernelmeta.ranks import Ranks, ranks
@@ -56,7 +56,7 @@ def add_commands(add: Add) -> None:
         default=65_536,
         help="tasks in a file of answers, which a kill may lose (default: 65536)",
     )
-    command.option("run", "--resume", action="store_true", help="go on with the answers in --out")
+    command.option("run", "--resume", action="store_true", help="go on with the answers in --out, if there are any")
     command.option(
         "run", "--engine", choices=_ENGINES, default="processes",
         help="processes: this one, or those of torchrun; ray: the workers of a Ray cluster (default: processes)",
@@ -78,6 +78,8 @@ def _adapt(args: argparse.Namespace) -> None:
 def _adapt_in(args: argparse.Namespace, job: Job, processes: Ranks) -> None:
     adapter = Adapter(job)
     out: Path = args.out
+    if args.resume and processes.first and not runs.begun(out):
+        say_of(args)(f"--resume: no answers are in {out} yet{runs.likeliest(out)}; these are the first")
     _check_same(out, adapter.fingerprint, args.resume)
     processes.barrier()  # everybody has looked at the folder before anybody writes to it
     missing = adapter.missing()

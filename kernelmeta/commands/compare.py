@@ -122,7 +122,7 @@ def _compare(args: argparse.Namespace) -> None:
             given["trial_episodes"] = min(usual, asked["episodes"])
     if args.candidates is not None:
         given["candidates"] = read_candidates(args.candidates)
-    out = run_folder(args, "compare")
+    out = run_folder(args, "compare", CONFIG)
     with runs.claimed(out):
         saved = _saved_comparison(out, given, args.resume)
         settings = {"candidates": None, **saved, **given}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import platform
 import time
@@ -15,6 +16,7 @@ import torch
 from kernelmeta.data.files import read_json, write_json
 from kernelmeta.data.locks import FolderLock
 from kernelmeta.data.replacing import sweep
+from kernelmeta.data.words import listing
 from kernelmeta.training.checkpoint import CHECKPOINT, Checkpoint, check_same
 from kernelmeta.version import __version__
 
@@ -51,6 +53,35 @@ def claimed(out: Path) -> Iterator[None]:
         held.close()
 
 
+def begun(out: Path, config: str = CONFIG) -> bool:
+    """Whether a folder holds a run, or the beginning of one, whose settings are in a file of that name."""
+    return any((out / name).exists() for name in (config, CHECKPOINT))
+
+
+def likeliest(out: Path, config: str = CONFIG) -> str:
+    """The runs that may have been meant by ``out``, which holds none: "; did you mean runs/one?", or empty."""
+    with suppress(OSError):
+        inside = sorted(str(folder) for folder in out.iterdir() if begun(folder, config))
+        if inside:
+            return f"; it holds the run{'s' if len(inside) > 1 else ''} {listing(inside, 5)}"
+    # A slip in the name of any folder on the way: candidates are spelled as `out` is.
+    slips = [(out.parent, out.name, "")] + [(p.parent, p.name, str(out.relative_to(p))) for p in out.parents if p.name]
+    for above, name, rest in slips:
+        with suppress(OSError):
+            there = [folder.name for folder in above.iterdir() if folder.name != name and begun(folder / rest, config)]
+            close = difflib.get_close_matches(name, there, 1)
+            if close:
+                return f"; did you mean {above / close[0] / rest}?"
+    return ""
+
+
+def check_begun(out: Path, config: str = CONFIG) -> None:
+    """Raises ValueError where nothing is there to go on with."""
+    if not begun(out, config):
+        what = "holds no run to go on with" if out.exists() else "is not there"
+        raise ValueError(f"--resume: {out} {what}{likeliest(out, config)} (without --resume a new one begins there)")
+
+
 def prepare(
     out: Path, command: str, given: dict[str, Any], resume: bool, free: Collection[str], kind: str | None = None
 ) -> tuple[dict[str, Any], Checkpoint | None]:
@@ -62,22 +93,21 @@ def prepare(
         kind: of its checkpoint, if that is not the command's name.
 
     Raises:
-        ValueError: ``out`` holds another run; a setting differs; its configuration is not its checkpoint's.
+        ValueError: ``out`` holds another run, or a checkpoint without settings; a setting differs; its configuration is
+            not its checkpoint's.
         OSError: ``out`` cannot be read.
     """
-    begun = (out / CHECKPOINT).exists()
+    trained_before = (out / CHECKPOINT).exists()
     if not resume:
-        if begun:
+        if trained_before:
             raise ValueError(f"out: {out} already holds a run; give --resume to go on, or another folder")
         return given, None
     if not (out / CONFIG).exists():
-        if begun:
-            raise ValueError(f"out: {out} holds a checkpoint but no {CONFIG}")
-        return given, None
+        raise ValueError(f"out: {out} holds a checkpoint but no {CONFIG}")
     written = read_json(out / CONFIG)
     if written.get("command") != command:
         raise ValueError(f"out: {out} holds a run of 'kernelmeta {written.get('command')}', not of {command!r}")
-    if not begun:
+    if not trained_before:
         return {**written, **given}, None
     checkpoint = Checkpoint.load(out / CHECKPOINT, kind or command)
     trained = checkpoint.state.get("config")

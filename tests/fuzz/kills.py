@@ -25,8 +25,9 @@ LEARNERS = (
 
 def arguments(out: Path, which: int) -> list[str]:
     more = LEARNERS[which]
-    few = ("--way=3", "--query=4", "--episodes=1500", "--eval-episodes=4", "--quiet", "--resume")
-    return ["train", f"--data={bank()}", f"--out={out}", *few, *more]
+    few = ("--way=3", "--query=4", "--episodes=1500", "--eval-episodes=4", "--quiet")
+    go_on = ("--resume",) if (out / "config.json").exists() else ()
+    return ["train", f"--data={bank()}", f"--out={out}", *few, *more, *go_on]
 
 
 def run(args: list[str]) -> int:

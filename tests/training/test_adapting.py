@@ -203,6 +203,14 @@ def refused(capsys, args: list[str]) -> str:
     return capsys.readouterr().err
 
 
+def test_a_first_call_with_resume_says_that_it_is_the_first(folder, tmp_path, capsys):
+    for out, words in (("answers", "; these"), ("answer", f"; did you mean {tmp_path / 'answers'}?; these")):
+        assert main(command(folder, tmp_path / out, "--resume")) == 0
+        assert f"--resume: no answers are in {tmp_path / out} yet{words} are the first" in capsys.readouterr().err
+    assert main(command(folder, tmp_path / "answer", "--resume")) == 0
+    assert "--resume" not in capsys.readouterr().err
+
+
 GOOD: Task = ("a user", [0, 40], ["x", "y"], [1, 41])
 
 
