@@ -59,8 +59,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         n_features_in_: D.
 
     Raises:
-        ValueError: by `fit`: no such method, one that must be trained, weights that do not fit, proportions or
-            counts that the method does not take or that are none; what scikit-learn's checks find in X and y.
+        ValueError: by `fit`: rows of one class alone, no such method, one that must be trained, weights that do not
+            fit, proportions or counts that the method does not take or that are none; what scikit-learn's checks find
+            in X and y.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
         Args:
             X: [n, D], an array or tensor of any float type.
-            y: [n] labels of any type; every class that there is must be among them.
+            y: [n] labels of any type, of two classes or more; every class that there is must be among them.
         """
         X, y = validate_data(self, _array(X), _labels(y), dtype=_DTYPES)
         kinds = {type(label).__name__ for label in y} if y.dtype == object else set()
@@ -101,14 +102,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         self.classes_, labels = np.unique(y, return_inverse=True)
         if self.temperature is not None and not 0 < self.temperature < np.inf:
             raise ValueError(f"temperature: expected a number above 0, got {self.temperature}")
-        self.method_, self.learner_, self.temperature_ = None, None, 1.0
-        if len(self.classes_) > 1:
-            chosen = make_learner(
-                self.method, self.weights, len(self.classes_), X.shape[1], self.at, transform=self.feature_transform,
-                center=self.feature_center,
-            )  # fmt: skip
-            self.method_, self.learner_ = chosen.method, chosen.learner
-            self.temperature_ = chosen.temperature if self.temperature is None else self.temperature
+        if len(self.classes_) < 2:
+            only = self.classes_.tolist()[0]
+            raise ValueError(f"y: expected labels of at least two classes, got one class: {only!r}")
+        chosen = make_learner(
+            self.method, self.weights, len(self.classes_), X.shape[1], self.at, transform=self.feature_transform,
+            center=self.feature_center,
+        )  # fmt: skip
+        self.method_, self.learner_ = chosen.method, chosen.learner
+        self.temperature_ = chosen.temperature if self.temperature is None else self.temperature
         self._known_proportions()
         self.support_ = torch.from_numpy(np.array(X))
         self.support_labels_ = torch.from_numpy(labels.reshape(-1).astype(np.int64))
@@ -119,8 +121,6 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         known = self._known_proportions()
         X = validate_data(self, _array(X), dtype=_DTYPES, reset=False)
-        if self.learner_ is None:  # one class
-            return np.ones((len(X), 1))
         query = torch.from_numpy(np.array(X)).to(self.support_.dtype)
         if self.transductive:
             doubt = doubts(self.learner_, self.support_, self.support_labels_, query, self.classes_.tolist(), known)
@@ -134,10 +134,9 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
 
     def _known_proportions(self) -> Proportions | None:
         """As they are set now. Raises ValueError."""
-        if self.learner_ is not None:
-            chosen = Chosen(str(self.method_), self.learner_, "")
-            given = self.proportions is not None or self.counts is not None
-            check_use(chosen, transductive=self.transductive, proportions=given)
+        chosen = Chosen(self.method_, self.learner_, "")
+        given = self.proportions is not None or self.counts is not None
+        check_use(chosen, transductive=self.transductive, proportions=given)
         return proportions_of(self.proportions, self.counts, self.classes_.tolist())
 
     def predict(self, X: Any) -> np.ndarray[Any, Any]:

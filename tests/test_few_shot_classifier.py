@@ -330,8 +330,12 @@ def test_who_takes_no_proportions(run) -> None:
         alone = km.FewShotClassifier(method, transductive=False).fit(SUPPORT, SUPPORT_CLASSES)
         assert np.abs(alone.predict_proba(QUERY)[::3] - alone.predict_proba(QUERY[::3])).max() < 1e-9
         assert alone.score(QUERY, QUERY_CLASSES) > 0.9
-    one_class = km.FewShotClassifier("tim", proportions={"wolf": 1.0}).fit(SUPPORT, ["wolf"] * len(SUPPORT))
-    assert (one_class.predict(QUERY) == "wolf").all()
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "ridge"}, {"method": "tim", "proportions": {"wolf": 1.0}}])
+def test_one_class_alone_is_refused(options) -> None:
+    with pytest.raises(ValueError, match=r"y: expected labels of at least two classes, got one class: 'wolf'"):
+        km.FewShotClassifier(**options).fit(SUPPORT, ["wolf"] * len(SUPPORT))
 
 
 @pytest.mark.parametrize("method", TOLD)

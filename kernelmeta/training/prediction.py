@@ -249,7 +249,7 @@ def predict(
     labels, values = codes.finish()
     classes = tuple(map(str, values))
     if len(classes) < 2:
-        raise ValueError(f"support: expected at least two classes, got {classes[0]!r} alone")
+        raise ValueError(f"support: expected labels of at least two classes, got one class: {classes[0]!r}")
     named, weights = method_or_weights(what)
     chosen = make_learner(named, weights, len(classes), D, at, transform=transform, center=center)
     check_use(chosen, transductive=transductive, proportions=proportions is not None or counts is not None)

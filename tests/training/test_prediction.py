@@ -305,7 +305,7 @@ def test_photos_in_folders(tmp_path, capsys):
             "expected the same columns of features as in the other file, got them with f6; a column of",
         ),
         ({"query": "nan.csv"}, "1 row with NaN or infinite features, counted from 0: 2"),
-        ({"support": "one.csv"}, "expected at least two classes, got 'otter' alone"),
+        ({"support": "one.csv"}, "support: expected labels of at least two classes, got one class: 'otter'"),
         ({"query": "empty.csv"}, "empty.csv"),
         ({"query": "missing.csv"}, "missing.csv"),
         ({"support": "unlabelled.csv"}, "row 1 has none"),
