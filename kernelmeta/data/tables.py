@@ -35,6 +35,10 @@ SUFFIXES = (".npy", ".npz", ".pt", ".pth", ".safetensors", ".csv", ".tsv", ".par
 PIECE = 1 << 22  # elements in a piece
 _CSV_ROWS = 4096
 _WHOLE = re.compile(r"[+-]?\d+", re.ASCII)
+_EXCELS = "sep="  # how a first line begins that only says what stands between the columns
+_GROUPED = re.compile(r"[+-]?\d{1,3}((\.\d{3})+,|(,\d{3})+\.)\d+", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+([eE][+-]?\d+)?", re.ASCII)
+_DECIMAL_POINT = re.compile(r"[+-]?\d*\.\d+([eE][+-]?\d+)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -248,16 +252,36 @@ def _notes(file: Path, ignored: Sequence[str]) -> tuple[str, ...]:
     return (f"{file}: columns that are no numbers are left out: {listing(ignored)}",) if ignored else ()
 
 
+def _delimiter(file: Path) -> str:
+    """What stands most often between the columns' names, outside of quotes; of "sep=;", which Excel writes, the ";"."""
+    with open(file, encoding="utf-8-sig") as stream:
+        line = next((line for line in stream if line.strip()), "")
+    if line.startswith(_EXCELS):
+        return line[len(_EXCELS) :].strip("\r\n")[:1]
+    bare = re.sub('"[^"]*"', "", line)
+    return max(",;\t", key=bare.count)
+
+
 def _rows_of(file: Path) -> Generator[tuple[int, list[str]], None, None]:
-    """Lines with their numbers; empty ones are left out. The first names the columns."""
+    """Lines with their numbers; the first names the columns. Blank ones are left out, and so are those at the end in
+    which only delimiters stand.
+    """
+    only_delimiters: list[tuple[int, list[str]]] = []
+    names = False
     with open(file, encoding="utf-8-sig", newline="") as stream:
         try:
-            first = stream.readline()
-            stream.seek(0)
-            delimiter = max("\t;,", key=first.count) if first else ","
-            reader = csv.reader(stream, delimiter=delimiter)
-            yield from ((reader.line_num, row) for row in reader if row)
-        except (csv.Error, UnicodeDecodeError) as error:
+            reader = csv.reader(stream, delimiter=_delimiter(file))
+            for row in reader:
+                if any(map(str.strip, row)):
+                    if not names and row[0].startswith(_EXCELS):
+                        continue
+                    yield from only_delimiters
+                    only_delimiters.clear()
+                    names = True
+                    yield reader.line_num, row
+                elif len(row) > 1:
+                    only_delimiters.append((reader.line_num, row))
+        except (csv.Error, UnicodeDecodeError, TypeError) as error:  # (TypeError: a delimiter that is none)
             raise ValueError(f"{file}: not a text file of columns ({one_line(error)})") from None
 
 
@@ -280,18 +304,58 @@ def _number(text: str) -> float | None:
         return None
 
 
+def _decimal_commas(
+    file: Path, columns: Sequence[str], rows: Sequence[tuple[int, list[str]]], among: Sequence[int]
+) -> bool:
+    """Whether numbers are written 0,5, as they may be where semicolons stand between the columns; looks at some rows.
+
+    Args:
+        rows: with the numbers of their lines.
+        among: the columns that may hold numbers.
+    """
+
+    def first(pattern: re.Pattern[str], holding: str) -> str | None:
+        cells = ((line, i, row[i]) for line, row in rows for i in among if i < len(row) and holding in row[i])
+        found = ((line, i, cell) for line, i, cell in cells if pattern.fullmatch(cell.strip()))
+        return next((f"line {line}, column {columns[i]!r}: {cell!r}" for line, i, cell in found), None)
+
+    grouped, comma = first(_GROUPED, ","), first(_DECIMAL_COMMA, ",")
+    if grouped is not None:
+        raise ValueError(f"{file}: {grouped} has separators of thousands; expected a number without any")
+    if comma is None:
+        return False
+    if _delimiter(file) != ";":
+        raise ValueError(
+            f"{file}: {comma} has a decimal comma; expected decimal points, or semicolons between the columns"
+        )
+    point = first(_DECIMAL_POINT, ".")
+    if point is not None:
+        raise ValueError(f"{file}: {comma} has a decimal comma, but {point} has a decimal point; expected either")
+    return True
+
+
 def _csv(file: Path, label: str | None, labelled: bool, wanted: Sequence[str]) -> Table:
     rows = list(itertools.islice(_rows_of(file), 1 + _CSV_ROWS))
     if not rows:
-        raise ValueError(f"{file}: empty")
+        raise ValueError(f"{file}: empty; expected a line that names the columns, and below it a line for each row")
     columns = [name.strip() for name in rows[0][1]]
-    if all(_number(name) is not None for name in columns):
+    if all(_number(name.replace(",", ".")) is not None for name in columns):
         raise ValueError(f"{file}: expected a first line that names the columns, got numbers")
+    if len(rows) == 1:
+        raise ValueError(f"{file}: no rows below its first line, which names the columns {listing(columns)}")
     label_column, id_column = _columns(file, columns, label, labelled)
     others = [i for i, name in enumerate(columns) if name not in (label_column, id_column)]
+    commas = _decimal_commas(file, columns, rows[1:], others)
+
+    def plain(text: str) -> str:
+        return text if not commas else "" if "." in text else text.replace(",", ".")
+
+    def number(text: str) -> float | None:
+        return _number(plain(text))
+
     # The first cell that is not blank says what a column holds: a blank one is an error where there should be a number.
     examples = {i: next((row[i] for _, row in rows[1:] if i < len(row) and row[i].strip()), "") for i in others}
-    numbers = [i for i in others if _number(examples[i]) is not None]
+    numbers = [i for i in others if number(examples[i]) is not None]
     ignored = [columns[i] for i in others if i not in numbers]
     numbers = [columns.index(name) for name in _ordered(file, [columns[i] for i in numbers], wanted)]
 
@@ -305,7 +369,7 @@ def _csv(file: Path, label: str | None, labelled: bool, wanted: Sequence[str]) -
                 yield read(piece)
 
     def matrix(piece: list[tuple[int, list[str]]]) -> Tensor:
-        texts = np.array([[row[i] for i in numbers] for _, row in piece])
+        texts = np.array([[plain(row[i]) for i in numbers] for _, row in piece])
         for at, i in enumerate(numbers):
             # Whole numbers of so many digits that float32 may round them.
             long = [text for text in texts[:, at].tolist() if len(text) > 7 and _WHOLE.fullmatch(text.strip())]
@@ -314,7 +378,7 @@ def _csv(file: Path, label: str | None, labelled: bool, wanted: Sequence[str]) -
         try:
             values = texts.astype(np.float32)
         except ValueError:
-            line, i, text = next((line, i, row[i]) for line, row in piece for i in numbers if _number(row[i]) is None)
+            line, i, text = next((line, i, row[i]) for line, row in piece for i in numbers if number(row[i]) is None)
             raise ValueError(f"{file}: line {line}, column {columns[i]!r}: expected a number, got {text!r}") from None
         return torch.from_numpy(values)
 
@@ -323,11 +387,15 @@ def _csv(file: Path, label: str | None, labelled: bool, wanted: Sequence[str]) -
         return lambda: pieces(lambda piece: [row[at] for _, row in piece])
 
     if not numbers and label_column is None:
-        raise ValueError(f"{file}: no column of numbers and no labels; there are {listing(columns)}")
+        between = "; expected commas, semicolons or tabs between columns" if len(columns) == 1 else ""
+        raise ValueError(f"{file}: no column of numbers and no labels; there are {listing(columns)}{between}")
+    notes = _notes(file, ignored)
+    if commas:
+        notes += (f"{file}: commas in its numbers are read as decimal commas",)
     return Table(
         file, len(numbers), torch.float32, (lambda: pieces(matrix)) if numbers else None,
         None if label_column is None else column(label_column), None if id_column is None else column(id_column),
-        _notes(file, ignored), tuple(columns[i] for i in numbers),
+        notes, tuple(columns[i] for i in numbers),
     )  # fmt: skip
 
 

@@ -303,6 +303,15 @@ CSV = {
     "a,b\n1,2\n": "no labels; --label names their column",
     "a,a,label\n1,2,x\n": "two columns are called 'a'",
     "label\nx\ny\nz\n": "none of the files holds any",
+    "\n \n": "t.csv: empty; expected a line that names the columns",
+    "a,label\n": "t.csv: no rows below its first line, which names the columns a, label",
+    "a|label\n1|x\n": r"no labels; there are a\|label; expected commas, semicolons or tabs between columns",
+    "sep=\na,label\n1,x\n": "not a text file of columns",
+    "a,b,label\n1,2,x\n,,\n3,4,y\n": "labels: row 1 has none",
+    "a,b,label\n0,5,0,7,x\n": "line 2: expected 3 columns, got 5",
+    'a,label\n"0,5",x\n': "line 2, column 'a': '0,5' has a decimal comma; expected decimal points, or semicolons",
+    "a;b;label\n1;2;x\n0,5;0.7;y\n": "line 3, column 'a': '0,5' has a decimal comma, but line 3, column 'b': '0.7' has",
+    "a;label\n1.234,5;x\n": "line 2, column 'a': '1.234,5' has separators of thousands",
     "a,label\n1,x\nnan,y\n2,z\n": "row holds NaN or infinite features: row 1 \\(class 'y'\\)",
 }
 
@@ -315,6 +324,31 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path, text, capsys):
     assert error.count("\n") == 1
     assert re.search(CSV[text], error), error
     assert not (tmp_path / "bank.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a;b;label\n0.5;-2;cat\n1;25e-1;dog\n",
+        "a;b;label\n0,5;-2;cat\n1;25e-1;dog\n",
+        "a;b;label\n0,5;-2,0;cat\n+1,0;,25e1;dog\n",
+        "sep=;\na;b;label\n0,5;-2;cat\n1;2,5;dog\n",
+        "a\tb\tlabel\n0.5\t-2\tcat\n1\t2.5\tdog\n",
+        '"a";"b";"a, label, of, 1"\n0.5;-2;cat\n1;2.5;dog\n',
+        "\n\na,b,label\n\n0.5,-2,cat\n1,2.5,dog\n\n  \n,,\n , ,\n\n",
+    ],
+)
+def test_tables_as_spreadsheets_write_them(tmp_path, text):
+    (tmp_path / "t.csv").write_text(text.replace("\n", "\r\n"), newline="", encoding="utf-8-sig")
+    said: list[str] = []
+    label = "a, label, of, 1" if "a, label" in text else None
+    bank = import_files(tmp_path, "t.csv", label=label, say=said.append)
+    assert bank.features.tolist() == [[0.5, -2.0], [1.0, 2.5]]
+    assert bank.class_names == ("cat", "dog")
+    decimals = f"{tmp_path / 't.csv'}: commas in its numbers are read as decimal commas"
+    assert [line for line in said if "split" not in line] == [decimals] * (
+        re.search(r"\d,\d", text.partition(";")[2]) is not None
+    )
 
 
 def test_two_classes_are_a_bank_and_are_split_only_where_asked_for(tmp_path, capsys):
