@@ -81,6 +81,8 @@ def _adapt_in(args: argparse.Namespace, job: Job, processes: Ranks) -> None:
     if args.resume and processes.first and not runs.begun(out):
         say_of(args)(f"--resume: no answers are in {out} yet{runs.likeliest(out)}; these are the first")
     _check_same(out, adapter.fingerprint, args.resume)
+    if processes.first and adapter.mixed is not None:
+        say_of(args)(f"warning: {adapter.mixed}")
     processes.barrier()  # everybody has looked at the folder before anybody writes to it
     missing = adapter.missing()
     began, left = time.monotonic(), sum(piece.n for piece in missing)

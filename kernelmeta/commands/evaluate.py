@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kernelmeta.command_line import DATA_HELP, HELP, Add, at_option, bank_of, machine_options
+from kernelmeta.command_line import DATA_HELP, HELP, Add, at_option, bank_of, machine_options, say_of
 from kernelmeta.data import EpisodeSampler
 from kernelmeta.data.files import write_json
+from kernelmeta.training.answers import mixed_backbones
 from kernelmeta.training.evaluation import evaluate, table, title
 from kernelmeta.training.loading import for_ways, learner_text, load_learner
 from kernelmeta.training.plots import steps_plot
@@ -57,6 +58,9 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     if bank.n_features != head.n_features:
         raise ValueError(f"--data: the learner takes {head.n_features} features, {data} has {bank.n_features}")
+    mixed = mixed_backbones({args.checkpoint: trained.get("features_of", ""), data: bank.backbone})
+    if mixed is not None:
+        say_of(args)(f"warning: {mixed}")
     # Of sizes that were drawn for every episode, the most ways, the fewest shots, the most query rows.
     way = bounds(trained["way"])[1] if args.way is None else args.way
     if way < 2:

@@ -60,8 +60,8 @@ def _extract(args: argparse.Namespace) -> None:
         parts = args.out.with_name(args.out.name + ".parts")
         settings = reading(args) if processes.first else reading(args) | {"progress": False, "say": lambda line: None}
         bank = extract(
-            images, eyes.module, source, prepare=eyes.prepare, device=args.device, dtype=_PRECISIONS[args.precision],
-            parts=parts, processes=processes, **settings,
+            images, eyes.module, source, name=eyes.name, prepare=eyes.prepare, device=args.device,
+            dtype=_PRECISIONS[args.precision], parts=parts, processes=processes, **settings,
         )  # fmt: skip
         if processes.first:
             bank.save(args.out)

@@ -82,6 +82,8 @@ def _predict(args: argparse.Namespace) -> None:
     answers.settings.update({name: value for name, value in told.items() if value is not None})
     if args.report is not None:
         write_report(args.report, answers)
+    if answers.mixed is not None:
+        say_of(args)(f"warning: {answers.mixed}")
     if answers.doubt is not None:
         say_of(args)(f"warning: {_as_options(answers.doubt)}")
     if answers.which:

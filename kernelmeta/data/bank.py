@@ -3,7 +3,8 @@
 Format "kernelmeta-bank-1": tensors ``features`` [n, D] (float32, float16 or bfloat16), ``labels`` [n] of integers
 in 0..C-1, ``class_split`` [C] uint8 (see `SPLITS`: classes are split, not samples); string metadata
 ``format``, ``class_names`` (JSON list of C strings), ``source`` (free text), if the rows are images
-``image_shape`` (JSON list: channels, height, width), and a checksum, see `kernelmeta.data.tensor_files`.
+``image_shape`` (JSON list: channels, height, width), where it is known which backbone made the features ``backbone``
+(its name and a checksum of its weights), and a checksum, see `kernelmeta.data.tensor_files`.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class FeatureBank:
         class_names: C names.
         source: where the features come from, free text.
         image_shape: (channels, height, width) if the features are an image's pixels, flattened.
+        backbone: whose features they are: a name and a checksum of its weights; empty if nobody knows.
         file: the file that the features are mapped from.
 
     Features may be NaN or infinite here; `load` refuses them.
@@ -64,6 +66,7 @@ class FeatureBank:
     class_names: tuple[str, ...]
     source: str = ""
     image_shape: tuple[int, ...] | None = None
+    backbone: str = ""
     file: MappedFile | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -144,6 +147,7 @@ class FeatureBank:
                 tuple(names),
                 metadata.get("source", ""),
                 image_shape,
+                metadata.get("backbone", ""),
                 MappedFile.of(path, checksum),
             )
         except (TypeError, ValueError) as error:
@@ -212,6 +216,8 @@ class FeatureBank:
         }
         if self.image_shape is not None:
             metadata["image_shape"] = json.dumps(self.image_shape)
+        if self.backbone:
+            metadata["backbone"] = self.backbone
         write_tensors(path, tensors, metadata)
 
     @property
@@ -253,7 +259,7 @@ class FeatureBank:
         classes, labels = self.labels[kept].unique(return_inverse=True)
         names = tuple(self.class_names[c] for c in classes.tolist())
         split = self.class_split[classes]
-        return FeatureBank(self.features[kept], labels, split, names, self.source, self.image_shape)
+        return FeatureBank(self.features[kept], labels, split, names, self.source, self.image_shape, self.backbone)
 
     def classes(self, split: str) -> Tensor:
         """Labels of the classes of "train", "val" or "test", int64."""

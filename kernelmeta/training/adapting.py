@@ -20,9 +20,10 @@ from torch import Tensor
 from kernelmeta.data import FeatureBank
 from kernelmeta.data.task_tables import Piece, TaskFiles, Tasks, write_answers
 from kernelmeta.tasks import Ragged
-from kernelmeta.training.answers import make_learner, method_or_weights
+from kernelmeta.training.answers import make_learner, method_or_weights, mixed_backbones
 from kernelmeta.training.checkpoint import CHECKPOINT
 from kernelmeta.training.learners import tasks_together
+from kernelmeta.training.loading import load_learner
 
 # What a call takes: elements of the rows of its tasks, and logits.
 ELEMENTS = 1 << 23
@@ -59,6 +60,8 @@ class Learners:
         self._made: dict[int, Any] = {}
         self.temperature = 1.0
         """Of the run: by which logits are divided for probabilities."""
+        self.features_of = "" if self._given[1] is None else load_learner(self._given[1])[1].get("features_of", "")
+        """Of the run: the backbone whose features it was trained on, as a bank names it; empty if nobody knows."""
 
     def for_ways(self, n_way: int) -> Any:
         """The learner for so many classes, or for as many at most. Raises ValueError."""
@@ -107,6 +110,11 @@ class Adapter:
         self._learners = Learners(
             job.what, self.bank.n_features, job.at, job.device, transform=job.transform, center=job.center
         )
+
+    @property
+    def mixed(self) -> str | None:
+        """That the bank and the weights are of different backbones; None where they are not, or nobody knows."""
+        return mixed_backbones({self.job.what: self._learners.features_of, self.job.bank: self.bank.backbone})
 
     @property
     def fingerprint(self) -> dict[str, Any]:

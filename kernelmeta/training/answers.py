@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,8 @@ class Chosen(NamedTuple):
     """Which weights of a training it has; empty where it has none."""
     temperature: float = 1.0
     """By which its logits are divided for probabilities."""
+    features_of: str = ""
+    """The backbone whose features it was trained on, as a bank names it; empty if nobody knows, or it wasn't."""
 
 
 def method_or_weights(what: str) -> tuple[str | None, str | None]:
@@ -125,7 +127,25 @@ def make_learner(
         learner = for_ways(head, n_way).eval()
     except ValueError as error:
         raise ValueError(f"weights: {os.fspath(weights)} {error}") from None
-    return Chosen(trained, learner, at_text(settings), settings.get("temperature", 1.0))
+    temperature, features_of = settings.get("temperature", 1.0), settings.get("features_of", "")
+    return Chosen(trained, learner, at_text(settings), temperature, features_of)
+
+
+def mixed_backbones(features_of: Mapping[str, str]) -> str | None:
+    """What is wrong with features of different backbones, or None.
+
+    Args:
+        features_of: what holds features, or was trained on some -> the backbone as a bank names it, empty if unknown.
+    """
+    known = {name: backbone for name, backbone in features_of.items() if backbone}
+    first = next(iter(known), "")
+    other = next((name for name in known if known[name] != known[first]), None)
+    if other is None:
+        return None
+    return (
+        f"features of two backbones, {known[first]} ({first}) and {known[other]} ({other}), cannot be compared: the"
+        " answers mean nothing"
+    )
 
 
 def check_use(chosen: Chosen, *, transductive: bool, proportions: bool) -> None:

@@ -30,6 +30,7 @@ def extract(
     source: str,
     *,
     device: str = "cpu",
+    name: str = "",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 128,
     workers: int = 0,
@@ -45,6 +46,7 @@ def extract(
     Args:
         backbone: [B, channels, H, H] -> [B, D]; set to eval mode.
         source: the bank's free text.
+        name: what the backbone is called; the bank then says whose features it holds.
         dtype: of the features kept; bfloat16 and float16 are also what the backbone computes in (autocast).
         prepare: from an image to the backbone's input; without, as the set of images does it.
         parts: a folder for features as they come. After a kill, a call with the same arguments goes on from there.
@@ -94,6 +96,7 @@ def extract(
         images.class_split[kept],
         tuple(images.class_names[c] for c in kept.tolist()),
         source,
+        backbone=f"{name} {_checksum([*backbone.state_dict().values()]):08x}" if name else "",
     )
     bad = bank.non_finite_rows()
     if not len(bad):

@@ -39,7 +39,8 @@ def load_learner(path: str | os.PathLike[str], at: str | None = None) -> tuple[A
     Returns:
         The learner, in evaluation mode, and the settings; among them, of a run, ``at`` ("best" or "last"),
         ``at_episodes`` (those trained on until then), ``trained_episodes`` and ``temperature``, by which its logits are
-        to be divided for probabilities.
+        to be divided for probabilities, and ``features_of``, the backbone whose features it was trained on, as a bank
+        names it, if that is known.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
@@ -72,6 +73,8 @@ def load_learner(path: str | os.PathLike[str], at: str | None = None) -> tuple[A
                 "trained_episodes": seen,
                 "temperature": _temperature(checkpoint.state, at),
             }
+            if checkpoint.state.get("features_of"):
+                of_run["features_of"] = str(checkpoint.state["features_of"])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: the weights do not fit the configuration ({one_line(error)})") from None
         check_weights(file, weights)

@@ -24,7 +24,14 @@ from kernelmeta.data.label_codes import LabelCodes
 from kernelmeta.data.tables import open_table, read_all
 from kernelmeta.data.tensor_files import read_metadata
 from kernelmeta.data.words import counted, listing, printable
-from kernelmeta.training.answers import check_use, doubts, make_learner, method_or_weights, probabilities
+from kernelmeta.training.answers import (
+    check_use,
+    doubts,
+    make_learner,
+    method_or_weights,
+    mixed_backbones,
+    probabilities,
+)
 from kernelmeta.training.backbones import load_backbone
 from kernelmeta.training.extraction import extract
 from kernelmeta.training.foreign_backbones import is_foreign
@@ -45,6 +52,7 @@ class Rows:
         labels: what each row is labelled with; None where nothing says so.
         files: the image of each row, if the rows are images.
         columns: what the features are called; empty where they have no names.
+        backbone: whose features they are, see :class:`kernelmeta.data.FeatureBank`; empty if nobody knows.
     """
 
     features: Tensor
@@ -52,6 +60,7 @@ class Rows:
     labels: list[str] | None = None
     files: list[Path] | None = None
     columns: tuple[str, ...] = ()
+    backbone: str = ""
 
 
 class Backbone(NamedTuple):
@@ -103,7 +112,7 @@ def read_rows(
         bank = FeatureBank.load(path)
         classes = _without_split(bank)
         names = [classes[c] for c in bank.labels.tolist()]
-        return Rows(bank.features, [str(row) for row in range(len(names))], names)
+        return Rows(bank.features, [str(row) for row in range(len(names))], names, backbone=bank.backbone)
     table = open_table(path, label, labelled=labelled, columns=columns)
     for note in table.notes:
         say(note)
@@ -154,12 +163,12 @@ def _images(source: str, backbone: Backbone, say: Callable[[str], None]) -> Rows
         images.check(skip_bad=True, workers=backbone.workers, progress=backbone.progress)
     eyes = load_backbone(backbone.weights, backbone.name, images.channels, images.size)
     bank = extract(
-        images, eyes.module, eyes.name, prepare=eyes.prepare, device=backbone.device, workers=backbone.workers,
-        progress=backbone.progress, say=say,
+        images, eyes.module, eyes.name, name=eyes.name, prepare=eyes.prepare, device=backbone.device,
+        workers=backbone.workers, progress=backbone.progress, say=say,
     )  # fmt: skip
     names = [bank.class_names[c].removeprefix("test/") for c in bank.labels.tolist()]
     ids = [printable(path.relative_to(images.root)) for path in images.paths]
-    return Rows(bank.features, ids, names if any(names) else None, list(images.paths))
+    return Rows(bank.features, ids, names if any(names) else None, list(images.paths), backbone=bank.backbone)
 
 
 @dataclass(frozen=True)
@@ -175,6 +184,7 @@ class Prediction:
         accuracy: in percent, of the query rows whose labels are known; None if there are none.
         settings: what to tell a reader.
         which: the weights of the run that were taken; empty where there is none.
+        mixed: that the rows, or the weights, are of different backbones; None where they are not, or nobody knows.
     """
 
     method: str
@@ -185,6 +195,7 @@ class Prediction:
     accuracy: float | None
     settings: dict[str, Any]
     which: str = ""
+    mixed: str | None = None
 
     def rows(self) -> list[tuple[str, str, float, str]]:
         """id, label, probability and runner-up of each row."""
@@ -254,7 +265,7 @@ def predict(
     chosen = make_learner(named, weights, len(classes), D, at, transform=transform, center=center)
     check_use(chosen, transductive=transductive, proportions=proportions is not None or counts is not None)
     of_query_rows = proportions_of(proportions, counts, classes)
-    method, learner, which, temperature = chosen
+    method, learner, which, temperature, features_of = chosen
     dtype = torch.promote_types(torch.promote_types(support.features.dtype, query.features.dtype), torch.float32)
     rows, of_query = (r.features.to(device, dtype) for r in (support, query))
     learner, labels = learner.to(device), labels.to(device)
@@ -286,7 +297,8 @@ def predict(
     elif getattr(learner, "assumes_even", False):
         settings["proportions"] = "taken to be equal"
     doubt = doubts(learner, rows, labels, of_query, classes, of_query_rows) if transductive else None
-    return Prediction(method, classes, found, query, doubt, accuracy, settings, which)
+    mixed = mixed_backbones({what: features_of, "the support": support.backbone, "the query": query.backbone})
+    return Prediction(method, classes, found, query, doubt, accuracy, settings, which, mixed)
 
 
 def backbone_of(what: str) -> tuple[str | None, str | None]:

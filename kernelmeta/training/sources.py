@@ -87,7 +87,7 @@ def open_bank(
     images = open_images(data, style)
     eyes = load_backbone(weights, backbone, images.channels, images.size)
     source = f"{images.source}, {eyes.name}"
-    return extract(images, eyes.module, source, prepare=eyes.prepare, device=device, **reading)
+    return extract(images, eyes.module, source, name=eyes.name, prepare=eyes.prepare, device=device, **reading)
 
 
 def _bank(path: str, skip_bad: bool, say: Say) -> FeatureBank:

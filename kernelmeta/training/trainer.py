@@ -113,7 +113,7 @@ class Trainer:
         index_bytes = 16 * way * (shot + query)  # of an episode: rows and labels
         check_memory(f"tasks_per_step: {config.tasks_per_step}", self.block_steps * config.tasks_per_step * index_bytes)
         self.features = bank.features.to(device)
-        self.image_shape = bank.image_shape
+        self.image_shape, self.features_of = bank.image_shape, bank.backbone
         # Parameters, their gradients, an optimizer's two numbers each; the best so far.
         copies = 5 if self.validation else 4
         self.head = config.make_learner(bank.n_features, bank.image_shape, copies=copies).to(device)
@@ -161,6 +161,7 @@ class Trainer:
                 "bank": self.fingerprint,
                 "updates": self.predecessor and self.predecessor.fingerprint,
                 "image_shape": self.image_shape,
+                "features_of": self.features_of,
                 "history": self.history,
                 "validations": self.validations,
                 "cell_validations": self.cell_validations,

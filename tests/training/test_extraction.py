@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -217,3 +219,48 @@ def test_two_processes_give_what_one_gives(photos: Path, functions: str, tmp_pat
     subprocess.run([*torchrun, *command, str(two), "--skip-bad"], check=True, cwd=tmp_path)
     assert one.read_bytes() == two.read_bytes()
     assert len(FeatureBank.load(two).labels) == 35
+
+
+def test_features_of_another_backbone_of_the_same_width_are_noticed(photos, tmp_path, monkeypatch, capsys):
+    """A bank says whose features it holds, and a run on whose it was trained: one architecture, other weights."""
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("a", 0), ("again", 0), ("b", 1)):
+        assert main(["extract", "photos", "--seed", str(seed), "--out", f"{name}.safetensors", "--quiet"]) == 0
+    a, again, b = (FeatureBank.load(f"{name}.safetensors") for name in ("a", "again", "b"))
+    assert a.backbone == again.backbone != b.backbone
+    assert re.fullmatch("conv4 [0-9a-f]{8}", a.backbone)
+    assert a.without_rows(torch.tensor([0])).backbone == a.backbone
+    replace(b, backbone="").save("unknown.safetensors")
+    few = ("--way", "2", "--query", "2", "--episodes", "4", "--eval-episodes", "0", "--learner", "ridge", "--quiet")
+    assert main(["train", "--data", "a.safetensors", "--out", "run", *few]) == 0
+    assert main(["share", "run", "--out", "shared"]) == 0
+    lists = {"task": ["t"], "support_rows": [[0, 5]], "support_labels": [["x", "y"]], "query_rows": [[1, 6]]}
+    pq.write_table(pa.table(lists), "tasks.parquet")
+    capsys.readouterr()
+
+    def said(*args: str) -> str:
+        assert main([*args, "--quiet"]) == 0
+        return capsys.readouterr().err
+
+    def warned(first: str, other: str) -> str:
+        return f"warning: features of two backbones, {a.backbone} ({first}) and {b.backbone} ({other}), cannot be"
+
+    for run in ("run", "shared"):
+        of = ("evaluate", run, "--way", "2", "--shot", "1", "--query", "2", "--episodes", "4", "--data")
+        for data in ("a", "again", "unknown"):
+            assert "warning" not in said(*of, f"{data}.safetensors")
+        assert warned(run, "b.safetensors") in said(*of, "b.safetensors")
+    of = ("predict", "prototypes", "--out", "labels.csv", "--support", "a.safetensors", "--query")
+    for data in ("again", "unknown"):
+        assert "backbone" not in said(*of, f"{data}.safetensors")
+    line = said(*of, "b.safetensors")
+    assert warned("the support", "the query") in line and line.count("\n") == 1
+    of = ("adapt", "--tasks", "tasks.parquet", "--out")
+    assert "warning" not in said(*of, "1", "ridge", "--bank", "b.safetensors")
+    assert "warning" not in said(*of, "2", "run", "--bank", "a.safetensors")
+    assert warned(str(tmp_path / "run"), str(tmp_path / "b.safetensors")) in said(
+        *of, "3", "run", "--bank", "b.safetensors"
+    )
