@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -211,8 +215,25 @@ def _write_onnx(whole: nn.Module, inputs: Tensor, path: str | os.PathLike[str]) 
         import onnxscript  # noqa: F401 (which PyTorch needs, with onnx)
     except ImportError:
         raise ImportError("ONNX needs onnx and onnxscript: pip install 'kernelmeta[onnx]'") from None
-    program = torch.onnx.export(
-        _program(whole, inputs), (inputs,), dynamo=True, input_names=["rows"], output_names=["logits"], verbose=False
-    )
-    assert program is not None
-    program.save(path, external_data=False)
+    with _quiet_exporter():
+        program = torch.onnx.export(
+            _program(whole, inputs), (inputs,), dynamo=True, input_names=["rows"], output_names=["logits"],
+            verbose=False,
+        )  # fmt: skip
+        assert program is not None
+        program.save(path, external_data=False)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """PyTorch's exporter tells which optional packages it does without, and what of itself will change; errors stay."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for about_torch in (FutureWarning, DeprecationWarning):
+                warnings.simplefilter("ignore", about_torch)
+            yield
+    finally:
+        log.setLevel(level)

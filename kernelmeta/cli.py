@@ -10,7 +10,9 @@ import argparse
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -79,6 +81,20 @@ def _out_of_memory(error: RuntimeError) -> str | None:
     return None
 
 
+@contextlib.contextmanager
+def _plain_warnings(command: str) -> Iterator[None]:
+    """What Python warns of is a line of the command, without the line of source that did it."""
+
+    def alone(message: Warning | str, *_: Any, **__: Any) -> str:
+        return f"kernelmeta {command}: warning: {' '.join(str(message).split())}\n"
+
+    before, warnings.formatwarning = warnings.formatwarning, alone
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
@@ -91,8 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        check_machine(args)
-        args.run(args)
+        with _plain_warnings(args.command):
+            check_machine(args)
+            args.run(args)
     except (ValueError, TypeError, OSError, OverflowError, RecursionError, MemoryError, ImportError) as error:
         return _failed(args, _one_line(error))
     except RuntimeError as error:

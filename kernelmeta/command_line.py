@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -93,6 +94,13 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Lines are broken between words alone."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_long_words=False, break_on_hyphens=False)
+
+
 class Command(Parser):
     """The parser of one command, its options in the parts of `GROUPS`.
 
@@ -103,7 +111,7 @@ class Command(Parser):
     def __init__(self, *, example: str, **options: Any) -> None:
         super().__init__(
             epilog=f"example:\n  kernelmeta {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
             allow_abbrev=False,
             **options,
         )
@@ -111,9 +119,9 @@ class Command(Parser):
         self._parts = {title: self.add_argument_group(title) for title in GROUPS}
 
     def option(self, part: str, *names: str, **options: Any) -> None:
-        """Like `add_argument`, in a part of the help."""
-        if "action" not in options:
-            options.setdefault("metavar", "X")
+        """Like `add_argument`, in a part of the help, with a placeholder in capitals, or the choices."""
+        if "action" not in options and "choices" not in options:
+            options.setdefault("metavar", _placeholder(names[-1], options.get("type")))
         self._parts[part].add_argument(*names, **options)
 
     def format_usage(self) -> str:
@@ -129,6 +137,16 @@ class Command(Parser):
         needed = [f"{a.option_strings[0]} {a.metavar}" for a in self._actions if a.option_strings and a.required]
         given = [str(a.metavar or a.dest) for a in self._actions if not a.option_strings]
         return " ".join(("%(prog)s", *given, *needed, "[OPTION ...]"))
+
+
+def _placeholder(name: str, kind: Any) -> str:
+    """What stands for the value of an option in the help."""
+    if name == "--weights":
+        return "FILE"
+    if name == "--backbone":
+        return "NAME"
+    # The last word of an option says what it takes: --query-balance BALANCE.
+    return {int: "N", size: "N", float: "NUMBER"}.get(kind, name.rpartition("-")[2].upper())
 
 
 # Makes a command of a name, a function, a description and an example.
@@ -164,7 +182,7 @@ def settings_options(
             command.option(where, option, action="store_true", default=argparse.SUPPRESS, help=text)
             continue
         kind = {"int": int, "float": float, "Size": size}.get(type_name, str)
-        command.option(where, option, type=kind, default=argparse.SUPPRESS, metavar="X", help=text)
+        command.option(where, option, type=kind, default=argparse.SUPPRESS, help=text)
     command.option("run", "--out", type=Path, metavar="DIR", help="run folder (default: a new one below runs/)")
     command.option("run", "--resume", action="store_true", help="go on with the run in --out, bit for bit")
 
@@ -204,13 +222,15 @@ def at_option(command: Command) -> None:
         "learner",
         "--at",
         choices=AT,
-        help="the weights that were best on the validation classes, or the last (default: the best, if there are any)",
+        help="weights that were best on the validation classes, or the last (default: best, if there are any)",
     )
 
 
 def machine_options(command: Command, skips: bool = True) -> None:
     """The options of where and how to compute."""
-    command.option("run", "--device", default="cpu", help="cpu or cuda (default: cpu)")
+    command.option(
+        "run", "--device", default="cpu", metavar="{cpu,cuda}", help="or one of several cards, cuda:1 (default: cpu)"
+    )
     command.option("run", "--threads", type=int, help="threads of PyTorch (default: its own choice)")
     command.option("run", "--workers", type=int, default=0, help="processes that decode images (default: 0)")
     if skips:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import logging.handlers
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,29 @@ def test_a_backbone_is_exported_with_its_classifier(suffix: str, tmp_path: Path)
         else:
             found = torch.export.load(path).module()(images[0, :n])
         torch.testing.assert_close(found, want[:n], rtol=1e-5, atol=1e-5)
+
+
+def test_the_exporter_tells_nothing_of_itself(tmp_path: Path) -> None:
+    """Which optional packages PyTorch does without, say; what the user's backbone warns of stays."""
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+
+    class Warns(nn.Flatten):
+        def forward(self, x: Tensor) -> Tensor:
+            warnings.warn("of the backbone", UserWarning, stacklevel=1)
+            return super().forward(x)
+
+    told = logging.handlers.BufferingHandler(1000)
+    log = logging.getLogger("torch.onnx._internal.exporter._registration")
+    log.addHandler(told)
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            classifier = km.nn.Prototypes(N).adapt(SUPPORT[:1], LABELS[:1])
+            classifier.export(tmp_path / "c.onnx", backbone=Warns().eval(), example=SUPPORT[0])
+    finally:
+        log.removeHandler(told)
+    assert [record.getMessage() for record in told.buffer] == []
+    assert {str(warning.message) for warning in warned} == {"of the backbone"}
 
 
 WHOLE = (SUPPORT, LABELS, QUERY)

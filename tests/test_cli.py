@@ -709,6 +709,37 @@ def test_help_is_in_parts_and_ends_with_a_command_to_copy(capsys, name):
         assert action.help, action.dest
 
 
+@pytest.mark.parametrize("columns", [60, 100])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_whole_words_placeholders_in_capitals_and_the_choices(capsys, monkeypatch, name, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for action in COMMANDS[name]._actions:
+        assert " ".join(action.help.replace("%%", "%").split()) in text, action.dest
+        if action.nargs == 0:
+            continue
+        shown = action.metavar or "{" + ",".join(action.choices) + "}"
+        assert shown != "X", action.dest
+        assert shown.startswith("{") or shown.replace("glyphs", "").isupper(), action.dest
+        assert all(str(choice) in text for choice in action.choices or ()), action.dest
+    assert ("--device {cpu,cuda}" in text) == ("--device" in COMMANDS[name]._option_string_actions)
+
+
+def test_what_python_warns_of_is_a_line_of_the_command():
+    program = """
+import sys, warnings
+from kernelmeta.cli import main
+from kernelmeta.commands import info
+
+info._info = lambda args: warnings.warn("one\\ntwo", RuntimeWarning)
+sys.exit(main(["info"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "kernelmeta info: warning: one two\n")
+
+
 def test_the_settings_of_a_training_stand_where_one_looks_for_them(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])

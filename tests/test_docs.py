@@ -148,6 +148,22 @@ def test_every_public_module_has_a_page() -> None:
             assert re.search(rf"^::: [\w.]+\.{name}$", pages, re.MULTILINE), name
 
 
+def anchors(path: Path) -> list[set[str]]:
+    """Of the headings of a page, as GitHub calls them, and as the site does."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    bare = [re.sub(r"[^\w\s-]", "", line).strip().lower() for line in re.findall(r"^#+ (.*)$", text, re.M)]
+    return [{re.sub(r"\s", "-", title) for title in bare}, {re.sub(r"[-\s]+", "-", title) for title in bare}]
+
+
+@pytest.mark.parametrize("page", [*FILES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"], ids=str)
+def test_links_to_headings_hold_on_github_and_on_the_site(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target, anchor in re.findall(r"\]\(([^)\s#:]*\.md|)#([^)\s]+)\)", text):
+        other = (page.parent / target).resolve() if target else page
+        if "reference" not in other.parts:  # whose headings the site makes of docstrings
+            assert all(anchor in names for names in anchors(other)), f"{target}#{anchor}"
+
+
 @pytest.mark.rare
 @pytest.mark.parametrize(
     ("broken", "said"),

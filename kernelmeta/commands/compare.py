@@ -57,7 +57,7 @@ def _compare_settings(command: Command) -> None:
     add("data", "data", str, DATA_HELP, default.data)
     command.option("data", "--weights", metavar="FILE", default=argparse.SUPPRESS, help=HELP["weights"])
     command.option("data", "--backbone", default=argparse.SUPPRESS, help=HELP["backbone"])
-    add("learner", "learners", _learners, f"all, or some of {everybody}", ",".join(default.learners))
+    add("learner", "learners", _learners, f"all, or some with commas: {everybody}", ", ".join(default.learners))
     add("episodes", "way", int, HELP["way"], default.way)
     add("episodes", "query", int, HELP["query"], default.query)
     add(

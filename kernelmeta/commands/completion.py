@@ -15,7 +15,7 @@ def add_commands(add: Add) -> None:
         "Print a script that teaches a shell to complete this command.",
         "completion bash",
     )
-    command.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="which shell")
+    command.add_argument("shell", choices=("bash", "zsh", "tcsh"), metavar="SHELL", help="bash, zsh or tcsh")
 
 
 def _completion(args: argparse.Namespace) -> None:

@@ -28,7 +28,10 @@ def add_commands(add: Add) -> None:
     """Adds this command to the parser."""
     command = add("demo", _demo, "Experiments on data that come with packages.", "demo double-descent --quick")
     command.add_argument(
-        "name", choices=list(DEMOS), help="; ".join(f"{name}: {about}" for name, (_, about) in DEMOS.items())
+        "name",
+        choices=list(DEMOS),
+        metavar="NAME",
+        help="; ".join(f"{name}: {about}" for name, (_, about) in DEMOS.items()),
     )
     command.option("run", "--quick", action="store_true", help="short: to see that it runs, and roughly what comes")
     command.option("run", "--out", type=Path, metavar="DIR", help="folder (default: a new one below runs/)")

@@ -23,9 +23,11 @@ def add_commands(add: Add) -> None:
         "Accuracy of a trained learner beside prototypes and soft k-means.",
         "evaluate runs/one --query-balance dirichlet:2",
     )
-    command.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT", help="what train made, or a published checkpoint")
+    command.add_argument("checkpoint", metavar="RUN|CHECKPOINT", help="what train made, or a published checkpoint")
     command.option("data", "--data", help=DATA_HELP + " (default: as trained)")
-    command.option("episodes", "--split", default="test", help="train, val or test (default: test)")
+    command.option(
+        "episodes", "--split", default="test", metavar="{train,val,test}", help="of the classes (default: test)"
+    )
     command.option("episodes", "--episodes", type=int, default=2000, help="episodes to evaluate on (default: 2000)")
     for name in ("way", "shot", "query"):
         command.option("episodes", f"--{name}", type=int, help=HELP[name] + " (default: as trained)")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kernelmeta.command_line import HELP, PRETRAIN_HELP, Add, machine_options, reading, say_of, tell_bank
+from kernelmeta.command_line import PRETRAIN_HELP, Add, machine_options, reading, say_of, tell_bank
 from kernelmeta.data.counter import check_seed
 from kernelmeta.data.words import printable
 from kernelmeta.ranks import ranks
@@ -27,19 +27,38 @@ def add_commands(add: Add) -> None:
         "Turn images into a feature bank.",
         "extract photos/ --backbone timm:vit_small_patch14_dinov2.lvd142m --out bank.safetensors",
     )
-    command.add_argument("data", metavar="FOLDER|glyphs", help="a folder with train/, val/ and test/, or glyphs")
+    command.add_argument(
+        "data",
+        metavar="FOLDER|glyphs",
+        help="a folder of class folders, or of train/, val/ and test/ with these in them; or glyphs",
+    )
     command.option(
         "data", "--backbone",
-        help=f"{', '.join(BACKBONES)}; a checkpoint of pretrain says it itself. Or another library's: {NAMES}",
+        help=f"{', '.join(BACKBONES)}, or of another library {NAMES} (default: what a checkpoint of pretrain says of"
+        " itself; conv4 without --weights)",
     )  # fmt: skip
-    command.option("data", "--weights", metavar="FILE", help=HELP["weights"] + " (default: untrained)")
+    command.option(
+        "data",
+        "--weights",
+        metavar="FILE",
+        help="of the backbone: a checkpoint of pretrain, or published ones (default: those that"
+        " timm:, torchvision: and hf: come with; others are untrained)",
+    )
     command.option("data", "--style", help=PRETRAIN_HELP["style"])
     command.option("run", "--seed", type=int, default=0, help="seed of untrained weights (default: 0)")
     command.option(
         "run", "--precision", choices=list(_PRECISIONS), default="float32",
         help="what the backbone computes in, and what is kept (default: float32)",
     )  # fmt: skip
-    command.option("output", "--out", type=Path, required=True, metavar="FILE", help="the bank to write")
+    command.option(
+        "output",
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the bank to write; until it is whole, features are kept in FILE.parts, from which the same command"
+        " goes on after a kill",
+    )
     machine_options(command)
 
 

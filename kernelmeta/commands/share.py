@@ -21,7 +21,7 @@ def add_commands(add: Add) -> None:
         "Write a trained learner to a folder for others: weights, settings and a model card.",
         "share runs/one --out shared/",
     )
-    command.add_argument("checkpoint", metavar="RUN_DIR|CHECKPOINT", help="what train made, or a published checkpoint")
+    command.add_argument("checkpoint", metavar="RUN|CHECKPOINT", help="what train made, or a published checkpoint")
     command.option("output", "--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     at_option(command)
 
