@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernelmeta.backends import select
 from kernelmeta.data import FeatureBank
 from kernelmeta.data.task_tables import Piece, TaskFiles, Tasks, write_answers
 from kernelmeta.tasks import Ragged
@@ -169,7 +170,7 @@ class Adapter:
                 raise ValueError(f"task {tasks.ids[task]}: {name}: expected 0..{n - 1}, got {rows[bad[0]]}")
         best = np.zeros(len(tasks.query_rows), np.int64)
         probability = np.ones(len(tasks.query_rows), np.float32)  # of a task with one class alone
-        for pack in _packs(tasks, self.bank.n_features, self._takes_ragged(tasks)):
+        for pack in _packs(tasks, self.bank.n_features, self._together(tasks)):
             query = _rows_of(tasks.query_offsets, pack)
             logits = self._logits(tasks, pack, query)
             top = torch.softmax(logits.float() / self._learners.temperature, -1).max(-1)
@@ -182,10 +183,18 @@ class Adapter:
             best[query], probability[query] = top.indices.cpu().numpy(), values
         return best, probability
 
-    def _takes_ragged(self, tasks: Tasks) -> bool:
+    def _together(self, tasks: Tasks) -> _Together:
         ways = np.diff(tasks.class_offsets)
         most = int(ways.max(initial=1))
-        return most < 2 or bool(getattr(self._learner(tasks, int(ways.argmax()), most), "takes_ragged", False))
+        if most < 2:
+            return _Together(ragged=True, padded=False)
+        return self._how(self._learner(tasks, int(ways.argmax()), most))
+
+    def _how(self, learner: Any) -> _Together:
+        # Plain PyTorch does tasks of unequal size one after the other.
+        plain = select(self._features.device.type) == "reference"
+        ragged = bool(getattr(learner, "takes_ragged", False)) and not plain
+        return _Together(ragged, padded=not ragged and not learner.transductive)
 
     def _learner(self, tasks: Tasks, task: int, n_way: int) -> Any:
         try:
@@ -198,14 +207,17 @@ class Adapter:
         ways = np.diff(tasks.class_offsets)[pack]
         learner = self._learner(tasks, int(pack[ways.argmax()]), int(ways.max()))
         support = _rows_of(tasks.support_offsets, pack)
-        index = [tasks.support_rows[support], tasks.labels[support], tasks.query_rows[query]]
+        how = self._how(learner)
+        own = None if how.ragged else _padded(tasks.query_offsets, pack)
+        index = [tasks.support_rows[support], tasks.labels[support]]
+        index.append(tasks.query_rows[query if own is None else own.places])
         device = self._features.device
         support_index, labels, query_index = (torch.from_numpy(values).to(device) for values in index)
-        if not learner.takes_ragged:
+        if own is not None:
             T = len(pack)
-            even = (support_index.view(T, -1), labels.view(T, -1), query_index.view(T, -1))
+            even = (support_index.view(T, -1), labels.view(T, -1), query_index)
             found: Tensor = learner.from_bank(self._features, *even)
-            return found.flatten(0, 1)
+            return found[torch.from_numpy(own.counted).to(device)]
         offsets = [
             torch.from_numpy(np.concatenate([[0], np.cumsum(np.diff(of)[pack])])).to(device)
             for of in (tasks.support_offsets, tasks.query_offsets)
@@ -223,10 +235,20 @@ class _Sizes(NamedTuple):
     query: int
 
 
-def _packs(tasks: Tasks, n_features: int, ragged: bool) -> Iterator[_Ints]:
-    """Numbers of the tasks that share a call: of about the same size, or of the same size where they must be; those
-    with one class alone, or without query rows, are left out.
+class _Together(NamedTuple):
+    """Which tasks share a call.
+
+    Args:
+        ragged: those of about the same size; else, only those of the same size.
+        padded: these may have other numbers of query rows: each row is judged alone, so that more change nothing.
     """
+
+    ragged: bool
+    padded: bool
+
+
+def _packs(tasks: Tasks, n_features: int, together: _Together) -> Iterator[_Ints]:
+    """Numbers of the tasks that share a call; those with one class alone, or without query rows, are left out."""
     sizes = np.stack([np.diff(tasks.class_offsets), np.diff(tasks.support_offsets), np.diff(tasks.query_offsets)])
     order = np.lexsort(sizes[::-1])
     order = order[(sizes[0, order] > 1) & (sizes[2, order] > 0)]
@@ -234,14 +256,36 @@ def _packs(tasks: Tasks, n_features: int, ragged: bool) -> Iterator[_Ints]:
     for i, task in enumerate(order):
         now = _Sizes(*sizes[:, task].tolist())
         before = _Sizes(*sizes[:, order[i - 1]].tolist()) if i else now
-        elements += (now.support + now.query) * n_features
-        logits += now.query * now.ways
+        own = _costs(now, n_features)
+        if together.padded:  # (sorted: this one's query rows are the most)
+            elements, logits = ((i + 1 - first) * cost for cost in own)
+        else:
+            elements, logits = elements + own[0], logits + own[1]
         full = elements > ELEMENTS or logits > ELEMENTS
-        if i > first and (full or (now != before and not ragged) or now.ways > 2 * before.ways):
+        alike = now[:2] == before[:2] if together.padded else now == before
+        if i > first and (full or not (alike or together.ragged) or now.ways > 2 * before.ways):
             yield order[first:i]
-            first, elements, logits = i, (now.support + now.query) * n_features, now.query * now.ways
+            first, (elements, logits) = i, own
     if first < len(order):
         yield order[first:]
+
+
+def _costs(sizes: _Sizes, n_features: int) -> tuple[int, int]:
+    """Elements of the rows of a task, and of its logits."""
+    return (sizes.support + sizes.query) * n_features, sizes.query * sizes.ways
+
+
+class _Padded(NamedTuple):
+    """The places of the rows of some tasks, [T, most], and which count; the others are a task's last row again."""
+
+    places: _Ints
+    counted: np.ndarray[Any, np.dtype[np.bool_]]
+
+
+def _padded(offsets: _Ints, pack: _Ints) -> _Padded:
+    counts = np.diff(offsets)[pack, None]
+    position = np.arange(counts.max())
+    return _Padded(offsets[:-1][pack, None] + np.minimum(position, counts - 1), position < counts)
 
 
 def _rows_of(offsets: _Ints, pack: _Ints) -> _Ints:
