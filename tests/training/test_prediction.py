@@ -8,8 +8,10 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -382,33 +384,51 @@ def test_no_output_takes_the_place_of_an_input(tmp_path, support, query, capsys)
     assert Path(support).read_text() == before
 
 
-def test_from_arrays_with_names_to_labels_for_photos(tmp_path, monkeypatch):
-    """The commands of the README, as they stand there."""
-    from kernelmeta.data.images import FolderImages
-    from kernelmeta.training.backbones import make_backbone
-    from kernelmeta.training.extraction import extract
+def test_from_arrays_and_photos_to_labels(tmp_path, monkeypatch):
+    """The commands of the README, as they stand there; timm, which would download, is stood in for."""
 
+    def pixels(image: Image.Image) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(image.resize((2, 2)), np.float32)).permute(2, 0, 1) / 255
+
+    timm = SimpleNamespace(
+        list_models=lambda: ["resnet18"],
+        create_model=lambda name, pretrained, num_classes: torch.nn.Flatten() if pretrained else None,
+        data=SimpleNamespace(
+            resolve_model_data_config=lambda module: {},
+            create_transform=lambda is_training: lambda image: pixels(image),
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "timm", timm)
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    backbone = make_backbone("conv4", 3, 32)
-    torch.save(backbone.state_dict(), "backbone.pt")
+    features, names = [], []
     for colour, name in enumerate(("red", "green", "blue")):
         for i in range(3):
-            paint(tmp_path / "known" / "train" / name / f"{i}.png", colour)
+            paint(tmp_path / "labelled" / name / f"{i}.png", colour)
             paint(tmp_path / "photos" / f"{name}-{i}.png", colour)
-    bank = extract(FolderImages("known"), backbone, "labelled photos")
-    np.save("X.npy", bank.features.numpy())
-    np.save("y.npy", np.array([bank.class_names[c].rpartition("/")[2] for c in bank.labels.tolist()]))
+            features.append(pixels(Image.open(tmp_path / "labelled" / name / f"{i}.png")).flatten().numpy())
+            names.append(name)
+    np.save("X.npy", np.stack(features))
+    np.save("y.npy", np.array(names))
+    np.save("new.npy", np.stack(features[::-1]))
+    table(tmp_path / "labelled.csv", np.stack(features), names)
+    table(tmp_path / "rows.csv", np.stack(features[::-1]))
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"(?m)^    kernelmeta import X.npy.*\n((?:    .*\n)*)", readme)
-    commands = [shlex.split(line) for line in block[0].splitlines()]
-    assert [words[:2] for words in commands] == [["kernelmeta", "import"], ["kernelmeta", "predict"]]
+    part = readme[readme.index("## Labels for your rows") : readme.index("## Drop-in")]
+    commands = [shlex.split(line) for line in re.findall(r"(?m)^    (kernelmeta .*)$", part)]
+    assert [words[1] for words in commands] == ["predict", "import", "predict", "predict"]
+    found = []
     for words in commands:
         assert main(words[1:]) == 0
+        if words[1] == "predict":
+            with open("labels.csv", newline="") as file:
+                found.append(list(csv.DictReader(file)))
+    for of_rows in found[:2]:
+        assert [row["label"] for row in of_rows] == names[::-1]
+    assert len(found[2]) == 9 and all(row["id"].startswith(row["label"]) for row in found[2])
+    by_photos = ["--support", "bank.safetensors", "--query", "photos/", "--backbone", "timm:resnet18"]
+    assert main(["predict", "soft_kmeans", *by_photos, "--out", "labels.csv"]) == 0
     with open("labels.csv", newline="") as file:
-        found = list(csv.DictReader(file))
-    assert len(found) == 9
-    assert all(row["id"].startswith(row["label"]) for row in found)
+        assert all(row["id"].startswith(row["label"]) for row in csv.DictReader(file))
 
 
 def test_a_backbone_is_used_or_refused_and_images_that_cannot_be_read_are_left_out(tmp_path, monkeypatch, capsys):
