@@ -164,6 +164,21 @@ def test_links_to_headings_hold_on_github_and_on_the_site(page: Path) -> None:
             assert all(anchor in names for names in anchors(other)), f"{target}#{anchor}"
 
 
+def test_pages_that_the_site_fills_say_so_in_the_repository() -> None:
+    for page in FILES:
+        text = page.read_text(encoding="utf-8")
+        if page.parent.name == "reference":
+            note = re.search(
+                r"^> In the repository this page is an outline: .*\n> \[(.*)/\]\(\.\./\.\./\1\)\.$", text, re.M
+            )
+            assert note and (ROOT / note[1]).is_dir(), page
+    examples = (ROOT / "docs/examples.md").read_text(encoding="utf-8")
+    linked = re.findall(r"^\[examples/([\w.]+)\]\(\.\./examples/\1\)$", examples, re.M)
+    assert sorted(linked) == sorted(
+        {path.name for path in (ROOT / "examples").glob("*.py")} - {"demo.py"}
+    )  # (make demo)
+
+
 @pytest.mark.rare
 @pytest.mark.parametrize(
     ("broken", "said"),

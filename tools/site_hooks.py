@@ -78,7 +78,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         title = report_title(name[2]) if name[0] == "results" else page.title
         page.meta["hide"] = ["toc"]  # its tables are wide
         markdown = f"# {title}\n\n{markdown}"
-    markdown = re.sub(r"^<!-- example: ([\w.]+) -->$", lambda m: _example(m[1]), markdown, flags=re.MULTILINE)
+    markdown = re.sub(r"^> In the repository\b.*\n(> .*\n)*\n?", "", markdown, flags=re.MULTILINE)
+    example = r"^\[examples/([\w.]+)\]\(\.\./examples/\1\)$"  # a link in the repository, the text on the site
+    markdown = re.sub(example, lambda m: _example(m[1]), markdown, flags=re.MULTILINE)
     return re.sub(r"^<!-- help: ([\w-]+) -->$", lambda m: _help(m[1]), markdown, flags=re.MULTILINE)
 
 
