@@ -14,11 +14,12 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "cuda/layers.h"
-#include "cuda/narrow_dots.h"
 #include "cuda/products.h"
 #include "cuda/row.h"
+#include "cuda/tensor_dots.h"
 #include "engine/problem.h"
 
 namespace kernelmeta {
@@ -31,7 +32,7 @@ struct TeamBlock {
   using Feature = F;
   using Sizes = Z;
   static constexpr int kThreads = Team::kThreads, kLanes = Team::kLanes, kWarps = kThreads / kLanes;
-  static constexpr bool kNarrow = sizeof(F) == 2 && sizeof(C) == 4;  // features for the tensor cores
+  static constexpr bool kTensorCores = sizeof(C) == 4;  // which multiply features
 
   static KERNELMETA_INLINE C sqrt(C x) { return ::sqrt(x); }
   static KERNELMETA_INLINE C exp(C x) { return ::exp(x); }
@@ -215,28 +216,22 @@ struct TeamBlock {
   template <class X, class Y>
   KERNELMETA_INLINE void dots(int64_t m, FeatureRows<X> a, int64_t n, FeatureRows<Y> b, int64_t D, C* out,
                               int64_t ldo) const {
-    if constexpr (kNarrow && sizeof(X) == 2 && sizeof(Y) == 2)
-      NarrowDots<Team, F>::dots(m, a, n, b, D, out, ldo);
+    if constexpr (kTensorCores && std::is_same_v<X, Y>)
+      TensorDots<Team, X>::dots(m, a, n, b, D, out, ldo);
     else
       Dots<Team, C>::dots(m, a, n, b, D, out, ldo);
   }
 
   // dots of x with itself, computed for half of the pairs.
   KERNELMETA_INLINE void self_dots(int64_t m, FeatureRows<F> x, int64_t D, C* out, int64_t ldo) const {
-    if constexpr (kNarrow)
-      NarrowDots<Team, F>::self_dots(m, x, D, out, ldo);
-    else
-      Dots<Team, C>::stacked(m, x, 0, nullptr, D, out, nullptr, ldo, nullptr);
+    Stacked::stacked(m, x, 0, nullptr, D, out, nullptr, ldo, nullptr);
   }
 
   // gram[i][j] = <x(i), x(j)>, cross[n][i] = <theta0[n], x(i)>, squares[n] = |theta0[n]|^2, from one stack of
   // rows that is read once where it fits the stage.
   KERNELMETA_INLINE void stacked_dots(int64_t Q, FeatureRows<F> x, int64_t N, const C* theta0, int64_t D,
                                       C* gram, C* cross, int64_t ld, C* squares) const {
-    if constexpr (kNarrow)
-      NarrowDots<Team, F>::stacked(Q, x, N, theta0, D, gram, cross, ld, squares);
-    else
-      Dots<Team, C>::stacked(Q, x, N, theta0, D, gram, cross, ld, squares);
+    Stacked::stacked(Q, x, N, theta0, D, gram, cross, ld, squares);
   }
 
   static KERNELMETA_INLINE C* stage() { return Team::template stage<C>(); }
@@ -251,6 +246,8 @@ struct TeamBlock {
   }
 
  private:
+  using Stacked = std::conditional_t<kTensorCores, TensorDots<Team, F>, Dots<Team, C>>;
+
   static KERNELMETA_INLINE int warp() { return Team::thread() / kLanes; }
   static KERNELMETA_INLINE int lane() { return Team::thread() % kLanes; }
   static KERNELMETA_INLINE void fence(SourceLine line) {

@@ -14,7 +14,7 @@ template <class C>
 struct Staging {
   static constexpr int kChunk = 128 / int(sizeof(C));
   static constexpr int kStride = kChunk + Pack<C>::kSize;
-  static constexpr int kTileRows = sizeof(C) == 4 ? 8 : 6, kManyRows = 96;
+  static constexpr int kTileRows = 6, kManyRows = 96;
   static constexpr int kFewTile = 2, kSomeTile = 6, kFewRows = 32;
   static constexpr int kSomeRows = (kManyRows - kFewRows) / kSomeTile * kSomeTile;
   static constexpr int kBuffer = kManyRows * kStride, kBuffers = 3, kElements = kBuffers * kBuffer;

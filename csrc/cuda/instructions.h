@@ -43,7 +43,7 @@ __device__ __forceinline__ void wait_for_all_copies_but() {
 #endif
 }
 
-// mma.sync.m16n8k16, by a whole warp: sums += a b, in the lanes' registers (tensor_core.h).
+// mma.sync by a whole warp: sums += a b, in the lanes' registers (tensor_core.h).
 __device__ __forceinline__ void mma_m16n8k16_bf16(float (&sums)[4], const uint32_t (&a)[4],
                                                   const uint32_t (&b)[2]) {
 #ifdef __CUDA_ARCH__
@@ -57,6 +57,15 @@ __device__ __forceinline__ void mma_m16n8k16_f16(float (&sums)[4], const uint32_
                                                  const uint32_t (&b)[2]) {
 #ifdef __CUDA_ARCH__
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+__device__ __forceinline__ void mma_m16n8k8_tf32(float (&sums)[4], const uint32_t (&a)[4],
+                                                 const uint32_t (&b)[2]) {
+#ifdef __CUDA_ARCH__
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

@@ -98,16 +98,17 @@ struct CudaTeam {
 #endif
     return value;
   }
-  // Rows of features for the tensor cores, and the sums of their products; see narrow_dots.h.
+  // Rows of features for the tensor cores, and the sums of their products; see tensor_dots.h.
   template <class F>
   struct Left : MmaLeft<F> {
     Left() = default;
-    KERNELMETA_INLINE Left(const F* rows, int stride) : MmaLeft<F>(rows, stride, thread() % kLanes) {}
+    KERNELMETA_INLINE Left(const uint32_t* rows, int stride) : MmaLeft<F>(rows, stride, thread() % kLanes) {}
   };
   template <class F>
   struct Right : MmaRight<F> {
     Right() = default;
-    KERNELMETA_INLINE Right(const F* rows, int stride) : MmaRight<F>(rows, stride, thread() % kLanes) {}
+    KERNELMETA_INLINE Right(const uint32_t* rows, int stride)
+        : MmaRight<F>(rows, stride, thread() % kLanes) {}
   };
   struct Sums {
     static constexpr int kValues = MmaLanes::kSums;
@@ -119,13 +120,8 @@ struct CudaTeam {
       mma<F>(values, a, b);
 #endif
     }
-    template <class Fn>
-    KERNELMETA_INLINE void each(Fn f) const {
-      const int lane = thread() % kLanes;
-#pragma unroll
-      for (int r = 0; r < kValues; ++r)
-        f(MmaLanes::sum_left(lane, r), MmaLanes::sum_right(lane, r), values[r]);
-    }
+    static KERNELMETA_INLINE int left(int value) { return MmaLanes::sum_left(thread() % kLanes, value); }
+    static KERNELMETA_INLINE int right(int value) { return MmaLanes::sum_right(thread() % kLanes, value); }
   };
 
   // The beginning of the block's dynamic shared memory.

@@ -1,7 +1,13 @@
-// What mma.sync.m16n8k16 of the PTX ISA takes and gives: the products of 16 rows with 8 rows, 16 elements of
-// 16 bits each, added in float32. A warp holds the operands and the sums in its lanes' registers.
+// What mma.sync of the PTX ISA takes and gives: the dot products of 16 rows with 8 rows, 8 words of each,
+// added in float32. A word is two features of 16 bits (m16n8k16) or one in the TF32 format (m16n8k8). A warp
+// holds the operands and the sums in its lanes' registers.
+//
+// A float32 is the sum of two numbers in TF32, which has 11 of its 24 digits: `high` is the nearest, `low`
+// what that leaves, whose last digit may be cut off. A product of two is high * high + (low * high + high *
+// low); what is left out, low * low, is below 2^-22 of it.
 #pragma once
 
+#include <bit>
 #include <type_traits>
 
 #include "engine/portability.h"
@@ -15,43 +21,72 @@
 
 namespace kernelmeta {
 
-// Which elements a lane holds: register r of an operand has two, `at` and at + 1 of a row.
+// Which words a lane holds. The ISA lets it hold those at lane % 4 and lane % 4 + 4 of a row; here these are
+// two neighbours, for both operands, and the 8 rows are in an order of their own, so that rows which lie four
+// banks apart are read without conflicts, two words at a time.
 struct MmaLanes {
-  static constexpr int kCount = 32, kSums = 4;
+  static constexpr int kCount = 32, kSums = 4, kWords = 8;
 
-  // Of the 16 rows.
-  struct Left {
-    static constexpr int kRegisters = 4;
-    __host__ __device__ static constexpr int row(int lane, int r) { return lane / 4 + r % 2 * 8; }
-    __host__ __device__ static constexpr int at(int lane, int r) { return lane % 4 * 2 + r / 2 * 8; }
+  // The bits of 0 to 7 in reverse.
+  __host__ __device__ static constexpr int row_of(int i) { return i % 2 * 4 + i / 2 % 2 * 2 + i / 4; }
+
+  // Register r of an operand: a word `at` a row.
+  template <int kRows>
+  struct Operand {
+    static constexpr int kRegisters = kRows / 4;
+    __host__ __device__ static constexpr int row(int lane, int r) {
+      return row_of(lane / 4) + r % (kRegisters / 2) * 8;
+    }
+    __host__ __device__ static constexpr int at(int lane, int r) {
+      return lane % 4 * 2 + r / (kRegisters / 2);
+    }
   };
-  // Of the 8 rows.
-  struct Right {
-    static constexpr int kRegisters = 2;
-    __host__ __device__ static constexpr int row(int lane, int) { return lane / 4; }
-    __host__ __device__ static constexpr int at(int lane, int r) { return lane % 4 * 2 + r * 8; }
-  };
+  using Left = Operand<16>;
+  using Right = Operand<8>;
   // Register r of the sums: of a row of the 16 with one of the 8.
-  __host__ __device__ static constexpr int sum_left(int lane, int r) { return lane / 4 + r / 2 * 8; }
-  __host__ __device__ static constexpr int sum_right(int lane, int r) { return lane % 4 * 2 + r % 2; }
+  __host__ __device__ static constexpr int sum_left(int lane, int r) { return row_of(lane / 4) + r / 2 * 8; }
+  __host__ __device__ static constexpr int sum_right(int lane, int r) { return row_of(lane % 4 * 2 + r % 2); }
 };
 
-// Two neighbours, the first in the low bits; the address is a multiple of 4 bytes.
-template <class F>
-KERNELMETA_INLINE uint32_t pair_at(const F* from) {
-  return *reinterpret_cast<const uint32_t*>(from);
-}
+// Rows of words, `stride` words apart, as `lane` holds them.
+template <class Operand>
+struct MmaWords {
+  uint32_t words[Operand::kRegisters];
 
-// Rows, `stride` elements apart, as `lane` holds them.
+  MmaWords() = default;
+  KERNELMETA_INLINE MmaWords(const uint32_t* rows, int stride, int lane) {
+    struct alignas(8) Two {
+      uint32_t v[2];
+    };
+    constexpr int kHalf = Operand::kRegisters / 2;
+#pragma unroll
+    for (int r = 0; r < kHalf; ++r) {
+      const Two two =
+          *reinterpret_cast<const Two*>(rows + Operand::row(lane, r) * stride + Operand::at(lane, r));
+      words[r] = two.v[0];
+      words[r + kHalf] = two.v[1];
+    }
+  }
+};
+
+// Rows of features as operands.
 template <class F, class Operand>
-struct MmaRows {
-  uint32_t pairs[Operand::kRegisters];
+struct MmaRows : MmaWords<Operand> {
+  using MmaWords<Operand>::MmaWords;
+};
+template <class Operand>
+struct MmaRows<float, Operand> {
+  uint32_t high[Operand::kRegisters], low[Operand::kRegisters];
 
   MmaRows() = default;
-  KERNELMETA_INLINE MmaRows(const F* rows, int stride, int lane) {
+  KERNELMETA_INLINE MmaRows(const uint32_t* rows, int stride, int lane) {
+    constexpr uint32_t kDropped = 0x1fff;  // bits of a float32 that TF32 has not
+    const MmaWords<Operand> x(rows, stride, lane);
 #pragma unroll
     for (int r = 0; r < Operand::kRegisters; ++r) {
-      pairs[r] = pair_at(rows + Operand::row(lane, r) * stride + Operand::at(lane, r));
+      high[r] = (x.words[r] + (kDropped + 1) / 2) & ~kDropped;
+      const float left = std::bit_cast<float>(x.words[r]) - std::bit_cast<float>(high[r]);
+      low[r] = std::bit_cast<uint32_t>(left) & ~kDropped;
     }
   }
 };
@@ -61,16 +96,28 @@ template <class F>
 using MmaRight = MmaRows<F, MmaLanes::Right>;
 
 #ifdef __CUDACC__
-// sums += the dot products of the rows of `a` with those of `b`; by a whole warp.
+// sums += the dot products of the rows of `a` with those of `b`, the same for b and a; by a whole warp.
+// Tensor cores cut off where they add: what they add is this step's alone.
 template <class F>
 __device__ __forceinline__ void mma(float (&sums)[MmaLanes::kSums], const MmaLeft<F>& a,
                                     const MmaRight<F>& b) {
-  static_assert(std::is_same_v<F, __nv_bfloat16> || std::is_same_v<F, __half>);
+  static_assert(std::is_same_v<F, float> || std::is_same_v<F, __nv_bfloat16> || std::is_same_v<F, __half>);
 #ifdef __CUDA_ARCH__
-  if constexpr (std::is_same_v<F, __nv_bfloat16>)
-    mma_m16n8k16_bf16(sums, a.pairs, b.pairs);
-  else
-    mma_m16n8k16_f16(sums, a.pairs, b.pairs);
+  float of_step[MmaLanes::kSums] = {};
+  if constexpr (std::is_same_v<F, __nv_bfloat16>) {
+    mma_m16n8k16_bf16(of_step, a.words, b.words);
+  } else if constexpr (std::is_same_v<F, __half>) {
+    mma_m16n8k16_f16(of_step, a.words, b.words);
+  } else {
+    float other[MmaLanes::kSums] = {};
+    mma_m16n8k8_tf32(of_step, a.low, b.high);
+    mma_m16n8k8_tf32(other, a.high, b.low);
+#pragma unroll
+    for (int r = 0; r < MmaLanes::kSums; ++r) of_step[r] += other[r];
+    mma_m16n8k8_tf32(of_step, a.high, b.high);
+  }
+#pragma unroll
+  for (int r = 0; r < MmaLanes::kSums; ++r) sums[r] += of_step[r];
 #endif
 }
 #endif

@@ -264,17 +264,18 @@ float decoded(uint16_t bits) {
 const std::vector<float> bfloat16_values = values_of(decoded<kernelmeta::BrainFloat>),
                          float16_values = values_of(decoded<kernelmeta::Half>);
 
-// The sum of these as tensor cores may take it: to the precision of the largest, cutting off.
+// The sum of these as tensor cores may take it: to the precision of the largest, cutting off, and what is too
+// large to the largest number.
 float cut_off_sum(const double* terms, int count) {
   double largest = 0, sum = 0;
   for (int i = 0; i < count; ++i) largest = std::fmax(largest, std::fabs(terms[i]));
-  if (largest == 0) return 0;
   bool finite = true;
   for (int i = 0; i < count; ++i) finite = finite && std::isfinite(terms[i]);
   if (!finite) {
     for (int i = 0; i < count; ++i) sum += terms[i];
     return float(sum);
   }
+  if (largest == 0) return 0;
   const int shift = 24 - std::ilogb(largest);
   for (int i = 0; i < count; ++i) sum += std::trunc(std::ldexp(terms[i], shift));
   const double exact = std::ldexp(sum, -shift);
@@ -330,30 +331,44 @@ void wait_for_all_copies_but(int groups) {
   if (!sabotage.no_waits_for_copies) complete(fibers[current], size_t(groups) + 1);
 }
 
-// "Matrix fragments for mma.m16n8k16 with floating point type", of the PTX ISA.
-void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float* of_bits) {
+namespace {
+
+// "Matrix fragments for mma.m16n8k16 with floating point type" of the PTX ISA, and those for mma.m16n8k8 with
+// .tf32, whose words lie in the same places. value(word, i): element i of the kPerWord of a word.
+template <int kPerWord, class Value>
+void mma(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value) {
   struct {
     uint32_t a[4], b[2];
   } own{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
   if (sabotage.fragments) std::swap(own.a[1], own.a[2]);
   const Slot* slots = exchange(Operation::kMma, &own, sizeof(own));
-  const auto element = [&](int lane, int reg, int half) {
-    uint32_t pair;
-    std::memcpy(&pair, slots[lane].bytes + 4 * reg, 4);
-    return double(of_bits[pair >> (16 * half) & 0xffff]);
+  const auto element = [&](int lane, int reg, int i) {
+    uint32_t word;
+    std::memcpy(&word, slots[lane].bytes + 4 * reg, 4);
+    return double(value(word, i));
   };
   const int lane = current % int(kWarp);
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-    double terms[17];
-    for (int k = 0; k < 16; ++k) {
-      const int holder = k % 8 / 2;
-      terms[k] = element(row % 8 * 4 + holder, row / 8 + k / 8 * 2, k % 2) *
-                 element(column * 4 + holder, 4 + k / 8, k % 2);
+    constexpr int kTerms = 8 * kPerWord;
+    double terms[kTerms + 1];
+    for (int k = 0; k < kTerms; ++k) {
+      const int word = k / kPerWord, holder = word % 4;
+      terms[k] = element(row % 8 * 4 + holder, row / 8 + word / 4 * 2, k % kPerWord) *
+                 element(column * 4 + holder, 4 + word / 4, k % kPerWord);
     }
-    terms[16] = double(sums[i]);
-    sums[i] = cut_off_sum(terms, 17);
+    terms[kTerms] = double(sums[i]);
+    sums[i] = cut_off_sum(terms, kTerms + 1);
   }
+}
+
+}  // namespace
+
+void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float* of_bits) {
+  mma<2>(sums, a, b, [&](uint32_t pair, int half) { return of_bits[pair >> (16 * half) & 0xffff]; });
+}
+void mma_m16n8k8_tf32(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  mma<1>(sums, a, b, [](uint32_t word, int) { return std::bit_cast<float>(word & ~0x1fffu); });
 }
 
 void set_parameters(const void* frame, size_t bytes) {

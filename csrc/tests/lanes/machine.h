@@ -61,6 +61,8 @@ void commit_copies();
 void wait_for_all_copies_but(int groups);
 extern const float *const of_bfloat16, *const of_float16;  // [65536]: what 16 bits stand for
 void mma_m16n8k16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const float* of_bits);
+// The bits that TF32 has not are cut off.
+void mma_m16n8k8_tf32(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 void fault(const char* what);
 
 // ---- launching

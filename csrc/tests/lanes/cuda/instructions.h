@@ -22,5 +22,8 @@ inline void mma_m16n8k16_bf16(float (&sums)[4], const uint32_t (&a)[4], const ui
 inline void mma_m16n8k16_f16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   lanes::mma_m16n8k16(sums, a, b, lanes::of_float16);
 }
+inline void mma_m16n8k8_tf32(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  lanes::mma_m16n8k8_tf32(sums, a, b);
+}
 
 }  // namespace kernelmeta
