@@ -96,7 +96,7 @@ def cuobjdump() -> str | None:
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_features_of_16_bits_meet_on_the_tensor_cores(architecture: str) -> None:
+def test_features_meet_on_the_tensor_cores(architecture: str) -> None:
     ridge = [
         path
         for path in objects()
@@ -113,7 +113,7 @@ def test_features_of_16_bits_meet_on_the_tensor_cores(architecture: str) -> None
         if block and "ridge_fwd" in function[: function.index("\n")]:
             used[block["storage"]] = set(re.findall(r"HMMA\.[.\w]+", function))
     assert used == {
-        "f": set(),
+        "f": {"HMMA.1688.F32.TF32"},
         "d": set(),
         "6__half": {"HMMA.16816.F32"},
         "13__nv_bfloat16": {"HMMA.16816.F32.BF16"},

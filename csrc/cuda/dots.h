@@ -1,4 +1,4 @@
-// Dot products of feature rows, in register tiles.
+// Dot products of feature rows, in register tiles: of float64, and of features with rows of another type.
 #pragma once
 
 #include "cuda/packs.h"
@@ -61,6 +61,7 @@ struct Dots {
       many_stacked_dots(rows, D, row_at, store);
   }
 
+ private:
   // First row and column of a tile; with kSelf of the tiles with j <= i, row after row.
   template <bool kSelf>
   static KERNELMETA_INLINE void place(int tile, int across, int& i, int& j) {
@@ -75,7 +76,6 @@ struct Dots {
     }
   }
 
- private:
   static KERNELMETA_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
   template <class Read, class Store>

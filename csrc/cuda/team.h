@@ -110,16 +110,8 @@ struct CudaTeam {
     KERNELMETA_INLINE Right(const uint32_t* rows, int stride)
         : MmaRight<F>(rows, stride, thread() % kLanes) {}
   };
-  struct Sums {
-    static constexpr int kValues = MmaLanes::kSums;
-    float values[kValues] = {};
-
-    template <class F>
-    KERNELMETA_INLINE void add(const Left<F>& a, const Right<F>& b) {
-#ifdef __CUDA_ARCH__
-      mma<F>(values, a, b);
-#endif
-    }
+  template <class F>
+  struct Sums : MmaSums<F> {
     static KERNELMETA_INLINE int left(int value) { return MmaLanes::sum_left(thread() % kLanes, value); }
     static KERNELMETA_INLINE int right(int value) { return MmaLanes::sum_right(thread() % kLanes, value); }
   };

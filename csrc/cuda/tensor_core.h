@@ -8,6 +8,7 @@
 #pragma once
 
 #include <bit>
+#include <cmath>
 #include <type_traits>
 
 #include "engine/portability.h"
@@ -95,31 +96,51 @@ using MmaLeft = MmaRows<F, MmaLanes::Left>;
 template <class F>
 using MmaRight = MmaRows<F, MmaLanes::Right>;
 
-#ifdef __CUDACC__
-// sums += the dot products of the rows of `a` with those of `b`, the same for b and a; by a whole warp.
-// Tensor cores cut off where they add: what they add is this step's alone.
+// Sums of the dot products of rows of `a` with rows of `b`; add() and finish() by a whole warp, the latter
+// once after all else. The same for b and a, to the last bit. Tensor cores cut off where they add: they add
+// one step's products only, and what is small beside them.
 template <class F>
-__device__ __forceinline__ void mma(float (&sums)[MmaLanes::kSums], const MmaLeft<F>& a,
-                                    const MmaRight<F>& b) {
-  static_assert(std::is_same_v<F, float> || std::is_same_v<F, __nv_bfloat16> || std::is_same_v<F, __half>);
+struct MmaSums {
+  static constexpr int kValues = MmaLanes::kSums;
+  float values[kValues] = {};
+
+  KERNELMETA_INLINE void add([[maybe_unused]] const MmaLeft<F>& a, [[maybe_unused]] const MmaRight<F>& b) {
 #ifdef __CUDA_ARCH__
-  float of_step[MmaLanes::kSums] = {};
-  if constexpr (std::is_same_v<F, __nv_bfloat16>) {
-    mma_m16n8k16_bf16(of_step, a.words, b.words);
-  } else if constexpr (std::is_same_v<F, __half>) {
-    mma_m16n8k16_f16(of_step, a.words, b.words);
-  } else {
-    float other[MmaLanes::kSums] = {};
-    mma_m16n8k8_tf32(of_step, a.low, b.high);
-    mma_m16n8k8_tf32(other, a.high, b.low);
+    float of_step[kValues] = {};
+    if constexpr (std::is_same_v<F, __nv_bfloat16>)
+      mma_m16n8k16_bf16(of_step, a.words, b.words);
+    else
+      mma_m16n8k16_f16(of_step, a.words, b.words);
 #pragma unroll
-    for (int r = 0; r < MmaLanes::kSums; ++r) of_step[r] += other[r];
-    mma_m16n8k8_tf32(of_step, a.high, b.high);
+    for (int r = 0; r < kValues; ++r) values[r] += of_step[r];
+#endif
   }
+  KERNELMETA_INLINE void finish() {}
+};
+template <>
+struct MmaSums<float> {
+  static constexpr int kValues = MmaLanes::kSums;
+  float values[kValues] = {}, low_high[kValues] = {}, high_low[kValues] = {};
+
+  KERNELMETA_INLINE void add([[maybe_unused]] const MmaLeft<float>& a,
+                             [[maybe_unused]] const MmaRight<float>& b) {
+#ifdef __CUDA_ARCH__
+    float of_step[kValues] = {};
+    mma_m16n8k8_tf32(of_step, a.high, b.high);
+    mma_m16n8k8_tf32(low_high, a.low, b.high);
+    mma_m16n8k8_tf32(high_low, a.high, b.low);
 #pragma unroll
-  for (int r = 0; r < MmaLanes::kSums; ++r) sums[r] += of_step[r];
+    for (int r = 0; r < kValues; ++r) values[r] += of_step[r];
 #endif
-}
-#endif
+  }
+  // NaN: a number is beyond TF32, or tensor cores may have kept the sum from becoming infinite.
+  KERNELMETA_INLINE void finish() {
+#pragma unroll
+    for (int r = 0; r < kValues; ++r) {
+      const bool in_range = ::fabsf(values[r]) < 0x1p127f;
+      values[r] = in_range ? values[r] + (low_high[r] + high_low[r]) : __builtin_nanf("");
+    }
+  }
+};
 
 }  // namespace kernelmeta

@@ -6,8 +6,9 @@
 // float32.
 //
 // A warp owns a tile of kDown x kAcross pairs of rows. The Team gives its parts: Left<F>, 16 rows of the
-// stage and kStep words of each, Right<F>, 8 rows, and Sums, of their 16 x 8 pairs: add(Left, Right),
-// values[kValues]: those of one lane; left(value), right(value): the rows that it is of.
+// stage and kStep words of each, Right<F>, 8 rows, and Sums<F>, of their 16 x 8 pairs: add(Left, Right),
+// finish() after the last, values[kValues]: those of one lane; left(value), right(value): the rows that it is
+// of.
 #pragma once
 
 #include <type_traits>
@@ -21,11 +22,11 @@ template <class Team, class F>
 struct TensorDots {
   static constexpr bool kFloat = sizeof(F) == 4;
   using Stage = Staging<float>;
-  // Rows of the stage, in words of 32 bits: neighbouring ones lie four banks apart. kTakes: the features of a
-  // chunk, or of a step, which are so many words.
+  // Rows of the stage, in words of 32 bits: neighbouring ones lie four banks apart. kChunk: features that are
+  // multiplied while others come in.
   static constexpr int kWords = Stage::kChunk, kStride = Stage::kStride, kStep = 8, kSteps = kWords / kStep;
   static constexpr int kPerWord = 4 / int(sizeof(F)), kChunk = kWords * kPerWord;
-  static constexpr int kDown = 16, kAcross = 32, kRows = Stage::kManyRows, kParts = kFloat ? 1 : 3;
+  static constexpr int kDown = 16, kRows = Stage::kManyRows, kParts = kFloat ? 1 : 3;
   static constexpr int kThreads = Team::kThreads, kLanes = Team::kLanes, kWarps = kThreads / kLanes;
 
   // out[i][j] = <a(i), b(j)>
@@ -65,16 +66,18 @@ struct TensorDots {
   }
 
  private:
+  static constexpr int kSelfAcross = 32, kOtherAcross = 16;
   // Tiles that have pairs of rows i and j <= i, of so many rows of tiles.
   static KERNELMETA_INLINE constexpr int below_diagonal(int down) {
     int count = 0;
-    for (int i = 0; i < down; ++i) count += i * kDown / kAcross + 1;
+    for (int i = 0; i < down; ++i) count += i * kDown / kSelfAcross + 1;
     return count;
   }
-  // Up to kRows rows meet themselves; up to kFewRows meet up to kOtherRows others. There is a warp for each
-  // of the tiles.
+  // Up to kRows rows meet themselves; up to kFewRows meet up to kOtherRows others, always in as many groups,
+  // so that equal rows give the same bits. There is a warp for each of the tiles.
   static constexpr int kOtherRows = kRows - Stage::kFewRows;
-  static_assert(kWarps >= below_diagonal(kRows / kDown) && kOtherRows % kAcross == 0);
+  static constexpr int kOtherGroups = kWarps / (Stage::kFewRows / kDown * (kOtherRows / kOtherAcross));
+  static_assert(kWarps >= below_diagonal(kRows / kDown) && kOtherGroups >= 1);
 
   // Functions of their own, none of which calls another: what a call needs comes on top of its caller's
   // registers.
@@ -196,8 +199,7 @@ struct TensorDots {
     }
   }
 
-  // Not so: sums of numbers that are beyond TF32, or that tensor cores may have kept from becoming infinite.
-  static KERNELMETA_INLINE bool in_range(float sum) { return ::fabsf(sum) < 0x1p127f; }
+  static KERNELMETA_INLINE bool is_finite(float x) { return x - x == 0.0f; }
 
   // <a, b> by float32 arithmetic.
   static __host__ __device__ KERNELMETA_NOINLINE float plain_dot(const F* a, const F* b, int D) {
@@ -207,20 +209,31 @@ struct TensorDots {
     return sum;
   }
 
+  // The products of 16 rows with the next kCount * 8, of one step.
+  template <int kCount, class Left, class Sums, int kUnits>
+  static KERNELMETA_INLINE void add(const Left& left, const uint32_t* others, Sums (&sums)[kUnits]) {
+    typename Team::template Right<F> right[kCount];
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) right[s] = {others + s * 8 * kStride, kStride};
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) sums[s].add(left, right[s]);
+  }
+
   // store(i, j, <a(i), b(j)>) for i < m, j < n; with kSelf a and b are the same, and j <= i. Where there are
   // more warps than tiles, groups of warps take turns along D and their sums meet in the stage. For
-  // float32 what is out of range is computed anew.
+  // float32 what is not finite is computed anew.
   template <bool kSelf, class A, class B, class Store>
   static KERNELMETA_INLINE void tiles(int m, int n, int D, A a, B b, Store store) {
-    using Sums = typename Team::Sums;
-    constexpr int kUnits = kAcross / 8, kPack = Pack<F>::kSize, kTileSums = kDown * kAcross;
+    using Sums = typename Team::template Sums<F>;
+    constexpr int kAcross = kSelf ? kSelfAcross : kOtherAcross, kUnits = kAcross / 8;
+    constexpr int kPack = Pack<F>::kSize, kTileSums = kDown * kAcross;
     constexpr int kValues = kUnits * Sums::kValues;
     static_assert(kValues <= 32);
     constexpr int kPacks = kChunk / kPack, kLoads = (kRows * kPacks + kThreads - 1) / kThreads;
     constexpr int kMeet = Stage::kElements / kTileSums;
-    const int down = (m + kDown - 1) / kDown, across = (n + kAcross - 1) / kAcross;
+    const int down = m > 0 ? (m + kDown - 1) / kDown : 1, across = (n + kAcross - 1) / kAcross;
     const int count = kSelf ? below_diagonal(down) : down * across;
-    int groups = least(kWarps / count, kSteps);
+    int groups = kSelf ? least(kWarps / count, kSteps) : least(kOtherGroups, kSteps);
     while (groups > 1 && (groups - 1) * count > kMeet) --groups;
     float* const meet = placed<true>(Team::template stage<float>());
     uint32_t* const stage = reinterpret_cast<uint32_t*>(meet);
@@ -279,16 +292,18 @@ struct TensorDots {
         for (int step = group; step < kSteps; step += groups) {
           const uint32_t* const words = stage + buffer + step * kStep;
           const typename Team::template Left<F> left{words + i0 * kStride, kStride};
-#pragma unroll
-          for (int s = 0; s < kUnits; ++s) {
-            if (s * 8 >= end) break;
-            sums[s].add(left, {words + (offset + j0 + s * 8) * kStride, kStride});
-          }
+          const uint32_t* const others = words + (offset + j0) * kStride;
+          if (end > kAcross / 2)
+            add<kUnits>(left, others, sums);
+          else
+            add<kUnits / 2>(left, others, sums);
         }
       }
       buffer = buffer == (Stage::kBuffers - 1) * Stage::kBuffer ? 0 : buffer + Stage::kBuffer;
       coming = coming == (Stage::kBuffers - 1) * Stage::kBuffer ? 0 : coming + Stage::kBuffer;
     }
+#pragma unroll
+    for (Sums& of_unit : sums) of_unit.finish();
     if (groups > 1) {
       const auto each_sum = [&](int g, auto f) {
         float* const of_tile = meet + (g * count + tile) * kTileSums + lane;
@@ -313,7 +328,7 @@ struct TensorDots {
 #pragma unroll
       for (int value = 0; value < kValues; ++value) {
         const float sum = sums[value / Sums::kValues].values[value % Sums::kValues];
-        if (kFloat && !in_range(sum)) anew |= 1u << value;
+        if (kFloat && !is_finite(sum)) anew |= 1u << value;
         place_of(value, [&](int row, int column) { store(row, column, sum); });
       }
       if constexpr (kFloat) {

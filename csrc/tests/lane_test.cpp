@@ -9,6 +9,7 @@
 #include <cstdio>
 
 #include "cpu/dispatch.h"
+#include "tests/dot_checks.h"
 #include "tests/lane_barriers.h"
 #include "tests/lane_controls.h"
 #include "tests/lane_counts.h"
@@ -89,7 +90,11 @@ int check_kernels() {
   lanes::device.shared_bytes = kMuch;
   status |=
       check_precision_of_16_bits<BrainFloat>("bfloat16:") | check_precision_of_16_bits<Half>("float16:");
-  return status;
+  check_dots<float>("float32:");
+  check_dots<BrainFloat>("bfloat16:");
+  check_dots<Half>("float16:");
+  check_dot_extremes();
+  return status | (failures != 0);
 }
 
 // Other amounts of shared memory, for features of 16 bits too, the published sizes, and other orders.
