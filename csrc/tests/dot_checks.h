@@ -128,7 +128,12 @@ void check_dot_errors(const std::string& name, int64_t Q, int64_t N, int64_t D, 
     if (N > 0 && sizeof(F) == 4) equal = equal && same_bits(rows.gram[size_t(Q + j)], rows.cross[size_t(j)]);
   }
   if (N > 0 && sizeof(F) == 4) equal = equal && same_bits(rows.gram[size_t(Q + 1)], rows.squares[0]);
-  expect_of_dots(what + ": the same bits for equal rows", equal);
+  for (int64_t i = 0; i < Q; ++i) {
+    for (int64_t j = 0; j < i; ++j) {
+      equal = equal && same_bits(rows.others[size_t(i * Q + j)], rows.others[size_t(j * Q + i)]);
+    }
+  }
+  expect_of_dots(what + ": the same bits for equal rows, and in both orders", equal);
 }
 
 // Numbers at the ends of float32's range: whatever a float32 sum would be.
