@@ -172,6 +172,7 @@ template <class F>
 void check_dots(const std::string& name) {
   for (const bool positive : {false, true}) {
     check_dot_errors<F>(name, 75, 5, 640, positive);
+    check_dot_errors<F>(name, 75, 5, 160, positive);  // the last chunk at the end of the stage
     check_dot_errors<F>(name, 96, 0, 64, positive);
     check_dot_errors<F>(name, 70, 26, 40, positive);
     check_dot_errors<F>(name, 100, 3, 35, positive);  // rows that do not begin at multiples of 16 bytes
