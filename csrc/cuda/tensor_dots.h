@@ -11,6 +11,7 @@
 // of.
 #pragma once
 
+#include <bit>
 #include <type_traits>
 
 #include "cuda/dots.h"
@@ -28,6 +29,8 @@ struct TensorDots {
   static constexpr int kPerWord = 4 / int(sizeof(F)), kChunk = kWords * kPerWord;
   static constexpr int kDown = 16, kRows = Stage::kManyRows, kParts = kFloat ? 1 : 3;
   static constexpr int kThreads = Team::kThreads, kLanes = Team::kLanes, kWarps = kThreads / kLanes;
+  // Of fewer features than this float32 arithmetic is more exact than three products in TF32 (docs/cuda.md).
+  static constexpr int kExact = 21;
 
   // out[i][j] = <a(i), b(j)>
   static __host__ __device__ KERNELMETA_NOINLINE void dots(int64_t m, FeatureRows<F> a, int64_t n,
@@ -219,6 +222,24 @@ struct TensorDots {
     for (int s = 0; s < kCount; ++s) sums[s].add(left, right[s]);
   }
 
+  // ... in float32 arithmetic.
+  template <class Sums, int kUnits>
+  static KERNELMETA_INLINE void add_plainly(const uint32_t* rows, const uint32_t* others,
+                                            Sums (&sums)[kUnits]) {
+    KERNELMETA_ROLLED
+    for (int d = 0; d < kStep; ++d) {
+#pragma unroll
+      for (int s = 0; s < kUnits; ++s) {
+#pragma unroll
+        for (int value = 0; value < Sums::kValues; ++value) {
+          const float x = std::bit_cast<float>(rows[Sums::left(value) * kStride + d]);
+          const float y = std::bit_cast<float>(others[(s * 8 + Sums::right(value)) * kStride + d]);
+          sums[s].values[value] = ::fmaf(x, y, sums[s].values[value]);
+        }
+      }
+    }
+  }
+
   // store(i, j, <a(i), b(j)>) for i < m, j < n; with kSelf a and b are the same, and j <= i. Where there are
   // more warps than tiles, groups of warps take turns along D and their sums meet in the stage. For
   // float32 what is not finite is computed anew.
@@ -230,13 +251,13 @@ struct TensorDots {
     constexpr int kValues = kUnits * Sums::kValues;
     static_assert(kValues <= 32);
     constexpr int kPacks = kChunk / kPack, kLoads = (kRows * kPacks + kThreads - 1) / kThreads;
-    constexpr int kMeet = Stage::kElements / kTileSums;
+    constexpr int kMeet = Stage::kBuffer / kTileSums;  // tiles whose sums a buffer of the stage holds
     const int down = m > 0 ? (m + kDown - 1) / kDown : 1, across = (n + kAcross - 1) / kAcross;
     const int count = kSelf ? below_diagonal(down) : down * across;
     int groups = kSelf ? least(kWarps / count, kSteps) : least(kOtherGroups, kSteps);
-    while (groups > 1 && (groups - 1) * count > kMeet) --groups;
-    float* const meet = placed<true>(Team::template stage<float>());
-    uint32_t* const stage = reinterpret_cast<uint32_t*>(meet);
+    while (groups > 1 && (groups - 1) * count > 2 * kMeet) --groups;
+    float* const of_stage = placed<true>(Team::template stage<float>());
+    uint32_t* const stage = reinterpret_cast<uint32_t*>(of_stage);
     const int staged = kSelf ? m : m + n;
     const int offset = kSelf ? 0 : m;  // of b's rows in the stage
     const int thread = Team::thread(), lane = thread % kLanes, warp = thread / kLanes;
@@ -293,7 +314,9 @@ struct TensorDots {
           const uint32_t* const words = stage + buffer + step * kStep;
           const typename Team::template Left<F> left{words + i0 * kStride, kStride};
           const uint32_t* const others = words + (offset + j0) * kStride;
-          if (end > kAcross / 2)
+          if (kFloat && D < kExact)
+            add_plainly(words + i0 * kStride, others, sums);
+          else if (end > kAcross / 2)
             add<kUnits>(left, others, sums);
           else
             add<kUnits / 2>(left, others, sums);
@@ -304,21 +327,26 @@ struct TensorDots {
     }
 #pragma unroll
     for (Sums& of_unit : sums) of_unit.finish();
+    if (kSelf && !kFloat) {  // sums may be stored where the last rows lie
+      Team::sync(SourceLine{__builtin_FILE(), __builtin_LINE()});
+      buffer = 0;
+      coming = 2 * Stage::kBuffer;
+    }
     if (groups > 1) {
+      // Of the three buffers the last rows are in `coming`, where other warps may still read.
+      const int other = 3 * Stage::kBuffer - buffer - coming - kMeet * kTileSums;
       const auto each_sum = [&](int g, auto f) {
-        float* const of_tile = meet + (g * count + tile) * kTileSums + lane;
+        const int piece = g * count + tile;
+        float* const of_tile = of_stage + (piece < kMeet ? buffer : other) + piece * kTileSums + lane;
 #pragma unroll
         for (int value = 0; value < kValues; ++value)
           f(of_tile[value * kLanes], sums[value / Sums::kValues].values[value % Sums::kValues]);
       };
-      Team::sync(SourceLine{__builtin_FILE(), __builtin_LINE()});
       if (works && group > 0) each_sum(group - 1, [](float& met, float& own) { met = own; });
       Team::sync(SourceLine{__builtin_FILE(), __builtin_LINE()});
       if (works && group == 0) {
         for (int g = 0; g < groups - 1; ++g) each_sum(g, [](float& met, float& own) { own += met; });
       }
-    } else if (kSelf && !kFloat) {  // sums may be stored where the last rows lie
-      Team::sync(SourceLine{__builtin_FILE(), __builtin_LINE()});
     }
     if (works && group == 0) {
       const auto place_of = [&](int value, auto f) {
