@@ -38,7 +38,8 @@ _HELP = {
     "learner": f"what to train: {', '.join(LEARNERS)}",
     "steps": "inner steps K",
     "inner_lr": "inner learning rate",
-    "phases": "inner loop of combined: ORACLE:STEPS:RATE, one or more with commas",
+    "phases": "inner loop of combined: ORACLE:STEPS:RATE, one or more with commas; ORACLE:STEPS:RATE:given is"
+    " told the classes' shares of the query rows",
     "classifier": "classifier of combined: cosine, linear, euclidean or dot",
     "start": "where combined starts: class_means, learned or zero",
     "hidden": "hidden units of the MLP that guesses gradients (default: 8 a way, equivariant: 16), or of maml's network"

@@ -121,12 +121,25 @@ class Learner(Pretrained, ABC):
         Raises:
             ValueError, TypeError: what does not fit, named.
         """
+        return self._from_bank(bank, support_index, support_labels, query_index, ragged=ragged)
+
+    def _from_bank(
+        self,
+        bank: Tensor,
+        support_index: Tensor,
+        support_labels: Tensor,
+        query_index: Tensor,
+        *,
+        ragged: Ragged | None,
+        **options: Any,
+    ) -> Tensor:
+        """A call of `from_bank`; ``options`` go to `_adapt`."""
         check_tensors(bank=bank, support_index=support_index, support_labels=support_labels, query_index=query_index)
         index: dict[str, Any] = {"support_index": support_index, "query_index": query_index}
         support = query = bank
         if self.feature_transform is not None:
             support, query, index = self._transformed(bank, support_labels, bank, ragged=ragged, **index)
-        logits = self._adapt(support, support_labels, query, ragged=ragged, **index)
+        logits = self._adapt(support, support_labels, query, ragged=ragged, **index, **options)
         assert isinstance(logits, Tensor)
         return logits
 

@@ -213,6 +213,25 @@ class Program(Learner):
         T = query.shape[0] if ragged is None else ragged.support_offsets.shape[0] - 1
         return given.expand(T, -1, -1) if given.dim() == 2 else given
 
+    def from_bank(
+        self,
+        bank: Tensor,
+        support_index: Tensor,
+        support_labels: Tensor,
+        query_index: Tensor,
+        *,
+        ragged: Ragged | None = None,
+        proportions: Tensor | None = None,
+    ) -> Tensor:
+        """As of every learner, with the ``proportions`` [T, N] of a call where phases need them."""
+        told = {} if proportions is None else {"proportions": proportions}
+        return self._from_bank(bank, support_index, support_labels, query_index, ragged=ragged, **told)
+
+    @property
+    def needs_proportions(self) -> bool:
+        """Whether every call must tell the classes' shares of the query rows: some phase has ``marginals="given"``."""
+        return any(part.marginals == "given" for part in parts_of(self.phases))
+
     @property
     def takes_any_ways(self) -> bool:
         return (

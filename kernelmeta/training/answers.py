@@ -157,6 +157,8 @@ def check_use(chosen: Chosen, *, transductive: bool, proportions: bool) -> None:
     """
     if proportions and not _takes_proportions(chosen.learner):
         raise ValueError(f"proportions: {chosen.method} takes none; these do: {', '.join(TAKE_PROPORTIONS)}")
+    if not proportions and getattr(chosen.learner, "needs_proportions", False):
+        raise ValueError(f"proportions: {chosen.method} must be told the classes' shares of the query rows; give them")
     if proportions and not transductive:
         raise ValueError("proportions: with transductive=False each row is judged alone, and one row has none")
     if not transductive and _only_together(chosen.learner):
@@ -171,7 +173,8 @@ def check_use(chosen: Chosen, *, transductive: bool, proportions: bool) -> None:
 
 
 def _takes_proportions(learner: Any) -> bool:
-    return isinstance(learner, nn.SoftKMeans) or getattr(learner, "takes_proportions", False)
+    takes = getattr(learner, "takes_proportions", False) or getattr(learner, "needs_proportions", False)
+    return isinstance(learner, nn.SoftKMeans) or takes
 
 
 def told(learner: Any, n_features: int, relax: float) -> Any:

@@ -150,6 +150,7 @@ class Comparison:
         self.features = bank.features.to(device)
         self._chosen: dict[tuple[str, int, str, bool], dict[str, Any]] = {}
         self._transforms: dict[tuple[Any, ...], Transform] = {}
+        self._needing: set[str] = set()  # learners of which some candidate needs proportions
         self.candidates: dict[str, list[Candidate]] = {}
         for learner in config.learners:
             own = (candidates or {}).get(learner, CANDIDATES.get(learner, ({},)))
@@ -179,8 +180,9 @@ class Comparison:
 
     def _check(self, learner: str, shot: int, balance: str, candidate: Candidate) -> None:
         try:
+            head: Any = None
             if "run" in candidate:
-                self._of_run(learner, candidate)
+                head = self._of_run(learner, candidate)
             elif learner in UNTRAINED:
                 self._untrained(learner, candidate)
             else:
@@ -189,6 +191,10 @@ class Comparison:
                 with torch.device("meta"):
                     head = LEARNERS[learner].make(config, Rows(self.bank.n_features, self.bank.image_shape))
                 config.check_learner(head)
+            if getattr(head, "needs_proportions", False):
+                if not balance.startswith(KNOWN):
+                    raise ValueError(f"it must be told the classes' shares of the query rows: only {KNOWN}{balance}")
+                self._needing.add(learner)
         except (OSError, TypeError, ValueError) as error:
             raise ValueError(f"candidates: {learner} {describe(candidate)}: {error}") from None
 
@@ -258,7 +264,7 @@ class Comparison:
             **self.config.to_dict(),
             "titles": {name: TITLES[name] for name in self.config.learners},
             "assume_even": [name for name, kind in peers.items() if kind.assumes_even],
-            "take_proportions": [name for name, kind in peers.items() if kind.takes_proportions],
+            "take_proportions": self._told(),
             "features": fingerprint(self.bank),
             "source": self.bank.source,
             "cells": cells,
@@ -266,11 +272,16 @@ class Comparison:
             "backend": select(self.features.device.type),
         }
 
+    def _told(self) -> list[str]:
+        """Who is told the classes' shares of the query rows, where they are known."""
+        takes = {name for name, kind in PEERS.items() if kind.takes_proportions} | self._needing
+        return [name for name in self.config.learners if name in takes]
+
     def _cell(self, shot: int, balance: str) -> dict[str, Any]:
         known, plain = balance.startswith(KNOWN), balance.removeprefix(KNOWN)
         folder = self.out / f"{shot}-shot-{plain.replace(':', '-')}"
         self.say(f"{shot} shot{'s' if shot > 1 else ''}, {plain} queries{', proportions known' if known else ''}")
-        told = {name for name in self.config.learners if known and name in PEERS and PEERS[name].takes_proportions}
+        told = set(self._told()) if known else set()
         # Trained and chosen as where the proportions are not known, but for those who are told.
         chosen = {name: self._choose(folder, name, shot, plain, name in told) for name in self.config.learners}
         modules = {learner: entry.pop("module") for learner, entry in chosen.items()}

@@ -14,10 +14,10 @@ from tqdm import tqdm
 from kernelmeta import nn
 from kernelmeta.backends import select
 from kernelmeta.data.episodes import EpisodeSampler
-from kernelmeta.reference.task_rows import one_hot_targets
 from kernelmeta.training.calibration import CalibrationError
 from kernelmeta.training.learners import LEARNERS, TITLES, inner_steps, tasks_together
 from kernelmeta.training.loading import at_text
+from kernelmeta.training.proportions import query_shares
 
 Learner = Callable[..., Tensor]
 TASKS_PER_CALL = 64
@@ -66,7 +66,8 @@ def episode_accuracies(
         features: [n, D], those of the sampler's bank.
         first, episodes: the episodes are numbers first .. first+episodes-1 of the sampler.
         each: takes a learner's name, its logits [T, Q, N] and the answers [T, Q], some episodes at a time.
-        proportions: tell those learners that take them (``takes_proportions``) the classes' shares of the query rows.
+        proportions: tell those learners that take them (``takes_proportions``) the classes' shares of the query rows;
+            those that need them (``needs_proportions``) are told in any case.
 
     A row with NaN or infinite logits counts as wrong.
     """
@@ -84,8 +85,9 @@ def episode_accuracies(
                 support, query = features[support_index], features[query_index]
                 for name, learner in some.items():
                     told = {}
-                    if proportions and getattr(learner, "takes_proportions", False):
-                        told["proportions"] = one_hot_targets(answers, sampler.way, torch.float64).mean(1)
+                    takes = proportions and getattr(learner, "takes_proportions", False)
+                    if takes or getattr(learner, "needs_proportions", False):
+                        told["proportions"] = query_shares(answers, sampler.way)
                     logits = learner(support, labels, query, **told)[:n]
                     finite = logits.isfinite().all(-1)
                     right = (logits.argmax(-1) == answers[:n]) & finite
@@ -128,7 +130,8 @@ def evaluate(
         In percent: ``accuracy, ci95``; ``baselines: {prototypes, soft_kmeans: {accuracy, ci95, difference,
         difference_ci95}}`` (learner minus baseline, paired by episode); ``accuracy_over_steps``, a list of
         ``{steps, accuracy, ci95}``; also ``learner, episodes, way, shot, query, steps, seconds, backend``. ``steps`` is
-        0 for a learner without any. ``tasks_per_call`` is how many tasks shared a call, which matters for
+        0 for a learner without any; ``proportions_known`` says whether the learner was told the classes' shares of the
+        query rows, which the baselines never are. ``tasks_per_call`` is how many tasks shared a call, which matters for
         ``norm_stats="batch"`` alone; ``calibration`` is ``{temperature, error, error_calibrated}``, the expected
         calibration error without the temperature and with it, in percent; ``not_finite`` says of the learner and its
         baselines how many of the ``query_rows`` had NaN or infinite logits.
@@ -187,6 +190,7 @@ def evaluate(
         "shot": sampler.shot,
         "query": sampler.query,
         "steps": last,
+        "proportions_known": getattr(head, "needs_proportions", False),
         "accuracy": accuracy,
         "ci95": ci95,
         "baselines": baselines,
@@ -251,6 +255,8 @@ def table(results: dict[str, Any]) -> str:
             f"   {own.partition(',')[0]} is {ahead(row['difference'], row['difference_ci95'])}"
         )
     lines.append(f"{own:<{width}}{results['accuracy']:7.2f} ± {results['ci95']:.2f} %")
+    if results.get("proportions_known"):
+        lines.append(f"{own.partition(',')[0]} is told the classes' shares of the query rows, the others not")
     if "at" in results:
         lines.append(f"{own.partition(',')[0]}'s weights: {at_text(results)}")
     calibration = results["calibration"]

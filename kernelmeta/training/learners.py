@@ -80,17 +80,21 @@ def _ridge(rows: Rows, way: int, **features: Any) -> nn.Module:
 
 
 def parse_phases(text: str, learn_rates: bool = False) -> list[km_nn.Phase]:
-    """ "cross_entropy:5:0.1,synthetic_gradient:3:0.01" -> phases: oracle, steps, rate. Raises ValueError."""
+    """ "cross_entropy:5:0.1,assignment:3:0.01:given" -> phases: oracle, steps, rate, marginals where they are not the
+    oracle's own. Raises ValueError.
+    """
     phases = []
     for part in text.split(","):
         words = part.strip().split(":")
         try:
-            oracle, steps, lr = words[0], int(words[1]), float(words[2])
-            if len(words) != 3:
+            oracle, steps, lr, marginals = words[0], int(words[1]), float(words[2]), [*words[3:], None][0]
+            if len(words) > 4:
                 raise ValueError
         except (IndexError, ValueError):
-            raise ValueError(f"phases: expected ORACLE:STEPS:RATE, or several with commas, got {text!r}") from None
-        phases.append(km_nn.Phase(oracle, steps, lr, learn_rates=learn_rates))
+            raise ValueError(
+                f"phases: expected ORACLE:STEPS:RATE, MARGINALS behind it or not, or several with commas, got {text!r}"
+            ) from None
+        phases.append(km_nn.Phase(oracle, steps, lr, learn_rates=learn_rates, marginals=marginals))
     if sum(phase.steps for phase in phases) > MOST_STEPS:
         raise ValueError(f"phases: expected at most {MOST_STEPS} steps, got {text!r}")
     return phases

@@ -72,6 +72,10 @@ def load_predecessor(
     fewest, most = bounds(trained["way"])
     if not fewest <= int(config.way) <= most:
         raise ValueError(f"update_from: {path} was trained on {trained['way']} ways, this run is on {config.way}")
+    if getattr(learner, "needs_proportions", False):
+        raise ValueError(
+            f"update_from: {path} must be told the classes' shares of the query rows; it cannot be updated"
+        )
     learner = for_ways(learner, int(config.way))
     together = tasks_together(learner)
     if together not in (None, config.tasks_per_step):

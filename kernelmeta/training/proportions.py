@@ -12,6 +12,8 @@ from torch import Tensor
 
 from kernelmeta.data.words import listing
 from kernelmeta.ops.label_proportions import smoothed_proportions
+from kernelmeta.reference.task_rows import one_hot_targets
+from kernelmeta.tasks import Ragged
 
 TOLERANCE = 1e-6  # of their sum
 # Of counts (docs/scikit_learn.md): rows that each class has before any is counted; how many counted rows are trusted by
@@ -27,6 +29,22 @@ class Proportions(NamedTuple):
     """[N] float64, of the classes; they sum to 1."""
     relax: float = 1.0
     """How far they are trusted, see :class:`kernelmeta.nn.Phase`; 1 for shares that are known."""
+
+
+def query_shares(answers: Tensor, n_way: int, ragged: Ragged | None = None) -> Tensor:
+    """The classes' shares of the query rows of T tasks, [T, N] float64, from their labels.
+
+    Args:
+        answers: [T, Q] int64 in 0..N-1; [all query rows] of tasks of unequal size.
+        n_way: N.
+        ragged: tasks of unequal size.
+    """
+    rows = one_hot_targets(answers, n_way, torch.float64)
+    if ragged is None:
+        return rows.mean(1)
+    counts = ragged.query_offsets.diff()
+    task = torch.arange(len(counts), device=counts.device).repeat_interleave(counts, output_size=len(answers))
+    return rows.new_zeros(len(counts), n_way).index_add_(0, task, rows) / counts.unsqueeze(-1)
 
 
 def parse_proportions(text: str, name: str = "proportions") -> dict[str, float]:

@@ -41,6 +41,7 @@ from kernelmeta.training.finite import NotFiniteError, not_finite
 from kernelmeta.training.flat_parameters import FlatParameters, can_be_flat
 from kernelmeta.training.interruptions import interruptions
 from kernelmeta.training.learners import LEARNERS
+from kernelmeta.training.proportions import query_shares
 from kernelmeta.training.settings import bounds, check_memory
 
 if TYPE_CHECKING:
@@ -118,6 +119,10 @@ class Trainer:
         copies = 5 if self.validation else 4
         self.head = config.make_learner(bank.n_features, bank.image_shape, copies=copies).to(device)
         config.check_learner(self.head)
+        if predecessor is not None and getattr(self.head, "needs_proportions", False):
+            raise ValueError(
+                "update_from: a learner that is told the classes' shares of the query rows updates no other"
+            )
         if config.center == "train":
             self.head.center_on(self.features[(bank.class_split[bank.labels] == SPLITS["train"]).to(device)])
         self.head.train()
@@ -359,8 +364,10 @@ class Trainer:
         answers: Tensor,
         ragged: Ragged | None = None,
     ) -> tuple[Tensor, Tensor]:
-        even = {} if ragged is None else {"ragged": ragged}
-        logits = self.head.from_bank(self.features, support_index, support_labels, query_index, **even)
+        options: dict[str, Any] = {} if ragged is None else {"ragged": ragged}
+        if getattr(self.head, "needs_proportions", False):
+            options["proportions"] = query_shares(answers, self.head.n_way, ragged)
+        logits = self.head.from_bank(self.features, support_index, support_labels, query_index, **options)
         for parameter in self.parameters:
             parameter.grad = None
         if ragged is not None:  # every task counts alike, however many rows it has
