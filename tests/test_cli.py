@@ -234,7 +234,7 @@ RESUMABLE = {
 @pytest.mark.parametrize("command", RESUMABLE)
 def test_resume_without_a_run_is_an_error_that_names_the_likeliest(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for run in ("runs/first", "runs/second"):
+    for run in ("runs/first", "runs/second", "ruins/third"):
         os.makedirs(run)
         Path(run, "compare.json" if command == "compare" else "config.json").write_text("{}")
     os.makedirs("runs/empty")
@@ -243,6 +243,7 @@ def test_resume_without_a_run_is_an_error_that_names_the_likeliest(command, tmp_
         ("runs/frist", "--resume: runs/frist is not there; did you mean runs/first?"),
         ("rnus/first", "--resume: rnus/first is not there; did you mean runs/first?"),
         ("runs/empty", "--resume: runs/empty holds no run to go on with (without"),
+        ("runs/third", "--resume: runs/third is not there (without"),  # runs/ is, and no slip for another folder
         ("runs", "--resume: runs holds no run to go on with; it holds the runs runs/first, runs/second (without"),
         ("far/from/all", "--resume: far/from/all is not there (without"),
     ):

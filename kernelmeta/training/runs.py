@@ -64,8 +64,9 @@ def likeliest(out: Path, config: str = CONFIG) -> str:
         inside = sorted(str(folder) for folder in out.iterdir() if begun(folder, config))
         if inside:
             return f"; it holds the run{'s' if len(inside) > 1 else ''} {listing(inside, 5)}"
-    # A slip in the name of any folder on the way: candidates are spelled as `out` is.
-    slips = [(out.parent, out.name, "")] + [(p.parent, p.name, str(out.relative_to(p))) for p in out.parents if p.name]
+    # A slip in the last name, or in the name of a folder on the way that is not there; spelled as `out` is.
+    slips = [(out.parent, out.name, "")]
+    slips += [(p.parent, p.name, str(out.relative_to(p))) for p in out.parents if p.name and not p.exists()]
     for above, name, rest in slips:
         with suppress(OSError):
             there = [folder.name for folder in above.iterdir() if folder.name != name and begun(folder / rest, config)]

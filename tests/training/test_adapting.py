@@ -236,6 +236,7 @@ def refused(capsys, args: list[str]) -> str:
 
 
 def test_a_first_call_with_resume_says_that_it_is_the_first(folder, tmp_path, capsys):
+    write(folder / "tasks.parquet", draw_tasks(20))
     for out, words in (("answers", "; these"), ("answer", f"; did you mean {tmp_path / 'answers'}?; these")):
         assert main(command(folder, tmp_path / out, "--resume")) == 0
         assert f"--resume: no answers are in {tmp_path / out} yet{words} are the first" in capsys.readouterr().err
