@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 
 # What ``kernelmeta[train]`` brings, by the name to import and the name to install.
@@ -13,7 +14,19 @@ _NEEDED = {"tqdm": "tqdm", "PIL": "pillow", "matplotlib": "matplotlib", "tensorb
 
 
 def main() -> int:
-    """Run the command; returns its exit code."""
+    """Run the command; returns its exit code, 141 where nobody reads on what it prints (``kernelmeta info | head``), as
+    of a program that SIGPIPE ends.
+    """
+    try:
+        code = _command()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is printed at the very end
+        return 141
+    return code
+
+
+def _command() -> int:
     if sys.argv[1:] in (["info"], ["--version"]):  # which need nothing
         from kernelmeta import __version__
         from kernelmeta.info import text

@@ -96,7 +96,11 @@ def _plain_warnings(command: str) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run one command; returns the exit code.
+
+    Raises:
+        BrokenPipeError: nobody reads any more what the command prints.
+    """
     try:
         started()
         args = parser().parse_args(argv)
@@ -110,6 +114,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _plain_warnings(args.command):
             check_machine(args)
             args.run(args)
+    except BrokenPipeError as error:
+        if error.filename is None:  # what the command prints
+            raise
+        return _failed(args, _one_line(error))
     except (ValueError, TypeError, OSError, OverflowError, RecursionError, MemoryError, ImportError) as error:
         return _failed(args, _one_line(error))
     except RuntimeError as error:

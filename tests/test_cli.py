@@ -262,6 +262,19 @@ def test_ctrl_c_while_the_command_is_imported_is_no_traceback():
         assert (process.returncode, out, errors) == (130, "", "")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="pipes break otherwise there")
+@pytest.mark.parametrize("args", [("info",), ("--version",), ("completion", "bash"), ("train", "--help")])
+def test_that_nobody_reads_on_is_no_error(args):
+    """``kernelmeta info | head -1``"""
+    if args[0] == "completion":
+        pytest.importorskip("shtab", reason="shtab is not installed (kernelmeta[completion])")
+    process = start(*args)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() in (0, 141)
+
+
 @pytest.mark.parametrize("option", ["--device", "--out", "--way", "--data"])
 def test_two_dashes_are_no_value(capsys, bank_file, option):
     assert f"argument {option}: expected a value, got --" in refused(

@@ -56,7 +56,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                     raise
                 written_into = target
         if written_into is not None:
-            _pour(temporary, written_into)
+            try:
+                _pour(temporary, written_into)
+            except BrokenPipeError as error:
+                raise BrokenPipeError(error.errno, "nobody reads it any more", os.fspath(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
         os.close(handle)

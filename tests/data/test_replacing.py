@@ -50,6 +50,17 @@ def test_a_pipe_is_written_into_and_stays_one(tmp_path, kind):
     assert sorted(os.listdir(tmp_path)) == ["file", "link", "pipe"]
 
 
+def test_a_pipe_whose_reader_goes_is_an_error_that_names_it(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: open(pipe, "rb").close())
+    reader.start()
+    with pytest.raises(BrokenPipeError) as raised:
+        write_text(pipe, "x" * (1 << 20))
+    reader.join(10)
+    assert raised.value.filename == str(pipe) and str(raised.value.strerror) == "nobody reads it any more"
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_device_is_written_into_and_stays_one(kind, tmp_path):
     for device in ("/dev/null", tmp_path / "link"):
