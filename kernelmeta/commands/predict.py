@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from kernelmeta.command_line import HELP, Add, at_option, check_outputs, feature_options, machine_options, say_of
@@ -77,18 +78,25 @@ def _predict(args: argparse.Namespace) -> None:
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(_as_options(str(error))) from None
+    if answers.doubt is not None:
+        answers = replace(answers, doubt=_as_options(answers.doubt))
     answers.write_csv(args.out)
-    told = {"labelled rows from": args.support, "rows to label from": args.query, "backbone": args.backbone}
+    told = {
+        "labelled rows from": args.support, "rows to label from": args.query, "backbone": args.backbone,
+        "weights of the backbone": args.weights,
+    }  # fmt: skip
     answers.settings.update({name: value for name, value in told.items() if value is not None})
     if args.report is not None:
         write_report(args.report, answers)
     if answers.mixed is not None:
         say_of(args)(f"warning: {answers.mixed}")
     if answers.doubt is not None:
-        say_of(args)(f"warning: {_as_options(answers.doubt)}")
+        say_of(args)(f"warning: {answers.doubt}")
     if answers.which:
         say_of(args)(f"weights of {args.what}: {answers.which}")
-    right = "" if answers.accuracy is None else f"; {answers.accuracy:.1f} % of those that were labelled are right"
+    right = ""
+    if answers.accuracy is not None:
+        right = f"; {answers.accuracy:.1f} % of those that were labelled are right{answers.apart}"
     print(f"{args.out}: {counted(len(query.ids), 'label')} by {answers.method}{right}")
 
 

@@ -57,6 +57,9 @@ def scan_classes(root: str | os.PathLike[str]) -> ImageFolder:
     left = _LeftOut(base)
     folders = [entry for entry in left.visible(base) if entry.is_dir()]
     classes = {("test", _utf8(folder)): _images(folder, left) for folder in folders}
+    for folder, files in zip(folders, classes.values(), strict=True):
+        if not files:
+            left.other("class folders without an image", folder, named=True)
     loose = _images(base, _LeftOut(base))
     if loose:
         classes = {("test", ""): [*loose, *(file for files in classes.values() for file in files)]}

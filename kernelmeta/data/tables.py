@@ -221,16 +221,18 @@ def _vector_pieces(vector: Any) -> Iterator[Sequence[Any]]:
 # ---- columns
 
 
-def _columns(file: Path, columns: Sequence[str], label: str | None, labelled: bool) -> tuple[str | None, str | None]:
-    """The columns of labels and of names."""
+def _columns(
+    file: Path, columns: Sequence[str], label: str | None, labelled: bool, wanted: Sequence[str]
+) -> tuple[str | None, str | None]:
+    """The columns of labels and of names, which none of the features ``wanted`` is."""
     doubled = next((name for i, name in enumerate(columns) if name in columns[:i]), None)
     if doubled is not None:
         raise ValueError(f"{file}: two columns are called {doubled!r}")
     if label is not None and label not in columns and labelled:
         raise ValueError(f"{file}: no column {label!r}; there are {listing(columns)}")
     if label not in columns:
-        label = next((name for name in LABEL_NAMES if name in columns), None)
-    return label, next((name for name in ID_NAMES if name in columns and name != label), None)
+        label = next((name for name in LABEL_NAMES if name in columns and name not in wanted), None)
+    return label, next((name for name in ID_NAMES if name in columns and name not in (label, *wanted)), None)
 
 
 def _ordered(file: Path, found: list[str], wanted: Sequence[str]) -> list[str]:
@@ -343,7 +345,7 @@ def _csv(file: Path, label: str | None, labelled: bool, wanted: Sequence[str]) -
         raise ValueError(f"{file}: expected a first line that names the columns, got numbers")
     if len(rows) == 1:
         raise ValueError(f"{file}: no rows below its first line, which names the columns {listing(columns)}")
-    label_column, id_column = _columns(file, columns, label, labelled)
+    label_column, id_column = _columns(file, columns, label, labelled, wanted)
     others = [i for i, name in enumerate(columns) if name not in (label_column, id_column)]
     commas = _decimal_commas(file, columns, rows[1:], others)
 
@@ -441,7 +443,7 @@ def _of_columns(
     """
     import pyarrow as pa
 
-    label_column, id_column = _columns(file, schema.names, label, labelled)
+    label_column, id_column = _columns(file, schema.names, label, labelled, wanted)
     others = [field for field in schema if field.name not in (label_column, id_column)]
     lists = [f.name for f in others if _is_list(pa, f.type) and _is_plain(pa, f.type.value_type)]
     if len(lists) > 1:

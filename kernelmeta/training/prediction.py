@@ -6,7 +6,7 @@ import csv
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,23 +96,25 @@ def read_rows(
     Args:
         label: the column or array of the labels.
         labelled: a table without that column is an error.
-        backbone: for images.
+        backbone: for images; its ``skip_bad`` leaves out rows that are not finite, too.
         columns: what the features are called in another table; they come in that order.
         say: takes lines about what was left out.
 
     Raises:
         OSError: there is no such file or folder, or it cannot be read.
-        ValueError: it cannot be used; a row with features that are not finite.
+        ValueError: it cannot be used; a row with features that are not finite, and is not to be left out.
         ImportError: a .parquet without pyarrow.
     """
     path = Path(source)
     if path.is_dir() and not is_dataset_folder(path):
         return _images(source, backbone or Backbone(), say)
     if not path.is_dir() and is_safetensors(path) and "kernelmeta-bank" in read_metadata(path).get("format", ""):
-        bank = FeatureBank.load(path)
+        skip_bad = backbone is not None and backbone.skip_bad
+        bank = FeatureBank.load(path, non_finite="keep" if skip_bad else "refuse")
         classes = _without_split(bank)
         names = [classes[c] for c in bank.labels.tolist()]
-        return Rows(bank.features, [str(row) for row in range(len(names))], names, backbone=bank.backbone)
+        rows = Rows(bank.features, [str(row) for row in range(len(names))], names, backbone=bank.backbone)
+        return _finite(source, rows, backbone, say)
     table = open_table(path, label, labelled=labelled, columns=columns)
     for note in table.notes:
         say(note)
@@ -122,18 +124,28 @@ def read_rows(
         features = read_all(table.features())
     except ValueError as error:
         raise ValueError(str(error) if source in str(error) else f"{source}: {error}") from None
-    bad = (~features.isfinite().all(1)).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(
-            f"{source}: {counted(len(bad), 'row')} with NaN or infinite features, counted from 0: {listing(bad)}"
-        )
     labels = None if table.labels is None else _texts(part for piece in table.labels() for part in piece)
     ids = (
         [str(row) for row in range(len(features))]
         if table.ids is None
         else _texts(part for piece in table.ids() for part in piece)
     )
-    return Rows(features, ids, labels, columns=table.columns)
+    return _finite(source, Rows(features, ids, labels, columns=table.columns), backbone, say)
+
+
+def _finite(source: str, rows: Rows, backbone: Backbone | None, say: Callable[[str], None]) -> Rows:
+    """The rows, or those that are finite, if bad ones are to be left out. Raises ValueError."""
+    good = rows.features.isfinite().all(1)
+    bad = (~good).nonzero().flatten().tolist()
+    if not bad:
+        return rows
+    text = f"{counted(len(bad), 'row')} with NaN or infinite features, counted from 0: {listing(bad)}"
+    if backbone is None or not backbone.skip_bad:
+        raise ValueError(f"{source}: {text}")
+    say(f"{source}: left out: {text}")
+    kept = good.nonzero().flatten().tolist()
+    labels = None if rows.labels is None else [rows.labels[i] for i in kept]
+    return replace(rows, features=rows.features[good], ids=[rows.ids[i] for i in kept], labels=labels)
 
 
 def _without_split(bank: FeatureBank) -> Sequence[str]:
@@ -185,6 +197,7 @@ class Prediction:
         settings: what to tell a reader.
         which: the weights of the run that were taken; empty where there is none.
         mixed: that the rows, or the weights, are of different backbones; None where they are not, or nobody knows.
+        others: how many query rows have a label that is none of the classes'; the accuracy is without them.
     """
 
     method: str
@@ -196,6 +209,12 @@ class Prediction:
     settings: dict[str, Any]
     which: str = ""
     mixed: str | None = None
+    others: int = 0
+
+    @property
+    def apart(self) -> str:
+        """What stands behind the accuracy, if rows with labels do not count."""
+        return f", apart from {counted(self.others, 'row')} whose label is none of the support's" if self.others else ""
 
     def rows(self) -> list[tuple[str, str, float, str]]:
         """id, label, probability and runner-up of each row."""
@@ -272,9 +291,10 @@ def predict(
     found = probabilities(
         learner, rows, labels, of_query, transductive=transductive, temperature=temperature, proportions=of_query_rows
     ).cpu()
-    accuracy = None
+    accuracy, others = None, 0
     if query.labels is not None:
         known = [i for i, name in enumerate(query.labels) if name in classes]
+        others = sum(bool(name) for name in query.labels) - len(known)
         if known:
             right = [classes[int(found[i].argmax())] == query.labels[i] for i in known]
             accuracy = 100 * sum(right) / len(right)
@@ -298,7 +318,7 @@ def predict(
         settings["proportions"] = "taken to be equal"
     doubt = doubts(learner, rows, labels, of_query, classes, of_query_rows) if transductive else None
     mixed = mixed_backbones({what: features_of, "the support": support.backbone, "the query": query.backbone})
-    return Prediction(method, classes, found, query, doubt, accuracy, settings, which, mixed)
+    return Prediction(method, classes, found, query, doubt, accuracy, settings, which, mixed, others)
 
 
 def backbone_of(what: str) -> tuple[str | None, str | None]:

@@ -31,10 +31,12 @@ def write_report(path: str | os.PathLike[str], prediction: Prediction) -> None:
     rows = prediction.rows()
     order = sorted(range(len(rows)), key=lambda i: (rows[i][2], i))[:MOST_ROWS]
     shown = "" if len(order) == len(rows) else f" The {len(order)} least certain of {len(rows)} are shown."
-    doubt = "" if prediction.doubt is None else f'<p class="warning">{html.escape(prediction.doubt)}</p>'
+    warnings = [text for text in (prediction.mixed, prediction.doubt) if text is not None]
+    doubt = "".join(f'<p class="warning">{html.escape(text)}</p>' for text in warnings)
     settings = "".join(_row(name, value) for name, value in prediction.settings.items())
     if prediction.accuracy is not None:
-        settings += _row("right, of the rows that were labelled already", f"{prediction.accuracy:.1f} %")
+        right = f"{prediction.accuracy:.1f} %{prediction.apart}"
+        settings += _row("right, of the rows that were labelled already", right)
     fitted = prediction.settings.get("temperature", "1") != "1"
     calibrated = (
         ", with the temperature that was fitted on validation episodes"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import html.parser
 import re
 import shlex
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +24,7 @@ from runs import make_bank
 import kernelmeta as km
 from kernelmeta.cli import main
 from kernelmeta.data import FeatureBank
+from kernelmeta.data.folders import scan_classes
 from kernelmeta.training import prediction
 
 rng = np.random.default_rng(1)
@@ -117,6 +120,68 @@ def test_labels_of_the_query_are_compared(tmp_path, support, capsys):
     found = answers(tmp_path, "ridge", "--support", support, "--query", known)
     right = 100 * np.mean([row["label"] == NAMES[c] for row, c in zip(found, QUERY_CLASSES, strict=True)])
     assert f"{right:.1f} % of those that were labelled are right" in capsys.readouterr().out
+
+
+def test_labels_of_the_query_that_the_support_has_not_are_counted(tmp_path, support, capsys):
+    known = table(tmp_path / "known.csv", np.r_[QUERY, QUERY[:4]], [*(NAMES[c] for c in QUERY_CLASSES), *["lynx"] * 4])
+    answers(tmp_path, "ridge", "--support", support, "--query", known, "--report", tmp_path / "r.html")
+    apart = "apart from 4 rows whose label is none of the support"
+    assert f"are right, {apart}" in capsys.readouterr().out
+    assert f"%, {apart}" in (tmp_path / "r.html").read_text()
+
+
+@pytest.mark.parametrize("kind", ["csv", "safetensors"])
+def test_rows_that_are_not_finite_are_left_out_if_that_is_asked_for(tmp_path, support, kind, capsys):
+    bad = QUERY.copy()
+    bad[[3, 5], 1] = np.nan
+    names = [NAMES[c] for c in QUERY_CLASSES]
+    path = table(tmp_path / "bad.csv", bad, names)
+    if kind == "safetensors":
+        path = str(tmp_path / "bad.safetensors")
+        replace(FeatureBank.from_arrays(QUERY, np.array(names)), features=torch.from_numpy(bad)).save(path)
+    args = ["predict", "ridge", "--support", support, "--query", path, "--out", str(tmp_path / "labels.csv")]
+    assert main(args) == 2
+    assert "2 rows" in capsys.readouterr().err
+    assert main([*args, "--skip-bad"]) == 0
+    assert "left out: 2 rows with NaN or infinite features, counted from 0: 3, 5" in capsys.readouterr().err
+    with open(tmp_path / "labels.csv", newline="") as file:
+        assert [row["id"] for row in csv.DictReader(file)] == [str(i) for i in range(21) if i not in (3, 5)]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("name", ["y", "class", "id"])
+def test_a_feature_of_the_support_is_a_feature_of_the_query(tmp_path, name, kind):
+    """... though a column of that name is taken for labels or names elsewhere."""
+    pd = pytest.importorskip("pandas")
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    columns = ["x", name, *(f"f{i}" for i in range(4))]
+    of_support = pd.DataFrame(SUPPORT, columns=columns).assign(label=[NAMES[c] for c in SUPPORT_CLASSES])
+    for rows, frame in (("support", of_support), ("query", pd.DataFrame(QUERY, columns=columns))):
+        path = tmp_path / f"{rows}.{kind}"
+        frame.to_csv(path, index=False) if kind == "csv" else frame.to_parquet(path)
+    found = answers(tmp_path, "ridge", "--support", tmp_path / f"support.{kind}", "--query", tmp_path / f"query.{kind}")
+    assert np.mean([row["label"] == NAMES[c] for row, c in zip(found, QUERY_CLASSES, strict=True)]) > 0.9
+
+
+def test_the_report_holds_the_warnings_of_the_command(tmp_path, capsys):
+    for name, X, backbone in (("support", SUPPORT, "one"), ("query", QUERY[QUERY_CLASSES == 0], "another")):
+        labels = np.array(NAMES)[SUPPORT_CLASSES] if name == "support" else np.zeros(len(X), np.int64)
+        replace(FeatureBank.from_arrays(X, labels), backbone=backbone).save(tmp_path / f"{name}.safetensors")
+    files = [word for name in ("support", "query") for word in (f"--{name}", str(tmp_path / f"{name}.safetensors"))]
+    page = tmp_path / "r.html"
+    assert main(["predict", "soft_kmeans", *files, "--out", str(tmp_path / "l.csv"), "--report", str(page)]) == 0
+    said = re.findall(r"warning: (.*)", capsys.readouterr().err)
+    assert len(said) == 2 and "one" in said[0] and "--alone" in said[1]
+    text = html.unescape(page.read_text())
+    assert all(warning in text for warning in said) and "transductive=" not in text
+
+
+def test_an_empty_class_folder_is_told(tmp_path):
+    for colour, name in enumerate(("red", "green")):
+        paint(tmp_path / name / "0.png", colour)
+    (tmp_path / "blue").mkdir()
+    assert "1 class folder without an image (blue)" in "".join(scan_classes(tmp_path).notes)
 
 
 def test_doubts_are_said(tmp_path, support, capsys):
