@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from kernelmeta.command_line import PRETRAIN_HELP, Add, machine_options, reading, say_of, tell_bank
+from kernelmeta.command_line import Add, machine_options, reading, say_of, tell_bank
 from kernelmeta.data.counter import check_seed
 from kernelmeta.data.words import printable
 from kernelmeta.ranks import ranks
-from kernelmeta.training.backbones import BACKBONES, load_backbone, make_backbone
+from kernelmeta.training.backbones import BACKBONES, load_backbone, make_backbone, trained_style
 from kernelmeta.training.extraction import extract
 from kernelmeta.training.foreign_backbones import NAMES, ImageBackbone, is_foreign
 from kernelmeta.training.sources import open_images
@@ -44,7 +44,12 @@ def add_commands(add: Add) -> None:
         help="of the backbone: a checkpoint of pretrain, or published ones (default: those that"
         " timm:, torchvision: and hf: come with; others are untrained)",
     )
-    command.option("data", "--style", help=PRETRAIN_HELP["style"])
+    command.option(
+        "data",
+        "--style",
+        help="size and normalisation: miniimagenet (80 pixels) or cifar-fs (32) (default: as the backbone of --weights"
+        " was trained, else by the size of the first image)",
+    )
     command.option("run", "--seed", type=int, default=0, help="seed of untrained weights (default: 0)")
     command.option(
         "run", "--precision", choices=list(_PRECISIONS), default="float32",
@@ -64,7 +69,7 @@ def add_commands(add: Add) -> None:
 
 def _extract(args: argparse.Namespace) -> None:
     with ranks(args.device) as processes:
-        images = open_images(args.data, args.style)
+        images = open_images(args.data, args.style or trained_style(args.weights))
         trained = args.weights is not None or is_foreign(args.backbone)
         if trained:
             eyes = load_backbone(args.weights, args.backbone, images.channels, images.size)

@@ -184,7 +184,7 @@ class FolderImages:
         if style is None:
             sides = (side for side in map(shorter_side, self.paths) if side is not None)
             style = "cifar-fs" if next(sides, STYLES["miniimagenet"].size) <= 32 else "miniimagenet"
-        self.style = STYLES[style]
+        self.style_name, self.style = style, STYLES[style]
         self.size = self.style.size
 
     def _set(self, classes: dict[tuple[str, str], list[Path]]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 
 from kernelmeta import nn
+from kernelmeta.data.file_kinds import is_safetensors
 from kernelmeta.data.files import read_weights
+from kernelmeta.data.images import STYLES
 from kernelmeta.data.words import one_line
 from kernelmeta.graceful.small import PREFIX, SmallBackbone, parse_backbone
 from kernelmeta.nn import xfer
-from kernelmeta.training.checkpoint import Checkpoint
+from kernelmeta.training.checkpoint import Checkpoint, checkpoint_state
 from kernelmeta.training.finite import check_weights
 from kernelmeta.training.foreign_backbones import NAMES, ImageBackbone, foreign_backbone, is_foreign
 
@@ -38,6 +40,20 @@ def check_backbone(name: str) -> None:
         parse_backbone(name)
     elif name not in BACKBONES:
         raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}, or {NAMES}, got {name!r}")
+
+
+def trained_style(path: str | os.PathLike[str] | None) -> str | None:
+    """The style of images, see `kernelmeta.data.images.STYLES`, that the weights of a file were trained on: those of a
+    folder that ``kernelmeta pretrain`` saw. None of other files, and where nobody knows.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+    """
+    if path is None or not is_safetensors(path):
+        return None
+    state = checkpoint_state(path)
+    style = state.get("style") or state.get("config", {}).get("style")
+    return style if style in STYLES else None
 
 
 def load_backbone(path: str | os.PathLike[str] | None, name: str | None, channels: int, size: int) -> ImageBackbone:

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from kernelmeta.data import FeatureBank
 from kernelmeta.data.files import parse_json
-from kernelmeta.data.tensor_files import read_tensors, write_tensors
+from kernelmeta.data.tensor_files import read_metadata, read_tensors, write_tensors
 
 FORMAT = "kernelmeta-checkpoint-1"
 # What else a checkpoint may be.
@@ -84,6 +84,15 @@ class Checkpoint:
                 f"{path}: expected a checkpoint of 'kernelmeta {kind}', got one of {found!r}" + _KINDS.get(found, "")
             )
         return cls(kind, tensors, state)
+
+
+def checkpoint_state(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The state alone of a checkpoint, without its tensors; empty of a file that is none. Raises OSError."""
+    try:
+        state = parse_json(read_metadata(path)[_KEY])["state"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return dict(state) if isinstance(state, dict) else {}
 
 
 def check_same(trained: Mapping[str, Any], others: Mapping[str, Any], free: Collection[str], text: str) -> None:

@@ -32,7 +32,7 @@ from kernelmeta.training.answers import (
     mixed_backbones,
     probabilities,
 )
-from kernelmeta.training.backbones import load_backbone
+from kernelmeta.training.backbones import load_backbone, trained_style
 from kernelmeta.training.extraction import extract
 from kernelmeta.training.foreign_backbones import is_foreign
 from kernelmeta.training.loading import load_learner
@@ -170,7 +170,7 @@ def _plain(value: Any) -> Any:
 def _images(source: str, backbone: Backbone, say: Callable[[str], None]) -> Rows:
     if backbone.weights is None and not is_foreign(backbone.name):
         raise ValueError(f"{source} is a folder of images: give the --weights of a backbone, or --backbone timm:NAME")
-    images = FolderImages(source, scan=scan_classes)
+    images = FolderImages(source, trained_style(backbone.weights), scan=scan_classes)
     if backbone.skip_bad:
         images.check(skip_bad=True, workers=backbone.workers, progress=backbone.progress)
     eyes = load_backbone(backbone.weights, backbone.name, images.channels, images.size)

@@ -134,6 +134,7 @@ class Pretrainer:
                 "seed": self.config.seed,
                 "config": self.config.to_dict(),
                 "images": self.fingerprint,
+                "style": getattr(self.images, "style_name", None),
                 "classes": list(self.class_names),
                 "history": self.history,
             },

@@ -12,7 +12,7 @@ import torch
 from kernelmeta.data import FeatureBank
 from kernelmeta.data.images import BACKBONE_SPLIT, ArrayImages, FolderImages, LabelledImages
 from kernelmeta.data.words import printable
-from kernelmeta.training.backbones import load_backbone
+from kernelmeta.training.backbones import load_backbone, trained_style
 from kernelmeta.training.extraction import extract
 from kernelmeta.training.foreign_backbones import is_foreign
 
@@ -84,7 +84,7 @@ def open_bank(
                 " trains one), --backbone timm:NAME or the like, or a bank that 'kernelmeta extract' wrote"
             )
         return _glyph_pixels()
-    images = open_images(data, style)
+    images = open_images(data, style or trained_style(weights))
     eyes = load_backbone(weights, backbone, images.channels, images.size)
     source = f"{images.source}, {eyes.name}"
     return extract(images, eyes.module, source, name=eyes.name, prepare=eyes.prepare, device=device, **reading)

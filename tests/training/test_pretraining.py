@@ -7,13 +7,17 @@ from __future__ import annotations
 import signal
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from kernelmeta import nn
+from kernelmeta.cli import main
+from kernelmeta.data import FeatureBank
 from kernelmeta.data.images import ArrayImages
-from kernelmeta.training.backbones import load_backbone, make_backbone
+from kernelmeta.training.backbones import load_backbone, make_backbone, trained_style
 from kernelmeta.training.checkpoint import CHECKPOINT, Checkpoint
 from kernelmeta.training.extraction import extract
 from kernelmeta.training.pretraining import PretrainConfig, Pretrainer
@@ -164,3 +168,26 @@ def test_backbones_suit_their_images():
 def test_settings_that_cannot_be_are_refused_by_name(images, change, message):
     with pytest.raises(ValueError, match=message):
         Pretrainer(replace(CONFIG, **change), images)
+
+
+def test_images_of_another_size_are_seen_as_the_backbone_was_trained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for folder, size, classes in (("small/train", 28, "abcd"), ("known", 28, "ef"), ("large", 64, "efg")):
+        for name in classes:
+            (tmp_path / folder / name).mkdir(parents=True)
+            for i in range(6):
+                pixels = generator.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / folder / name / f"{i}.png")
+    short = ["--epochs", "1", "--warmup-epochs", "0", "--batch-size", "8", "--quiet"]
+    assert main(["pretrain", "small", *short, "--out", "run"]) == 0
+    weights = ["--weights", f"run/{CHECKPOINT}", "--quiet"]
+    assert trained_style(weights[1]) == "cifar-fs"
+    sizes = {}
+    for name, style in (("as trained", []), ("otherwise", ["--style", "miniimagenet"])):
+        assert main(["extract", "large", *weights, *style, "--out", "bank.safetensors"]) == 0
+        sizes[name] = FeatureBank.load("bank.safetensors").n_features
+    assert sizes == {"as trained": 256, "otherwise": 1600}
+    rows = ["--support", "known", "--query", "large"]
+    assert main(["predict", "prototypes", *rows, *weights, "--out", "labels.csv"]) == 0
+    assert len((tmp_path / "labels.csv").read_text().splitlines()) == 19
