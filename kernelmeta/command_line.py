@@ -273,9 +273,11 @@ def reading(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_outputs(outputs: Mapping[str, Path | None], inputs: Sequence[str]) -> None:
-    """Raise a ValueError where an output would take the place of an input, or of another output."""
+    """Raise a ValueError where an output would take the place of an input, or of another output, or is a folder."""
     taken = {os.path.realpath(name): name for name in inputs if os.path.isfile(name)}
     for option, path in outputs.items():
+        if path is not None and path.is_dir():
+            raise ValueError(f"{option}: {path} is a folder; expected the name of a file")
         if path is None or (path.exists() and not path.is_file()):  # a device or a pipe takes many
             continue
         real = os.path.realpath(path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from kernelmeta.command_line import Add, machine_options, reading, say_of, tell_bank
+from kernelmeta.command_line import Add, check_outputs, machine_options, reading, say_of, tell_bank
 from kernelmeta.data.counter import check_seed
 from kernelmeta.data.words import printable
 from kernelmeta.ranks import ranks
@@ -68,6 +68,7 @@ def add_commands(add: Add) -> None:
 
 
 def _extract(args: argparse.Namespace) -> None:
+    check_outputs({"--out": args.out}, [])
     with ranks(args.device) as processes:
         images = open_images(args.data, args.style or trained_style(args.weights))
         trained = args.weights is not None or is_foreign(args.backbone)

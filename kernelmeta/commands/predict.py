@@ -8,9 +8,9 @@ from pathlib import Path
 
 from kernelmeta.command_line import HELP, Add, at_option, check_outputs, feature_options, machine_options, say_of
 from kernelmeta.data.words import counted
-from kernelmeta.training.answers import TAKE_PROPORTIONS, UNTRAINED
+from kernelmeta.training.answers import TAKE_PROPORTIONS, UNTRAINED, method_or_weights
 from kernelmeta.training.foreign_backbones import is_foreign
-from kernelmeta.training.prediction import Backbone, backbone_of, predict, read_rows
+from kernelmeta.training.prediction import Backbone, backbone_of, check_folders, predict, read_rows
 from kernelmeta.training.proportions import parse_proportions
 from kernelmeta.training.report import write_report
 
@@ -67,6 +67,8 @@ def _predict(args: argparse.Namespace) -> None:
         raise ValueError(f"--out: {args.out}: labels are written as CSV, so expected a name that ends with .csv")
     backbone = Backbone(weights, name, args.device, args.workers, not args.quiet, args.skip_bad)
     check_outputs({"--out": args.out, "--report": args.report}, [args.support, args.query])
+    method_or_weights(args.what)
+    check_folders(args.support, args.query)
     support = read_rows(args.support, label=args.label, backbone=backbone, say=say_of(args))
     query = read_rows(
         args.query, label=args.label, labelled=False, backbone=backbone, columns=support.columns, say=say_of(args)

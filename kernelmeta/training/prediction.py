@@ -63,6 +63,12 @@ class Rows:
     backbone: str = ""
 
 
+_NO_LABELS = (
+    "support: no labels; --label names their column, images belong into a folder for each class, and of arrays"
+    " 'kernelmeta import X.npy y.npy' makes a bank"
+)
+
+
 class Backbone(NamedTuple):
     """What turns images into features.
 
@@ -167,6 +173,28 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, (bool, float)) and float(value).is_integer() else value
 
 
+def check_folders(support: str, query: str) -> None:
+    """What can be said of folders of images before any goes through a backbone, which may take hours.
+
+    Raises:
+        OSError: a folder cannot be read.
+        ValueError: no image in one of them; the labelled ones are not in folders of two classes or more.
+    """
+    for source in (support, query):
+        if not os.path.isdir(source) or is_dataset_folder(Path(source)):
+            continue
+        names = [name for _, name in scan_classes(source).classes]
+        if source == support:
+            if names == [""]:
+                raise ValueError(_NO_LABELS)
+            _check_classes(names)
+
+
+def _check_classes(names: Sequence[str]) -> None:
+    if len(names) < 2:
+        raise ValueError(f"support: expected labels of at least two classes, got one class: {names[0]!r}")
+
+
 def _images(source: str, backbone: Backbone, say: Callable[[str], None]) -> Rows:
     if backbone.weights is None and not is_foreign(backbone.name):
         raise ValueError(f"{source} is a folder of images: give the --weights of a backbone, or --backbone timm:NAME")
@@ -265,7 +293,7 @@ def predict(
             proportions that are none or that it does not take.
     """
     if support.labels is None:
-        raise ValueError("support: no labels; --label names their column, or put images into a folder for each class")
+        raise ValueError(_NO_LABELS)
     if not len(query.features):
         raise ValueError("query: no rows")
     D = support.features.shape[1]
@@ -278,8 +306,7 @@ def predict(
         raise ValueError(f"support: {error}") from None
     labels, values = codes.finish()
     classes = tuple(map(str, values))
-    if len(classes) < 2:
-        raise ValueError(f"support: expected labels of at least two classes, got one class: {classes[0]!r}")
+    _check_classes(classes)
     named, weights = method_or_weights(what)
     chosen = make_learner(named, weights, len(classes), D, at, transform=transform, center=center)
     check_use(chosen, transductive=transductive, proportions=proportions is not None or counts is not None)

@@ -520,6 +520,30 @@ def test_a_backbone_is_used_or_refused_and_images_that_cannot_be_read_are_left_o
     assert [row["id"] for row in again] == [row["id"] for row in found]
 
 
+@pytest.mark.parametrize(
+    ("what", "given", "message"),
+    [
+        ("softkmeans", {}, "neither a run, nor one of"),
+        ("prototypes", {"--out": "photos"}, "--out: photos is a folder"),
+        ("prototypes", {"--report": "photos"}, "--report: photos is a folder"),
+        ("prototypes", {"--support": "photos"}, "support: no labels"),
+        ("prototypes", {"--support": "one"}, "support: expected labels of at least two classes, got one class: 'red'"),
+        ("prototypes", {"--query": "empty"}, "empty: no images, and no folders of images"),
+    ],
+)
+def test_mistakes_are_found_before_any_image_is_looked_at(tmp_path, monkeypatch, what, given, message, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prediction, "load_backbone", lambda *_: pytest.fail("too late"))
+    for colour, name in enumerate(("red", "green")):
+        paint(tmp_path / "known" / name / "0.png", colour)
+        paint(tmp_path / "photos" / f"{name}.png", colour)
+    paint(tmp_path / "one" / "red" / "0.png", 0)
+    (tmp_path / "empty").mkdir()
+    options = {"--support": "known", "--query": "photos", "--out": "labels.csv", "--backbone": "timm:resnet18"}
+    assert main(["predict", what, *(word for pair in (options | given).items() for word in pair)]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_classes_of_a_bank_of_photos_are_called_as_their_folders_are():
     split = torch.tensor([0, 2], dtype=torch.uint8)
     for given, want in (
