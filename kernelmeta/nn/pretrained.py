@@ -157,7 +157,10 @@ def _hub() -> Any:
 
 
 def _fetched(repository: str, revision: str | None) -> Path:
-    hub = _hub()
+    try:
+        hub = _hub()
+    except ImportError as error:
+        raise ImportError(f"{repository}: no such folder; {error}") from None
     try:
         return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=[CONFIG, MODEL, CARD]))
     except Exception as error:  # of several kinds, by what the Hub or the network says

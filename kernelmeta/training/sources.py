@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 from kernelmeta.data import FeatureBank
+from kernelmeta.data.file_kinds import is_safetensors
 from kernelmeta.data.images import BACKBONE_SPLIT, ArrayImages, FolderImages, LabelledImages
+from kernelmeta.data.tables import SUFFIXES
 from kernelmeta.data.words import printable
 from kernelmeta.training.backbones import load_backbone, trained_style
 from kernelmeta.training.extraction import extract
@@ -91,7 +93,12 @@ def open_bank(
 
 
 def _bank(path: str, skip_bad: bool, say: Say) -> FeatureBank:
-    bank = FeatureBank.load(path, non_finite="keep")
+    try:
+        bank = FeatureBank.load(path, non_finite="keep")
+    except ValueError as error:
+        if Path(path).suffix.lower() not in SUFFIXES or is_safetensors(path):
+            raise
+        raise ValueError(f"{error}; 'kernelmeta import' makes a bank of such files") from None
     bad = bank.non_finite_rows()
     if not len(bad):
         return bank

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -31,3 +32,14 @@ def test_glyphs_as_images():
 def test_a_bank_takes_no_weights(tmp_path):
     with pytest.raises(ValueError, match=r"weights: .* is not a folder of images"):
         open_bank(str(tmp_path / "bank.safetensors"), weights="some.pth")
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "X.npy"])
+def test_a_file_that_import_takes_is_no_bank_and_says_so(tmp_path, name):
+    path = tmp_path / name
+    if name == "X.npy":
+        np.save(path, np.zeros((3, 2)))
+    else:
+        path.write_text("a,b,label\n1,2,x\n")
+    with pytest.raises(ValueError, match=r"not a safetensors file.*'kernelmeta import' makes a bank of such files"):
+        open_bank(str(path))
