@@ -34,7 +34,8 @@ BLOCKS = [
 def test_the_code_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     bank = make_bank()
-    names = ("otter", "marten", "badger", "unknown", *bank.class_names[4:])
+    # As extract names the classes of a folder.
+    names = ("test/otter", "test/marten", "test/badger", "test/unknown", *bank.class_names[4:])
     km.data.FeatureBank(bank.features, bank.labels, bank.class_split, names).save("photos.safetensors")
     # Together with the imports that an earlier block of the file may have made.
     exec(compile(f"import torch\nimport kernelmeta as km\n{block}", "documentation", "exec"), {})

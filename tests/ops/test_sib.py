@@ -386,7 +386,10 @@ def test_rows_that_an_index_names(Q: int, D: int, dtype: torch.dtype) -> None:
     bank = torch.randn(40, D, generator=g, dtype=torch.float64).to(dtype)
     bank[5], bank[6] = bank[4], 3 * bank[4]
     wide = torch.promote_types(dtype, torch.float32)
-    head = km.nn.SIB(3, D, steps=2, inner_lr=0.01).to(wide)
+    # Not any weights: BatchNorm over few rows may divide by nearly nothing, and then any float32 loses digits.
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        head = km.nn.SIB(3, D, steps=2, inner_lr=0.01).to(wide)
     labels = torch.tensor([[0, 1, 2, 1]]).expand(3, -1).contiguous()
     support, query = (torch.randint(0, 40, (3, n), generator=g) for n in (4, Q))
 
