@@ -48,6 +48,10 @@ _LEAST = {
     "channels": 1, "validate_every": 0, "average": 0,
 }  # fmt: skip
 
+# Units, channels, features: learners with no more of each fit into any machine. (PyTorch takes most of a second to get
+# ready for tensors without memory, by which larger ones are counted.)
+_SMALL = 4096
+
 
 @dataclass(frozen=True)
 class TrainConfig(Settings):
@@ -160,11 +164,13 @@ class TrainConfig(Settings):
             ValueError: the learner cannot take such rows.
             MemoryError: so many copies would not fit into the machine's memory.
         """
-        check_memory(
-            f"{self.learner} with {n_features} features"
-            + "".join(f", {name} {value}" for name in ("hidden", "channels") if (value := getattr(self, name))),
-            copies * self.learner_bytes(n_features, image_shape),
-        )
+        ways = bounds(self.way)[1]
+        if max(self.hidden or 8 * ways, self.channels or 0, n_features) > _SMALL:
+            check_memory(
+                f"{self.learner} with {n_features} features"
+                + "".join(f", {name} {value}" for name in ("hidden", "channels") if (value := getattr(self, name))),
+                copies * self.learner_bytes(n_features, image_shape),
+            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             head = LEARNERS[self.learner].make(self, Rows(n_features, image_shape))

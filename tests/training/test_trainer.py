@@ -6,6 +6,7 @@ import os
 import pty
 import select
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -376,3 +377,12 @@ def test_two_processes_give_what_one_gives(bank_file, tmp_path):
     assert not torch.equal(one.tensors["model"]["weight"], torch.ones(24))
     for a, b in zip(one.state["history"], two.state["history"], strict=True):
         assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_making_a_learner_imports_nothing_that_takes_long():
+    code = (
+        "import sys; import kernelmeta.cli; from kernelmeta.training.config import TrainConfig\n"
+        "for learner in ('sib', 'ridge', 'combined'): TrainConfig(learner=learner).make_learner(64)\n"
+        "assert not {'sympy', 'torch._dynamo'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
