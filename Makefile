@@ -22,7 +22,7 @@ JOBS := $(shell getconf _NPROCESSORS_ONLN 2> /dev/null || echo 2)
 # Without a GPU nothing that runs needs CUDA kernels, which take minutes: they stay where they are, and are compiled, for
 # one architecture, by test-rare.
 ifeq ($(shell command -v nvidia-smi),)
-demo bench docs test: export KERNELMETA_BUILD ?= $(if $(wildcard kernelmeta/_native/libkernelmeta_cuda.so),auto,cpu)
+demo bench docs test arm-test abi-test: export KERNELMETA_BUILD ?= $(if $(wildcard kernelmeta/_native/libkernelmeta_cuda.so),auto,cpu)
 demo bench docs test test-rare: export TORCH_CUDA_ARCH_LIST ?= 9.0
 endif
 

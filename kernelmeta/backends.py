@@ -147,7 +147,7 @@ def is_traced() -> bool:
 
 def holds_numbers(tensor: torch.Tensor) -> bool:
     """Whether the values of a tensor can be looked at: not while it is traced, nor where it is fake or on "meta"."""
-    if is_traced() or tensor.is_meta:
+    if is_traced() or torch.jit.is_tracing() or tensor.is_meta:
         return False
     return all(torch._C._get_dispatch_mode(mode) is None for mode in _WITHOUT_NUMBERS)
 

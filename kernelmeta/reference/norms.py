@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernelmeta.backends import holds_numbers
+
 FLOOR = 1e-12  # the least that a row is divided by, as in torch.nn.functional.normalize
 
 
@@ -13,6 +15,25 @@ def unit_and_length(rows: Tensor) -> tuple[Tensor, Tensor]:
 
     Their derivatives are finite at zero, all of them.
     """
+    if rows.device.type != "cpu" or not holds_numbers(rows):  # (on a GPU, to look at numbers is to wait for them)
+        return _of_any(rows)
+    rows = rows.view_as(rows)  # where the parts of its gradient meet, in one order whatever else rows are used for
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    numbers = torch.finfo(rows.dtype)  # Squares of products of lengths, which derivatives have, are numbers, too.
+    common = (length.detach() > max(FLOOR, numbers.tiny**0.25)) & (length.detach() < numbers.max**0.25)
+    if not common.all():  # Each row its own way, so that no result depends on the rows beside it.
+        h, length = unit_and_length(torch.where(common, rows, 1.0))
+        of_any = _of_any(rows)
+        return torch.where(common, h, of_any[0]), torch.where(common, length, of_any[1])
+    return rows / length, length
+
+
+def unit(rows: Tensor) -> Tensor:
+    """``x / max(|x|, 1e-12)`` of rows [..., D]."""
+    return unit_and_length(rows)[0]
+
+
+def _of_any(rows: Tensor) -> tuple[Tensor, Tensor]:
     # Over its largest element, a constant: neither the length nor the normalised row depends on it. The sum of squares
     # is then at least 1, but where the row is at the floor.
     least = max(FLOOR, torch.finfo(rows.dtype).tiny)
@@ -20,8 +41,3 @@ def unit_and_length(rows: Tensor) -> tuple[Tensor, Tensor]:
     scaled = rows / largest
     over_largest = scaled.square().sum(-1, keepdim=True).clamp_min((FLOOR / least) ** 2).sqrt()
     return scaled / over_largest, largest * over_largest
-
-
-def unit(rows: Tensor) -> Tensor:
-    """``x / max(|x|, 1e-12)`` of rows [..., D]."""
-    return unit_and_length(rows)[0]

@@ -36,7 +36,8 @@ from kernelmeta.tasks import Classifier, Ragged
 
 LEAST_MASS = 1e-12  # of a class; one with fewer rows stays where it is in a soft assignment
 LEAST_MEAN = 1e-30  # of a prediction, for its logarithm
-FEW = 32  # ways up to which PyTorch is quicker with the classes of many rows in the outer dimension
+FEW = 16  # ways up to which PyTorch is quicker with the classes of many rows in the outer dimension,
+CACHED = 2**20  # unless the elements of a task's rows are more than these
 
 
 class Adapted(NamedTuple):
@@ -139,7 +140,7 @@ def run_phases(
     def classify(rows: Tensor) -> Tensor:
         """Logits [T, rows, N]."""
         weights = scale * unit(theta) if scale is not None and cosine else theta
-        products = (weights @ rows.transpose(-1, -2)).transpose(-1, -2) if N < FEW else rows @ weights.transpose(-1, -2)
+        products = _products(rows, weights)
         if euclidean and scale is not None:
             return scale * (products - theta.square().sum(-1).unsqueeze(-2) / 2)
         if not cosine:
@@ -176,7 +177,7 @@ def run_phases(
                 if phase.marginals != "none":
                     assert shares is not None
                     p = transport(logits, shares, bags, phase.relax).transpose(-1, -2)
-                elif N < FEW:
+                elif _classes_outside(rows, N):
                     p = logits.transpose(-1, -2).softmax(-2)
                 else:
                     p = logits.softmax(-1).transpose(-1, -2)
@@ -233,6 +234,18 @@ def run_phases(
         logits, theta, b = classify(query), scale * theta, scale * theta.square().sum(-1) / -2
         return Adapted(logits, theta, b, P["support"], P["query"], a)
     return Adapted(classify(query), theta, b, P["support"], P["query"], a)
+
+
+def _classes_outside(rows: Tensor, n_way: int) -> bool:
+    """Whether PyTorch is quicker where the classes lie in the outer dimension of logits."""
+    return n_way < FEW and rows.shape[-2] * rows.shape[-1] <= CACHED
+
+
+def _products(rows: Tensor, weights: Tensor) -> Tensor:
+    """Of each row with each class, [T, rows, N]."""
+    if _classes_outside(rows, weights.shape[-2]):
+        return (weights @ rows.transpose(-1, -2)).transpose(-1, -2)
+    return rows @ weights.transpose(-1, -2)
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
