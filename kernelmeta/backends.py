@@ -137,9 +137,6 @@ class _Mirror:
 _mirror = _Mirror()
 
 
-_WITHOUT_NUMBERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
-
-
 def is_traced() -> bool:
     """Inside torch.compile or a torch.func transform: what runs must be plain PyTorch or one of our ops."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
@@ -149,7 +146,8 @@ def holds_numbers(tensor: torch.Tensor) -> bool:
     """Whether the values of a tensor can be looked at: not while it is traced, nor where it is fake or on "meta"."""
     if is_traced() or torch.jit.is_tracing() or tensor.is_meta:
         return False
-    return all(torch._C._get_dispatch_mode(mode) is None for mode in _WITHOUT_NUMBERS)
+    mode_of, kinds = torch._C._get_dispatch_mode, torch._C._TorchDispatchModeKey
+    return mode_of(kinds.FAKE) is None and mode_of(kinds.PROXY) is None
 
 
 def backends() -> dict[str, Backend]:

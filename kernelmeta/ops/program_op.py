@@ -164,16 +164,16 @@ def _outgrow_gram(T: int, supports: int, queries: int, N: int, D: int, phases: t
     """Whether T tasks with so many support and query rows together take fewer multiplications without Gram matrices.
 
     It takes (S + Q)^2 D / 2 multiplications a task, and (S + Q)^2 elements; without it a step takes 2 (S + Q) N D, in
-    products that PyTorch's own are good at. Those come with some dozen calls a step.
+    products that PyTorch's own are good at. Those come with some dozen calls a step. The factors were measured.
     """
     S, Q = supports // max(T, 1), queries // max(T, 1)
     of_query, steps = phases[1::PHASE_NUMBERS], sum(phases[3::PHASE_NUMBERS])
     gram = (0 if all(of_query) else S * (S / 2 + Q)) + (Q * Q / 2 if any(of_query) else 0)
     rows = Q + (0 if all(of_query) else S)
-    with_gram = gram * D + steps * gram * N
+    with_gram = 0.7 * gram * D + 1.5 * steps * gram * N
     without = (3 + 2 * steps) * rows * N * D
-    calls = 1.5e6 * (1 + steps)
-    return T * with_gram > 2 * T * without + calls
+    calls = 2.2e6 * (1 + steps)
+    return T * with_gram > T * without + calls
 
 
 OP = DifferentiableOp(

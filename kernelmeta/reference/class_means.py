@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from kernelmeta.backends import is_traced
 from kernelmeta.reference.norms import unit
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.task_rows import check_label_range
@@ -14,7 +15,7 @@ from kernelmeta.reference.task_rows import check_label_range
 @without_autocast
 def class_means(support: Tensor, support_labels: Tensor, n_way: int, weight: Tensor | None = None) -> Tensor:
     """Weighted means of the normalised support rows of every class. See :func:`kernelmeta.ops.class_means`."""
-    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+    if not is_traced():
         check_labels(support_labels, n_way)
     if weight is not None:
         support, weight = promoted(support, weight)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -15,17 +17,28 @@ def unit_and_length(rows: Tensor) -> tuple[Tensor, Tensor]:
 
     Their derivatives are finite at zero, all of them.
     """
-    if rows.device.type != "cpu" or not holds_numbers(rows):  # (on a GPU, to look at numbers is to wait for them)
+    # On a GPU, to look at numbers is to wait for them. A row of one number is of length 1 without rounding below.
+    if rows.device.type != "cpu" or rows.shape[-1] == 1 or not holds_numbers(rows):
         return _of_any(rows)
     rows = rows.view_as(rows)  # where the parts of its gradient meet, in one order whatever else rows are used for
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    numbers = torch.finfo(rows.dtype)  # Squares of products of lengths, which derivatives have, are numbers, too.
-    common = (length.detach() > max(FLOOR, numbers.tiny**0.25)) & (length.detach() < numbers.max**0.25)
-    if not common.all():  # Each row its own way, so that no result depends on the rows beside it.
-        h, length = unit_and_length(torch.where(common, rows, 1.0))
-        of_any = _of_any(rows)
-        return torch.where(common, h, of_any[0]), torch.where(common, length, of_any[1])
-    return rows / length, length
+    known, (least, most) = length.detach(), _common_lengths(rows.dtype)
+    if known.numel():
+        shortest, longest = known.aminmax()
+        if least < shortest.item() and longest.item() < most:
+            return rows / length, length
+    # Each row its own way, so that no result depends on the rows beside it.
+    common = (known > least) & (known < most)
+    h, length = unit_and_length(torch.where(common, rows, 1.0)) if common.any() else (rows, length)
+    of_any = _of_any(rows)
+    return torch.where(common, h, of_any[0]), torch.where(common, length, of_any[1])
+
+
+@functools.cache
+def _common_lengths(dtype: torch.dtype) -> tuple[float, float]:
+    """Between them squares of products of lengths, which derivatives have, are numbers, too."""
+    numbers = torch.finfo(dtype)
+    return max(FLOOR, numbers.tiny**0.25), numbers.max**0.25
 
 
 def unit(rows: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
+from kernelmeta.backends import holds_numbers, is_traced
 from kernelmeta.mlp_parameters import MLPParameters
 from kernelmeta.phases import GUESSED, Part, Phase, parts_of
 from kernelmeta.reference.class_means import check_labels, class_means
@@ -126,9 +127,12 @@ def run_phases(
     T, N, _ = theta0.shape
     y = one_hot(labels, N).to(theta0.dtype)
     sizes = y.sum(-2)  # support rows of each class, [T, N]
+    all_labelled = holds_numbers(sizes) and sizes.device.type == "cpu" and bool((sizes > 0).all())
     cosine, euclidean = classifier == "cosine", classifier == "euclidean"
     if cosine:
-        support, query = unit(support), unit(query)
+        query = unit(query)
+        if any(part.rows == "support" for part in parts_of(phases)):
+            support = unit(support)
         assert scale is not None
     theta, lrs = theta0, rates.unbind()
     a = theta0.new_ones(T, N)
@@ -182,9 +186,10 @@ def run_phases(
                 else:
                     p = logits.softmax(-1).transpose(-1, -2)
                 own = p.sum(-1)
-                counts = torch.where(sizes + own < LEAST_MASS, torch.ones_like(sizes), sizes)
+                counts = sizes if all_labelled else torch.where(sizes + own < LEAST_MASS, 1.0, sizes)
                 mass = counts + own
-                theta = torch.lerp(theta, (counts.unsqueeze(-1) * start[0] + p @ rows) / mass.unsqueeze(-1), lr)
+                sums = torch.baddbmm(counts.unsqueeze(-1) * start[0], p, rows)
+                theta = torch.lerp(theta, sums / mass.unsqueeze(-1), lr)
                 if coefficients:
                     a = torch.lerp(a, counts * start[1] / mass, lr)
                 for name in P:
@@ -244,8 +249,8 @@ def _classes_outside(rows: Tensor, n_way: int) -> bool:
 def _products(rows: Tensor, weights: Tensor) -> Tensor:
     """Of each row with each class, [T, rows, N]."""
     if _classes_outside(rows, weights.shape[-2]):
-        return (weights @ rows.transpose(-1, -2)).transpose(-1, -2)
-    return rows @ weights.transpose(-1, -2)
+        return torch.bmm(weights, rows.transpose(-1, -2)).transpose(-1, -2)
+    return torch.bmm(rows, weights.transpose(-1, -2))
 
 
 def _sum(tensors: Iterable[Tensor]) -> Tensor:
@@ -304,7 +309,7 @@ def adapt(
         support: Tensor, labels: Tensor, query: Tensor, ways: int, theta0: Tensor | None, shares: Tensor | None,
         bag_offsets: Tensor | None,
     ) -> Adapted:  # fmt: skip
-        if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+        if (theta0 is not None or start == "zero") and not is_traced():  # (class means look for themselves)
             (check_label_range if given_start else check_labels)(labels, ways)
         if theta0 is not None:
             theta0 = theta0[..., :ways, :].expand(support.shape[0], -1, -1)

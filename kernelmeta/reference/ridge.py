@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
+from kernelmeta.backends import is_traced
 from kernelmeta.reference.class_means import check_labels
 from kernelmeta.reference.precision import promoted, without_autocast
 from kernelmeta.reference.task_rows import each_task, gathered
@@ -31,7 +32,7 @@ def solve(
     kernel = support @ support.transpose(-1, -2)
     matrix = kernel + regularization * torch.eye(support.shape[-2], dtype=support.dtype, device=support.device)
     factor, failed = torch.linalg.cholesky_ex(matrix)
-    if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+    if not is_traced():
         check_labels(labels, n_way)
         _check_regular(matrix, factor, failed, first_task)
     alpha = torch.cholesky_solve(one_hot(labels, n_way).to(support.dtype), factor)
