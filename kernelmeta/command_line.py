@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import os
 import sys
 import textwrap
@@ -75,9 +76,21 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line."""
 
     commands: Mapping[str, argparse.ArgumentParser] = {}
+    _words: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())} (see {self.prog} --help)\n")
+        text = " ".join(message.splitlines()) + self._meant()
+        self.exit(2, f"{self.prog}: error: {text} (see {self.prog} --help)\n")
+
+    def _meant(self) -> str:
+        """The option that was likely meant by the first that there is not."""
+        options = [name for action in self._actions for name in action.option_strings]
+        given = [word.partition("=")[0] for word in self._words if word.startswith("--") and word != "--"]
+        for name in given:
+            close = [] if name in options else difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+            if close:
+                return f" (there is no {name}; did you mean {close[0]}?)"
+        return ""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse's, but the command that was given names its own help where it does not know an option."""
@@ -91,6 +104,7 @@ class Parser(argparse.ArgumentParser):
         for word in args or ():
             if word.startswith("--") and word.endswith("=--"):  # which argparse would take for an empty list
                 self.error(f"argument {word[:-3]}: expected a value, got --")
+        self._words = args or ()
         return super().parse_known_args(args, namespace)
 
 

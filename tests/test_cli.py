@@ -511,7 +511,11 @@ def test_info_says_what_runs(capsys):
         (("--workers", 10**9), "--workers: expected 0 to 1024"),
         (("--data", ""), "data: expected glyphs, a bank or a folder of images"),
         (("--eval-episodes", 1), "--eval-episodes: expected 0 or at least 2"),
-        (("--colour", "red"), "unrecognized arguments: --colour red"),
+        (("--colour", "red"), "unrecognized arguments: --colour red (see"),
+        (
+            ("--episode", "5"),
+            "unrecognized arguments: --episode 5 (there is no --episode; did you mean --episodes?) (see",
+        ),
     ],
 )
 def test_train_refuses_what_cannot_be(capsys, bank_file, tmp_path, args, message):

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from kernelmeta.command_line import Add, at_option, claimed_by_first, feature_options, machine_options, say_of
 from kernelmeta.data.files import read_json, write_json
-from kernelmeta.data.task_tables import Piece
+from kernelmeta.data.task_tables import Piece, unanswered
+from kernelmeta.data.words import counted
 from kernelmeta.ranks import Ranks, ranks
 from kernelmeta.training import runs
 from kernelmeta.training.adapting import Adapter, Job
@@ -46,6 +47,12 @@ def add_commands(add: Add) -> None:
         help="Parquet, or a folder of such files: columns task, support_rows, support_labels, query_rows (lists)",
     )
     command.option("data", "--bank", required=True, metavar="BANK", help="whose rows the tasks name by their numbers")
+    command.option(
+        "data",
+        "--skip-bad",
+        action="store_true",
+        help="go on without tasks that cannot be answered: they get no labels, and 'problem' says why (default: stop)",
+    )
     feature_options(command)
     at_option(command)
     command.option("output", "--out", type=Path, required=True, metavar="DIR", help="folder of the answers, Parquet")
@@ -70,7 +77,9 @@ def _adapt(args: argparse.Namespace) -> None:
     # From any folder: workers may be elsewhere.
     what = os.path.abspath(args.what) if os.path.exists(args.what) else args.what
     tasks, bank, out = (os.path.abspath(path) for path in (args.tasks, args.bank, args.out))
-    job = Job(tasks, bank, what, out, args.tasks_per_file, args.at, args.device, args.transform, args.center)
+    job = Job(
+        tasks, bank, what, out, args.tasks_per_file, args.at, args.device, args.transform, args.center, args.skip_bad
+    )
     with ranks(args.device) as processes, claimed_by_first(args.out, processes):
         _adapt_in(args, job, processes)
 
@@ -106,8 +115,14 @@ def _adapt_in(args: argparse.Namespace, job: Job, processes: Ranks) -> None:
         return
     seconds = time.monotonic() - began
     done, files = len(adapter.files), len(adapter.files.pieces())
-    results = {"tasks": done, "files": files, "tasks_now": left, "seconds": seconds, "processes": processes.size}
+    bad, first = unanswered(out / piece.name for piece in adapter.files.pieces())
+    results = {"tasks": done, "files": files, "tasks_now": left, "seconds": seconds, "processes": processes.size,
+               "unanswered": bad}  # fmt: skip
     write_json(out / runs.RESULTS, results)
+    if bad == done and bad:
+        raise ValueError(f"no task could be answered; the first: {first}")
+    if bad:
+        say_of(args)(f"{counted(bad, 'task')} without an answer ('problem' says why); the first: {first}")
     rate = f"; {left / seconds:,.0f} tasks a second" if left else ""
     print(f"{out}: {done:,} tasks in {files:,} file{'s' if files != 1 else ''}{rate}")
 

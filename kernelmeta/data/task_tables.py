@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ class Tasks:
         labels: of the support rows, 0..n_ways[t]-1 in each task, in the order of the labels' values.
         classes: the values of the labels of all tasks, one task after the other, an Arrow array.
         class_offsets: [T + 1], where each task's begin.
+        problems: why tasks that nobody can answer cannot be; they have no rows here.
     """
 
     ids: Any
@@ -53,6 +54,7 @@ class Tasks:
     class_offsets: _Ints
     query_rows: _Ints
     query_offsets: _Ints
+    problems: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.support_offsets) - 1
@@ -64,6 +66,8 @@ class TaskFiles:
     Args:
         path: the file or folder.
         per_piece: tasks that are read at a time.
+        skip_bad: a task without support, or with another number of labels than of rows, is kept as one that nobody can
+            answer (`Tasks.problems`).
 
     Raises:
         OSError: there is no such file or folder, or it cannot be read.
@@ -71,8 +75,8 @@ class TaskFiles:
         ImportError: pyarrow is missing.
     """
 
-    def __init__(self, path: str | os.PathLike[str], per_piece: int) -> None:
-        self._pa = arrow()
+    def __init__(self, path: str | os.PathLike[str], per_piece: int, skip_bad: bool = False) -> None:
+        self._pa, self._skip_bad = arrow(), skip_bad
         folder = Path(path)
         self.paths = sorted(folder.glob("*.parquet")) if folder.is_dir() else [folder]
         if not self.paths:
@@ -105,7 +109,8 @@ class TaskFiles:
         """The tasks of some pieces, in their order; row groups without any are not looked at.
 
         Raises:
-            OSError, ValueError: the file is damaged; a task (named) that has no support, or not as many labels as rows.
+            OSError, ValueError: the file is damaged; a task (named) that has no support, or not as many labels as rows,
+                unless such are skipped.
         """
         pieces = sorted(wanted)
         for file, group in sorted({(piece.file, piece.group) for piece in pieces}):
@@ -162,68 +167,105 @@ class TaskFiles:
             first, left = first + n, left - n
 
     def _tasks(self, path: Path, table: Any) -> Tasks:
-        pa = self._pa
-        ids = _one(pa, table.column("task"))
-        support, support_offsets = self._lists(path, table, "support_rows", ids)
-        labels, label_offsets = self._lists(path, table, "support_labels", ids)
-        query, query_offsets = self._lists(path, table, "query_rows", ids)
-        uneven = np.flatnonzero(np.diff(support_offsets) != np.diff(label_offsets))
-        if len(uneven):
-            raise ValueError(
-                f"{path}: task {ids[int(uneven[0])]}: {np.diff(support_offsets)[uneven[0]]} support_rows, but"
-                f" {np.diff(label_offsets)[uneven[0]]} support_labels"
-            )
-        empty = np.flatnonzero(np.diff(support_offsets) == 0)
-        if len(empty):
-            raise ValueError(f"{path}: task {ids[int(empty[0])]}: no support_rows")
-        own, classes, class_offsets = _own_labels(pa, labels, support_offsets)
+        ids = _one(self._pa, table.column("task"))
+        problems: dict[int, str] = {}
+        support, support_offsets = self._lists(path, table, "support_rows", problems)
+        labels, label_offsets = self._lists(path, table, "support_labels", problems)
+        query, query_offsets = self._lists(path, table, "query_rows", problems)
+        rows, names = np.diff(support_offsets), np.diff(label_offsets)
+        for task in np.flatnonzero(rows != names).tolist():
+            problems.setdefault(task, f"{rows[task]} support_rows, but {names[task]} support_labels")
+        for task in np.flatnonzero(rows == 0).tolist():
+            problems.setdefault(task, "no support_rows")
+        if problems:
+            first = min(problems)
+            if not self._skip_bad:
+                raise ValueError(f"{path}: task {ids[first]}: {problems[first]}")
+            bad = np.isin(np.arange(len(ids)), list(problems))
+            support, support_offsets = _without(self._pa, support, support_offsets, bad)
+            labels, _ = _without(self._pa, labels, label_offsets, bad)
+            query, query_offsets = _without(self._pa, query, query_offsets, bad)
+        own, classes, class_offsets = _own_labels(self._pa, labels, support_offsets)
         return Tasks(
-            ids, _ints(support), support_offsets, own, classes, class_offsets, _ints(query), query_offsets
+            ids, _ints(support), support_offsets, own, classes, class_offsets, _ints(query), query_offsets, problems
         )  # fmt: skip
 
-    def _lists(self, path: Path, table: Any, name: str, ids: Any) -> tuple[Any, _Ints]:
-        """All values of a column of lists, and the offsets of the rows."""
+    def _lists(self, path: Path, table: Any, name: str, problems: dict[int, str]) -> tuple[Any, _Ints]:
+        """All values of a column of lists, and the offsets of the rows; a row that lacks something has a problem."""
         import pyarrow.compute as pc
 
         column = _one(self._pa, table.column(name))
         lengths = pc.list_value_length(column)
         values = column.flatten()
-        if lengths.null_count or values.null_count:
-            at = int(np.flatnonzero(np.asarray(column.is_null()))[0]) if lengths.null_count else None
-            named = "" if at is None else f"task {ids[at]}: "
-            raise ValueError(f"{path}: {named}column {name!r} has rows without a value")
-        return values, np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))])
+        offsets = np.concatenate([[0], np.cumsum(np.asarray(lengths.fill_null(0), np.int64))])
+        for task in np.flatnonzero(np.asarray(lengths.is_null())).tolist():
+            problems.setdefault(task, f"no {name}")
+        holes = np.flatnonzero(np.asarray(values.is_null()))
+        for task in (np.searchsorted(offsets, holes, "right") - 1).tolist():
+            problems.setdefault(task, f"{name} has an element without a value")
+        return values, offsets
 
 
-def write_answers(path: Path, tasks: Tasks, best: _Ints, probabilities: np.ndarray[Any, Any]) -> None:
-    """Write one file of answers, whole or not at all: a row a task, ``task``, and the lists ``query_rows``, ``labels``
-    and ``probabilities``. Raises OSError.
+def _without(pa: Any, values: Any, offsets: _Ints, bad: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[Any, _Ints]:
+    """The lists of tasks, those of the bad ones empty."""
+    lengths = np.diff(offsets)
+    return values.filter(pa.array(np.repeat(~bad, lengths))), np.concatenate([[0], np.cumsum(lengths * ~bad)])
+
+
+def write_answers(
+    path: Path, tasks: Tasks, best: _Ints, probabilities: np.ndarray[Any, Any], problems: Mapping[int, str]
+) -> None:
+    """Write one file of answers, whole or not at all: a row a task, ``task``, the lists ``query_rows``, ``labels`` and
+    ``probabilities``, and ``problem``. Raises OSError.
 
     Args:
         tasks: the tasks.
         best: of each query row the class, 0..n_ways[t]-1.
         probabilities: of these.
+        problems: of tasks without an answer: these have no lists of labels and probabilities.
     """
     pa = arrow()
     import pyarrow.parquet as pq
 
+    bad = np.isin(np.arange(len(tasks)), list(problems))
     task = np.repeat(np.arange(len(tasks)), np.diff(tasks.query_offsets))
-    labels = tasks.classes.take(pa.array(tasks.class_offsets[task] + best))
+    labels = tasks.classes.take(pa.array(tasks.class_offsets[task] + best, mask=bad[task]))
     offsets = pa.array(tasks.query_offsets, pa.int32())
 
-    def lists(values: Any) -> Any:
-        return pa.ListArray.from_arrays(offsets, values)
+    def lists(values: Any, mask: Any = None) -> Any:
+        return pa.ListArray.from_arrays(offsets, values, mask=mask)
 
+    missing = pa.array(bad) if problems else None
     table = pa.table(
         {
             "task": tasks.ids,
             "query_rows": lists(pa.array(tasks.query_rows)),
-            "labels": lists(labels),
-            "probabilities": lists(pa.array(probabilities.astype(np.float32))),
+            "labels": lists(labels, missing),
+            "probabilities": lists(pa.array(probabilities.astype(np.float32)), missing),
+            "problem": pa.array([problems.get(t) for t in range(len(tasks))], pa.string()),
         }
     )
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
+
+
+def unanswered(paths: Iterable[Path]) -> tuple[int, str]:
+    """How many tasks of files of answers have a problem, and the first of them, in words."""
+    arrow()
+    import pyarrow.parquet as pq
+
+    count, first = 0, ""
+    for path in paths:
+        with pq.ParquetFile(path) as file:
+            if "problem" not in file.schema_arrow.names:
+                continue
+            problems = file.read(["problem"]).column(0)
+            here = len(problems) - problems.null_count
+            if here and not first:
+                at = problems.is_valid().index(True).as_py()
+                first = f"task {file.read(['task']).column(0)[at]}: {problems[at]}"
+        count += here
+    return count, first
 
 
 def arrow() -> Any:

@@ -6,6 +6,7 @@ into being whole: what is there after a kill is done, and what is not is done ag
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,7 @@ from kernelmeta.training.loading import load_learner
 # What a call takes: elements of the rows of its tasks, and logits.
 ELEMENTS = 1 << 23
 _Ints = np.ndarray[Any, np.dtype[np.int64]]
+_Bools = np.ndarray[Any, np.dtype[np.bool_]]
 
 
 class Learners:
@@ -86,6 +88,7 @@ class Job:
         per_piece: tasks a file of answers.
         device: where learners run.
         transform, center: of the features, see `Learners`.
+        skip_bad: a task that cannot be answered gets no labels, but a problem; else it is an error.
     """
 
     tasks: str
@@ -97,6 +100,7 @@ class Job:
     device: str = "cpu"
     transform: str | None = None
     center: str | None = None
+    skip_bad: bool = False
 
 
 class Adapter:
@@ -104,7 +108,7 @@ class Adapter:
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.files = TaskFiles(job.tasks, job.per_piece)
+        self.files = TaskFiles(job.tasks, job.per_piece, job.skip_bad)
         # Rows are looked at when they are used: the bank may be larger than memory.
         self.bank = FeatureBank.load(job.bank, non_finite="keep")
         self._features = self.bank.features.to(job.device)
@@ -143,52 +147,62 @@ class Adapter:
 
         Raises:
             OSError: a file cannot be read or written.
-            ValueError: a task, named, that cannot be answered.
+            ValueError: a task, named, that cannot be answered, unless such are skipped.
         """
         for piece, tasks in self.files.read(list(pieces)):
             self.bank.check_file()
-            best, probabilities = self.answer(tasks)
-            write_answers(Path(self.job.out) / piece.name, tasks, best, probabilities)
+            write_answers(Path(self.job.out) / piece.name, tasks, *self.answer(tasks))
             yield piece
 
     @torch.no_grad()
-    def answer(self, tasks: Tasks) -> tuple[_Ints, np.ndarray[Any, Any]]:
-        """The class of each query row, 0..n_ways[t]-1, and its probability.
+    def answer(self, tasks: Tasks) -> tuple[_Ints, np.ndarray[Any, Any], dict[int, str]]:
+        """The class of each query row, 0..n_ways[t]-1, its probability, and the problems of tasks that are skipped.
 
         Raises:
             ValueError: a task, named, with rows that the bank has not, a number of classes that the learner does not
-                take, or without a finite answer.
+                take, or without a finite answer; unless such are skipped.
         """
+        problems = dict(tasks.problems)
+
+        def problem(task: int, text: str) -> None:
+            if not self.job.skip_bad:
+                raise ValueError(f"task {tasks.ids[task]}: {text}")
+            problems.setdefault(task, text)
+
         n = len(self.bank.labels)
         for name, rows, offsets in (
             ("support_rows", tasks.support_rows, tasks.support_offsets),
             ("query_rows", tasks.query_rows, tasks.query_offsets),
         ):
-            bad = np.flatnonzero((rows < 0) | (rows >= n))
-            if len(bad):
-                task = int(np.searchsorted(offsets, bad[0], "right")) - 1
-                raise ValueError(f"task {tasks.ids[task]}: {name}: expected 0..{n - 1}, got {rows[bad[0]]}")
+            for row in np.flatnonzero((rows < 0) | (rows >= n)).tolist():
+                problem(_task_of(offsets, row), f"{name}: expected 0..{n - 1}, got {rows[row]}")
         best = np.zeros(len(tasks.query_rows), np.int64)
         probability = np.ones(len(tasks.query_rows), np.float32)  # of a task with one class alone
-        for pack in _packs(tasks, self.bank.n_features, self._together(tasks)):
+        usable = ~np.isin(np.arange(len(tasks)), list(problems))
+        for pack in _packs(tasks, self.bank.n_features, self._together(tasks, usable), usable):
             query = _rows_of(tasks.query_offsets, pack)
-            logits = self._logits(tasks, pack, query)
+            ways = np.diff(tasks.class_offsets)[pack]
+            try:
+                learner = self._learners.for_ways(int(ways.max()))
+            except ValueError as error:
+                for task in pack[ways == ways.max()].tolist():
+                    problem(task, str(error))
+                continue
+            logits = self._logits(learner, tasks, pack, query)
             top = torch.softmax(logits.float() / self._learners.temperature, -1).max(-1)
             # With tasks of fewer ways than others, what lies beyond is -inf.
             values = top.values.cpu().numpy()
-            bad = np.flatnonzero(~np.isfinite(values))
-            if len(bad):
-                task = int(np.searchsorted(tasks.query_offsets, query[bad[0]], "right")) - 1
-                raise ValueError(f"task {tasks.ids[task]}: no finite answer; are its rows finite, and not too large?")
+            for row in query[~np.isfinite(values)].tolist():
+                problem(_task_of(tasks.query_offsets, row), "no finite answer; are its rows finite, and not too large?")
             best[query], probability[query] = top.indices.cpu().numpy(), values
-        return best, probability
+        return best, probability, problems
 
-    def _together(self, tasks: Tasks) -> _Together:
-        ways = np.diff(tasks.class_offsets)
-        most = int(ways.max(initial=1))
-        if most < 2:
-            return _Together(ragged=True, padded=False)
-        return self._how(self._learner(tasks, int(ways.argmax()), most))
+    def _together(self, tasks: Tasks, usable: _Bools) -> _Together:
+        for most in np.unique(np.diff(tasks.class_offsets)[usable])[::-1].tolist():
+            if most > 1:
+                with contextlib.suppress(ValueError):  # (which is told of the tasks of so many ways)
+                    return self._how(self._learners.for_ways(most))
+        return _Together(ragged=False, padded=False)
 
     def _how(self, learner: Any) -> _Together:
         # Plain PyTorch does tasks of unequal size one after the other.
@@ -196,16 +210,8 @@ class Adapter:
         ragged = bool(getattr(learner, "takes_ragged", False)) and not plain
         return _Together(ragged, padded=not ragged and not learner.transductive)
 
-    def _learner(self, tasks: Tasks, task: int, n_way: int) -> Any:
-        try:
-            return self._learners.for_ways(n_way)
-        except ValueError as error:
-            raise ValueError(f"task {tasks.ids[task]}: {error}") from None
-
-    def _logits(self, tasks: Tasks, pack: _Ints, query: _Ints) -> Tensor:
+    def _logits(self, learner: Any, tasks: Tasks, pack: _Ints, query: _Ints) -> Tensor:
         """[all query rows of the pack, N]"""
-        ways = np.diff(tasks.class_offsets)[pack]
-        learner = self._learner(tasks, int(pack[ways.argmax()]), int(ways.max()))
         support = _rows_of(tasks.support_offsets, pack)
         how = self._how(learner)
         own = None if how.ragged else _padded(tasks.query_offsets, pack)
@@ -222,7 +228,7 @@ class Adapter:
             torch.from_numpy(np.concatenate([[0], np.cumsum(np.diff(of)[pack])])).to(device)
             for of in (tasks.support_offsets, tasks.query_offsets)
         ]
-        n_ways = torch.from_numpy(ways).to(device)
+        n_ways = torch.from_numpy(np.diff(tasks.class_offsets)[pack]).to(device)
         found = learner.from_bank(
             self._features, support_index, labels, query_index, ragged=Ragged(offsets[0], offsets[1], n_ways)
         )
@@ -247,11 +253,13 @@ class _Together(NamedTuple):
     padded: bool
 
 
-def _packs(tasks: Tasks, n_features: int, together: _Together) -> Iterator[_Ints]:
-    """Numbers of the tasks that share a call; those with one class alone, or without query rows, are left out."""
+def _packs(tasks: Tasks, n_features: int, together: _Together, usable: _Bools) -> Iterator[_Ints]:
+    """Numbers of the usable tasks that share a call; those with one class alone, or without query rows, are left
+    out.
+    """
     sizes = np.stack([np.diff(tasks.class_offsets), np.diff(tasks.support_offsets), np.diff(tasks.query_offsets)])
     order = np.lexsort(sizes[::-1])
-    order = order[(sizes[0, order] > 1) & (sizes[2, order] > 0)]
+    order = order[usable[order] & (sizes[0, order] > 1) & (sizes[2, order] > 0)]
     first, elements, logits = 0, 0, 0
     for i, task in enumerate(order):
         now = _Sizes(*sizes[:, task].tolist())
@@ -279,13 +287,18 @@ class _Padded(NamedTuple):
     """The places of the rows of some tasks, [T, most], and which count; the others are a task's last row again."""
 
     places: _Ints
-    counted: np.ndarray[Any, np.dtype[np.bool_]]
+    counted: _Bools
 
 
 def _padded(offsets: _Ints, pack: _Ints) -> _Padded:
     counts = np.diff(offsets)[pack, None]
     position = np.arange(counts.max())
     return _Padded(offsets[:-1][pack, None] + np.minimum(position, counts - 1), position < counts)
+
+
+def _task_of(offsets: _Ints, row: int) -> int:
+    """Whose a row is."""
+    return int(np.searchsorted(offsets, row, "right")) - 1
 
 
 def _rows_of(offsets: _Ints, pack: _Ints) -> _Ints:

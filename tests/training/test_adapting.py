@@ -247,23 +247,71 @@ def test_a_first_call_with_resume_says_that_it_is_the_first(folder, tmp_path, ca
 GOOD: Task = ("a user", [0, 40], ["x", "y"], [1, 41])
 
 
-@pytest.mark.parametrize(
-    ("task", "message"),
-    [
-        (("bad", [0, 960], ["x", "y"], [1]), "task bad: support_rows: expected 0..959, got 960"),
-        (("bad", [0, 40], ["x", "y"], [-1]), "task bad: query_rows: expected 0..959, got -1"),
-        (("bad", [0, 40], ["x"], [1]), "task bad: 2 support_rows, but 1 support_labels"),
-        (("bad", [], [], [1]), "task bad: no support_rows"),
-        (("bad", None, ["x"], [1]), "task bad: column 'support_rows' has rows without a value"),
-        (("bad", [0, 40], ["x", None], [1]), "column 'support_labels' has rows without a value"),
-    ],
-)
+BAD: list[tuple[Any, str]] = [
+    (("bad", [0, 960], ["x", "y"], [1]), "support_rows: expected 0..959, got 960"),
+    (("bad", [0, 40], ["x", "y"], [3, -1]), "query_rows: expected 0..959, got -1"),
+    (("bad", [0, 40], ["x"], [1]), "2 support_rows, but 1 support_labels"),
+    (("bad", [], [], [1]), "no support_rows"),
+    (("bad", None, ["x"], [1]), "no support_rows"),
+    (("bad", [0, 40], ["x", None], [1]), "support_labels has an element without a value"),
+    (("bad", [0, 40], ["x", "y"], None), "no query_rows"),
+    (("bad", [0, 40], ["x", "y"], [1, None]), "query_rows has an element without a value"),
+]
+
+
+@pytest.mark.parametrize(("task", "message"), BAD)
 def test_a_task_that_cannot_be_is_named(folder, tmp_path, capsys, task, message):
     write(tmp_path / "tasks.parquet", [GOOD, task, GOOD])
     args = command(folder, tmp_path / "out")
     args[args.index("--tasks") + 1] = str(tmp_path / "tasks.parquet")
-    assert message in refused(capsys, args)
+    assert f"task bad: {message}" in refused(capsys, args)
     assert not list(tmp_path.glob("out/part*"))
+
+
+def test_tasks_that_cannot_be_are_left_out_if_told_to(folder, tmp_path, capsys):
+    """The others get what they would get without them, whichever come first, and each file the same bytes again."""
+    bad = [*(task for task, _ in BAD), ("bad", [0, 40], ["x", "y"], [1, 7]), ("bad", [7, 40], ["x", "y"], [1])]
+    messages = [*(message for _, message in BAD), *["no finite answer; are its rows finite, and not too large?"] * 2]
+    good = draw_tasks(len(bad), 5)
+    write(tmp_path / "good.parquet", good)
+    write(tmp_path / "tasks.parquet", [task for pair in zip(bad, good, strict=True) for task in pair])
+    bank = make_bank(samples=40)
+    bank.features[7] = float("nan")
+    bank.save(tmp_path / "bank.safetensors")
+    for name in ("good", "tasks"):
+        args = command(tmp_path, tmp_path / name, "--skip-bad", "--tasks-per-file", 7, tasks=f"{name}.parquet")
+        assert main(args) == 0
+    assert f"10 tasks without an answer ('problem' says why); the first: task bad: {messages[0]}" in (
+        capsys.readouterr().err
+    )
+    assert json.loads((tmp_path / "tasks" / "results.json").read_text())["unanswered"] == len(bad)
+    whole, alone = answers(tmp_path / "tasks"), answers(tmp_path / "good")
+    assert {name: values[1::2] for name, values in whole.items()} == alone
+    assert alone["problem"] == [None] * len(good)
+    assert whole["problem"][::2] == messages
+    assert whole["labels"][::2] == whole["probabilities"][::2] == [None] * len(bad)
+    assert whole["query_rows"][2] == [3, -1]
+
+
+def test_classes_that_weights_do_not_take_are_left_out_if_told_to(folder, tmp_path, capsys):
+    write(folder / "tasks.parquet", [GOOD, *draw_tasks(4, ways=(3, 3))])
+    assert main(command(folder, tmp_path / "out", "--skip-bad", what=str(folder / "sib"))) == 0
+    found = answers(tmp_path / "out")
+    assert "was trained for 3 classes at a time, not 2" in found["problem"][0]
+    assert found["problem"][1:] == [None] * 4 and all(found["labels"][1:])
+    write(folder / "few.parquet", [GOOD])
+    line = refused(
+        capsys, command(folder, tmp_path / "no", "--skip-bad", what=str(folder / "sib"), tasks="few.parquet")
+    )
+    assert "no task could be answered; the first: task a user: weights: " in line
+
+
+def test_a_run_that_a_bad_task_stopped_goes_on_without_it(folder, tmp_path, capsys):
+    write(folder / "tasks.parquet", [GOOD, GOOD, BAD[0][0], GOOD])
+    args = command(folder, tmp_path / "out", "--tasks-per-file", 1)
+    assert "task bad" in refused(capsys, args)
+    assert main([*args, "--resume", "--skip-bad"]) == 0
+    assert [problem is None for problem in answers(tmp_path / "out")["problem"]] == [True, True, False, True]
 
 
 def test_what_does_not_fit_is_named(folder, tmp_path, capsys):
