@@ -105,10 +105,15 @@ class FewShotClassifier(ClassifierMixin, BaseEstimator):
         if len(self.classes_) < 2:
             only = self.classes_.tolist()[0]
             raise ValueError(f"y: expected labels of at least two classes, got one class: {only!r}")
-        chosen = make_learner(
-            self.method, self.weights, len(self.classes_), X.shape[1], self.at, transform=self.feature_transform,
-            center=self.feature_center,
-        )  # fmt: skip
+        try:
+            chosen = make_learner(
+                self.method, self.weights, len(self.classes_), X.shape[1], self.at, transform=self.feature_transform,
+                center=self.feature_center,
+            )  # fmt: skip
+        except ValueError as error:  # in the words of this class
+            message = str(error)
+            named = f"feature_{message}" if message.startswith(("center: ", "transform: ")) else message
+            raise ValueError(named) from None
         self.method_, self.learner_ = chosen.method, chosen.learner
         self.temperature_ = chosen.temperature if self.temperature is None else self.temperature
         self._known_proportions()

@@ -115,6 +115,8 @@ def test_trained_weights(run) -> None:
     [
         ({"method": "knn"}, "method: expected one of soft_kmeans, prototypes"),
         ({"method": "sib"}, "sib must be trained; give the weights"),
+        ({"feature_center": "tsk"}, "^feature_center: expected one of none, task, train, got 'tsk'"),
+        ({"feature_transform": "sqrt"}, "^feature_transform: expected 'none' or 'power:P'"),
         ({"method": "ridge", "weights": "run"}, "are of sib"),
         ({"weights": "run", "classes": 3}, "was trained for 4 classes at a time, not 3"),
         ({"weights": "run", "features": 9}, "was trained on 16 features, but the rows have 9"),

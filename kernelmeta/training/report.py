@@ -16,6 +16,7 @@ MOST_ROWS = 500
 _THUMBNAIL = 96  # pixels
 _BINS = 10
 _MOST_BARS = 40  # of a plot
+_MOST_LETTERS = 32  # of a name beside a bar
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .3rem .6rem; }
@@ -99,13 +100,21 @@ def _bars(title: str, counts: dict[str, int]) -> str:
     if len(shown) < len(counts):
         title = f"{title} (the {len(shown)} most frequent of {len(counts)})"
         counts = {name: n for name, n in counts.items() if name in set(shown)}
-    height, left, width = 18, 120, 240
+    longest = min(max(map(len, counts), default=0), _MOST_LETTERS)
+    height, left, width = 18, 24 + 7 * longest, 240
     most = max([1, *counts.values()])
     bars = "".join(
-        f'<text x="{left - 6}" y="{y + 13}" text-anchor="end">{html.escape(name[:16])}</text>'
+        f'<text x="{left - 6}" y="{y + 13}" text-anchor="end">{_shortened(name)}</text>'
         f'<rect x="{left}" y="{y + 2}" width="{width * n / most:.1f}" height="{height - 4}" fill="#4a6fa5"/>'
         f'<text x="{left + width * n / most + 4:.1f}" y="{y + 13}">{n}</text>'
         for y, (name, n) in zip(range(0, height * len(counts), height), counts.items(), strict=True)
     )
     size = f'width="{left + width + 60}" height="{height * len(counts)}"'
     return f'<figure><figcaption>{title}</figcaption><svg {size} font-size="12">{bars}</svg></figure>'
+
+
+def _shortened(name: str) -> str:
+    """A name that fits beside a bar; a pointer that rests on it shows it whole."""
+    if len(name) <= _MOST_LETTERS:
+        return html.escape(name)
+    return f"{html.escape(name[: _MOST_LETTERS - 1])}…<title>{html.escape(name)}</title>"

@@ -318,6 +318,16 @@ def test_the_report_of_very_many_classes_stays_readable(tmp_path):
     assert report.read_text().count("<rect") == 40 + 10
 
 
+def test_the_report_shows_long_names(tmp_path):
+    names = ["a passably long name of a class", "a name of a class that is much too long for a plot & more"]
+    support = table(tmp_path / "s.csv", np.eye(2, dtype=np.float32), names)
+    report = tmp_path / "report.html"
+    answers(tmp_path, "prototypes", "--support", support, "--query", support, "--report", report)
+    bars = report.read_text().partition("<svg")[2].partition("</svg>")[0]
+    assert f">{names[0]}</text>" in bars
+    assert f">{names[1][:31]}…<title>{names[1].replace('&', '&amp;')}</title></text>" in bars
+
+
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
