@@ -10,6 +10,7 @@ from torch import Tensor
 from kernelmeta.backends import holds_numbers
 
 FLOOR = 1e-12  # the least that a row is divided by, as in torch.nn.functional.normalize
+MANY = 2**15  # numbers from which on the passes over them take longer than the calls
 
 
 def unit_and_length(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -17,16 +18,15 @@ def unit_and_length(rows: Tensor) -> tuple[Tensor, Tensor]:
 
     Their derivatives are finite at zero, all of them.
     """
-    # On a GPU, to look at numbers is to wait for them. A row of one number is of length 1 without rounding below.
-    if rows.device.type != "cpu" or rows.shape[-1] == 1 or not holds_numbers(rows):
+    # (on a GPU, to look at numbers is to wait for them)
+    if rows.device.type != "cpu" or not holds_numbers(rows) or rows.numel() < MANY:
         return _of_any(rows)
     rows = rows.view_as(rows)  # where the parts of its gradient meet, in one order whatever else rows are used for
     length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     known, (least, most) = length.detach(), _common_lengths(rows.dtype)
-    if known.numel():
-        shortest, longest = known.aminmax()
-        if least < shortest.item() and longest.item() < most:
-            return rows / length, length
+    shortest, longest = known.aminmax()
+    if least < shortest.item() and longest.item() < most:
+        return rows / length, length
     # Each row its own way, so that no result depends on the rows beside it.
     common = (known > least) & (known < most)
     h, length = unit_and_length(torch.where(common, rows, 1.0)) if common.any() else (rows, length)

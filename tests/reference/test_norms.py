@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from kernelmeta.reference import norms
 from kernelmeta.reference.norms import FLOOR, unit, unit_and_length
 
 # What rows of length about 1 are multiplied by, to where squares leave the range of their type, and beyond.
@@ -16,6 +17,11 @@ SCALES = {
     torch.float32: [1.0, 1e-9, 1e9, 1e-11, 1e-18, 1e18, 1e-30, 1e36],
     torch.float64: [1.0, 1e-9, 1e9, 1e-11, 1e-70, 1e150, 1e-300, 1e300],
 }
+
+
+@pytest.fixture(params=["few", "many"], autouse=True)
+def many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "MANY", 1 if request.param == "many" else 2**40)
 
 
 def in_longer_numbers(rows: Tensor) -> tuple[Tensor, Tensor]:
