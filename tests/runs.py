@@ -1,4 +1,4 @@
-"""A bank on which learning takes seconds, and runs of the command in a process of their own."""
+"""A bank and images on which learning takes seconds, and runs of the command, in a process of their own too."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import torch
+from PIL import Image
 
+from kernelmeta.cli import main
 from kernelmeta.data import FeatureBank
+
+TRAIN = ("train", "--way", "3", "--query", "4", "--episodes", "300", "--inner-lr", "0.01", "--quiet")
+COMPARE = (
+    "compare", "--way", "3", "--query", "4", "--shots", "1", "--learners", "prototypes,soft_kmeans,sib", "--quick",
+)  # fmt: skip
+LITTLE = ("--episodes", "64", "--trial-episodes", "32", "--validation-episodes", "20", "--eval-episodes", "30")
 
 
 def make_bank(classes: tuple[int, int, int] = (12, 6, 6), samples: int = 20, D: int = 24) -> FeatureBank:
@@ -35,3 +44,29 @@ def start(*args: object, launcher: tuple[str, ...] = (), **options) -> subproces
         env=environment,
         **options,
     )
+
+
+def refused(capsys, *args: object) -> str:
+    """Runs a command that must end with 2 and one line on stderr; returns the line."""
+    capsys.readouterr()
+    try:
+        code = main([str(arg) for arg in args])
+    except SystemExit as stopped:
+        code = stopped.code
+    errors = capsys.readouterr().err.strip()
+    assert code == 2, errors
+    assert "\n" not in errors
+    assert errors.startswith("kernelmeta")
+    return errors
+
+
+def draw_images(root):
+    """Three classes a split, six images of 32 x 32 each: noise around a colour."""
+    random = np.random.default_rng(0)
+    for split in ("train", "val", "test"):
+        for name in ("a", "b", "c"):
+            (root / split / name).mkdir(parents=True)
+            tint = random.integers(0, 200, 3)
+            for i in range(6):
+                pixels = (tint + random.integers(0, 50, (32, 32, 3))).astype(np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import make_bank, start
+from runs import draw_images, make_bank, start
 from safetensors import safe_open
 
 from kernelmeta.cli import main
@@ -195,8 +195,6 @@ def test_a_comparison_goes_on_wherever_its_bank_is(tmp_path, monkeypatch, capsys
 
 
 def test_pretraining_goes_on_wherever_its_images_are(tmp_path, monkeypatch, capsys):
-    from test_cli import draw_images
-
     monkeypatch.chdir(tmp_path)
     draw_images(tmp_path / "images")
     args = ("--epochs", "2", "--warmup-epochs", "1", "--batch-size", "6", "--quiet", "--out", "run")
