@@ -82,7 +82,8 @@ def adapted(folder: Path, out: str, processes: int, method: str) -> tuple[float,
     code = (
         "import resource, sys, time; from kernelmeta.cli import main; began = time.process_time()\n"
         "code, done = main(sys.argv[1:]), resource.getrusage(resource.RUSAGE_SELF)\n"
-        "print('measured', done.ru_maxrss, time.process_time() - began, file=sys.stderr); sys.exit(code)"
+        # (in one piece, so that the words of two processes do not mix)
+        "sys.stderr.write(f'measured {done.ru_maxrss} {time.process_time() - began}\\n'); sys.exit(code)"
     )
     program = folder / "measured.py"
     program.write_text(code)
