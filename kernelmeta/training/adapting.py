@@ -178,16 +178,20 @@ class Adapter:
                 problem(_task_of(offsets, row), f"{name}: expected 0..{n - 1}, got {rows[row]}")
         best = np.zeros(len(tasks.query_rows), np.int64)
         probability = np.ones(len(tasks.query_rows), np.float32)  # of a task with one class alone
-        usable = ~np.isin(np.arange(len(tasks)), list(problems))
+        usable, ways = ~np.isin(np.arange(len(tasks)), list(problems)), np.diff(tasks.class_offsets)
         for pack in _packs(tasks, self.bank.n_features, self._together(tasks, usable), usable):
-            query = _rows_of(tasks.query_offsets, pack)
-            ways = np.diff(tasks.class_offsets)[pack]
-            try:
-                learner = self._learners.for_ways(int(ways.max()))
-            except ValueError as error:
-                for task in pack[ways == ways.max()].tolist():
-                    problem(task, str(error))
+            learner = None
+            while learner is None and len(pack):  # (of tasks of several sizes some may be too large for it)
+                most = int(ways[pack].max())
+                try:
+                    learner = self._learners.for_ways(most)
+                except ValueError as error:
+                    for task in pack[ways[pack] == most].tolist():
+                        problem(task, str(error))
+                    pack = pack[ways[pack] < most]
+            if learner is None:
                 continue
+            query = _rows_of(tasks.query_offsets, pack)
             logits = self._logits(learner, tasks, pack, query)
             top = torch.softmax(logits.float() / self._learners.temperature, -1).max(-1)
             # With tasks of fewer ways than others, what lies beyond is -inf.

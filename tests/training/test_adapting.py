@@ -23,6 +23,7 @@ from kernelmeta.data.bank import FORMAT
 from kernelmeta.data.task_tables import COLUMNS
 from kernelmeta.data.tensor_files import bytes_of
 from kernelmeta.nn.learner import Learner
+from kernelmeta.training.adapting import Learners
 from kernelmeta.training.answers import make_learner
 
 pa = pytest.importorskip("pyarrow")
@@ -304,6 +305,27 @@ def test_classes_that_weights_do_not_take_are_left_out_if_told_to(folder, tmp_pa
         capsys, command(folder, tmp_path / "no", "--skip-bad", what=str(folder / "sib"), tasks="few.parquet")
     )
     assert "no task could be answered; the first: task a user: weights: " in line
+
+
+def test_tasks_beside_one_with_too_many_classes_are_answered(folder, tmp_path, monkeypatch):
+    """In one call, if the learner had taken them all."""
+    tasks = draw_tasks(12, 6, ways=(2, 4))
+    write(folder / "tasks.parquet", tasks)
+    assert main(command(folder, tmp_path / "all")) == 0
+    whole, taken = answers(tmp_path / "all"), Learners.for_ways
+
+    def for_ways(self: Learners, n_way: int) -> Any:
+        if n_way == 4:
+            raise ValueError("too many")
+        return taken(self, n_way)
+
+    monkeypatch.setattr(Learners, "for_ways", for_ways)
+    assert main(command(folder, tmp_path / "some", "--skip-bad")) == 0
+    some = answers(tmp_path / "some")
+    large = [len(set(labels)) == 4 and bool(query) for _, _, labels, query in tasks]
+    assert any(large) and not all(large)
+    assert some["problem"] == ["too many" if bad else None for bad in large]
+    assert some["labels"] == [None if bad else labels for bad, labels in zip(large, whole["labels"], strict=True)]
 
 
 def test_a_run_that_a_bad_task_stopped_goes_on_without_it(folder, tmp_path, capsys):
